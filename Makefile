@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup quickstart test test-slow lint coldstart clean
+setup: .venv/installed
+
+# uv installs into a virtual environment of the project's own; nothing outside this folder changes.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --editable '.[test]'
+	touch $@
+
+# The miniature: evaluates the shipped cold start, trains it with SAPO, evaluates again.
+quickstart: setup
+	$(BIN)/vlm-sapo train quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --line-length 110 .
+
+# Makes the weights in data/shapes/cold_start again (about 20 minutes on two cores).
+coldstart: setup
+	$(BIN)/vlm-sapo new-model runs/cold_start_init --corpus data/shapes.py:corpus
+	$(BIN)/vlm-sapo sft cold_start
+
+clean:
+	rm -rf .venv runs dist build

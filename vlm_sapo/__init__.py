@@ -1,0 +1,2 @@
+"""Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization."""
+

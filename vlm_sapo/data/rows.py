@@ -1,0 +1,180 @@
+"""Opens a source of rows (hub id, folder, JSONL, parquet, Python) and reads its rows as examples."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_sapo.data.images import decode
+from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.types import Example
+
+MARK = "<image>"
+Row = Mapping[str, Any]
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The message names the row, its file, the field and what to do."""
+
+
+def open_rows(source: str, *, split: str | None = None, args: Mapping[str, Any] | None = None) -> Sequence[Row]:
+    """The rows of a source, none of its pictures decoded yet.
+
+    `source` is a JSONL or parquet file, a folder written by `datasets` or laid out as on the hub, a hub id,
+    or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
+    """
+    if ":" in source and not Path(source).exists():
+        return resolve(source, field="data.source")(**(args or {}))
+    if args:
+        raise ValueError("data.args must be empty unless data.source is 'file.py:function'; remove it")
+    path = locate(source)
+    if path.suffix in (".jsonl", ".json"):
+        return _read_jsonl(path)
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            rows = datasets.Dataset.from_parquet(str(path))
+        elif any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            rows = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.load_dataset(str(path) if path.is_dir() else source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.source ({source}) must be a file, a folder or a hub id; {error}") from error
+    return _undecoded(_pick_split(rows, split, source))
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise ValueError(f"data.source ({path}) must exist; there is no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise RowError(f"{path}, line {number}: not valid JSON ({error}); mend or remove that line") from error
+    return rows
+
+
+def _pick_split(rows: Any, split: str | None, source: str) -> Any:
+    if not isinstance(rows, Mapping):
+        return rows
+    if split is None and len(rows) == 1:
+        return next(iter(rows.values()))
+    if split not in rows:
+        raise ValueError(f"data.split ({split}) must be one of {', '.join(rows)}, the splits of {source}")
+    return rows[split]
+
+
+def _undecoded(rows: Any) -> Any:
+    """Leaves pictures as bytes, so that a broken one is an error of its row and not of the whole set."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+class ExampleSet(Sequence):
+    """The rows of a source as examples, with columns renamed, filtered and mapped.
+
+    `columns` maps the names `problem, answer, images, id` to the source's own; `keep` holds a value, or a list
+    of values, per column that a row must have; `transform` rewrites a row before its columns are read.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        keep: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        transform: Callable[[Row], Row] | None = None,
+    ):
+        self.rows, self.name, self.transform = rows, name, transform
+        path = locate(name.partition(":")[0])
+        self.folder = path if path.is_dir() else path.parent
+        self.indices = list(range(len(rows))) if not keep else _matching(rows, keep, name)
+        self.indices = self.indices[:limit]
+        if not self.indices:
+            raise ValueError(f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit")
+        first = self._row(0)
+        self.columns = _complete(columns or {}, first, name)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._row(index)
+        where = self.columns
+        key = str(row[where["id"]]) if where.get("id") in row else str(self.indices[index])
+        label = f"row {key} of {self.name}"
+        problem, answer = row.get(where["problem"]), row.get(where["answer"])
+        for field, value in (("problem", problem), ("answer", answer)):
+            if value is None or not str(value).strip():
+                raise RowError(f"{label}: field {where[field]} is empty; give it a value or filter the row out")
+        images = self._images(row, label)
+        marks = str(problem).count(MARK)
+        if marks not in (0, len(images)):
+            raise RowError(
+                f"{label}: field {where['problem']} has {marks} {MARK} marks and the row {len(images)} pictures; "
+                "give one mark per picture, or none to put the pictures first"
+            )
+        others = {name: value for name, value in row.items() if name != where.get("images")}
+        return Example(id=key, problem=str(problem), answer=str(answer), images=images, columns=others)
+
+    def _row(self, index: int) -> Row:
+        row = self.rows[self.indices[index]]
+        return self.transform(row) if self.transform else row
+
+    def _images(self, row: Row, label: str) -> tuple:
+        column = self.columns.get("images")
+        value = row.get(column) if column else None
+        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        images = []
+        for number, item in enumerate(values):
+            try:
+                images.append(decode(item, self.folder))
+            except ValueError as error:
+                raise RowError(f"{label}: field {column}, picture {number + 1}: {error}") from error
+        return tuple(images)
+
+
+def _matching(rows: Sequence[Row], keep: Mapping[str, Any], name: str) -> list[int]:
+    known = rows.column_names if hasattr(rows, "column_names") else list(rows[0])
+    for column in keep:
+        _check_column(column, known, f"data.filter.{column}", name)
+    narrow = rows.select_columns(list(keep)) if hasattr(rows, "select_columns") else rows
+    wanted = {column: value if isinstance(value, list) else [value] for column, value in keep.items()}
+    return [
+        index
+        for index in range(len(narrow))
+        if all(narrow[index].get(column) in values for column, values in wanted.items())
+    ]
+
+
+def _complete(given: Mapping[str, str], row: Row, name: str) -> dict[str, str]:
+    """The user's column names checked against a row, the others by their usual names."""
+    for field, column in given.items():
+        _check_column(column, row, f"data.columns.{field}", name)
+    columns = {"problem": "problem", "answer": "answer", "id": "id"} | dict(given)
+    if "images" not in columns:
+        columns |= {"images": name for name in ("image", "images") if name in row}
+    for field in ("problem", "answer"):
+        _check_column(columns[field], row, f"data.columns.{field}", name)
+    return columns
+
+
+def _check_column(column: str, known: Any, field: str, source: str) -> None:
+    if column not in known:
+        close = difflib.get_close_matches(column, list(known), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, known))}")

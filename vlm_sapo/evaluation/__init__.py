@@ -1,0 +1,1 @@
+"""One way to measure a model, for the trainer and for users."""

@@ -1,0 +1,105 @@
+"""Examples to prompts: chat template, pictures resized once, token ids and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from qwen_vl_utils import fetch_image
+
+from vlm_sapo.data.rows import MARK, RowError
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.types import Completion, Example, Prompt
+
+
+class Encoder:
+    """Encodes examples for one model.
+
+    `template` is the user's turn, with `{problem}` where the row's problem goes; `min_pixels` and `max_pixels`
+    bound the area of a resized picture (None: the processor's own bounds).
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        system: str | None = None,
+        template: str = "{problem}",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tokens: int = 4096,
+    ):
+        self.vlm, self.system, self.template, self.max_tokens = vlm, system, template, max_tokens
+        size = vlm.processor.image_processor.size
+        self.min_pixels = min_pixels or size["shortest_edge"]
+        self.max_pixels = max_pixels or size["longest_edge"]
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"model.min_pixels ({self.min_pixels}) must not exceed max_pixels ({self.max_pixels}); lower it"
+            )
+
+    def __call__(self, example: Example) -> Prompt:
+        """Raises RowError when a picture cannot be resized or the prompt is longer than the limit."""
+        processor = self.vlm.processor
+        images = tuple(self._resize(example, number) for number in range(len(example.images)))
+        messages = self._messages(example)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        closed = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
+        ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
+        self._check(example, ids, grid, processor)
+        return Prompt(
+            example=example,
+            text=text,
+            opening=_opening(text[len(closed) :]),
+            ids=ids,
+            positions=self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid),
+            images=images,
+            pixels=encoded.get("pixel_values"),
+            grid=grid,
+        )
+
+    def respond(self, prompt: Prompt, text: str) -> Completion:
+        """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown (NaN)."""
+        tokenizer = self.vlm.tokenizer
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        unknown = torch.full((len(ids),), float("nan"))
+        return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
+
+    def _resize(self, example: Example, number: int):
+        request = {"image": example.images[number], "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        try:
+            return fetch_image(request, image_patch_size=self.vlm.processor.image_processor.patch_size)
+        except (ValueError, ZeroDivisionError) as error:
+            size = "x".join(map(str, example.images[number].size))
+            raise RowError(
+                f"row {example.id}: picture {number + 1} ({size}) cannot be resized ({error}); crop or remove it"
+            ) from error
+
+    def _messages(self, example: Example) -> list[dict]:
+        problem = example.problem if MARK in example.problem else MARK * len(example.images) + example.problem
+        pieces = self.template.replace("{problem}", problem).split(MARK)
+        content: list[dict] = []
+        for number, piece in enumerate(pieces):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": piece}] if piece else []
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": content}]
+
+    def _check(self, example: Example, ids: torch.Tensor, grid: torch.Tensor | None, processor) -> None:
+        tokens = 0 if grid is None else int(grid.prod(-1).sum()) // processor.image_processor.merge_size**2
+        found = int((ids == self.vlm.model.config.image_token_id).sum())
+        if found != tokens:
+            raise RowError(
+                f"row {example.id}: the prompt has {found} image tokens for {tokens} of its pictures; "
+                "its text must not contain the model's own image tokens"
+            )
+        if len(ids) > self.max_tokens:
+            raise RowError(
+                f"row {example.id}: its prompt has {len(ids)} tokens, {tokens} of them for pictures, over "
+                f"data.max_prompt_tokens ({self.max_tokens}); raise that limit or lower model.max_pixels"
+            )
+
+
+def _opening(generation_prompt: str) -> str:
+    """What the template writes of the answer itself: a thinking tag that it opens and leaves open."""
+    start = generation_prompt.rfind("<think>")
+    return generation_prompt[start:] if start >= 0 and "</think>" not in generation_prompt[start:] else ""

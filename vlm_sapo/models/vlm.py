@@ -1,0 +1,139 @@
+"""A loaded vision-language model with what the rest must know about it: banned and stop tokens, named parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+PARTS = {
+    "vision": ("visual.",),
+    "merger": ("visual.merger.", "visual.deepstack_merger_list."),
+    "language": ("language_model.", "lm_head."),
+}
+"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+class VLM(nn.Module):
+    """Model and processor of one checkpoint.
+
+    `banned` are the ids of image, video and vision start/end tokens: no engine may sample them, and every
+    log-softmax of the trainer leaves them out. `stops` are the ids that end a response.
+    """
+
+    def __init__(self, model: nn.Module, processor):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        config = model.config
+        self.banned = [
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ]
+        self.stops = stop_ids(model, processor)
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hidden(self, *, ids, positions, mask, pixels=None, grid=None, cache=None) -> torch.Tensor:
+        """Last hidden states [B, L, H] of the language model.
+
+        ids, mask [B, L]; positions [3, B, L] explicit rotary positions; pixels [N, D] and grid [I, 3] of all
+        pictures in row order; cache is a transformers Cache that is extended in place.
+        """
+        return self.model.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            pixel_values=None if pixels is None else pixels.to(self.model.dtype),
+            image_grid_thw=grid,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [..., V] with the banned tokens at minus infinity."""
+        logits = self.model.lm_head(hidden).float()
+        logits[..., self.banned] = float("-inf")
+        return logits
+
+    def rope_positions(self, ids: torch.Tensor, token_types: torch.Tensor, grid: torch.Tensor | None):
+        """Rotary positions [3, P] of one prompt; ids, token_types [P], grid [I, 3]."""
+        positions, _ = self.model.model.get_rope_index(
+            ids[None], mm_token_type_ids=token_types[None], image_grid_thw=grid
+        )
+        return positions[:, 0]
+
+    def freeze(self, parts: list[str]) -> None:
+        """Switches gradients off for the named parts (keys of PARTS)."""
+        for name, parameter in self.model.named_parameters():
+            in_merger = any(mark in name for mark in PARTS["merger"])
+            owner = "merger" if in_merger else "vision" if "visual." in name else "language"
+            parameter.requires_grad_(owner not in parts)
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, configs, tokenizer and processor so that transformers' Auto classes load them."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def stop_ids(model: nn.Module, processor) -> list[int]:
+    """Ids that end a response: those of the generation config and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({*listed, processor.tokenizer.eos_token_id} - {None})
+
+
+def load_vlm(
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    gradient_checkpointing: bool = False,
+    freeze: list[str] = (),
+) -> VLM:
+    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint from a folder or a hub id.
+
+    Dropout is off for good: old and new log-probs must come from the same function.
+    Raises ValueError when the folder lacks a model or a processor.
+    """
+    check_folder(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
+    except OSError as error:
+        raise ValueError(f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}") from error
+    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
+        raise ValueError(f"model.path ({path}) is a {model.config.model_type}; use a Qwen2-VL, 2.5-VL or 3-VL model")
+    model.eval().to(device)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    vlm = VLM(model, processor)
+    vlm.freeze(freeze)
+    return vlm
+
+
+def check_folder(path: str) -> None:
+    """Names what a local model folder lacks before anything heavy is loaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.path ({path}) must hold a model; config.json is missing from that folder")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise ValueError(
+            f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, the tokenizer "
+            "files and the chat template of the original checkpoint into the folder"
+        )

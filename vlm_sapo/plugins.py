@@ -1,0 +1,84 @@
+"""Finds an object by name: a built-in table, `package.module:attribute`, or `path/to/file.py:attribute`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(relative: str | Path) -> Path:
+    """Path of a file that travels with the project (`configs/...`, `data/...`), in a checkout or a wheel."""
+    inside = PACKAGE / "shipped" / relative
+    return inside if inside.exists() else PACKAGE.parent / relative
+
+
+def locate(path: str | Path) -> Path:
+    """A user's path: relative to the working folder if it exists there, else among the shipped files."""
+    given = Path(path).expanduser()
+    if given.exists() or given.is_absolute() or ".." in given.parts:
+        return given
+    found = shipped(given)
+    return found if found.exists() else given
+
+
+def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, group: str = "") -> Any:
+    """The object called `name`.
+
+    `field` is the config field to name in an error; `group` an entry point group to search.
+    Raises ValueError when nothing fits.
+    """
+    builtin = builtin or {}
+    if name in builtin:
+        return builtin[name]
+    target, _, attribute = name.rpartition(":")
+    if target and attribute:
+        module = _from_file(target, field, name) if target.endswith(".py") else _from_package(target, field, name)
+        if attribute not in vars(module):
+            close = difflib.get_close_matches(attribute, vars(module), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "check the name after the colon"
+            raise ValueError(f"{field} ({name}) must name something that {target} defines; {hint}")
+        return vars(module)[attribute]
+    for point in entry_points(group=group) if group else ():
+        if point.name == name:
+            return point.load()
+    close = difflib.get_close_matches(name, builtin, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    known = f"one of {', '.join(sorted(builtin))}, " if builtin else ""
+    raise ValueError(
+        f"{field} ({name}) must be {known}'package.module:attribute' or 'path/to/file.py:attribute'; "
+        f"{hint}nothing of that name was found"
+    )
+
+
+def _from_file(target: str, field: str, name: str) -> Any:
+    path = locate(target).resolve()
+    if not path.is_file():
+        raise ValueError(f"{field} ({name}) must name a Python file that exists; {path} does not")
+    key = f"vlm_sapo_plugin_{path.stem}_{abs(hash(str(path)))}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]
+
+
+def _from_package(target: str, field: str, name: str) -> Any:
+    try:
+        return importlib.import_module(target)
+    except ModuleNotFoundError as error:
+        if error.name and not target.startswith(error.name):
+            raise
+        raise ValueError(f"{field} ({name}) must name an importable module; {error}") from error

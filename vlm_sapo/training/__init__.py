@@ -1,0 +1,1 @@
+"""The policy, the batch, the loop."""

@@ -1,0 +1,88 @@
+"""The records that travel between the stages of a step.
+
+Shape legend: P tokens of a prompt, R tokens of a response, G responses of a group, I pictures of a prompt,
+N vision patches of all its pictures, D values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set: a problem with its pictures, its gold answer, and every other column."""
+
+    id: str
+    problem: str
+    """Text with one `<image>` mark per picture, in order; no mark at all puts the pictures first."""
+    answer: str
+    images: tuple[Image, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the model reads it. Pictures are resized once; rollout and training use these pixels."""
+
+    example: Example
+    text: str
+    """The rendered chat template, image marks not yet expanded."""
+    opening: str
+    """What the template already wrote of the answer, such as `<think>` and a newline; empty for most."""
+    ids: torch.Tensor
+    """[P] int64, image tokens expanded."""
+    positions: torch.Tensor
+    """[3, P] int64, the rotary positions (time, height, width)."""
+    images: tuple[Image, ...]
+    """The I resized pictures, RGB."""
+    pixels: torch.Tensor | None
+    """[N, D] float32, or None without pictures."""
+    grid: torch.Tensor | None
+    """[I, 3] int64, patches per picture (time, height, width), or None without pictures."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `group` responses per prompt, each at most `max_tokens` long."""
+
+    group: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    ids: torch.Tensor
+    """[R] int64, the stop token included when `finish` is `stop`."""
+    logprobs: torch.Tensor
+    """[R] float32, under the distribution that was sampled (temperature and bans applied)."""
+    text: str
+    """What a verifier reads: the template's opening and the decoded response without special tokens."""
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward and the named parts it is the weighted sum of."""
+
+    total: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its G responses and their scores: the atom of the whole pipeline."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
