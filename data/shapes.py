@@ -1,9 +1,9 @@
 """The quick start's world: nine cells with coloured shapes, and questions about them.
 
-Every row is drawn from its index, so a split needs no files: `rows(split="train", size=1000)` is a sequence of
-dicts with `id, problem, images, answer, kind`, `choices` where the answer is one of a few words, and
-`demonstration` for the cold start. A layout belongs to the held-out splits or to the training splits by its checksum,
-so no held-out picture has a layout that was ever trained on.
+Every row is drawn from its index, so a split needs no files: `rows(split="train", size=1000)` is a sequence
+of dicts with `id, problem, images, answer, kind`, `choices` where the answer is one of a few words, and
+`demonstration` for the cold start. A layout belongs to the held-out splits or to the training splits by its
+checksum, so no held-out picture has a layout that was ever trained on.
 """
 
 from __future__ import annotations

@@ -1,2 +1,1 @@
 """Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization."""
-

@@ -40,7 +40,9 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
         return builtin[name]
     target, _, attribute = name.rpartition(":")
     if target and attribute:
-        module = _from_file(target, field, name) if target.endswith(".py") else _from_package(target, field, name)
+        module = (
+            _from_file(target, field, name) if target.endswith(".py") else _from_package(target, field, name)
+        )
         if attribute not in vars(module):
             close = difflib.get_close_matches(attribute, vars(module), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "check the name after the colon"

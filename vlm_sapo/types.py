@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+MARK = "<image>"
+"""Where a picture stands in a problem's text."""
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The message names the row, its file, the field and what to do."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a data set: a problem with its pictures, its gold answer, and every other column."""

@@ -10,17 +10,14 @@ from typing import Any
 
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
-from vlm_sapo.types import Example
+from vlm_sapo.types import MARK, Example, RowError
 
-MARK = "<image>"
 Row = Mapping[str, Any]
 
 
-class RowError(ValueError):
-    """A row that cannot be used. The message names the row, its file, the field and what to do."""
-
-
-def open_rows(source: str, *, split: str | None = None, args: Mapping[str, Any] | None = None) -> Sequence[Row]:
+def open_rows(
+    source: str, *, split: str | None = None, args: Mapping[str, Any] | None = None
+) -> Sequence[Row]:
     """The rows of a source, none of its pictures decoded yet.
 
     `source` is a JSONL or parquet file, a folder written by `datasets` or laid out as on the hub, a hub id,
@@ -56,7 +53,9 @@ def _read_jsonl(path: Path) -> list[Row]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise RowError(f"{path}, line {number}: not valid JSON ({error}); mend or remove that line") from error
+                raise RowError(
+                    f"{path}, line {number}: not valid JSON ({error}); mend or remove that line"
+                ) from error
     return rows
 
 
@@ -85,8 +84,8 @@ def _undecoded(rows: Any) -> Any:
 class ExampleSet(Sequence):
     """The rows of a source as examples, with columns renamed, filtered and mapped.
 
-    `columns` maps the names `problem, answer, images, id` to the source's own; `keep` holds a value, or a list
-    of values, per column that a row must have; `transform` rewrites a row before its columns are read.
+    `columns` maps the names `problem, answer, images, id` to the source's own; `keep` holds a value, or a
+    list of values, per column that a row must have; `transform` rewrites a row before its columns are read.
     """
 
     def __init__(
@@ -105,7 +104,9 @@ class ExampleSet(Sequence):
         self.indices = list(range(len(rows))) if not keep else _matching(rows, keep, name)
         self.indices = self.indices[:limit]
         if not self.indices:
-            raise ValueError(f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit")
+            raise ValueError(
+                f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit"
+            )
         first = self._row(0)
         self.columns = _complete(columns or {}, first, name)
 
@@ -120,7 +121,9 @@ class ExampleSet(Sequence):
         problem, answer = row.get(where["problem"]), row.get(where["answer"])
         for field, value in (("problem", problem), ("answer", answer)):
             if value is None or not str(value).strip():
-                raise RowError(f"{label}: field {where[field]} is empty; give it a value or filter the row out")
+                raise RowError(
+                    f"{label}: field {where[field]} is empty; give it a value or filter the row out"
+                )
         images = self._images(row, label)
         marks = str(problem).count(MARK)
         if marks not in (0, len(images)):
@@ -177,4 +180,6 @@ def _check_column(column: str, known: Any, field: str, source: str) -> None:
     if column not in known:
         close = difflib.get_close_matches(column, list(known), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, known))}")
+        raise ValueError(
+            f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, known))}"
+        )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from vlm_sapo.data.rows import RowError
-from vlm_sapo.types import Example, Prompt
+from vlm_sapo.types import Example, Prompt, RowError
 
 
 class PromptStream:
@@ -17,7 +16,12 @@ class PromptStream:
     """
 
     def __init__(
-        self, examples: Sequence[Example], encode: Callable[[Example], Prompt], *, seed: int, skip: bool = False
+        self,
+        examples: Sequence[Example],
+        encode: Callable[[Example], Prompt],
+        *,
+        seed: int,
+        skip: bool = False,
     ):
         self.examples, self.encode, self.seed, self.skip = examples, encode, seed, skip
         self.position = 0

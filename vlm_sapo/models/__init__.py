@@ -1,1 +1,2 @@
-"""The only place that knows a model family: processors, vision tokens, positions, freezing, the training pass."""
+"""The only place that knows a model family: processors, vision tokens, positions, freezing, the training
+pass."""

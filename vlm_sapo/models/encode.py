@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from qwen_vl_utils import fetch_image
 
-from vlm_sapo.data.rows import MARK, RowError
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.types import Completion, Example, Prompt
+from vlm_sapo.types import MARK, Completion, Example, Prompt, RowError
 
 
 class Encoder:
     """Encodes examples for one model.
 
-    `template` is the user's turn, with `{problem}` where the row's problem goes; `min_pixels` and `max_pixels`
-    bound the area of a resized picture (None: the processor's own bounds).
+    `template` is the user's turn, with `{problem}` where the row's problem goes; `min_pixels` and
+    `max_pixels` bound the area of a resized picture (None: the processor's own bounds).
     """
 
     def __init__(
@@ -28,6 +27,7 @@ class Encoder:
         max_tokens: int = 4096,
     ):
         self.vlm, self.system, self.template, self.max_tokens = vlm, system, template, max_tokens
+        self.opening = _opening(vlm.processor)
         size = vlm.processor.image_processor.size
         self.min_pixels = min_pixels or size["shortest_edge"]
         self.max_pixels = max_pixels or size["longest_edge"]
@@ -42,14 +42,13 @@ class Encoder:
         images = tuple(self._resize(example, number) for number in range(len(example.images)))
         messages = self._messages(example)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        closed = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
         ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
         self._check(example, ids, grid, processor)
         return Prompt(
             example=example,
             text=text,
-            opening=_opening(text[len(closed) :]),
+            opening=self.opening,
             ids=ids,
             positions=self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid),
             images=images,
@@ -58,14 +57,19 @@ class Encoder:
         )
 
     def respond(self, prompt: Prompt, text: str) -> Completion:
-        """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown (NaN)."""
+        """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown
+        (NaN)."""
         tokenizer = self.vlm.tokenizer
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         unknown = torch.full((len(ids),), float("nan"))
         return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
 
     def _resize(self, example: Example, number: int):
-        request = {"image": example.images[number], "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        request = {
+            "image": example.images[number],
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+        }
         try:
             return fetch_image(request, image_patch_size=self.vlm.processor.image_processor.patch_size)
         except (ValueError, ZeroDivisionError) as error:
@@ -99,7 +103,11 @@ class Encoder:
             )
 
 
-def _opening(generation_prompt: str) -> str:
-    """What the template writes of the answer itself: a thinking tag that it opens and leaves open."""
-    start = generation_prompt.rfind("<think>")
-    return generation_prompt[start:] if start >= 0 and "</think>" not in generation_prompt[start:] else ""
+def _opening(processor) -> str:
+    """What the chat template writes of the answer itself: a thinking tag that it opens and leaves open."""
+    turn = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
+    closed = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
+    prompted = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    added = prompted[len(closed) :]
+    start = added.rfind("<think>")
+    return added[start:] if start >= 0 and "</think>" not in added[start:] else ""

@@ -1,4 +1,5 @@
-"""Builds a small but real Qwen-VL model, tokenizer and processor from nothing, for tests and the quick start."""
+"""Builds a small but real Qwen-VL model, tokenizer and processor from nothing, for tests and the quick
+start."""
 
 from __future__ import annotations
 
@@ -63,7 +64,13 @@ class Shape:
 
 
 def new_model(
-    folder: Path, *, family: str, corpus: Iterable[str], shape: Shape = Shape(), vocab: int = 512, seed: int = 0
+    folder: Path,
+    *,
+    family: str,
+    corpus: Iterable[str],
+    shape: Shape = Shape(),
+    vocab: int = 512,
+    seed: int = 0,
 ) -> int:
     """Writes model, tokenizer and processor into `folder`; returns the number of parameters.
 

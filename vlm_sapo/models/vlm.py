@@ -1,4 +1,5 @@
-"""A loaded vision-language model with what the rest must know about it: banned and stop tokens, named parts."""
+"""A loaded vision-language model with what the rest must know about it: banned and stop tokens, named
+parts."""
 
 from __future__ import annotations
 
@@ -113,10 +114,15 @@ def load_vlm(
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
     except OSError as error:
-        raise ValueError(f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}") from error
+        raise ValueError(
+            f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
+        ) from error
     if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
-        raise ValueError(f"model.path ({path}) is a {model.config.model_type}; use a Qwen2-VL, 2.5-VL or 3-VL model")
-    model.eval().to(device)
+        raise ValueError(
+            f"model.path ({path}) is a {model.config.model_type}; use a Qwen2-VL, 2.5-VL or 3-VL model"
+        )
+    model.to(device).train()
+    silence_dropout(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     vlm = VLM(model, processor)
@@ -137,3 +143,13 @@ def check_folder(path: str) -> None:
             f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, the tokenizer "
             "files and the chat template of the original checkpoint into the folder"
         )
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Sets every dropout to 0, so that training mode (which checkpointing needs) computes what evaluation
+    does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for config in (model.config, model.config.get_text_config()):
+        config.attention_dropout = 0.0

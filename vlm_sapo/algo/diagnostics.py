@@ -1,0 +1,115 @@
+"""What an objective did to a mini-batch: ratios, effective update, gate, variance within sequences.
+
+Inputs are detached [N, T] tensors; `mask` marks response tokens. Every metric is the mean over the
+mini-batch, a quantile, or a share; one that has no meaning for an objective is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vlm_sapo.algo import objectives, ratios
+
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def effective_update(objective: Objective, log_ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """f'(r) per token, by differentiating the objective: the share of the plain policy gradient that is left.
+
+    For GRPO it is 0 where the clip is active and 1 elsewhere, so objectives compare on one scale.
+    """
+    with torch.enable_grad():
+        leaf = log_ratio.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(objective(leaf, advantage).sum(), leaf)
+    scale = advantage * log_ratio.exp()
+    return torch.where(scale == 0, 1.0, -slope / torch.where(scale == 0, 1.0, scale))
+
+
+def ratio_metrics(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """Ratios, |log r|, the spread of log r within sequences, and two estimates of KL(old, new)."""
+    log_ratio = ratios.token(logprobs, old, mask)
+    values = log_ratio[mask]
+    metrics = _quantiles("ratio", values.exp()) | _quantiles("abs_log_ratio", values.abs())
+    lengths = mask.sum(-1).clamp(min=1)
+    mean = log_ratio.sum(-1) / lengths
+    variance = (torch.where(mask, log_ratio - mean[:, None], 0.0) ** 2).sum(-1) / lengths
+    metrics |= _quantiles("sequence_variance", variance)
+    metrics["sequence_variance_over_02"] = float((variance > 0.02).double().mean())
+    metrics["sequence_ratio_max"] = float(mean.exp().max())
+    metrics["kl_old_k1"] = float(-values.mean())
+    metrics["kl_old_k3"] = float((values.exp() - 1.0 - values).mean())
+    return metrics
+
+
+def update_metrics(
+    objective: Objective, log_ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """Effective update overall and by the advantage's sign, and what GRPO and GSPO would have clipped
+    here."""
+    update = effective_update(objective, log_ratio, advantage)
+    advantage = advantage.expand_as(mask)
+    metrics = {}
+    for name, where in (("", mask), ("_pos", mask & (advantage > 0)), ("_neg", mask & (advantage < 0))):
+        if where.any():
+            metrics[f"effective_update{name}"] = float(update[where].mean())
+    metrics["update_under_90"] = float((update[mask] < 0.9).double().mean())
+    metrics["update_under_50"] = float((update[mask] < 0.5).double().mean())
+    return metrics
+
+
+def clip_metrics(
+    logprobs: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """Share of tokens that GRPO (.2/.2) and GSPO (3e-4/4e-4) would have clipped on the same tokens."""
+    shares = {}
+    for name, level, low, high in (("grpo", ratios.token, 0.2, 0.2), ("gspo", ratios.sequence, 3e-4, 4e-4)):
+        ratio = level(logprobs, old, mask).exp()
+        clipped = torch.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
+        shares[f"{name}_would_clip"] = float(clipped[mask].double().mean())
+    return shares
+
+
+def gate_metrics(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+) -> dict[str, float]:
+    """SAPO read at sequence level: |mean gate - gate of the mean| in log form, its bound, and the true
+    gate."""
+    tau = objectives.temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
+    log_ratio = ratios.token(logprobs, old, mask)
+    lengths = mask.sum(-1).clamp(min=1)
+    mean = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
+
+    def average(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, values, 0.0).sum(-1) / lengths
+
+    def log_gate(values: torch.Tensor) -> torch.Tensor:
+        return torch.cosh(0.5 * tau * values) ** -2
+
+    variance = average((log_ratio - mean) ** 2)
+    deviation = (average(log_gate(log_ratio)) - log_gate(mean)[:, 0]).abs()
+    bound = (tau**2)[:, 0] / 4 * variance
+    true_gate = average(objectives.gate_weight(log_ratio.exp(), tau))
+    return {
+        "gate_deviation": float(deviation.mean()),
+        "gate_deviation_bound": float(bound.mean()),
+        "gate_mean": float(true_gate.mean()),
+    }
+
+
+def _quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
+    points = torch.tensor([0.01, 0.5, 0.99], dtype=values.dtype, device=values.device)
+    low, middle, high = torch.quantile(values[: 2**24], points).tolist()
+    return {
+        f"{name}_p01": low,
+        f"{name}_p50": middle,
+        f"{name}_p99": high,
+        f"{name}_max": float(values.max()),
+    }

@@ -1,0 +1,54 @@
+"""Policy objectives: log-ratio and advantage of each token to its loss. All tensors [N, T] or broadcastable.
+
+With r = exp(log_ratio), every objective's gradient is `-f'(r) r A grad log pi`; at r = 1 all have f' = 1, so
+on policy they are the plain policy gradient. Any function of this signature can stand in for them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def gate(ratio: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
+    """SAPO's f(r) = (4 / tau) sigmoid(tau (r - 1)) (arXiv 2511.20347, eq. 5)."""
+    return 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
+
+
+def gate_weight(ratio: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
+    """f'(r) = sech^2(tau (r - 1) / 2): 1 on policy, fading to 0 on both sides."""
+    probability = torch.sigmoid(tau * (ratio - 1.0))
+    return 4.0 * probability * (1.0 - probability)
+
+
+def temperature(advantage: torch.Tensor, *, tau_pos: float, tau_neg: float) -> torch.Tensor:
+    """tau_pos where the advantage is positive, else tau_neg."""
+    return torch.where(advantage > 0, tau_pos, tau_neg).to(advantage.dtype)
+
+
+def sapo(log_ratio: torch.Tensor, advantage: torch.Tensor, *, tau_pos: float, tau_neg: float) -> torch.Tensor:
+    """-(f(r) - f(1)) A, written as -(2 / tau) tanh(tau (r - 1) / 2) A.
+
+    The constant f(1) = 2 / tau differs by the advantage's sign; without it the loss is 0 on policy.
+    """
+    tau = temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
+    return -2.0 / tau * torch.tanh(0.5 * tau * (log_ratio.exp() - 1.0)) * advantage
+
+
+def clip(log_ratio: torch.Tensor, advantage: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A): GRPO and DAPO on token ratios, GSPO on sequence ratios."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - low, 1.0 + high) * advantage)
+
+
+def cispo(log_ratio: torch.Tensor, advantage: torch.Tensor, *, cap: float) -> torch.Tensor:
+    """-sg(min(r, cap)) A log pi, with log pi_old subtracted, which changes the value and not the gradient."""
+    return -log_ratio.exp().clamp(max=cap).detach() * advantage * log_ratio
+
+
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Unbiased, non-negative estimate of KL(policy, reference) per token of a sample of the policy."""
+    difference = (reference - logprobs).clamp(-20.0, 20.0)
+    return difference.exp() - difference - 1.0
+
+
+OBJECTIVES = {"sapo": sapo, "grpo": clip, "gspo": clip, "cispo": cispo}

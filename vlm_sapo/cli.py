@@ -1,0 +1,95 @@
+"""The command line. Arguments are read before anything heavy is imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization.",
+)
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to override.")]
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train a model by reinforcement learning."""
+    from vlm_sapo.config import TrainConfig, load
+
+    parsed = load(TrainConfig, config, overrides or [])
+    _quieten()
+    from vlm_sapo.training.trainer import train as run
+
+    _report(run(parsed))
+
+
+@app.command()
+def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Cold start: supervised learning on demonstrations."""
+    from vlm_sapo.config import SftConfig, load
+
+    parsed = load(SftConfig, config, overrides or [])
+    _quieten()
+    from vlm_sapo.training.sft import sft as run
+
+    _report(run(parsed))
+
+
+@app.command("new-model")
+def new_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    family: Annotated[str, typer.Option(help="qwen2_vl, qwen2_5_vl or qwen3_vl.")] = "qwen3_vl",
+    corpus: Annotated[
+        str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
+    ] = "data/shapes.py:corpus",
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a tiny but real Qwen-VL model with processor and tokenizer, for tests and miniatures."""
+    _quieten()
+    from vlm_sapo.models.tiny import new_model as build
+    from vlm_sapo.plugins import resolve
+
+    texts = resolve(corpus, field="--corpus")()
+    parameters = build(folder, family=family, corpus=texts, seed=seed)
+    typer.echo(f"{folder}: {family}, {parameters:,} parameters")
+
+
+def _quieten() -> None:
+    """Silences the libraries' own progress bars and advice, which would bury the run's lines."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _report(summary: dict) -> None:
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    if before and after:
+        typer.echo(f"held-out pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one sentence on standard error and exit code 1."""
+    try:
+        app()
+    except ValueError as error:
+        if type(error).__module__ == "builtins" and error.__traceback__ is not None and "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

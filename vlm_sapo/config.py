@@ -1,0 +1,400 @@
+"""The sections of a config file, their rules, and how a file and `key=value` overrides become one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlm_sapo.plugins import shipped
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+T = TypeVar("T", bound="Section")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = "run"
+    """Name of the run; its folder is `runs/<name>` unless `run.dir` says otherwise."""
+    dir: str | None = None
+    """Folder that everything is written to. A folder with a checkpoint of the same config is resumed."""
+    seed: int = 0
+    """Seeds the order of the data and the sampling."""
+    overwrite: bool = False
+    """Start anew in a folder that holds a run, removing what that run wrote."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class Model(Section):
+    path: str
+    """Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
+    freeze: list[Literal["vision", "merger", "language"]] = []
+    """Parts that are not trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    min_pixels: Positive | None = None
+    """Smallest area of a resized picture, in pixels; null for the processor's own."""
+    max_pixels: Positive | None = None
+    """Largest area of a resized picture, in pixels; null for the processor's own."""
+
+
+class Rows(Section):
+    source: str
+    """Hub id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the rows."""
+    split: str | None = None
+    """Split of a hub id or folder that has several."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of a source that is a function."""
+    columns: dict[Literal["problem", "answer", "images", "id", "response"], str] = {}
+    """The source's own column names, by ours. `response` is the demonstration that `sft` learns from."""
+    filter: dict[str, Any] = {}
+    """Keep the rows whose column has this value, or one of these values."""
+    transform: str | None = None
+    """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
+    limit: Positive | None = None
+    """Use the first so many rows only."""
+
+
+class Data(Rows):
+    system: str | None = None
+    """System prompt; null leaves it to the chat template."""
+    template: str = "{problem}"
+    """The user's turn; `{problem}` stands for the row's problem."""
+    max_prompt_tokens: Positive = 4096
+    """Longest prompt, image tokens included. A longer one is an error: prompts are never cut."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a row that cannot be used does: stop the run, or be skipped and counted."""
+
+    @model_validator(mode="after")
+    def _has_problem(self):
+        if "{problem}" not in self.template:
+            raise ValueError("template must contain {problem}; put it where the row's problem goes")
+        return self
+
+
+class Rollout(Section):
+    engine: Literal["hf"] = "hf"
+    """What draws the responses: `hf` uses the policy itself."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt."""
+    max_tokens: Positive = 1024
+    """Longest response."""
+    temperature: Rate = 1.0
+    """Sampling temperature; log-probs everywhere are of logits divided by it."""
+    prompts_per_batch: Positive = 16
+    """Prompts that are generated from at the same time; lower it when generation runs out of memory."""
+
+
+class RewardPart(Section):
+    name: str
+    """A verifier (`auto`, `math`, `choice`, `format`) or `path/to/file.py:function` or
+    `package.module:function`."""
+    label: str | None = None
+    """Name in the logs; by default the verifier's or function's own."""
+    weight: float = 1.0
+    """Factor of this part in the reward."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the verifier or function."""
+
+
+class Sapo(Section):
+    type: Literal["sapo"] = "sapo"
+    tau_pos: Rate = 1.0
+    """Temperature of the gate for positive advantages."""
+    tau_neg: Rate = 1.05
+    """Temperature of the gate for negative advantages; larger fades faster off policy."""
+
+
+class Grpo(Section):
+    type: Literal["grpo"]
+    low: NotNegative = 0.2
+    """Ratios under 1 - low are clipped for negative advantages."""
+    high: NotNegative = 0.2
+    """Ratios over 1 + high are clipped for positive advantages (.28 for DAPO's clip-higher)."""
+
+
+class Gspo(Section):
+    type: Literal["gspo"]
+    low: NotNegative = 3e-4
+    """Sequence ratios under 1 - low are clipped for negative advantages."""
+    high: NotNegative = 4e-4
+    """Sequence ratios over 1 + high are clipped for positive advantages."""
+
+
+class Cispo(Section):
+    type: Literal["cispo"]
+    cap: Rate = 5.0
+    """Largest weight of a token: an absolute ratio, not 1 + epsilon."""
+
+
+class Algo(Section):
+    objective: Annotated[Sapo | Grpo | Gspo | Cispo, Field(discriminator="type")] = Sapo()
+    """What a token's importance ratio and advantage contribute."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Level of the importance ratio."""
+    advantage: Literal["zscore", "centred", "leave_one_out"] = "zscore"
+    """How rewards of a group become advantages."""
+    reduction: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`."""
+    kl: NotNegative = 0.0
+    """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
+    mask_truncated: bool = False
+    """Leave responses that hit the length limit out of the loss and of its denominator."""
+
+    @model_validator(mode="after")
+    def _gspo_is_sequence_level(self):
+        if self.objective.type == "gspo" and self.ratio != "sequence":
+            raise ValueError(
+                "objective.type gspo is defined on the sequence ratio; set algo.ratio=sequence, "
+                "or objective.type=grpo for the clip on token ratios"
+            )
+        return self
+
+
+class Optim(Section):
+    steps: Positive
+    """Number of steps: rollout batches for `train`, updates for `sft`."""
+    lr: Rate = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; linear and cosine end at 0."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["no", "bf16"] = "no"
+    """`bf16` computes in bfloat16 under autocast, log-probs and weights staying as they are."""
+    tokens_per_microbatch: Positive = 16384
+    """Most tokens, padding included, that go through the model at once; it never changes the gradient."""
+
+
+class Train(Optim):
+    prompts_per_step: Positive = 32
+    """Prompts (groups) per step."""
+    minibatches: Positive = 4
+    """Optimizer updates per step; with 1 every ratio is 1 and all objectives are the same."""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.prompts_per_step % self.minibatches:
+            below = self.prompts_per_step - self.prompts_per_step % self.minibatches
+            options = " or ".join(str(n) for n in (below, below + self.minibatches) if n)
+            raise ValueError(
+                f"prompts_per_step ({self.prompts_per_step}) must be divisible by minibatches "
+                f"({self.minibatches}); use {options}"
+            )
+        return self
+
+
+class SftTrain(Optim):
+    rows_per_step: Positive = 32
+    """Demonstrations per update."""
+
+
+class Eval(Section):
+    data: Rows | None = None
+    """Held-out rows; null evaluates nothing. Prompt settings are those of `data`."""
+    every: Count = 0
+    """Evaluate every so many steps, besides before and after; 0 for never."""
+    samples: Positive = 1
+    """Responses per problem; pass@1 is their mean."""
+    temperature: Rate = 1.0
+    """Sampling temperature of the evaluation."""
+    part: str | None = None
+    """Reward part that is measured; null for the first one."""
+
+
+class Checkpoint(Section):
+    every: Count = 50
+    """Write a checkpoint every so many steps; 0 for never."""
+    keep: Positive = 2
+    """How many checkpoints stay."""
+
+
+class Log(Section):
+    rollouts: Count = 2
+    """Groups per step whose responses go to `rollouts.jsonl`."""
+
+
+class TrainConfig(Section):
+    """What `vlm-sapo train` runs."""
+
+    run: Run = Run()
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Annotated[list[RewardPart], Field(min_length=1)]
+    """The parts of the reward; their weighted sum is what is trained."""
+    algo: Algo = Algo()
+    train: Train
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _labels_differ(self):
+        labels = [part.label or part.name for part in self.reward]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"reward has two parts of one name ({', '.join(labels)}); give each its own `label`"
+            )
+        if self.eval.part is not None and self.eval.part not in labels:
+            raise ValueError(
+                f"eval.part ({self.eval.part}) must be one of the reward's parts: {', '.join(labels)}"
+            )
+        return self
+
+
+class SftConfig(Section):
+    """What `vlm-sapo sft` runs: supervised learning on demonstrations."""
+
+    run: Run = Run()
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: list[RewardPart] = []
+    """Verifiers of the evaluation."""
+    train: SftTrain
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if "response" not in self.data.columns:
+            raise ValueError("data.columns.response must name the column with the demonstrations; add it")
+        if self.eval.data and not self.reward:
+            raise ValueError("eval.data needs a reward to measure with; add one or remove eval.data")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def find(name: str) -> Path:
+    """The config file called `name`: a path, or the name of a shipped config with or without `.yaml`."""
+    shipped_file = shipped(Path("configs") / name).with_suffix(".yaml")
+    for path in (Path(name), shipped_file):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.yaml")))
+    raise ValueError(f"CONFIG ({name}) must be a file or one of the shipped configs: {known}")
+
+
+def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
+    """Reads a config file, applies `key=value` overrides and checks the result.
+
+    Raises ValueError with one line per problem, each with the field, the value and the remedy.
+    """
+    path = find(name)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be valid YAML; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must hold sections such as model and data; it holds {type(values).__name__}"
+        )
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from error
+
+
+def dump(config: Section) -> str:
+    """The resolved config as YAML; loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override ({override}) must look like section.field=value")
+    *path, last = key.split(".")
+    node = values
+    for name in path:
+        node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
+    value = yaml.load(text, Loader=_Loader) if text else None
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(values: list, index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(values):
+        raise ValueError(f"override ({override}) must name an entry from 0 to {len(values) - 1}, not {index}")
+    return values[int(index)]
+
+
+def _explain(kind: type[Section], item: dict) -> str:
+    """One sentence for one of pydantic's errors."""
+    location = [part for part in item["loc"] if part not in ("sapo", "grpo", "gspo", "cispo")]
+    field = ".".join(map(str, location)) or "config"
+    if item["type"] == "extra_forbidden":
+        valid = _fields_at(kind, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?" if close else "remove it"
+        return f"{field} is not a field; {hint} Fields there: {', '.join(valid)}"
+    if item["type"] == "missing":
+        return f"{field} is missing; add it to the config file or to the command line as {field}=..."
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{field}: {message}" if field != "config" else message
+    return f"{field} ({item['input']!r}) is not valid: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(kind: type[Section], location: tuple) -> list[str]:
+    """The field names of the section that a path of an error leads to."""
+    current: Any = [kind]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        named = [section.model_fields[part].annotation for section in current if part in section.model_fields]
+        tagged = [section for section in current if part in _tags(section)]
+        current = [section for annotation in named for section in _sections(annotation)] if named else tagged
+    return [field for section in current for field in section.model_fields]
+
+
+def _tags(section: type[Section]) -> tuple[str, ...]:
+    field = section.model_fields.get("type")
+    return field.annotation.__args__ if field else ()
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    arguments = annotation.__args__ if "__args__" in dir(annotation) else ()
+    return [section for argument in arguments for section in _sections(argument)]

@@ -1,0 +1,70 @@
+"""Measures a model: draws responses, scores them with training's own reward, and gives an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vlm_sapo.rewards.combine import Reward
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.types import Example, Prompt, Sampling
+
+RESAMPLES = 2000
+
+
+def evaluate(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    encode: Callable[[Example], Prompt],
+    reward: Reward,
+    sampling: Sampling,
+    *,
+    part: str,
+    batch: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict, list[dict]]:
+    """`pass@1` as the mean of a reward part over `sampling.group` samples per problem, with `ci95` and `n`.
+
+    Returns the result and one record per problem: id, problem, answer, scores and first response.
+    """
+    records: list[dict] = []
+    for start in range(0, len(examples), batch):
+        prompts = [encode(examples[index]) for index in range(start, min(start + batch, len(examples)))]
+        groups = engine.generate(prompts, replace(sampling, seed=sampling.seed + start))
+        for prompt, completions in zip(prompts, groups, strict=True):
+            example = prompt.example
+            records.append(
+                {
+                    "id": example.id,
+                    "problem": example.problem,
+                    "answer": example.answer,
+                    "response": completions[0].text,
+                    "scores": [reward(completion, example).parts[part] for completion in completions],
+                    "tokens": [len(completion.ids) for completion in completions],
+                    "truncated": [completion.finish == "length" for completion in completions],
+                }
+            )
+        progress(len(records))
+    return summarize(records), records
+
+
+def summarize(records: list[dict]) -> dict:
+    """The result of a list of records."""
+    means = np.array([np.mean(record["scores"]) for record in records])
+    return {
+        "pass@1": float(means.mean()),
+        "ci95": bootstrap(means),
+        "n": len(records),
+        "samples": len(records[0]["scores"]),
+        "response_tokens": float(np.mean([n for record in records for n in record["tokens"]])),
+        "truncated": float(np.mean([cut for record in records for cut in record["truncated"]])),
+    }
+
+
+def bootstrap(means: np.ndarray) -> list[float]:
+    """95 % percentile interval of the mean over problems ([n] problem means), 2000 resamples, fixed seed."""
+    draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
+    return [float(low), float(high)]

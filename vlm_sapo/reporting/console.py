@@ -1,0 +1,67 @@
+"""What a run prints: a progress bar with the numbers that matter, or plain lines where there is no
+terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINES = 20
+"""Lines that a run without a terminal prints at most for its steps."""
+
+
+class Console:
+    """Prints to standard output; `progress` shows a bar on a terminal and a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.rich.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        """One line that stands out."""
+        self.rich.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+    @contextmanager
+    def progress(self, name: str, total: int, start: int = 0) -> Iterator[Progress]:
+        """Yields a function `(done, text)` that shows how far the work is."""
+        if not self.rich.is_terminal:
+            yield lambda done, text="": self._line(name, done, total, text)
+            return
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.rich) as bar:
+            task = bar.add_task(name, total=total, completed=start, text="")
+            yield lambda done, text="": bar.update(task, completed=done, text=text)
+
+    def _line(self, name: str, done: int, total: int, text: str) -> None:
+        stride = max(1, total // LINES)
+        if text and (done % stride == 0 or done in (1, total)):
+            self.say(f"{name} {done}/{total}  {text}")
+
+    def samples(self, records: Iterable[dict]) -> None:
+        """Problems with the model's response, so that a person sees what it says."""
+        for record in records:
+            mark = "right" if record["scores"][0] >= 1 else "wrong"
+            problem, response = " ".join(record["problem"].split()), " ".join(record["response"].split())
+            self.say(f"    {problem[:100]} -> {response[:160]}  ({mark}; gold: {record['answer'][:40]})")

@@ -1,0 +1,94 @@
+"""Gathers what happened in a step into one flat record of numbers."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from vlm_sapo.algo import diagnostics
+from vlm_sapo.types import Group
+
+Metrics = dict[str, float]
+Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Metrics]
+"""(logprobs, old, advantages, mask) of a mini-batch, [N, T] but advantages [N, 1], to metrics of its
+objective."""
+
+
+class StepMeter:
+    """Times, and per-mini-batch diagnostics, of one step."""
+
+    def __init__(self, describe: Describe | None = None):
+        self.describe = describe
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.minibatches: list[Metrics] = []
+        self._parts: list[tuple[torch.Tensor, ...]] = []
+        self._loss = 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Adds the block's duration to `time/<name>`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def add(self, loss: float, logprobs, entropies, old, advantages, mask) -> None:
+        """One micro-batch: tensors [N, T], advantages [N, 1]."""
+        self._loss += loss
+        tensors = (logprobs, entropies, old, advantages.expand_as(mask), mask)
+        self._parts.append(tuple(tensor.detach().cpu() for tensor in tensors))
+
+    def close_minibatch(self, grad_norm: float) -> None:
+        """Ends a mini-batch that had micro-batches."""
+        width = max(part[-1].shape[1] for part in self._parts)
+        padded = [
+            [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in part]
+            for part in self._parts
+        ]
+        logprobs, entropies, old, advantages, mask = (
+            torch.cat(tensors) for tensors in zip(*padded, strict=True)
+        )
+        metrics = diagnostics.ratio_metrics(logprobs, old, mask)
+        metrics |= diagnostics.clip_metrics(logprobs, old, advantages, mask)
+        metrics |= self.describe(logprobs, old, advantages, mask) if self.describe else {}
+        metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": self._loss}
+        self.minibatches.append(metrics)
+        self._parts, self._loss = [], 0.0
+
+    def record(self) -> Metrics:
+        """`loss`, `policy/<metric>` over the mini-batches, `minibatch<k>/<metric>`, `time/<name>`."""
+        record: Metrics = {}
+        for name in self.minibatches[0] if self.minibatches else ():
+            values = [metrics[name] for metrics in self.minibatches if name in metrics]
+            worst = name.endswith("_max")
+            record[f"policy/{name}"] = max(values) if worst else sum(values) / len(values)
+        record = {"loss": record.pop("policy/loss", 0.0)} | record
+        for index, metrics in enumerate(self.minibatches):
+            record |= {f"minibatch{index}/{name}": value for name, value in metrics.items()}
+        record |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        record["time/step"] = time.perf_counter() - self._start
+        return record
+
+
+def group_metrics(groups: Sequence[Group], seconds: float) -> Metrics:
+    """Rewards (by part), lengths and shares of the drawn groups; `seconds` is how long drawing them took."""
+    completions = [completion for group in groups for completion in group.completions]
+    scores = [score for group in groups for score in group.scores]
+    lengths = [len(completion.ids) for completion in completions]
+    metrics = {"reward/mean": sum(score.total for score in scores) / len(scores)}
+    for part in scores[0].parts:
+        metrics[f"reward/{part}"] = sum(score.parts[part] for score in scores) / len(scores)
+    flat = [len({score.total for score in group.scores}) == 1 for group in groups]
+    return metrics | {
+        "reward/zero_variance": sum(flat) / len(flat),
+        "response/tokens": sum(lengths) / len(lengths),
+        "response/tokens_max": max(lengths),
+        "response/truncated": sum(completion.finish == "length" for completion in completions)
+        / len(completions),
+        "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
+        "rollout/tokens_per_second": sum(lengths) / max(seconds, 1e-9),
+    }

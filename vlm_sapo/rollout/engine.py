@@ -1,0 +1,28 @@
+"""What every rollout engine offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from vlm_sapo.types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from vlm_sapo.models.vlm import VLM
+
+
+class RolloutEngine(Protocol):
+    """Draws responses from the policy as it was at the last `sync`.
+
+    No engine ever emits an id of `VLM.banned`. The log-probs it returns are those of the distribution it
+    sampled
+    from, after temperature and bans. The same prompts, sampling and weights give the same responses.
+    """
+
+    def sync(self, vlm: VLM) -> None:
+        """Takes over the weights."""
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """`sampling.group` responses for each prompt, in the prompts' order."""
+
+    def close(self) -> None:
+        """Gives back what the engine holds."""

@@ -1,0 +1,60 @@
+"""Checkpoints: written aside and renamed, so that a torn one is never taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from vlm_sapo.training.policy import Policy
+
+NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps done, rows drawn and skipped, seconds spent."""
+
+    step: int = 0
+    position: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+def save(folder: Path, policy: Policy, progress: Progress, *, keep: int) -> Path:
+    """Writes `step_<n>` (model, processor, optimizer, progress) and removes all but the newest `keep`."""
+    target = folder / f"step_{progress.step:06d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    policy.save(partial)
+    torch.save(policy.optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in sorted(_checkpoints(folder))[:-keep]:
+        shutil.rmtree(folder / f"step_{old:06d}")
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder, or None."""
+    steps = _checkpoints(folder)
+    return folder / f"step_{max(steps):06d}" if steps else None
+
+
+def restore(path: Path, policy: Policy) -> Progress:
+    """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood."""
+    state = torch.load(path / "optimizer.pt", map_location=policy.accelerator.device, weights_only=True)
+    policy.optimizer.load_state_dict(state)
+    return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def _checkpoints(folder: Path) -> list[int]:
+    names = [NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(match[1]) for match in names if match]

@@ -1,0 +1,63 @@
+"""Cold start: supervised learning on demonstrations, with the trainer's own parts."""
+
+from __future__ import annotations
+
+import time
+
+from vlm_sapo.config import SftConfig
+from vlm_sapo.models.logprobs import pack, pad_inputs
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.metrics import StepMeter
+from vlm_sapo.training.build import Core, build_sft
+from vlm_sapo.types import Completion, Prompt, RowError
+
+
+def sft(config: SftConfig, console: Console | None = None) -> dict:
+    """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
+    core = build_sft(config, console or Console())
+    column, train = config.data.columns["response"], config.train
+    core.evaluator.at(core.progress.step, last=train.steps)
+    with core.console.progress("sft", train.steps, core.progress.step) as show:
+        for step in range(core.progress.step + 1, train.steps + 1):
+            started, meter = time.perf_counter(), StepMeter()
+            lr = core.policy.set_step(step - 1)
+            with meter.time("data"):
+                prompts = core.stream.take(train.rows_per_step)
+                rows = [(prompt, demonstration(core, prompt, column)) for prompt in prompts]
+            with meter.time("update"):
+                loss, norm = update(core, rows, train.tokens_per_microbatch)
+            core.progress.step, core.progress.seconds = (
+                step,
+                core.progress.seconds + time.perf_counter() - started,
+            )
+            record = (
+                {"step": step, "lr": lr, "loss": loss, "policy/grad_norm": norm}
+                | meter.record()
+                | {"loss": loss}
+            )
+            core.folder.append("metrics.jsonl", record)
+            show(step, f"loss {loss:.4f}  {record['time/step']:.2f} s")
+            core.evaluator.at(step, last=train.steps)
+            core.checkpoint_if_due(step)
+    return core.finish(train.steps)
+
+
+def demonstration(core: Core, prompt: Prompt, column: str) -> Completion:
+    """The row's demonstration as a finished response."""
+    text = prompt.example.columns.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(
+            f"row {prompt.example.id}: field {column} holds no demonstration; give it one or filter it out"
+        )
+    return core.stream.encode.respond(prompt, text)
+
+
+def update(core: Core, rows: list[tuple[Prompt, Completion]], budget: int) -> tuple[float, float]:
+    """One optimizer update on all rows; returns the loss per token and the gradient's norm."""
+    tokens = sum(len(completion.ids) for _, completion in rows)
+    loss = 0.0
+    for chosen in pack(rows, budget):
+        prompts, completions = zip(*(rows[index] for index in chosen), strict=True)
+        logprobs, _ = core.policy.logprobs(pad_inputs(list(prompts), [item.ids for item in completions]))
+        loss += core.policy.backward(-logprobs.sum() / tokens)
+    return loss, core.policy.step()

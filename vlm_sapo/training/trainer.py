@@ -1,0 +1,89 @@
+"""Reinforcement learning: the loop."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.metrics import StepMeter, group_metrics
+from vlm_sapo.training.build import Training, build_training
+from vlm_sapo.types import Group
+
+
+def train(config: TrainConfig, console: Console | None = None) -> dict:
+    """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
+    console = console or Console()
+    training = build_training(config, console)
+    core, policy, steps = training.core, training.core.policy, config.train.steps
+    if core.progress.step >= steps and (summary := RunFolder(core.folder.path).summary()) is not None:
+        console.say("this run is finished; start it anew with run.overwrite=true or another run.dir")
+        return summary
+    core.evaluator.at(core.progress.step, last=steps)
+    with console.progress("train", steps, core.progress.step) as show:
+        for step in range(core.progress.step + 1, steps + 1):
+            started, meter = time.perf_counter(), StepMeter(training.loss.describe)
+            lr = policy.set_step(step - 1)
+            groups = draw(training, step, meter)
+            advantages = [advantages_of(training, group) for group in groups]
+            batch = training.split(groups, advantages)
+            with meter.time("old_logprobs"):
+                policy.score(batch)
+            with meter.time("update"):
+                for minibatch in batch:
+                    for micro in minibatch.micros:
+                        logprobs, entropies = policy.logprobs(micro.inputs)
+                        loss = policy.backward(training.loss(logprobs, micro, minibatch))
+                        mask = micro.inputs.response_mask.to(logprobs.device)
+                        meter.add(loss, logprobs, entropies, micro.old, micro.advantages, mask)
+                    if minibatch.micros:
+                        meter.close_minibatch(policy.step())
+            core.progress.step, core.progress.seconds = (
+                step,
+                core.progress.seconds + time.perf_counter() - started,
+            )
+            record = (
+                {"step": step, "lr": lr} | meter.record() | group_metrics(groups, meter.seconds["rollout"])
+            )
+            core.folder.append("metrics.jsonl", record)
+            training.log_rollouts(step, groups, advantages)
+            show(step, headline(record))
+            core.evaluator.at(step, last=steps)
+            core.checkpoint_if_due(step)
+    training.engine.close()
+    return core.finish(steps)
+
+
+def draw(training: Training, step: int, meter: StepMeter) -> list[Group]:
+    """The step's groups: prompts from the stream, responses from the engine, scores from the reward."""
+    with meter.time("data"):
+        prompts = training.core.stream.take(training.prompts_per_step)
+    with meter.time("rollout"):
+        training.engine.sync(training.core.policy.vlm)
+        responses = training.engine.generate(prompts, training.sampling_at(step))
+    with meter.time("reward"):
+        return [
+            Group(
+                prompt, tuple(drawn), tuple(training.reward(response, prompt.example) for response in drawn)
+            )
+            for prompt, drawn in zip(prompts, responses, strict=True)
+        ]
+
+
+def advantages_of(training: Training, group: Group) -> torch.Tensor:
+    """[G] float64 advantages of a group's rewards."""
+    return training.advantage(torch.tensor([score.total for score in group.scores], dtype=torch.float64))
+
+
+def headline(record: dict) -> str:
+    """The numbers of a step that matter most, for the console."""
+    update = record.get("policy/effective_update")
+    return (
+        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}  "
+        f"entropy {record.get('policy/entropy', float('nan')):.3f}  "
+        + (f"effective update {update:.3f}  " if update is not None else "no group with variance  ")
+        + f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
+    )
