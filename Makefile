@@ -28,7 +28,9 @@ lint: setup
 # Makes the weights in data/shapes/cold_start again (about 20 minutes on two cores).
 coldstart: setup
 	$(BIN)/vlm-sapo new-model runs/cold_start_init --corpus data/shapes.py:corpus
-	$(BIN)/vlm-sapo sft cold_start
+	$(BIN)/vlm-sapo sft cold_start run.name=cold_start_look data.args.look_share=1.0
+	$(BIN)/vlm-sapo sft cold_start model.path=runs/cold_start_look/final train.steps=400 train.lr=3e-4
+	rm -rf data/shapes/cold_start && mkdir -p data/shapes && cp -r runs/cold_start/final data/shapes/cold_start
 
 clean:
 	rm -rf .venv runs dist build

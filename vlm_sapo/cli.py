@@ -81,14 +81,22 @@ def _report(summary: dict) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one sentence on standard error and exit code 1."""
+    """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
     try:
         app()
     except ValueError as error:
-        if type(error).__module__ == "builtins" and error.__traceback__ is not None and "--debug" in sys.argv:
+        if not _raised_here(error):
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the error was raised by this package's own code, and not inside a library."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 if __name__ == "__main__":

@@ -128,8 +128,8 @@ class ExampleSet(Sequence):
         marks = str(problem).count(MARK)
         if marks not in (0, len(images)):
             raise RowError(
-                f"{label}: field {where['problem']} has {marks} {MARK} marks and the row {len(images)} pictures; "
-                "give one mark per picture, or none to put the pictures first"
+                f"{label}: field {where['problem']} has {marks} {MARK} marks "
+                f"and the row {len(images)} pictures; give one mark per picture, or none to put the pictures first"
             )
         others = {name: value for name, value in row.items() if name != where.get("images")}
         return Example(id=key, problem=str(problem), answer=str(answer), images=images, columns=others)
@@ -152,15 +152,13 @@ class ExampleSet(Sequence):
 
 
 def _matching(rows: Sequence[Row], keep: Mapping[str, Any], name: str) -> list[int]:
-    known = rows.column_names if hasattr(rows, "column_names") else list(rows[0])
     for column in keep:
-        _check_column(column, known, f"data.filter.{column}", name)
-    narrow = rows.select_columns(list(keep)) if hasattr(rows, "select_columns") else rows
+        _check_column(column, rows[0], f"data.filter.{column}", name)
     wanted = {column: value if isinstance(value, list) else [value] for column, value in keep.items()}
     return [
         index
-        for index in range(len(narrow))
-        if all(narrow[index].get(column) in values for column, values in wanted.items())
+        for index, row in enumerate(rows)
+        if all(row.get(column) in values for column, values in wanted.items())
     ]
 
 
@@ -170,7 +168,7 @@ def _complete(given: Mapping[str, str], row: Row, name: str) -> dict[str, str]:
         _check_column(column, row, f"data.columns.{field}", name)
     columns = {"problem": "problem", "answer": "answer", "id": "id"} | dict(given)
     if "images" not in columns:
-        columns |= {"images": name for name in ("image", "images") if name in row}
+        columns |= next(({"images": usual} for usual in ("images", "image") if usual in row), {})
     for field in ("problem", "answer"):
         _check_column(columns[field], row, f"data.columns.{field}", name)
     return columns

@@ -33,7 +33,8 @@ class Encoder:
         self.max_pixels = max_pixels or size["longest_edge"]
         if self.min_pixels > self.max_pixels:
             raise ValueError(
-                f"model.min_pixels ({self.min_pixels}) must not exceed max_pixels ({self.max_pixels}); lower it"
+                f"model.min_pixels ({self.min_pixels}) must not exceed model.max_pixels "
+                f"({self.max_pixels}); lower it"
             )
 
     def __call__(self, example: Example) -> Prompt:
@@ -65,17 +66,15 @@ class Encoder:
         return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
 
     def _resize(self, example: Example, number: int):
-        request = {
-            "image": example.images[number],
-            "min_pixels": self.min_pixels,
-            "max_pixels": self.max_pixels,
-        }
+        picture = example.images[number]
+        request = {"image": picture, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         try:
             return fetch_image(request, image_patch_size=self.vlm.processor.image_processor.patch_size)
         except (ValueError, ZeroDivisionError) as error:
-            size = "x".join(map(str, example.images[number].size))
+            size = "x".join(map(str, picture.size))
             raise RowError(
-                f"row {example.id}: picture {number + 1} ({size}) cannot be resized ({error}); crop or remove it"
+                f"row {example.id}: picture {number + 1} ({size}) cannot be resized ({error}); "
+                "crop or remove it"
             ) from error
 
     def _messages(self, example: Example) -> list[dict]:

@@ -61,6 +61,8 @@ class Shape:
     head_dim: int = 24
     patch: int = 8
     max_pixels: int = 64 * 64
+    init_std: float = 0.08
+    """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
 
 
 def new_model(
@@ -147,12 +149,18 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "tie_word_embeddings": True,
+        "initializer_range": shape.init_std,
     }
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
     return AutoConfig.for_model(
         family,
         text_config=text,
-        vision_config={"patch_size": shape.patch, **vision_sizes(family, shape)},
+        initializer_range=shape.init_std,
+        vision_config={
+            "patch_size": shape.patch,
+            "initializer_range": shape.init_std,
+            **vision_sizes(family, shape),
+        },
         image_token_id=ids["image_token"],
         video_token_id=ids["video_token"],
         vision_start_token_id=ids["vision_bos_token"],

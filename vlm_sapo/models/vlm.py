@@ -112,14 +112,15 @@ def load_vlm(
     check_folder(path)
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
         ) from error
     if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
         raise ValueError(
-            f"model.path ({path}) is a {model.config.model_type}; use a Qwen2-VL, 2.5-VL or 3-VL model"
+            f"model.path ({path}) is a {model.config.model_type}; "
+            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
         )
     model.to(device).train()
     silence_dropout(model)
@@ -140,8 +141,8 @@ def check_folder(path: str) -> None:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise ValueError(
-            f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, the tokenizer "
-            "files and the chat template of the original checkpoint into the folder"
+            f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, "
+            "the tokenizer files and the chat template of the original checkpoint into the folder"
         )
 
 
