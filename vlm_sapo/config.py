@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlm_sapo.plugins import shipped
 
@@ -156,6 +156,11 @@ class Algo(Section):
     """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss and of its denominator."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _sapo_by_default(cls, value: Any) -> Any:
+        return {"type": "sapo"} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _gspo_is_sequence_level(self):

@@ -22,7 +22,8 @@ def gate_weight(ratio: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
 
 def temperature(advantage: torch.Tensor, *, tau_pos: float, tau_neg: float) -> torch.Tensor:
     """tau_pos where the advantage is positive, else tau_neg."""
-    return torch.where(advantage > 0, tau_pos, tau_neg).to(advantage.dtype)
+    positive, other = advantage.new_tensor(tau_pos), advantage.new_tensor(tau_neg)
+    return torch.where(advantage > 0, positive, other)
 
 
 def sapo(log_ratio: torch.Tensor, advantage: torch.Tensor, *, tau_pos: float, tau_neg: float) -> torch.Tensor:

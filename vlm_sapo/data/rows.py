@@ -129,7 +129,8 @@ class ExampleSet(Sequence):
         if marks not in (0, len(images)):
             raise RowError(
                 f"{label}: field {where['problem']} has {marks} {MARK} marks "
-                f"and the row {len(images)} pictures; give one mark per picture, or none to put the pictures first"
+                f"and the row {len(images)} pictures; "
+                "give one mark per picture, or none to put the pictures first"
             )
         others = {name: value for name, value in row.items() if name != where.get("images")}
         return Example(id=key, problem=str(problem), answer=str(answer), images=images, columns=others)

@@ -14,6 +14,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from vlm_sapo.types import Example
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+LETTER = re.compile(r"^\(?[A-Za-z]\)?[.:)]\s+")
 OPTION_COLUMNS = ("choices", "options")
 
 
@@ -70,31 +71,29 @@ def choice(response: str, example: Example) -> float:
     if not answer:
         return 0.0
     given = next((example.columns[name] for name in OPTION_COLUMNS if example.columns.get(name)), ())
-    options = [_plain(str(option)) for option in given]
+    options = [_plain(LETTER.sub("", str(option).strip())) for option in given]
     gold, chosen = _option(example.answer, options), _option(answer, options)
     return float(gold is not None and chosen == gold)
 
 
 def _option(text: str, options: list[str]) -> int | None:
     """Index of the option that the text names, or None."""
-    text = text.strip()
-    if _plain(text) in options:
-        return options.index(_plain(text))
-    match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]?\s+(.*)|[.:])?", text, re.DOTALL)
+    text = _plain(text)
+    if text in options:
+        return options.index(text)
+    match = re.fullmatch(r"\(?([a-z])\)?(?:[.:)]?\s+(.*)|[.:)])?", text, re.DOTALL)
     if not match:
         return None
-    index = string.ascii_uppercase.index(match[1].upper())
-    told = match[2] and _plain(match[2])
-    if options and (index >= len(options) or (told and told != options[index])):
+    index = string.ascii_lowercase.index(match[1])
+    if options and (index >= len(options) or (match[2] and match[2] != options[index])):
         return None
     return index
 
 
 def _plain(text: str) -> str:
-    """Text without case, option letter, dollar signs, outer spaces and final full stop."""
-    text = re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text.strip())
-    text = re.sub(r"^\(?[A-Za-z]\)?[.:)]\s+", "", text)
-    return re.sub(r"\s+", " ", text.replace("$", "")).strip().rstrip(".").casefold()
+    """Text without case, LaTeX text commands, dollar signs, doubled or outer spaces and final full stop."""
+    text = re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text)
+    return " ".join(text.replace("$", "").split()).rstrip(".").casefold()
 
 
 def format(response: str, example: Example, *, pattern: str = r"<think>.*</think>.*\\boxed\{.*\}.*") -> float:

@@ -54,7 +54,8 @@ class Evaluator:
         low, high = result["ci95"]
         self.console.say(
             f"held-out pass@1 after {step} steps: {result['pass@1']:.3f}  "
-            f"(95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
+            f"(95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, "
+            f"{result['response_tokens']:.1f} tokens per response)"
         )
         self.console.samples(records[:3])
 

@@ -1,0 +1,96 @@
+"""Tiny real models, shared by all tests. They are built once per session and never changed in place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageDraw
+
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.tiny import Shape, new_model
+from vlm_sapo.models.vlm import VLM, load_vlm
+from vlm_sapo.types import Completion, Example, Prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
+CORPUS = ["How many red shapes are there? \\boxed{2}", "Find x. The answer is 12."] * 20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one precision per process; each test may choose its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """`model_folder(family)`: a folder with a tiny model of the family."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen3_vl") -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            new_model(made[family], family=family, corpus=CORPUS, shape=SMALL)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def vlm(model_folder) -> VLM:
+    return load_vlm(str(model_folder()))
+
+
+@pytest.fixture
+def encoder(vlm) -> Encoder:
+    return Encoder(vlm)
+
+
+def picture(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:
+    """A drawn picture that differs by number."""
+    image = Image.new("RGB", size, (240, 240, 240))
+    draw = ImageDraw.Draw(image)
+    for index in range(number + 1):
+        draw.rectangle(
+            (5 * index, 3 * index, 5 * index + 9, 3 * index + 12), fill=(40 * index % 255, 90, 200)
+        )
+    return image
+
+
+def example(
+    number: int = 0, *, pictures: int = 1, problem: str = "How many red shapes are there?", **columns
+):
+    images = tuple(picture(number + index, (48, 48 - 16 * (index % 2))) for index in range(pictures))
+    return Example(id=f"e{number}", problem=problem, answer="2", images=images, columns=columns)
+
+
+def completion(ids: list[int], finish: str = "stop") -> Completion:
+    return Completion(ids=torch.tensor(ids), logprobs=torch.zeros(len(ids)), text="", finish=finish)
+
+
+@dataclass(frozen=True)
+class Rows:
+    prompts: list[Prompt]
+    completions: list[Completion]
+
+
+@pytest.fixture
+def rows(encoder) -> Rows:
+    """Four prompts with 0 to 2 pictures and responses of unequal length."""
+    prompts = [encoder(example(number, pictures=count)) for number, count in enumerate((1, 2, 0, 1))]
+    lengths = (5, 1, 9, 3)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(10, 200, (length,), generator=generator).tolist() for length in lengths]
+    return Rows(prompts, [completion(ids) for ids in drawn])

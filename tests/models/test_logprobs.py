@@ -1,0 +1,127 @@
+"""The training pass against the model's own forward, and against itself in other arrangements."""
+
+import pytest
+import torch
+
+from tests.conftest import FAMILIES, example
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.logprobs import PlainPass, pack, pad_inputs
+from vlm_sapo.models.vlm import load_vlm
+
+
+def inputs_of(rows):
+    return pad_inputs(rows.prompts, [completion.ids for completion in rows.completions])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_agrees_with_the_models_own_forward(model_folder, family):
+    """One prompt with two pictures, through transformers' public call that derives its own positions."""
+    vlm = load_vlm(str(model_folder(family)))
+    encoder = Encoder(vlm)
+    prompt = encoder(example(1, pictures=2, problem="<image>Compare<image>these."))
+    response = torch.tensor([20, 30, 40, 2])
+    logprobs, entropies = PlainPass(vlm, temperature=0.7)(pad_inputs([prompt], [response]))
+    ids = torch.cat([prompt.ids, response])[None]
+    with torch.no_grad():
+        logits = vlm.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
+            pixel_values=prompt.pixels,
+            image_grid_thw=prompt.grid,
+        ).logits[0, len(prompt.ids) - 1 : -1]
+    logits[:, vlm.banned] = float("-inf")
+    expected = (logits / 0.7).log_softmax(-1)
+    assert torch.allclose(logprobs[0], expected.gather(-1, response[:, None])[:, 0], atol=1e-5)
+    probabilities = expected.exp()
+    entropy = -torch.where(probabilities > 0, probabilities * expected, 0.0).sum(-1)
+    assert torch.allclose(entropies[0], entropy, atol=1e-5)
+
+
+def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
+    together, _ = PlainPass(vlm)(inputs_of(rows))
+    for row, (prompt, response) in enumerate(zip(rows.prompts, rows.completions, strict=True)):
+        alone, _ = PlainPass(vlm)(pad_inputs([prompt], [response.ids]))
+        assert torch.allclose(together[row, : len(response.ids)], alone[0], atol=1e-5)
+        assert not together[row, len(response.ids) :].any()
+
+
+def test_only_response_tokens_are_scored(vlm, rows):
+    """Other targets outside the mask change nothing."""
+    inputs = inputs_of(rows)
+    before, _ = PlainPass(vlm)(inputs)
+    noise = torch.where(inputs.response_mask, inputs.targets, torch.randint(0, 200, inputs.targets.shape))
+    after, _ = PlainPass(vlm)(type(inputs)(**(vars(inputs) | {"targets": noise})))
+    assert torch.equal(before, after)
+
+
+def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
+    """A token that follows a response, or pads it, cannot change the loss: causality of the layout."""
+    inputs = inputs_of(rows)
+    before, _ = PlainPass(vlm)(inputs)
+    inputs.ids[inputs.mask == 0] = 77
+    after, _ = PlainPass(vlm)(inputs)
+    assert torch.equal(before, after)
+
+
+def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch):
+    import vlm_sapo.models.logprobs as module
+
+    inputs = inputs_of(rows)
+    whole, _ = PlainPass(vlm)(inputs)
+    whole.sum().backward()
+    gradient = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
+    vlm.zero_grad()
+    monkeypatch.setattr(module, "CHUNK", 4)
+    vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    chunked, _ = PlainPass(vlm)(inputs)
+    chunked.sum().backward()
+    assert torch.allclose(whole, chunked, atol=1e-6)
+    for name, parameter in vlm.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(gradient[name], parameter.grad, atol=1e-5), name
+
+
+def test_banned_tokens_have_no_probability(vlm, rows):
+    hidden = torch.randn(3, vlm.model.config.get_text_config().hidden_size)
+    logprobs = vlm.logits(hidden).log_softmax(-1)
+    assert (logprobs[:, vlm.banned] == float("-inf")).all()
+    assert torch.allclose(logprobs.exp().sum(-1), torch.ones(3))
+
+
+def test_freezing_by_part(vlm):
+    def trained(parts):
+        vlm.freeze(parts)
+        return {name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad}
+
+    everything = trained([])
+    vision = everything - trained(["vision"])
+    merger = everything - trained(["merger"])
+    language = everything - trained(["language"])
+    assert vision | merger | language == everything
+    assert not vision & merger and not vision & language
+    assert all("merger" in name for name in merger) and all(
+        "visual.blocks" in n for n in vision if "blocks" in n
+    )
+    assert any("deepstack_merger_list" in name for name in merger)
+    assert any(name.startswith("model.language_model.layers") for name in language)
+
+
+def test_packing_respects_the_budget_and_drops_nothing(rows):
+    pairs = list(zip(rows.prompts, rows.completions, strict=True)) * 3
+    sizes = [len(prompt.ids) + len(response.ids) for prompt, response in pairs]
+    bins = pack(pairs, 3 * max(sizes))
+    assert sorted(index for chosen in bins for index in chosen) == list(range(12))
+    assert all(max(sizes[index] for index in chosen) * len(chosen) <= 3 * max(sizes) for chosen in bins)
+    assert len(pack(pairs, 1)) == 12
+
+
+def test_a_folder_without_a_processor_is_named(model_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(model_folder(), tmp_path / "bare")
+    (tmp_path / "bare/processor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"model.path .* holds a qwen3_vl model but no processor; copy"):
+        load_vlm(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="config.json is missing"):
+        load_vlm(str(tmp_path))

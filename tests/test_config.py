@@ -1,0 +1,103 @@
+"""Config files: every shipped one loads, mistakes are sentences that name the field and the remedy."""
+
+import inspect
+from functools import partial
+
+import pytest
+
+from vlm_sapo import config as cfg
+from vlm_sapo.algo.objectives import OBJECTIVES
+from vlm_sapo.plugins import shipped
+
+SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
+
+
+def kind_of(name: str):
+    return cfg.SftConfig if name == "cold_start" else cfg.TrainConfig
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\ndata: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
+    return partial(cfg.load, cfg.TrainConfig, str(path))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
+    config = cfg.load(kind_of(name), name)
+    (tmp_path / "again.yaml").write_text(cfg.dump(config))
+    assert cfg.load(kind_of(name), str(tmp_path / "again.yaml")) == config
+
+
+def test_numbers_are_numbers(load):
+    config = load(["train.lr=1e-6", "algo.objective.tau_neg=1.2", "data.args.rate=1e-3"])
+    assert config.train.lr == 1e-6
+    assert config.algo.objective.tau_neg == 1.2
+    assert config.data.args["rate"] == 1e-3
+
+
+def test_overrides_reach_lists_and_replace_values(load):
+    config = load(["reward.0.weight=0.5", "model.freeze=[vision, merger]", "run.dir=/tmp/x"])
+    assert config.reward[0].weight == 0.5
+    assert config.model.freeze == ["vision", "merger"]
+    assert str(config.run.folder) == "/tmp/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stepz=3", "train.stepz is not a field; did you mean train.steps?"),
+        ("algo.objective={type: sapo, tau_plus: 1}", "algo.objective.tau_plus is not a field; did you mean"),
+        ("algo.objective={type: grpo, tau_pos: 1}", "algo.objective.tau_pos is not a field"),
+        ("trian={}", "trian is not a field; did you mean train?"),
+        ("reward.0.wieght=2", "reward.0.wieght is not a field; did you mean reward.0.weight?"),
+        ("train.prompts_per_step=30", "(30) must be divisible by minibatches (4); use 28 or 32"),
+        ("algo.objective={type: gspo}", "set algo.ratio=sequence"),
+        (
+            "algo.objective.tau_neg=0",
+            "algo.objective.tau_neg (0) is not valid: input should be greater than 0",
+        ),
+        ("train.lr=fast", "train.lr ('fast') is not valid"),
+        ("data.template=hello", "template must contain {problem}"),
+        ("rollout.group=1", "rollout.group (1) is not valid"),
+        ("eval.part=style", "eval.part (style) must be one of the reward's parts: math"),
+        ("reward.3.weight=1", "must name an entry from 0 to 0"),
+        ("nonsense", "must look like section.field=value"),
+    ],
+)
+def test_mistakes_are_sentences(load, override, sentence):
+    with pytest.raises(ValueError) as error:
+        load([override])
+    assert sentence in str(error.value)
+
+
+def test_a_missing_field_says_how_to_give_it(tmp_path):
+    (tmp_path / "x.yaml").write_text("data: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
+    with pytest.raises(ValueError, match="model is missing; add it .* as model="):
+        cfg.load(cfg.TrainConfig, str(tmp_path / "x.yaml"))
+
+
+def test_an_unknown_config_lists_the_shipped_ones():
+    with pytest.raises(ValueError, match="quickstart"):
+        cfg.load(cfg.TrainConfig, "quickstrat")
+
+
+@pytest.mark.parametrize("section", [cfg.Sapo, cfg.Grpo, cfg.Gspo, cfg.Cispo])
+def test_an_objective_has_exactly_the_parameters_of_its_section(section):
+    name = section.model_fields["type"].annotation.__args__[0]
+    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert keywords == set(section.model_fields) - {"type"}
+
+
+def test_every_field_has_a_text():
+    def walk(section):
+        for name, field in section.model_fields.items():
+            inner = cfg._sections(field.annotation)
+            for other in inner:
+                yield from walk(other)
+            if not inner and name != "type" and not field.description:
+                yield f"{section.__name__}.{name}"
+
+    assert list(walk(cfg.TrainConfig)) + list(walk(cfg.SftConfig)) == []

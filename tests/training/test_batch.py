@@ -1,0 +1,195 @@
+"""The gradient of a mini-batch: what is in it, and that no arrangement changes it."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.conftest import completion, example
+from vlm_sapo.algo.advantages import zscore
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.training.batch import minibatches
+from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.policy import Policy, schedule_factor
+from vlm_sapo.types import Group, Sampling, Score
+
+OBJECTIVES = {
+    "sapo": {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
+    "grpo": {"type": "grpo", "low": 0.2, "high": 0.2},
+    "gspo": {"type": "gspo", "low": 3e-4, "high": 4e-4},
+    "cispo": {"type": "cispo", "cap": 5.0},
+}
+REDUCTIONS = ("sequence_mean", "token_mean", "constant")
+
+
+def loss_of(objective="sapo", reduction="sequence_mean", ratio="token", kl=0.0):
+    return build_loss(OBJECTIVES[objective], ratio=ratio, reduction=reduction, kl=kl, max_tokens=16)
+
+
+def make_policy(folder, **options) -> Policy:
+    return Policy(load_vlm(str(folder)), Accelerator(cpu=True), total_steps=10, lr=1e-3, **options)
+
+
+def draw_groups(policy, encoder, rewards) -> list[Group]:
+    prompts = [encoder(example(number, pictures=number % 3)) for number in range(len(rewards))]
+    drawn = HfEngine(policy.vlm, prompts_per_batch=8).generate(
+        prompts, Sampling(len(rewards[0]), 12, 1.0, seed=0)
+    )
+    return [
+        Group(prompt, tuple(responses), tuple(Score(value, {}) for value in values))
+        for prompt, responses, values in zip(prompts, drawn, rewards, strict=True)
+    ]
+
+
+REWARDS = [[1, 0, 0, 1], [0.5, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]
+
+
+def advantages(groups):
+    return [zscore(torch.tensor([score.total for score in g.scores], dtype=torch.float64)) for g in groups]
+
+
+def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options):
+    """Loss and flat gradient of one mini-batch of all groups; old log-probs are shifted to leave the policy."""
+    [minibatch] = minibatches(groups, values or advantages(groups), count=1, budget=budget, **options)
+    policy.score([minibatch])
+    total = 0.0
+    for micro in minibatch.micros:
+        micro.old = micro.old + shift
+        logprobs, _ = policy.logprobs(micro.inputs)
+        total += policy.backward(loss(logprobs, micro, minibatch))
+    flat = torch.cat(
+        [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
+    )
+    policy.optimizer.zero_grad()
+    return total, flat, minibatch
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_token_budget_changes_no_gradient(model_folder, encoder, objective, reduction):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    loss = loss_of(objective, reduction)
+    whole, expected, one = gradient(policy, groups, loss, budget=10**6, shift=0.1)
+    parts, found, many = gradient(policy, groups, loss, budget=1, shift=0.1)
+    assert len(one.micros) == 1 and len(many.micros) == 12
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_on_policy_all_objectives_have_one_gradient(model_folder, encoder, reduction):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    _, expected, _ = gradient(policy, groups, loss_of("sapo", reduction), budget=10**6)
+    for objective in ("grpo", "gspo", "cispo"):
+        _, found, _ = gradient(policy, groups, loss_of(objective, reduction), budget=10**6)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_groups_without_variance_cost_nothing_and_still_count(model_folder, encoder):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    _, _, minibatch = gradient(policy, groups, loss_of(), budget=10**6)
+    assert minibatch.num_sequences == 16
+    assert sum(len(micro.advantages) for micro in minibatch.micros) == 12
+    assert minibatch.num_tokens == sum(len(c.ids) for group in groups for c in group.completions)
+    _, flat, empty = gradient(policy, groups[2:3], loss_of(), budget=10**6)
+    assert empty.micros == [] and not flat.any()
+
+
+def test_truncated_responses_leave_the_denominator_when_masked(model_folder, encoder):
+    policy = make_policy(model_folder())
+    prompt = encoder(example())
+    responses = (completion([20, 21, 2]), completion([22, 23], finish="length"), completion([24, 2]))
+    group = Group(prompt, responses, tuple(Score(value, {}) for value in (1.0, 0.0, 0.0)))
+    [kept] = minibatches([group], advantages([group]), count=1, budget=10**6)
+    [masked] = minibatches([group], advantages([group]), count=1, budget=10**6, mask_truncated=True)
+    assert (kept.num_sequences, kept.num_tokens) == (3, 7)
+    assert (masked.num_sequences, masked.num_tokens) == (2, 5)
+    assert len(masked.micros[0].advantages) == 2
+    assert policy.logprobs(masked.micros[0].inputs)[0].shape == (2, 3)
+
+
+def test_the_first_minibatch_has_ratio_exactly_one(model_folder, encoder):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    batch = minibatches(groups, advantages(groups), count=2, budget=120)
+    policy.score(batch)
+    loss = loss_of()
+    for micro in batch[0].micros:
+        logprobs, _ = policy.logprobs(micro.inputs)
+        assert torch.equal(logprobs.detach(), micro.old)
+        policy.backward(loss(logprobs, micro, batch[0]))
+    policy.step()
+    moved = [(policy.logprobs(m.inputs)[0].detach() - m.old).abs().max() for m in batch[1].micros]
+    assert max(moved) > 1e-4
+
+
+def test_only_response_tokens_are_in_the_loss(model_folder, encoder):
+    """Old log-probs, advantages' rows and targets off the mask are garbage; the gradient doesn't notice."""
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    loss = loss_of()
+    _, expected, _ = gradient(policy, groups, loss, budget=10**6, shift=0.1)
+    [minibatch] = minibatches(groups, advantages(groups), count=1, budget=10**6)
+    policy.score([minibatch])
+    [micro] = minibatch.micros
+    mask = micro.inputs.response_mask
+    micro.old = torch.where(mask, micro.old + 0.1, float("nan"))
+    micro.inputs.targets[~mask] = 99
+    assert mask.sum() == sum(len(c.ids) for g in groups[:2] + groups[3:] for c in g.completions)
+    logprobs, _ = policy.logprobs(micro.inputs)
+    policy.backward(loss(logprobs, micro, minibatch))
+    found = torch.cat([p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None])
+    assert torch.equal(found, expected)
+
+
+def test_kl_pulls_towards_the_reference(model_folder, encoder):
+    reference = load_vlm(str(model_folder()), freeze=["vision", "merger", "language"])
+    policy = make_policy(model_folder(), reference=reference)
+    groups = draw_groups(policy, encoder, REWARDS)
+    with torch.no_grad():
+        for parameter in policy.vlm.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    total, _, minibatch = gradient(policy, groups, loss_of(kl=1.0), budget=10**6)
+    none, _, _ = gradient(policy, groups, loss_of(kl=0.0), budget=10**6)
+    assert total > none + 1e-4
+    for _ in range(20):
+        for micro in minibatch.micros:
+            logprobs, _ = policy.logprobs(micro.inputs)
+            micro.advantages.zero_()
+            divergence = policy.backward(loss_of(kl=1.0)(logprobs, micro, minibatch))
+        policy.step()
+    assert divergence < 0.7 * total
+
+
+def test_a_gated_update_raises_good_responses(model_folder, encoder):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS[:1])
+    loss = loss_of()
+    [minibatch] = minibatches(groups, advantages(groups), count=1, budget=10**6)
+    policy.score([minibatch])
+    [micro] = minibatch.micros
+    for _ in range(5):
+        logprobs, _ = policy.logprobs(micro.inputs)
+        policy.backward(loss(logprobs, micro, minibatch))
+        policy.step()
+    change = (policy.logprobs(micro.inputs)[0].detach() - micro.old).sum(-1)
+    good = micro.advantages[:, 0] > 0
+    assert change[good].mean() > 0 > change[~good].mean()
+
+
+def test_everything_frozen_is_an_error(model_folder):
+    frozen = load_vlm(str(model_folder()), freeze=["vision", "merger", "language"])
+    with pytest.raises(ValueError, match="model.freeze must leave something to train"):
+        Policy(frozen, Accelerator(cpu=True), total_steps=1, lr=1e-3)
+
+
+def test_schedules():
+    def factors(kind):
+        return [schedule_factor(step, kind=kind, warmup=2, total=10) for step in range(10)]
+
+    assert factors("constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
+    assert factors("linear")[2:] == pytest.approx([1 - k / 8 for k in range(8)])
+    assert factors("cosine")[2] == 1.0 and factors("cosine")[6] == pytest.approx(0.5)

@@ -1,0 +1,208 @@
+"""Whole runs of the tiny model: what they write, how they resume, how they fail."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.conftest import ROOT, SHARED
+from vlm_sapo import config as cfg
+from vlm_sapo.cli import main
+from vlm_sapo.training.sft import sft
+from vlm_sapo.training.trainer import train
+
+REWARD = """
+def even(response, example):
+    return float(len(response) % 2)
+
+def broken(response, example):
+    raise RuntimeError("no idea")
+"""
+
+
+@pytest.fixture
+def settings(model_folder, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def make(*overrides, kind=cfg.TrainConfig):
+        values = {
+            "run": {"dir": str(tmp_path / "run")},
+            "model": {"path": str(model_folder())},
+            "data": {"source": "data/shapes.py:rows", "args": {"size": 20}},
+            "rollout": {"group": 4, "max_tokens": 8},
+            "reward": [{"name": f"{tmp_path}/reward.py:even"}],
+            "train": {"steps": 4, "lr": 1e-3},
+            "eval": {"data": {"source": "data/shapes.py:rows", "args": {"split": "test", "size": 6}}},
+            "checkpoint": {"every": 2},
+        }
+        if kind is cfg.TrainConfig:
+            values["train"] |= {"prompts_per_step": 4, "minibatches": 2}
+        else:
+            values["train"] |= {"rows_per_step": 8}
+            values["data"]["columns"] = {"response": "demonstration"}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return cfg.load(kind, str(path), list(overrides))
+
+    return make
+
+
+def metrics(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not re.match("time/|rollout/", k)} for row in rows]
+
+
+def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
+    summary = train(settings())
+    run = tmp_path / "run"
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["seconds"] > 0
+    for name in ("eval_before", "eval_after"):
+        low, high = summary[name]["ci95"]
+        assert low <= summary[name]["pass@1"] <= high and summary[name]["n"] == 6
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    names = (
+        "loss",
+        "reward/mean",
+        "reward/even",
+        "policy/grad_norm",
+        "policy/effective_update",
+        "time/rollout",
+    )
+    assert all(name in row for name in names for row in rows)
+    assert rows[0]["minibatch0/ratio_max"] == 1.0 and rows[0]["minibatch0/effective_update"] == 1.0
+    rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    assert {"step", "id", "response", "parts", "advantage"} <= set(rollout)
+    assert cfg.load(cfg.TrainConfig, str(run / "config.yaml")) == settings()
+    AutoModelForImageTextToText.from_pretrained(run / "final")
+    AutoProcessor.from_pretrained(run / "final")
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert "held-out pass@1 after 0 steps" in capsys.readouterr().out
+
+
+def test_a_resumed_run_equals_the_whole_one(settings, tmp_path):
+    train(settings(f"run.dir={tmp_path}/whole"))
+    train(settings(f"run.dir={tmp_path}/cut", "train.steps=2"))
+    cut = tmp_path / "cut"
+    text = (cut / "config.yaml").read_text().replace("steps: 2", "steps: 4")
+    (cut / "config.yaml").write_text(text)
+    (cut / "metrics.jsonl").open("a").write('{"step": 3, "loss": 99}\n{"st')  # a step that was under way
+    train(settings(f"run.dir={cut}"))
+    assert metrics(cut) == metrics(tmp_path / "whole")
+    one, two = (AutoModelForImageTextToText.from_pretrained(tmp_path / n / "final") for n in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_finished_run_is_reported_and_another_config_refused(settings, tmp_path, capsys):
+    first = train(settings())
+    assert train(settings()) == first
+    assert "this run is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a run with another config, which differs in: lr"):
+        train(settings("train.lr=1e-4"))
+    train(settings("train.lr=1e-4", "train.steps=2", "run.overwrite=true"))
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_folder_that_is_no_run_is_left_alone(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="must be empty or hold a run"):
+        train(settings())
+    assert (tmp_path / "run/thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo.objective={type: grpo}", "algo.advantage=leave_one_out", "algo.reduction=token_mean"],
+        ["algo.objective={type: gspo}", "algo.ratio=sequence", "train.tokens_per_microbatch=100"],
+        [
+            "algo.objective={type: cispo}",
+            "algo.kl=0.01",
+            "algo.mask_truncated=true",
+            "algo.reduction=constant",
+        ],
+        ["train.precision=bf16", "model.gradient_checkpointing=true", "model.freeze=[vision, merger]"],
+    ],
+)
+def test_choices_combine(settings, tmp_path, overrides):
+    train(settings("train.steps=2", "eval.data=null", "checkpoint.every=0", *overrides))
+    assert len(metrics(tmp_path / "run")) == 2
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_one_minibatch_warns(settings, capsys):
+    train(settings("train.steps=1", "train.minibatches=1", "eval.data=null"))
+    assert "train.minibatches is 1" in capsys.readouterr().out
+
+
+def test_frozen_parts_stay_as_they_were(settings, tmp_path, model_folder):
+    train(settings("train.steps=2", "eval.data=null", "model.freeze=[vision]"))
+    before = AutoModelForImageTextToText.from_pretrained(model_folder()).state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/final").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("language_model" in name for name in changed)
+    assert any("merger" in name for name in changed)
+    assert not any("visual" in name and "merger" not in name for name in changed)
+
+
+def test_sft_lowers_its_loss_and_its_result_trains_on(settings, tmp_path):
+    summary = sft(settings("train.steps=30", "train.lr=1e-2", kind=cfg.SftConfig))
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert summary["steps"] == 30 and "eval_after" in summary
+    train(settings(f"model.path={tmp_path}/run/final", f"run.dir={tmp_path}/rl", "train.steps=1"))
+
+
+def test_a_broken_reward_stops_the_run(settings, tmp_path):
+    with pytest.raises(ValueError, match=r"reward broken, row train-\d+, response .* RuntimeError: no idea"):
+        train(settings(f"reward.0.name={tmp_path}/reward.py:broken", "eval.data=null"))
+
+
+def test_the_command_line_says_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv", ["vlm-sapo", "train", "quickstart", "model.path=/nowhere", f"run.dir={tmp_path}/r"]
+    )
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.startswith(
+        "error: model.path (/nowhere) must be a model folder or a hub id"
+    )
+
+
+GEOMETRY = SHARED / "data/geometry3k_formalgeo7k/problems.jsonl"
+
+
+@pytest.mark.skipif(not GEOMETRY.is_file(), reason="the real problems are not at ../shared/data")
+def test_two_steps_on_real_geometry(model_folder, tmp_path):
+    """The shipped Geometry3K config with model and data overridden on the command line."""
+    overrides = [
+        f"model.path={model_folder('qwen2_5_vl')}",
+        "model.min_pixels=1024",
+        "model.max_pixels=16384",
+        f"data.source={GEOMETRY}",
+        "data.split=null",
+        "data.filter={geometry3k_split: train}",
+        "data.columns={problem: problem_text_en, answer: problem_answer, id: problem_id}",
+        f"data.transform={ROOT}/data/formalgeo.py:last_sentence",
+        "eval.data=null",
+        "rollout.max_tokens=16",
+        "train.steps=2",
+        "train.prompts_per_step=8",
+        f"run.dir={tmp_path}/geometry",
+    ]
+    train(cfg.load(cfg.TrainConfig, "geometry3k", overrides))
+    rows = metrics(tmp_path / "geometry")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["prompt/tokens"] > 40
+    rollouts = [json.loads(line) for line in (tmp_path / "geometry/rollouts.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rollouts} == {1, 2}
+    assert all(
+        row["problem"].count(".") <= 2 and set(row["parts"]) == {"accuracy", "format"} for row in rollouts
+    )
