@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from vlm_sapo import config as cfg
+from vlm_sapo import configfile
 from vlm_sapo.algo.objectives import OBJECTIVES
 from vlm_sapo.plugins import shipped
 
@@ -20,14 +21,14 @@ def kind_of(name: str):
 def load(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: m}\ndata: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
-    return partial(cfg.load, cfg.TrainConfig, str(path))
+    return partial(configfile.load, cfg.TrainConfig, str(path))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
-    config = cfg.load(kind_of(name), name)
-    (tmp_path / "again.yaml").write_text(cfg.dump(config))
-    assert cfg.load(kind_of(name), str(tmp_path / "again.yaml")) == config
+    config = configfile.load(kind_of(name), name)
+    (tmp_path / "again.yaml").write_text(configfile.dump(config))
+    assert configfile.load(kind_of(name), str(tmp_path / "again.yaml")) == config
 
 
 def test_numbers_are_numbers(load):
@@ -75,12 +76,12 @@ def test_mistakes_are_sentences(load, override, sentence):
 def test_a_missing_field_says_how_to_give_it(tmp_path):
     (tmp_path / "x.yaml").write_text("data: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
     with pytest.raises(ValueError, match="model is missing; add it .* as model="):
-        cfg.load(cfg.TrainConfig, str(tmp_path / "x.yaml"))
+        configfile.load(cfg.TrainConfig, str(tmp_path / "x.yaml"))
 
 
 def test_an_unknown_config_lists_the_shipped_ones():
     with pytest.raises(ValueError, match="quickstart"):
-        cfg.load(cfg.TrainConfig, "quickstrat")
+        configfile.load(cfg.TrainConfig, "quickstrat")
 
 
 @pytest.mark.parametrize("section", [cfg.Sapo, cfg.Grpo, cfg.Gspo, cfg.Cispo])
@@ -94,7 +95,7 @@ def test_an_objective_has_exactly_the_parameters_of_its_section(section):
 def test_every_field_has_a_text():
     def walk(section):
         for name, field in section.model_fields.items():
-            inner = cfg._sections(field.annotation)
+            inner = configfile._sections(field.annotation)
             for other in inner:
                 yield from walk(other)
             if not inner and name != "type" and not field.description:

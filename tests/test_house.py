@@ -11,10 +11,11 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "algo", "plugins"},
+    {"types", "config", "configfile", "algo", "plugins"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
+    {"training.run"},
     {"training.build"},
     {"training.trainer", "training.sft"},
     {"cli"},

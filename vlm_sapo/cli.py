@@ -23,7 +23,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train a model by reinforcement learning."""
-    from vlm_sapo.config import TrainConfig, load
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
 
     parsed = load(TrainConfig, config, overrides or [])
     _quieten()
@@ -35,7 +36,8 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 @app.command()
 def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Cold start: supervised learning on demonstrations."""
-    from vlm_sapo.config import SftConfig, load
+    from vlm_sapo.config import SftConfig
+    from vlm_sapo.configfile import load
 
     parsed = load(SftConfig, config, overrides or [])
     _quieten()

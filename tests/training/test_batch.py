@@ -49,7 +49,9 @@ def advantages(groups):
 
 
 def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options):
-    """Loss and flat gradient of one mini-batch of all groups; old log-probs are shifted to leave the policy."""
+    flat = torch.cat(
+        [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
+    )
     [minibatch] = minibatches(groups, values or advantages(groups), count=1, budget=budget, **options)
     policy.score([minibatch])
     total = 0.0

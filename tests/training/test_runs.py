@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import ROOT, SHARED
 from vlm_sapo import config as cfg
+from vlm_sapo import configfile
 from vlm_sapo.cli import main
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
@@ -45,7 +46,7 @@ def settings(model_folder, tmp_path):
             values["data"]["columns"] = {"response": "demonstration"}
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(values))
-        return cfg.load(kind, str(path), list(overrides))
+        return configfile.load(kind, str(path), list(overrides))
 
     return make
 
@@ -77,7 +78,7 @@ def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
     assert rows[0]["minibatch0/ratio_max"] == 1.0 and rows[0]["minibatch0/effective_update"] == 1.0
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert {"step", "id", "response", "parts", "advantage"} <= set(rollout)
-    assert cfg.load(cfg.TrainConfig, str(run / "config.yaml")) == settings()
+    assert configfile.load(cfg.TrainConfig, str(run / "config.yaml")) == settings()
     AutoModelForImageTextToText.from_pretrained(run / "final")
     AutoProcessor.from_pretrained(run / "final")
     assert (run / "curves.png").stat().st_size > 10_000
@@ -197,7 +198,7 @@ def test_two_steps_on_real_geometry(model_folder, tmp_path):
         "train.prompts_per_step=8",
         f"run.dir={tmp_path}/geometry",
     ]
-    train(cfg.load(cfg.TrainConfig, "geometry3k", overrides))
+    train(configfile.load(cfg.TrainConfig, "geometry3k", overrides))
     rows = metrics(tmp_path / "geometry")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["prompt/tokens"] > 40

@@ -8,7 +8,8 @@ from vlm_sapo.config import SftConfig
 from vlm_sapo.models.logprobs import pack, pad_inputs
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
-from vlm_sapo.training.build import Core, build_sft
+from vlm_sapo.training.build import build_sft
+from vlm_sapo.training.run import Core
 from vlm_sapo.types import Completion, Prompt, RowError
 
 

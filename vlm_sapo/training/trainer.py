@@ -10,7 +10,8 @@ from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics
-from vlm_sapo.training.build import Training, build_training
+from vlm_sapo.training.build import build_training
+from vlm_sapo.training.run import Training
 from vlm_sapo.types import Group
 
 

@@ -1,0 +1,68 @@
+"""The commands, configs and code of the documents work as they stand."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, example
+from vlm_sapo import config as cfg
+from vlm_sapo import configfile
+from vlm_sapo.rewards.combine import build_reward
+from vlm_sapo.types import Completion
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "eval/README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(language: str) -> list[str]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [block for path in DOCUMENTS for block in pattern.findall(path.read_text())]
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_valid(command):
+    """make targets exist; configs load with the documented overrides. The slow suite runs them."""
+    program, verb, *rest = shlex.split(command)
+    if program == "make":
+        result = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return
+    assert program == "vlm-sapo"
+    if verb in ("train", "sft"):
+        configfile.load(cfg.TrainConfig if verb == "train" else cfg.SftConfig, rest[0], rest[1:])
+    else:
+        assert verb == "new-model"
+
+
+def test_fragments_of_configs_are_valid(tmp_path):
+    base = {"model": {"path": "m"}, "data": {"source": "d"}, "reward": [{"name": "math"}], "train": {"steps": 1}}
+    for number, fragment in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(base | yaml.safe_load(fragment)))
+        configfile.load(cfg.TrainConfig, str(path))
+
+
+def test_the_readmes_reward_works(tmp_path, monkeypatch):
+    [code] = [block for block in blocks("python") if "my_reward.py" in block]
+    assert len(code.split("def area")[1].splitlines()) < 10
+    (tmp_path / "my_reward.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    reward = build_reward([{"name": "my_reward.py:area", "args": {"tolerance": 0.1}}])
+
+    def score(text):
+        return reward(Completion(ids=None, logprobs=None, text=text, finish="stop"), example()).total
+
+    assert score(r"\boxed{2304}") == 1.0
+    assert 0 < score(r"\boxed{2400}") < 1
+    assert score("no idea") == score(r"\boxed{many}") == 0.0
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"

@@ -1,0 +1,130 @@
+"""A config file and `key=value` overrides to a checked config, and mistakes to sentences."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from vlm_sapo.config import Section
+from vlm_sapo.plugins import shipped
+
+T = TypeVar("T", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def find(name: str) -> Path:
+    """The config file called `name`: a path, or the name of a shipped config with or without `.yaml`."""
+    shipped_file = shipped(Path("configs") / name).with_suffix(".yaml")
+    for path in (Path(name), shipped_file):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.yaml")))
+    raise ValueError(f"CONFIG ({name}) must be a file or one of the shipped configs: {known}")
+
+
+def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
+    """Reads a config file, applies `key=value` overrides and checks the result.
+
+    Raises ValueError with one line per problem, each with the field, the value and the remedy.
+    """
+    path = find(name)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be valid YAML; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must hold sections such as model and data; it holds {type(values).__name__}"
+        )
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from error
+
+
+def dump(config: Section) -> str:
+    """The resolved config as YAML; loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override ({override}) must look like section.field=value")
+    *path, last = key.split(".")
+    node = values
+    for name in path:
+        node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
+    value = yaml.load(text, Loader=_Loader) if text else None
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(values: list, index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(values):
+        raise ValueError(f"override ({override}) must name an entry from 0 to {len(values) - 1}, not {index}")
+    return values[int(index)]
+
+
+def _explain(kind: type[Section], item: dict) -> str:
+    """One sentence for one of pydantic's errors."""
+    location = [part for part in item["loc"] if part not in ("sapo", "grpo", "gspo", "cispo")]
+    field = ".".join(map(str, location)) or "config"
+    if item["type"] == "extra_forbidden":
+        valid = _fields_at(kind, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?" if close else "remove it"
+        return f"{field} is not a field; {hint} Fields there: {', '.join(valid)}"
+    if item["type"] == "missing":
+        return f"{field} is missing; add it to the config file or to the command line as {field}=..."
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{field}: {message}" if field != "config" else message
+    return f"{field} ({item['input']!r}) is not valid: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(kind: type[Section], location: tuple) -> list[str]:
+    """The field names of the section that a path of an error leads to."""
+    current: Any = [kind]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        named = [section.model_fields[part].annotation for section in current if part in section.model_fields]
+        tagged = [section for section in current if part in _tags(section)]
+        current = [section for annotation in named for section in _sections(annotation)] if named else tagged
+    return [field for section in current for field in section.model_fields]
+
+
+def _tags(section: type[Section]) -> tuple[str, ...]:
+    field = section.model_fields.get("type")
+    return field.annotation.__args__ if field else ()
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    arguments = annotation.__args__ if "__args__" in dir(annotation) else ()
+    return [section for argument in arguments for section in _sections(argument)]

@@ -1,0 +1,129 @@
+"""A run under way: what the loops work with, and what they leave in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlm_sapo.data.stream import PromptStream
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.curves import draw_curves
+from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.rewards.combine import Reward
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.training import checkpoint
+from vlm_sapo.training.batch import MiniBatch
+from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.policy import Policy
+from vlm_sapo.types import Group, Sampling
+
+
+@dataclass
+class Evaluator:
+    """Measures the model and keeps the results in the run's folder; does nothing without held-out rows."""
+
+    run: Callable[[], tuple[dict, list[dict]]] | None
+    every: int
+    folder: RunFolder
+    console: Console
+
+    def at(self, step: int, *, last: int) -> None:
+        """Evaluates before the first step, every so many steps and after the last one, once each."""
+        due = step in (0, last) or (self.every and step % self.every == 0)
+        done = {record["step"] for record in self.folder.read("evaluations.jsonl")}
+        if self.run is None or not due or step in done:
+            return
+        result, records = self.run()
+        self.folder.append("evaluations.jsonl", {"step": step} | result)
+        low, high = result["ci95"]
+        self.console.say(
+            f"held-out pass@1 after {step} steps: {result['pass@1']:.3f}  "
+            f"(95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, "
+            f"{result['response_tokens']:.1f} tokens per response)"
+        )
+        self.console.samples(records[:3])
+
+
+@dataclass
+class Core:
+    """What `train` and `sft` have in common."""
+
+    folder: RunFolder
+    console: Console
+    policy: Policy
+    stream: PromptStream
+    evaluator: Evaluator
+    progress: checkpoint.Progress
+    checkpoint_every: int
+    keep: int
+
+    def checkpoint_if_due(self, step: int) -> None:
+        """Writes a checkpoint after every so many steps."""
+        if self.checkpoint_every and step % self.checkpoint_every == 0:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        self.progress.position, self.progress.skipped = self.stream.position, self.stream.skipped
+        checkpoint.save(self.folder.path / "checkpoints", self.policy, self.progress, keep=self.keep)
+
+    def finish(self, steps: int) -> dict:
+        """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
+        self.policy.save(self.folder.path / "final")
+        evaluations = self.folder.read("evaluations.jsonl")
+        draw_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
+        summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
+        for name, step in (("eval_before", 0), ("eval_after", steps)):
+            found = [record for record in evaluations if record["step"] == step]
+            summary |= {name: {key: found[0][key] for key in ("pass@1", "ci95", "n")}} if found else {}
+        if self.stream.skipped:
+            summary["rows_skipped"] = self.stream.skipped
+        self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.console.say(
+            f"done: {steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"
+        )
+        return summary
+
+
+@dataclass
+class Training:
+    """What the loop of `train` works with."""
+
+    core: Core
+    engine: RolloutEngine
+    reward: Reward
+    advantage: Callable[[torch.Tensor], torch.Tensor]
+    loss: PolicyLoss
+    split: Callable[[list[Group], list[torch.Tensor]], list[MiniBatch]]
+    sampling: Sampling
+    prompts_per_step: int
+    log_rollouts: Callable[[int, list[Group], list[torch.Tensor]], None]
+
+    def sampling_at(self, step: int) -> Sampling:
+        """Each step draws with a seed of its own, so a resumed run draws what the whole one would have."""
+        return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step)
+
+
+def write_rollouts(
+    folder: RunFolder, count: int, step: int, groups: list[Group], advantages: list[torch.Tensor]
+) -> None:
+    """Adds the first `count` groups of a step to `rollouts.jsonl`, a line per response."""
+    for group, values in zip(groups[:count], advantages[:count], strict=True):
+        for completion, score, value in zip(group.completions, group.scores, values.tolist(), strict=True):
+            folder.append(
+                "rollouts.jsonl",
+                {
+                    "step": step,
+                    "id": group.prompt.example.id,
+                    "problem": group.prompt.example.problem,
+                    "answer": group.prompt.example.answer,
+                    "response": completion.text,
+                    "reward": score.total,
+                    "parts": dict(score.parts),
+                    "advantage": value,
+                    "tokens": len(completion.ids),
+                    "finish": completion.finish,
+                },
+            )
