@@ -13,7 +13,10 @@ from vlm_sapo import configfile
 from vlm_sapo.rewards.combine import build_reward
 from vlm_sapo.types import Completion
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "eval/README.md", *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(path for name in ("data", "eval", "docs") for path in (ROOT / name).glob("*.md")),
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -21,7 +24,8 @@ def blocks(language: str) -> list[str]:
     return [block for path in DOCUMENTS for block in pattern.findall(path.read_text())]
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+LINES = [line for block in blocks("bash") for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -40,7 +44,8 @@ def test_commands_are_valid(command):
 
 
 def test_fragments_of_configs_are_valid(tmp_path):
-    base = {"model": {"path": "m"}, "data": {"source": "d"}, "reward": [{"name": "math"}], "train": {"steps": 1}}
+    base = {"model": {"path": "m"}, "data": {"source": "d"}}
+    base |= {"reward": [{"name": "math"}], "train": {"steps": 1}}
     for number, fragment in enumerate(blocks("yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(base | yaml.safe_load(fragment)))

@@ -49,9 +49,7 @@ def advantages(groups):
 
 
 def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options):
-    flat = torch.cat(
-        [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
-    )
+    """Loss and flat gradient of one mini-batch; old log-probs are shifted to leave the policy."""
     [minibatch] = minibatches(groups, values or advantages(groups), count=1, budget=budget, **options)
     policy.score([minibatch])
     total = 0.0
