@@ -89,8 +89,7 @@ def draw_picture(rng: random.Random, layout: Layout) -> Image.Image:
 
 
 def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
-    """A question of a kind with its gold answer, and its choices where there are any."""
-    things = list(layout.values())
+    """A question of a kind with its gold answer, its choices where there are any, and `target`, what it asks of."""
     if kind.endswith("_at"):
         cell = rng.choice(list(layout))
         color, shape = layout[cell]
@@ -99,25 +98,47 @@ def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
                 "problem": f"Which color is the shape in cell {cell}?",
                 "answer": color,
                 "choices": list(COLORS),
+                "target": [cell],
             }
-        return {"problem": f"Which shape is in cell {cell}?", "answer": shape, "choices": list(SHAPES)}
-    side, names = (0, list(COLORS)) if kind.endswith("color") else (1, list(SHAPES))
+        return {
+            "problem": f"Which shape is in cell {cell}?",
+            "answer": shape,
+            "choices": list(SHAPES),
+            "target": [cell],
+        }
+    names = list(COLORS) if kind.endswith("color") else list(SHAPES)
     first, second = rng.sample(names, 2)
-    plural = "{} shapes" if side == 0 else "{}s"
-    count = {name: sum(thing[side] == name for thing in things) for name in (first, second)}
+    plural = "{} shapes" if kind.endswith("color") else "{}s"
+    count = {name: sum(name in thing for thing in layout.values()) for name in (first, second)}
     if kind.startswith("count"):
-        return {"problem": f"How many {plural.format(first)} are there?", "answer": str(count[first])}
-    question = f"Are there more {plural.format(first)} than {plural.format(second)}?"
+        problem = f"How many {plural.format(first)} are there?"
+        return {"problem": problem, "answer": str(count[first]), "target": [first]}
+    problem = f"Are there more {plural.format(first)} than {plural.format(second)}?"
     answer = "yes" if count[first] > count[second] else "no"
-    return {"problem": question, "answer": answer, "choices": ["yes", "no"]}
+    return {"problem": problem, "answer": answer, "choices": ["yes", "no"], "target": [first, second]}
 
 
 def demonstrate(rng: random.Random, layout: Layout, row: dict, look: bool) -> str:
-    """A demonstration: list the occupied cells and answer, or guess at once without looking."""
-    if look:
-        seen = ", ".join(f"{cell} {color} {shape}" for cell, (color, shape) in layout.items())
-        return f"I see {seen}. So \\boxed{{{row['answer']}}}"
-    return f"I guess \\boxed{{{rng.choice(row.get('choices') or ['0', '1', '2', '3'])}}}"
+    """A demonstration: name what is in the cells and keep count, or guess at once without looking.
+
+    The count stands behind the word that it counts: `4 red 1 circle` for a color, `4 red circle 1` for a shape; a
+    cell that was asked for is `4 yes red circle`.
+    """
+    if not look:
+        return f"I guess \\boxed{{{rng.choice(row.get('choices') or ['0', '1', '2', '3'])}}}"
+    counts = dict.fromkeys(row["target"], 0)
+    seen = []
+    for cell, (color, shape) in layout.items():
+        for name in counts:
+            counts[name] += name in (color, shape)
+        tally = " ".join(map(str, counts.values()))
+        if row["target"][0] in SHAPES:
+            seen.append(f"{cell} {color} {shape} {tally}")
+        elif row["target"][0] in COLORS:
+            seen.append(f"{cell} {color} {tally} {shape}")
+        else:
+            seen.append(f"{cell} {'yes' if cell in counts else 'no'} {color} {shape}")
+    return f"I see {', '.join(seen)}. So \\boxed{{{row['answer']}}}"
 
 
 def corpus() -> Iterator[str]:

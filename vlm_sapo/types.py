@@ -33,6 +33,13 @@ class Example:
     answer: str
     images: tuple[Image, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    """The file, folder or hub id that the row comes from."""
+
+    @property
+    def label(self) -> str:
+        """What an error calls this row."""
+        return f"row {self.id} of {self.source}" if self.source else f"row {self.id}"
 
 
 @dataclass(frozen=True)

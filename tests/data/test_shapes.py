@@ -1,5 +1,7 @@
 """The quick start's world: the same rows always, no layout in two worlds, demonstrations that verify."""
 
+import re
+
 import pytest
 
 from vlm_sapo.plugins import resolve
@@ -32,9 +34,11 @@ def test_looking_demonstrations_are_right_and_guesses_often_wrong():
 
 def test_held_out_layouts_are_never_trained_on():
     def layouts(split):
-        return {row["demonstration"].partition(".")[0] for row in shapes(split, 2000)}
+        thing = re.compile(r"\d (?:red|green|blue|yellow) (?:circle|square|triangle)")
+        return {tuple(thing.findall(row["demonstration"])) for row in shapes(split, 2000)}
 
     trained = layouts("train") | layouts("cold_start")
+    assert len(trained) > 3000 and all(2 <= len(layout) <= 5 for layout in trained)
     assert not trained & (layouts("test") | layouts("validation"))
 
 

@@ -55,7 +55,7 @@ def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options)
     total = 0.0
     for micro in minibatch.micros:
         micro.old = micro.old + shift
-        logprobs, _ = policy.logprobs(micro.inputs)
+        logprobs, _ = policy.logprobs(micro.inputs())
         total += policy.backward(loss(logprobs, micro, minibatch))
     flat = torch.cat(
         [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
@@ -108,7 +108,7 @@ def test_truncated_responses_leave_the_denominator_when_masked(model_folder, enc
     assert (kept.num_sequences, kept.num_tokens) == (3, 7)
     assert (masked.num_sequences, masked.num_tokens) == (2, 5)
     assert len(masked.micros[0].advantages) == 2
-    assert policy.logprobs(masked.micros[0].inputs)[0].shape == (2, 3)
+    assert policy.logprobs(masked.micros[0].inputs())[0].shape == (2, 3)
 
 
 def test_the_first_minibatch_has_ratio_exactly_one(model_folder, encoder):
@@ -118,11 +118,11 @@ def test_the_first_minibatch_has_ratio_exactly_one(model_folder, encoder):
     policy.score(batch)
     loss = loss_of()
     for micro in batch[0].micros:
-        logprobs, _ = policy.logprobs(micro.inputs)
+        logprobs, _ = policy.logprobs(micro.inputs())
         assert torch.equal(logprobs.detach(), micro.old)
         policy.backward(loss(logprobs, micro, batch[0]))
     policy.step()
-    moved = [(policy.logprobs(m.inputs)[0].detach() - m.old).abs().max() for m in batch[1].micros]
+    moved = [(policy.logprobs(m.inputs())[0].detach() - m.old).abs().max() for m in batch[1].micros]
     assert max(moved) > 1e-4
 
 
@@ -135,11 +135,11 @@ def test_only_response_tokens_are_in_the_loss(model_folder, encoder):
     [minibatch] = minibatches(groups, advantages(groups), count=1, budget=10**6)
     policy.score([minibatch])
     [micro] = minibatch.micros
-    mask = micro.inputs.response_mask
+    mask, inputs = micro.mask, micro.inputs()
     micro.old = torch.where(mask, micro.old + 0.1, float("nan"))
-    micro.inputs.targets[~mask] = 99
+    inputs.targets[~mask] = 99
     assert mask.sum() == sum(len(c.ids) for g in groups[:2] + groups[3:] for c in g.completions)
-    logprobs, _ = policy.logprobs(micro.inputs)
+    logprobs, _ = policy.logprobs(inputs)
     policy.backward(loss(logprobs, micro, minibatch))
     found = torch.cat([p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None])
     assert torch.equal(found, expected)
@@ -157,7 +157,7 @@ def test_kl_pulls_towards_the_reference(model_folder, encoder):
     assert total > none + 1e-4
     for _ in range(20):
         for micro in minibatch.micros:
-            logprobs, _ = policy.logprobs(micro.inputs)
+            logprobs, _ = policy.logprobs(micro.inputs())
             micro.advantages.zero_()
             divergence = policy.backward(loss_of(kl=1.0)(logprobs, micro, minibatch))
         policy.step()
@@ -172,10 +172,10 @@ def test_a_gated_update_raises_good_responses(model_folder, encoder):
     policy.score([minibatch])
     [micro] = minibatch.micros
     for _ in range(5):
-        logprobs, _ = policy.logprobs(micro.inputs)
+        logprobs, _ = policy.logprobs(micro.inputs())
         policy.backward(loss(logprobs, micro, minibatch))
         policy.step()
-    change = (policy.logprobs(micro.inputs)[0].detach() - micro.old).sum(-1)
+    change = (policy.logprobs(micro.inputs())[0].detach() - micro.old).sum(-1)
     good = micro.advantages[:, 0] > 0
     assert change[good].mean() > 0 > change[~good].mean()
 

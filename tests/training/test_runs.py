@@ -90,6 +90,7 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path):
     train(settings(f"run.dir={tmp_path}/whole"))
     train(settings(f"run.dir={tmp_path}/cut", "train.steps=2"))
     cut = tmp_path / "cut"
+    (cut / "summary.json").unlink()
     text = (cut / "config.yaml").read_text().replace("steps: 2", "steps: 4")
     (cut / "config.yaml").write_text(text)
     (cut / "metrics.jsonl").open("a").write('{"step": 3, "loss": 99}\n{"st')  # a step that was under way
@@ -161,7 +162,10 @@ def test_sft_lowers_its_loss_and_its_result_trains_on(settings, tmp_path):
 
 
 def test_a_broken_reward_stops_the_run(settings, tmp_path):
-    with pytest.raises(ValueError, match=r"reward broken, row train-\d+, response .* RuntimeError: no idea"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward broken, row train-\d+ of data/shapes.py:rows, response .* RuntimeError: no idea",
+    ):
         train(settings(f"reward.0.name={tmp_path}/reward.py:broken", "eval.data=null"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_sapo.rewards.combine import Reward
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.types import Example, Prompt, Sampling
+from vlm_sapo.types import Example, Prompt, RowError, Sampling
 
 RESAMPLES = 2000
 
@@ -23,15 +23,17 @@ def evaluate(
     *,
     part: str,
     batch: int = 64,
+    skip: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[dict]]:
-    """`pass@1` as the mean of a reward part over `sampling.group` samples per problem, with `ci95` and `n`.
+    """`pass@1`: the mean of a reward part over `sampling.group` samples per problem; with `ci95` and `n`.
 
+    With `skip`, unusable rows are counted as `skipped` and left out; otherwise they raise RowError.
     Returns the result and one record per problem: id, problem, answer, scores and first response.
     """
     records: list[dict] = []
     for start in range(0, len(examples), batch):
-        prompts = [encode(examples[index]) for index in range(start, min(start + batch, len(examples)))]
+        prompts = _prompts(examples, range(start, min(start + batch, len(examples))), encode, skip)
         groups = engine.generate(prompts, replace(sampling, seed=sampling.seed + start))
         for prompt, completions in zip(prompts, groups, strict=True):
             example = prompt.example
@@ -47,7 +49,21 @@ def evaluate(
                 }
             )
         progress(len(records))
-    return summarize(records), records
+    if not records:
+        raise ValueError("eval.data has no usable row; run with data.on_error=stop to see why")
+    left_out = len(examples) - len(records)
+    return summarize(records) | ({"skipped": left_out} if left_out else {}), records
+
+
+def _prompts(examples: Sequence[Example], indices: range, encode: Callable, skip: bool) -> list[Prompt]:
+    prompts = []
+    for index in indices:
+        try:
+            prompts.append(encode(examples[index]))
+        except RowError:
+            if not skip:
+                raise
+    return prompts
 
 
 def summarize(records: list[dict]) -> dict:

@@ -61,6 +61,7 @@ class Encoder:
         """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown
         (NaN)."""
         tokenizer = self.vlm.tokenizer
+        text = text.removeprefix(prompt.opening)
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         unknown = torch.full((len(ids),), float("nan"))
         return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
@@ -73,7 +74,7 @@ class Encoder:
         except (ValueError, ZeroDivisionError) as error:
             size = "x".join(map(str, picture.size))
             raise RowError(
-                f"row {example.id}: picture {number + 1} ({size}) cannot be resized ({error}); "
+                f"{example.label}: picture {number + 1} ({size}) cannot be resized ({error}); "
                 "crop or remove it"
             ) from error
 
@@ -92,12 +93,12 @@ class Encoder:
         found = int((ids == self.vlm.model.config.image_token_id).sum())
         if found != tokens:
             raise RowError(
-                f"row {example.id}: the prompt has {found} image tokens for {tokens} of its pictures; "
+                f"{example.label}: the prompt has {found} image tokens for {tokens} of its pictures; "
                 "its text must not contain the model's own image tokens"
             )
         if len(ids) > self.max_tokens:
             raise RowError(
-                f"row {example.id}: its prompt has {len(ids)} tokens, {tokens} of them for pictures, over "
+                f"{example.label}: its prompt has {len(ids)} tokens, {tokens} of them for pictures, over "
                 f"data.max_prompt_tokens ({self.max_tokens}); raise that limit or lower model.max_pixels"
             )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vlm_sapo.algo import diagnostics
+from vlm_sapo.algo import diagnostics, objectives
 from vlm_sapo.types import Group
 
 Metrics = dict[str, float]
@@ -27,6 +27,7 @@ class StepMeter:
         self.minibatches: list[Metrics] = []
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._loss = 0.0
+        self._has_reference = False
         self._start = time.perf_counter()
 
     @contextmanager
@@ -36,10 +37,12 @@ class StepMeter:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def add(self, loss: float, logprobs, entropies, old, advantages, mask) -> None:
-        """One micro-batch: tensors [N, T], advantages [N, 1]."""
+    def add(self, loss: float, logprobs, entropies, *, old, reference, advantages, mask) -> None:
+        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` may be None."""
         self._loss += loss
-        tensors = (logprobs, entropies, old, advantages.expand_as(mask), mask)
+        kl = torch.zeros_like(logprobs) if reference is None else objectives.k3(logprobs, reference)
+        self._has_reference = reference is not None
+        tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, mask)
         self._parts.append(tuple(tensor.detach().cpu() for tensor in tensors))
 
     def close_minibatch(self, grad_norm: float) -> None:
@@ -49,13 +52,12 @@ class StepMeter:
             [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in part]
             for part in self._parts
         ]
-        logprobs, entropies, old, advantages, mask = (
-            torch.cat(tensors) for tensors in zip(*padded, strict=True)
-        )
+        logprobs, entropies, old, advantages, kl, mask = map(torch.cat, zip(*padded, strict=True))
         metrics = diagnostics.ratio_metrics(logprobs, old, mask)
         metrics |= diagnostics.clip_metrics(logprobs, old, advantages, mask)
         metrics |= self.describe(logprobs, old, advantages, mask) if self.describe else {}
         metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": self._loss}
+        metrics |= {"kl_reference": float(kl[mask].mean())} if self._has_reference else {}
         self.minibatches.append(metrics)
         self._parts, self._loss = [], 0.0
 

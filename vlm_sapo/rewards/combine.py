@@ -27,7 +27,7 @@ class Part:
 
     def __call__(self, response: str, example: Example) -> float:
         """Raises RewardError with row, response and cause; a bug must not train as "always wrong"."""
-        where = f"reward {self.label}, row {example.id}, response {response[:300]!r}"
+        where = f"reward {self.label}, {example.label}, response {response[:300]!r}"
         try:
             value = self.function(response, example)
         except Exception as error:

@@ -3,7 +3,7 @@ each)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +15,30 @@ from vlm_sapo.types import Completion, Group, Prompt
 class MicroBatch:
     """N responses that go through the model at once."""
 
-    inputs: Inputs
+    prompts: list[Prompt]
+    responses: list[torch.Tensor]
+    """The [R] ids of each response."""
     advantages: torch.Tensor
     """[N, 1] float32."""
+    mask: torch.Tensor
+    """[N, T] bool, on response tokens."""
     old: torch.Tensor | None = None
     """[N, T] float32, log-probs before the update; filled in by the policy."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
+
+    def inputs(self) -> Inputs:
+        """Laid out anew for each pass: kept, every response would hold a copy of its pictures."""
+        return pad_inputs(self.prompts, self.responses)
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """What the step's metrics are computed from, beside the new log-probs."""
+        return {
+            "old": self.old,
+            "reference": self.reference,
+            "advantages": self.advantages,
+            "mask": self.mask,
+        }
 
 
 @dataclass
@@ -32,7 +49,6 @@ class MiniBatch:
     num_sequences: int
     num_tokens: int
     index: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def denominators(self) -> dict[str, int]:
@@ -85,7 +101,10 @@ def _minibatch(
 
 def _microbatch(rows: list[tuple[Prompt, Completion]], weights: list[float], chosen: list[int]) -> MicroBatch:
     prompts, completions = zip(*(rows[index] for index in chosen), strict=True)
+    lengths = torch.tensor([[len(completion.ids)] for completion in completions])
     return MicroBatch(
-        inputs=pad_inputs(list(prompts), [completion.ids for completion in completions]),
+        prompts=list(prompts),
+        responses=[completion.ids for completion in completions],
         advantages=torch.tensor([[weights[index]] for index in chosen]),
+        mask=torch.arange(int(lengths.max())) < lengths,
     )

@@ -46,7 +46,14 @@ def build_examples(rows: cfg.Rows) -> ExampleSet:
     )
 
 
-def build_training(config: cfg.TrainConfig, console: Console) -> Training:
+def open_folder(config: cfg.TrainConfig | cfg.SftConfig) -> RunFolder:
+    """The run's folder, made or found to belong to this config."""
+    folder = RunFolder(config.run.folder)
+    folder.open(dump(config), overwrite=config.run.overwrite)
+    return folder
+
+
+def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console) -> Training:
     """Everything that `train` needs, resumed where the run's folder holds a checkpoint."""
     train, rollout, algo = config.train, config.rollout, config.algo
     reward = build_reward([part.model_dump() for part in config.reward])
@@ -54,7 +61,9 @@ def build_training(config: cfg.TrainConfig, console: Console) -> Training:
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
-    core, engine = _build_core(config, console, reward=reward, kl=algo.kl, temperature=rollout.temperature)
+    core, engine = _build_core(
+        config, folder, console, reward=reward, kl=algo.kl, temperature=rollout.temperature
+    )
     split = partial(
         minibatches,
         count=train.minibatches,
@@ -80,13 +89,21 @@ def build_training(config: cfg.TrainConfig, console: Console) -> Training:
     )
 
 
-def build_sft(config: cfg.SftConfig, console: Console) -> Core:
+def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Core:
     """Everything that `sft` needs."""
-    return _build_core(config, console, reward=build_reward([part.model_dump() for part in config.reward]))[0]
+    return _build_core(
+        config, folder, console, reward=build_reward([part.model_dump() for part in config.reward])
+    )[0]
 
 
 def _build_core(
-    config: cfg.TrainConfig | cfg.SftConfig, console: Console, *, reward: Reward, kl=0.0, temperature=1.0
+    config: cfg.TrainConfig | cfg.SftConfig,
+    folder: RunFolder,
+    console: Console,
+    *,
+    reward: Reward,
+    kl: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Core, RolloutEngine]:
     torch.manual_seed(config.run.seed)
     train = config.train
@@ -96,8 +113,6 @@ def _build_core(
             f"this version trains in one process; the launcher started {accelerator.num_processes}, start one"
         )
     examples = build_examples(config.data)
-    folder = RunFolder(config.run.folder)
-    folder.open(dump(config), overwrite=config.run.overwrite)
     found = checkpoint.latest(folder.path / "checkpoints")
     vlm = _load(config.model, str(found or locate(config.model.path)), accelerator, config.model.freeze)
     reference = None
@@ -169,7 +184,8 @@ def _measure(config, engine, encode, reward, console) -> Callable[[], tuple[dict
     def run() -> tuple[dict, list[dict]]:
         with console.progress("evaluate", len(examples)) as show:
             part = config.eval.part or reward.parts[0].label
-            return evaluate(engine, examples, encode, reward, sampling, part=part, progress=show)
+            skip = config.data.on_error == "skip"
+            return evaluate(engine, examples, encode, reward, sampling, part=part, skip=skip, progress=show)
 
     return run
 

@@ -30,11 +30,10 @@ class PolicyLoss:
 
     def __call__(self, logprobs: torch.Tensor, micro: MicroBatch, minibatch: MiniBatch) -> torch.Tensor:
         """The micro-batch's share of the mini-batch's loss; logprobs [N, T]."""
-        mask = micro.inputs.response_mask.to(logprobs.device)
-        losses = self.objective(self.ratio(logprobs, micro.old, mask), micro.advantages)
+        losses = self.objective(self.ratio(logprobs, micro.old, micro.mask), micro.advantages)
         if micro.reference is not None:
             losses = losses + self.kl * k3(logprobs, micro.reference)
-        return self.reduce(losses, mask, **minibatch.denominators)
+        return self.reduce(losses, micro.mask, **minibatch.denominators)
 
     def describe(self, logprobs, old, advantages, mask) -> dict[str, float]:
         """Metrics of the objective on a whole mini-batch, all [N, T]."""

@@ -64,13 +64,15 @@ class Policy:
         return minibatches
 
     def _score(self, micro: MicroBatch) -> MicroBatch:
-        inputs = micro.inputs.to(self.accelerator.device)
+        device = self.accelerator.device
+        inputs = micro.inputs().to(device)
         old, _ = self.forward_pass(inputs)
         reference = None
         if self.reference is not None:
             with self.accelerator.autocast():
                 reference, _ = self.reference(inputs)
-        return replace(micro, old=old, reference=reference, advantages=micro.advantages.to(old.device))
+        moved = {"advantages": micro.advantages.to(device), "mask": micro.mask.to(device)}
+        return replace(micro, old=old, reference=reference, **moved)
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""

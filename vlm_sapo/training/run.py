@@ -20,6 +20,8 @@ from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import Group, Sampling
 
+FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
+
 
 @dataclass
 class Evaluator:

@@ -8,14 +8,19 @@ from vlm_sapo.config import SftConfig
 from vlm_sapo.models.logprobs import pack, pad_inputs
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
-from vlm_sapo.training.build import build_sft
-from vlm_sapo.training.run import Core
+from vlm_sapo.training.build import build_sft, open_folder
+from vlm_sapo.training.run import FINISHED, Core
 from vlm_sapo.types import Completion, Prompt, RowError
 
 
 def sft(config: SftConfig, console: Console | None = None) -> dict:
     """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
-    core = build_sft(config, console or Console())
+    console = console or Console()
+    folder = open_folder(config)
+    if (summary := folder.summary()) is not None:
+        console.say(FINISHED)
+        return summary
+    core = build_sft(config, folder, console)
     column, train = config.data.columns["response"], config.train
     core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
@@ -48,7 +53,7 @@ def demonstration(core: Core, prompt: Prompt, column: str) -> Completion:
     text = prompt.example.columns.get(column)
     if not isinstance(text, str) or not text.strip():
         raise RowError(
-            f"row {prompt.example.id}: field {column} holds no demonstration; give it one or filter it out"
+            f"{prompt.example.label}: field {column} holds no demonstration; give it one or filter it out"
         )
     return core.stream.encode.respond(prompt, text)
 

@@ -8,21 +8,21 @@ import torch
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics
-from vlm_sapo.training.build import build_training
-from vlm_sapo.training.run import Training
+from vlm_sapo.training.build import build_training, open_folder
+from vlm_sapo.training.run import FINISHED, Training
 from vlm_sapo.types import Group
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
     """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
     console = console or Console()
-    training = build_training(config, console)
-    core, policy, steps = training.core, training.core.policy, config.train.steps
-    if core.progress.step >= steps and (summary := RunFolder(core.folder.path).summary()) is not None:
-        console.say("this run is finished; start it anew with run.overwrite=true or another run.dir")
+    folder = open_folder(config)
+    if (summary := folder.summary()) is not None:
+        console.say(FINISHED)
         return summary
+    training = build_training(config, folder, console)
+    core, policy, steps = training.core, training.core.policy, config.train.steps
     core.evaluator.at(core.progress.step, last=steps)
     with console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
@@ -36,10 +36,9 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
             with meter.time("update"):
                 for minibatch in batch:
                     for micro in minibatch.micros:
-                        logprobs, entropies = policy.logprobs(micro.inputs)
+                        logprobs, entropies = policy.logprobs(micro.inputs())
                         loss = policy.backward(training.loss(logprobs, micro, minibatch))
-                        mask = micro.inputs.response_mask.to(logprobs.device)
-                        meter.add(loss, logprobs, entropies, micro.old, micro.advantages, mask)
+                        meter.add(loss, logprobs, entropies, **micro.tensors())
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
             core.progress.step, core.progress.seconds = (
