@@ -37,7 +37,14 @@ def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
     overrides = ["train.steps=2", "eval.data.args.size=24", "eval.samples=1", "run.dir=out"]
     code = "import vlm_sapo, sys; assert 'site' in vlm_sapo.__file__; from vlm_sapo.cli import main; main()"
     output = run(
-        sys.executable, "-c", code, "train", "quickstart", *overrides, cwd=work, PYTHONPATH=str(tmp_path / "site")
+        sys.executable,
+        "-c",
+        code,
+        "train",
+        "quickstart",
+        *overrides,
+        cwd=work,
+        PYTHONPATH=str(tmp_path / "site"),
     )
     assert "held-out pass@1:" in output
     assert json.loads((work / "out/summary.json").read_text())["steps"] == 2
@@ -45,7 +52,13 @@ def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
 
 def test_the_quick_start_learns(tmp_path):
     """A third of the miniature already moves held-out pass@1 by far more than chance would."""
-    overrides = ["train.steps=40", "eval.every=0", "eval.data.args.size=120", "eval.samples=2", "checkpoint.every=0"]
+    overrides = [
+        "train.steps=40",
+        "eval.every=0",
+        "eval.data.args.size=120",
+        "eval.samples=2",
+        "checkpoint.every=0",
+    ]
     program = os.path.join(os.path.dirname(sys.executable), "vlm-sapo")
     run(program, "train", "quickstart", *overrides, f"run.dir={tmp_path}/run", cwd=ROOT)
     summary = json.loads((tmp_path / "run/summary.json").read_text())

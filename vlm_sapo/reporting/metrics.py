@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,8 +76,8 @@ class StepMeter:
         return record
 
 
-def group_metrics(groups: Sequence[Group], seconds: float) -> Metrics:
-    """Rewards (by part), lengths and shares of the drawn groups; `seconds` is how long drawing them took."""
+def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metrics:
+    """Rewards (by part), lengths and shares of the drawn groups; `seconds` are the step's times by name."""
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
     lengths = [len(completion.ids) for completion in completions]
@@ -92,5 +92,5 @@ def group_metrics(groups: Sequence[Group], seconds: float) -> Metrics:
         "response/truncated": sum(completion.finish == "length" for completion in completions)
         / len(completions),
         "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
-        "rollout/tokens_per_second": sum(lengths) / max(seconds, 1e-9),
+        "rollout/tokens_per_second": sum(lengths) / max(seconds["rollout"], 1e-9),
     }

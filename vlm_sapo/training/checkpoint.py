@@ -25,6 +25,10 @@ class Progress:
     skipped: int = 0
     seconds: float = 0.0
 
+    def advance(self, step: int, seconds: float) -> None:
+        """A step is done; it took so long."""
+        self.step, self.seconds = step, self.seconds + seconds
+
 
 def save(folder: Path, policy: Policy, progress: Progress, *, keep: int) -> Path:
     """Writes `step_<n>` (model, processor, optimizer, progress) and removes all but the newest `keep`."""

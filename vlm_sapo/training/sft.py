@@ -32,15 +32,8 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
                 rows = [(prompt, demonstration(core, prompt, column)) for prompt in prompts]
             with meter.time("update"):
                 loss, norm = update(core, rows, train.tokens_per_microbatch)
-            core.progress.step, core.progress.seconds = (
-                step,
-                core.progress.seconds + time.perf_counter() - started,
-            )
-            record = (
-                {"step": step, "lr": lr, "loss": loss, "policy/grad_norm": norm}
-                | meter.record()
-                | {"loss": loss}
-            )
+            core.progress.advance(step, time.perf_counter() - started)
+            record = {"step": step, "lr": lr} | meter.record() | {"loss": loss, "policy/grad_norm": norm}
             core.folder.append("metrics.jsonl", record)
             show(step, f"loss {loss:.4f}  {record['time/step']:.2f} s")
             core.evaluator.at(step, last=train.steps)

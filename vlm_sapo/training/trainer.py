@@ -41,13 +41,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
                         meter.add(loss, logprobs, entropies, **micro.tensors())
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
-            core.progress.step, core.progress.seconds = (
-                step,
-                core.progress.seconds + time.perf_counter() - started,
-            )
-            record = (
-                {"step": step, "lr": lr} | meter.record() | group_metrics(groups, meter.seconds["rollout"])
-            )
+            core.progress.advance(step, time.perf_counter() - started)
+            record = {"step": step, "lr": lr} | meter.record() | group_metrics(groups, meter.seconds)
             core.folder.append("metrics.jsonl", record)
             training.log_rollouts(step, groups, advantages)
             show(step, headline(record))
