@@ -121,8 +121,8 @@ def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
 def demonstrate(rng: random.Random, layout: Layout, row: dict, look: bool) -> str:
     """A demonstration: name what is in the cells and keep count, or guess at once without looking.
 
-    The count stands behind the word that it counts: `4 red 1 circle` for a color, `4 red circle 1` for a shape;
-    the cell that was asked for is `4 yes red circle`.
+    The count stands behind the word that it counts: `4 red 1 circle` for a color, `4 red circle 1` for
+    a shape; the cell that was asked for is `4 yes red circle`.
     """
     if not look:
         return f"I guess \\boxed{{{rng.choice(row.get('choices') or ['0', '1', '2', '3'])}}}"

@@ -43,9 +43,10 @@ class Encoder:
         images = tuple(self._resize(example, number) for number in range(len(example.images)))
         messages = self._messages(example)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        self._check_marks(example, text)
         encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
         ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
-        self._check(example, ids, grid, processor)
+        self._check_length(example, ids)
         return Prompt(
             example=example,
             text=text,
@@ -88,14 +89,18 @@ class Encoder:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 
-    def _check(self, example: Example, ids: torch.Tensor, grid: torch.Tensor | None, processor) -> None:
-        tokens = 0 if grid is None else int(grid.prod(-1).sum()) // processor.image_processor.merge_size**2
-        found = int((ids == self.vlm.model.config.image_token_id).sum())
-        if found != tokens:
+    def _check_marks(self, example: Example, text: str) -> None:
+        """Image tokens that the data set's own text smuggles in would shift the pictures."""
+        processor = self.vlm.processor
+        if text.count(processor.image_token) != len(example.images) or processor.video_token in text:
             raise RowError(
-                f"{example.label}: the prompt has {found} image tokens for {tokens} of its pictures; "
-                "its text must not contain the model's own image tokens"
+                f"{example.label}: its prompt has {text.count(processor.image_token)} places for "
+                f"{len(example.images)} pictures; the text must not contain {processor.image_token} or "
+                f"{processor.video_token}, and the chat template must place each picture once"
             )
+
+    def _check_length(self, example: Example, ids: torch.Tensor) -> None:
+        tokens = int((ids == self.vlm.model.config.image_token_id).sum())
         if len(ids) > self.max_tokens:
             raise RowError(
                 f"{example.label}: its prompt has {len(ids)} tokens, {tokens} of them for pictures, over "

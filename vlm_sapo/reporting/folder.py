@@ -27,17 +27,21 @@ class RunFolder:
         stored = self.path / "config.yaml"
         if overwrite:
             self.clear()
-        elif stored.is_file() and stored.read_text() != config:
+        elif not stored.is_file() and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"run.dir ({self.path}) must be empty or hold a run; choose another folder")
+        elif self.has_results() and stored.read_text() != config:
             lines = set(config.splitlines()) ^ set(stored.read_text().splitlines())
             raise ValueError(
                 f"run.dir ({self.path}) holds a run with another config, which differs in: "
                 f"{'; '.join(sorted(line.strip() for line in lines)[:8])}. Choose another run.dir, "
                 "or start anew with run.overwrite=true"
             )
-        elif not stored.is_file() and self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"run.dir ({self.path}) must be empty or hold a run; choose another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         stored.write_text(config)
+
+    def has_results(self) -> bool:
+        """Whether a run left anything here that another config would mix with."""
+        return (self.path / "checkpoints").is_dir() or any(self.read(name) for name in LOGS)
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else."""
@@ -68,7 +72,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after a step, before the run goes on from there."""
-        for name in LOGS:
+        for name in filter(lambda name: (self.path / name).is_file(), LOGS):
             kept = [record for record in self.read(name) if record["step"] <= step]
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             self.replace(name, text)

@@ -49,7 +49,8 @@ def build_examples(rows: cfg.Rows) -> ExampleSet:
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig) -> RunFolder:
     """The run's folder, made or found to belong to this config."""
     folder = RunFolder(config.run.folder)
-    folder.open(dump(config), overwrite=config.run.overwrite)
+    stored = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
+    folder.open(dump(stored), overwrite=config.run.overwrite)
     return folder
 
 
