@@ -34,7 +34,7 @@ def test_looking_demonstrations_are_right_and_guesses_often_wrong():
 
 def test_held_out_layouts_are_never_trained_on():
     def layouts(split):
-        thing = re.compile(r"\d (?:red|green|blue|yellow) (?:circle|square|triangle)")
+        thing = re.compile(r"(\d) (?:yes |no )?(red|green|blue|yellow) (?:\d )*(circle|square|triangle)")
         return {tuple(thing.findall(row["demonstration"])) for row in shapes(split, 2000)}
 
     trained = layouts("train") | layouts("cold_start")
