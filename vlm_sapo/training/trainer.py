@@ -75,10 +75,12 @@ def advantages_of(training: Training, group: Group) -> torch.Tensor:
 
 def headline(record: dict) -> str:
     """The numbers of a step that matter most, for the console."""
-    update = record.get("policy/effective_update")
+    trained = (
+        f"entropy {record['policy/entropy']:.3f}  effective update {record['policy/effective_update']:.3f}"
+        if "policy/effective_update" in record
+        else "no group with variance"
+    )
     return (
-        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}  "
-        f"entropy {record.get('policy/entropy', float('nan')):.3f}  "
-        + (f"effective update {update:.3f}  " if update is not None else "no group with variance  ")
-        + f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
+        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}  {trained}  "
+        f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
     )
