@@ -51,19 +51,13 @@ def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
 
 
 def test_the_quick_start_learns(tmp_path):
-    """A third of the miniature already moves held-out pass@1 by far more than chance would."""
-    overrides = [
-        "train.steps=40",
-        "eval.every=0",
-        "eval.data.args.size=120",
-        "eval.samples=2",
-        "checkpoint.every=0",
-    ]
+    """The whole miniature, with another seed than the README's."""
     program = os.path.join(os.path.dirname(sys.executable), "vlm-sapo")
-    run(program, "train", "quickstart", *overrides, f"run.dir={tmp_path}/run", cwd=ROOT)
+    overrides = ["run.seed=1", "eval.every=0", f"run.dir={tmp_path}/run"]
+    run(program, "train", "quickstart", *overrides, cwd=ROOT)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["eval_before"]["pass@1"] < 0.65
-    assert summary["eval_after"]["ci95"][0] > summary["eval_before"]["ci95"][1] + 0.1
+    assert summary["eval_before"]["pass@1"] <= 0.60
+    assert summary["eval_after"]["pass@1"] >= 0.95
 
 
 def test_the_cold_start_is_made_by_its_command(tmp_path):
