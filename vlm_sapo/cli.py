@@ -12,6 +12,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the plain help is there in half the time
     help="Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization.",
 )
 ConfigArgument = Annotated[
