@@ -30,7 +30,7 @@ _Loader.add_implicit_resolver(
 
 def find(name: str) -> Path:
     """The config file called `name`: a path, or the name of a shipped config with or without `.yaml`."""
-    shipped_file = shipped(Path("configs") / name).with_suffix(".yaml")
+    shipped_file = shipped(f"configs/{name.removesuffix('.yaml')}.yaml")
     for path in (Path(name), shipped_file):
         if path.is_file():
             return path
