@@ -18,7 +18,7 @@ from vlm_sapo.types import Completion, Example, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
 CORPUS = ["How many red shapes are there? \\boxed{2}", "Find x. The answer is 12."] * 20
 

@@ -184,6 +184,9 @@ class Optim(Section):
     """`bf16` computes in bfloat16 under autocast, log-probs and weights staying as they are."""
     tokens_per_microbatch: Positive = 16384
     """Most tokens, padding included, that go through the model at once; it never changes the gradient."""
+    layout: Literal["shared", "plain"] = "shared"
+    """`shared` runs a prompt once for all its responses, `plain` once for each; the results are the same, and
+    the start of a run checks that they are."""
 
 
 class Train(Optim):
@@ -191,6 +194,9 @@ class Train(Optim):
     """Prompts (groups) per step."""
     minibatches: Positive = 4
     """Optimizer updates per step; with 1 every ratio is 1 and all objectives are the same."""
+    old_logprobs: Literal["rollout", "policy"] = "rollout"
+    """Where the log-probs before the update come from: the engine's, if the start of the run shows that they
+    agree with the policy's, or a pass of the policy. The first update's own pass always gives its own."""
 
     @model_validator(mode="after")
     def _divides(self):

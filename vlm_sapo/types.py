@@ -42,9 +42,12 @@ class Example:
         return f"row {self.id} of {self.source}" if self.source else f"row {self.id}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """An example as the model reads it. Pictures are resized once; rollout and training use these pixels."""
+    """An example as the model reads it. Pictures are resized once; rollout and training use these pixels.
+
+    Two prompts are equal only if they are the same object.
+    """
 
     example: Example
     text: str

@@ -117,7 +117,8 @@ def real_model(tmp_path_factory):
 @pytest.mark.parametrize("name", REAL)
 def test_the_whole_pipeline_behind_a_real_processor(real_model, name):
     """Encode, roll out, score with the trainer, and back: a real tokenizer, template and picture setting."""
-    from vlm_sapo.models.logprobs import PlainPass, pad_inputs
+    from vlm_sapo.models.layout import SharedPrefix
+    from vlm_sapo.models.logprobs import Pass
     from vlm_sapo.rollout.hf import HfEngine
     from vlm_sapo.types import Sampling
 
@@ -131,7 +132,7 @@ def test_the_whole_pipeline_behind_a_real_processor(real_model, name):
     groups = HfEngine(vlm, prompts_per_batch=2).generate(prompts, Sampling(2, 6, 1.0, 0))
     assert all(text.startswith(prompts[0].opening) for text in (c.text for group in groups for c in group))
     for prompt, completions in zip(prompts, groups, strict=True):
-        logprobs, _ = PlainPass(vlm)(pad_inputs([prompt] * 2, [c.ids for c in completions]))
+        logprobs, _ = Pass(vlm)(SharedPrefix().inputs([(prompt, [c.ids for c in completions])]))
         for row_logprobs, drawn in zip(logprobs, completions, strict=True):
             assert torch.allclose(row_logprobs[: len(drawn.ids)], drawn.logprobs, atol=1e-4)
     logprobs.sum().backward()

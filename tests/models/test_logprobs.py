@@ -5,22 +5,30 @@ import torch
 
 from tests.conftest import FAMILIES, example
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.logprobs import PlainPass, pack, pad_inputs
+from vlm_sapo.models.layout import Plain, SharedPrefix
+from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import load_vlm
+
+LAYOUTS = pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambda layout: layout.name)
+
+
+def groups_of(rows):
+    return [(prompt, [item.ids]) for prompt, item in zip(rows.prompts, rows.completions, strict=True)]
 
 
 def inputs_of(rows):
-    return pad_inputs(rows.prompts, [completion.ids for completion in rows.completions])
+    return Plain().inputs(groups_of(rows))
 
 
+@LAYOUTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_agrees_with_the_models_own_forward(model_folder, family):
+def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     """One prompt with two pictures, through transformers' public call that derives its own positions."""
     vlm = load_vlm(str(model_folder(family)))
     encoder = Encoder(vlm)
     prompt = encoder(example(1, pictures=2, problem="<image>Compare<image>these."))
     response = torch.tensor([20, 30, 40, 2])
-    logprobs, entropies = PlainPass(vlm, temperature=0.7)(pad_inputs([prompt], [response]))
+    logprobs, entropies = Pass(vlm, temperature=0.7)(layout.inputs([(prompt, [response])]))
     ids = torch.cat([prompt.ids, response])[None]
     with torch.no_grad():
         logits = vlm.model(
@@ -39,42 +47,34 @@ def test_agrees_with_the_models_own_forward(model_folder, family):
 
 
 def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
-    together, _ = PlainPass(vlm)(inputs_of(rows))
+    together, _ = Pass(vlm)(inputs_of(rows))
     for row, (prompt, response) in enumerate(zip(rows.prompts, rows.completions, strict=True)):
-        alone, _ = PlainPass(vlm)(pad_inputs([prompt], [response.ids]))
+        alone, _ = Pass(vlm)(Plain().inputs([(prompt, [response.ids])]))
         assert torch.allclose(together[row, : len(response.ids)], alone[0], atol=1e-5)
         assert not together[row, len(response.ids) :].any()
-
-
-def test_only_response_tokens_are_scored(vlm, rows):
-    """Other targets outside the mask change nothing."""
-    inputs = inputs_of(rows)
-    before, _ = PlainPass(vlm)(inputs)
-    noise = torch.where(inputs.response_mask, inputs.targets, torch.randint(0, 200, inputs.targets.shape))
-    after, _ = PlainPass(vlm)(type(inputs)(**(vars(inputs) | {"targets": noise})))
-    assert torch.equal(before, after)
 
 
 def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
     """A token that follows a response, or pads it, cannot change the loss: causality of the layout."""
     inputs = inputs_of(rows)
-    before, _ = PlainPass(vlm)(inputs)
+    before, _ = Pass(vlm)(inputs)
     inputs.ids[inputs.mask == 0] = 77
-    after, _ = PlainPass(vlm)(inputs)
+    after, _ = Pass(vlm)(inputs)
     assert torch.equal(before, after)
 
 
-def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch):
+@LAYOUTS
+def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch, layout):
     import vlm_sapo.models.logprobs as module
 
-    inputs = inputs_of(rows)
-    whole, _ = PlainPass(vlm)(inputs)
+    inputs = layout.inputs(groups_of(rows))
+    whole, _ = Pass(vlm)(inputs)
     whole.sum().backward()
     gradient = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * vlm.vocabulary)
     vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    chunked, _ = PlainPass(vlm)(inputs)
+    chunked, _ = Pass(vlm)(inputs)
     chunked.sum().backward()
     assert torch.allclose(whole, chunked, atol=1e-6)
     for name, parameter in vlm.named_parameters():
@@ -105,15 +105,6 @@ def test_freezing_by_part(vlm):
     )
     assert any("deepstack_merger_list" in name for name in merger)
     assert any(name.startswith("model.language_model.layers") for name in language)
-
-
-def test_packing_respects_the_budget_and_drops_nothing(rows):
-    pairs = list(zip(rows.prompts, rows.completions, strict=True)) * 3
-    sizes = [len(prompt.ids) + len(response.ids) for prompt, response in pairs]
-    bins = pack(pairs, 3 * max(sizes))
-    assert sorted(index for chosen in bins for index in chosen) == list(range(12))
-    assert all(max(sizes[index] for index in chosen) * len(chosen) <= 3 * max(sizes) for chosen in bins)
-    assert len(pack(pairs, 1)) == 12
 
 
 def test_a_folder_without_a_processor_is_named(model_folder, tmp_path):

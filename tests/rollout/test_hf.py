@@ -5,7 +5,8 @@ import torch
 
 from tests.conftest import FAMILIES, example
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.logprobs import PlainPass, pad_inputs
+from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.hf import HfEngine, sample
 from vlm_sapo.types import Sampling
@@ -25,8 +26,8 @@ def test_logprobs_are_the_trainers(setting):
     groups = HfEngine(vlm, prompts_per_batch=8).generate(prompts, Sampling(4, 12, 0.8, seed=5))
     for prompt, completions in zip(prompts, groups, strict=True):
         assert len(completions) == 4
-        inputs = pad_inputs([prompt] * 4, [completion.ids for completion in completions])
-        logprobs, _ = PlainPass(vlm, temperature=0.8)(inputs)
+        inputs = Plain().inputs([(prompt, [completion.ids for completion in completions])])
+        logprobs, _ = Pass(vlm, temperature=0.8)(inputs)
         for row, completion in zip(logprobs, completions, strict=True):
             assert torch.allclose(row[: len(completion.ids)], completion.logprobs, atol=2e-5)
 

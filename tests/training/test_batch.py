@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from tests.conftest import completion, example
 from vlm_sapo.algo.advantages import zscore
+from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import minibatches
@@ -48,14 +49,28 @@ def advantages(groups):
     return [zscore(torch.tensor([score.total for score in g.scores], dtype=torch.float64)) for g in groups]
 
 
-def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options):
-    """Loss and flat gradient of one mini-batch; old log-probs are shifted to leave the policy."""
-    [minibatch] = minibatches(groups, values or advantages(groups), count=1, budget=budget, **options)
-    policy.score([minibatch])
+def split(policy, groups, *, count=1, budget=10**6, **options):
+    batch = minibatches(
+        groups, advantages(groups), count=count, layout=policy.layout, budget=budget, **options
+    )
+    policy.score(batch)
+    return batch
+
+
+def fill_old(policy, minibatch, shift=0.0):
+    """Old log-probs are shifted to leave the policy."""
+    with torch.no_grad():
+        for micro in minibatch.micros:
+            micro.old = policy.logprobs(micro)[0] + shift
+
+
+def gradient(policy, groups, loss, *, budget=10**6, shift=0.0):
+    """Loss and flat gradient of one mini-batch."""
+    [minibatch] = split(policy, groups, budget=budget)
+    fill_old(policy, minibatch, shift)
     total = 0.0
     for micro in minibatch.micros:
-        micro.old = micro.old + shift
-        logprobs, _ = policy.logprobs(micro.inputs())
+        logprobs, _ = policy.logprobs(micro)
         total += policy.backward(loss(logprobs, micro, minibatch))
     flat = torch.cat(
         [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
@@ -66,11 +81,12 @@ def gradient(policy, groups, loss, *, budget, values=None, shift=0.0, **options)
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_token_budget_changes_no_gradient(model_folder, encoder, objective, reduction):
-    policy = make_policy(model_folder())
+@pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=lambda layout: layout.name)
+def test_the_token_budget_changes_no_gradient(model_folder, encoder, objective, reduction, layout):
+    policy = make_policy(model_folder(), layout=layout)
     groups = draw_groups(policy, encoder, REWARDS)
     loss = loss_of(objective, reduction)
-    whole, expected, one = gradient(policy, groups, loss, budget=10**6, shift=0.1)
+    whole, expected, one = gradient(policy, groups, loss, shift=0.1)
     parts, found, many = gradient(policy, groups, loss, budget=1, shift=0.1)
     assert len(one.micros) == 1 and len(many.micros) == 12
     assert parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
@@ -81,20 +97,20 @@ def test_the_token_budget_changes_no_gradient(model_folder, encoder, objective, 
 def test_on_policy_all_objectives_have_one_gradient(model_folder, encoder, reduction):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
-    _, expected, _ = gradient(policy, groups, loss_of("sapo", reduction), budget=10**6)
+    _, expected, _ = gradient(policy, groups, loss_of("sapo", reduction))
     for objective in ("grpo", "gspo", "cispo"):
-        _, found, _ = gradient(policy, groups, loss_of(objective, reduction), budget=10**6)
+        _, found, _ = gradient(policy, groups, loss_of(objective, reduction))
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_groups_without_variance_cost_nothing_and_still_count(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
-    _, _, minibatch = gradient(policy, groups, loss_of(), budget=10**6)
+    _, _, minibatch = gradient(policy, groups, loss_of())
     assert minibatch.num_sequences == 16
     assert sum(len(micro.advantages) for micro in minibatch.micros) == 12
     assert minibatch.num_tokens == sum(len(c.ids) for group in groups for c in group.completions)
-    _, flat, empty = gradient(policy, groups[2:3], loss_of(), budget=10**6)
+    _, flat, empty = gradient(policy, groups[2:3], loss_of())
     assert empty.micros == [] and not flat.any()
 
 
@@ -103,43 +119,55 @@ def test_truncated_responses_leave_the_denominator_when_masked(model_folder, enc
     prompt = encoder(example())
     responses = (completion([20, 21, 2]), completion([22, 23], finish="length"), completion([24, 2]))
     group = Group(prompt, responses, tuple(Score(value, {}) for value in (1.0, 0.0, 0.0)))
-    [kept] = minibatches([group], advantages([group]), count=1, budget=10**6)
-    [masked] = minibatches([group], advantages([group]), count=1, budget=10**6, mask_truncated=True)
+    [kept] = split(policy, [group])
+    [masked] = split(policy, [group], mask_truncated=True)
     assert (kept.num_sequences, kept.num_tokens) == (3, 7)
     assert (masked.num_sequences, masked.num_tokens) == (2, 5)
     assert len(masked.micros[0].advantages) == 2
-    assert policy.logprobs(masked.micros[0].inputs())[0].shape == (2, 3)
+    assert policy.logprobs(masked.micros[0])[0].shape == (2, 3)
 
 
 def test_the_first_minibatch_has_ratio_exactly_one(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
-    batch = minibatches(groups, advantages(groups), count=2, budget=120)
-    policy.score(batch)
+    batch = split(policy, groups, count=2, budget=120)
     loss = loss_of()
     for micro in batch[0].micros:
-        logprobs, _ = policy.logprobs(micro.inputs())
+        logprobs, _ = policy.logprobs(micro)
         assert torch.equal(logprobs.detach(), micro.old)
         policy.backward(loss(logprobs, micro, batch[0]))
     policy.step()
-    moved = [(policy.logprobs(m.inputs())[0].detach() - m.old).abs().max() for m in batch[1].micros]
+    moved = [(policy.logprobs(m)[0].detach() - m.old).abs().max() for m in batch[1].micros]
     assert max(moved) > 1e-4
 
 
+def test_old_logprobs_are_those_before_any_update(model_folder, encoder):
+    """Recomputed or the engine's own: the same to rounding, and fixed before the first update."""
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS[:2])
+    recomputed = split(policy, groups, count=2)[1].micros[0]
+    policy.reuse_sampled = True
+    reused = split(policy, groups, count=2)[1].micros[0]
+    assert torch.equal(reused.old, reused.sampled)
+    assert torch.allclose(recomputed.old, reused.old, atol=1e-5)
+
+
 def test_only_response_tokens_are_in_the_loss(model_folder, encoder):
-    """Old log-probs, advantages' rows and targets off the mask are garbage; the gradient doesn't notice."""
+    """Old log-probs off the mask are garbage; what is scored are the responses' tokens and nothing else."""
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
     loss = loss_of()
-    _, expected, _ = gradient(policy, groups, loss, budget=10**6, shift=0.1)
-    [minibatch] = minibatches(groups, advantages(groups), count=1, budget=10**6)
-    policy.score([minibatch])
+    _, expected, _ = gradient(policy, groups, loss, shift=0.1)
+    [minibatch] = split(policy, groups)
     [micro] = minibatch.micros
-    mask, inputs = micro.mask, micro.inputs()
-    micro.old = torch.where(mask, micro.old + 0.1, float("nan"))
-    inputs.targets[~mask] = 99
-    assert mask.sum() == sum(len(c.ids) for g in groups[:2] + groups[3:] for c in g.completions)
-    logprobs, _ = policy.logprobs(inputs)
+    fill_old(policy, minibatch, 0.1)
+    micro.old = torch.where(micro.mask, micro.old, float("nan"))
+    trained = [item for group in groups[:2] + groups[3:] for item in group.completions]
+    assert micro.mask.sum() == sum(len(item.ids) for item in trained)
+    targets = policy.layout.inputs(micro.groups).targets.tolist()
+    assert sorted(targets) == sorted(token for item in trained for token in item.ids.tolist())
+    assert not set(targets) & set(policy.vlm.banned)
+    logprobs, _ = policy.logprobs(micro)
     policy.backward(loss(logprobs, micro, minibatch))
     found = torch.cat([p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None])
     assert torch.equal(found, expected)
@@ -152,12 +180,12 @@ def test_kl_pulls_towards_the_reference(model_folder, encoder):
     with torch.no_grad():
         for parameter in policy.vlm.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    total, _, minibatch = gradient(policy, groups, loss_of(kl=1.0), budget=10**6)
-    none, _, _ = gradient(policy, groups, loss_of(kl=0.0), budget=10**6)
+    total, _, minibatch = gradient(policy, groups, loss_of(kl=1.0))
+    none, _, _ = gradient(policy, groups, loss_of(kl=0.0))
     assert total > none + 1e-4
     for _ in range(20):
         for micro in minibatch.micros:
-            logprobs, _ = policy.logprobs(micro.inputs())
+            logprobs, _ = policy.logprobs(micro)
             micro.advantages.zero_()
             divergence = policy.backward(loss_of(kl=1.0)(logprobs, micro, minibatch))
         policy.step()
@@ -168,14 +196,14 @@ def test_a_gated_update_raises_good_responses(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS[:1])
     loss = loss_of()
-    [minibatch] = minibatches(groups, advantages(groups), count=1, budget=10**6)
-    policy.score([minibatch])
+    [minibatch] = split(policy, groups)
     [micro] = minibatch.micros
+    fill_old(policy, minibatch)
     for _ in range(5):
-        logprobs, _ = policy.logprobs(micro.inputs())
+        logprobs, _ = policy.logprobs(micro)
         policy.backward(loss(logprobs, micro, minibatch))
         policy.step()
-    change = (policy.logprobs(micro.inputs())[0].detach() - micro.old).sum(-1)
+    change = (policy.logprobs(micro)[0].detach() - micro.old).sum(-1)
     good = micro.advantages[:, 0] > 0
     assert change[good].mean() > 0 > change[~good].mean()
 

@@ -1,79 +1,23 @@
 """The training pass: log-probs and entropies of response tokens, and of nothing else.
 
-[N] responses, [L] tokens of the longest prompt with its response, [T] tokens of the longest response, [V]
-vocabulary.
+[K] response tokens, [C] tokens of a chunk, [N, T] responses by tokens, [H] hidden size, [V] vocabulary.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlm_sapo.models.layout import Inputs
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.types import Completion, Prompt
 
-CHUNK = 2048
-"""Response tokens per chunk of the output layer; bounds the logits in memory at CHUNK x V."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Prompts with one response each, padded on the right."""
-
-    ids: torch.Tensor
-    """[N, L] int64."""
-    mask: torch.Tensor
-    """[N, L] int64, 1 on tokens and 0 on padding."""
-    positions: torch.Tensor
-    """[3, N, L] int64."""
-    pixels: torch.Tensor | None
-    """[patches, D] of all rows' pictures in order."""
-    grid: torch.Tensor | None
-    """[pictures, 3] int64."""
-    targets: torch.Tensor
-    """[N, T] int64, the response's ids, 0 on padding."""
-    response_mask: torch.Tensor
-    """[N, T] bool."""
-    starts: torch.Tensor
-    """[N] int64, the prompts' lengths: where each response starts."""
-
-    def to(self, device: torch.device) -> Inputs:
-        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
-        return Inputs(**moved)
+CHUNK_LOGITS = 2**26
+"""Logits that exist at once: 256 MB in float32. A chunk has as many tokens as fit, whatever the lengths."""
 
 
-def pad_inputs(prompts: list[Prompt], responses: list[torch.Tensor]) -> Inputs:
-    """Lays out prompts and their responses (each [R] int64) for a plain pass."""
-    starts = torch.tensor([len(prompt.ids) for prompt in prompts])
-    lengths = torch.tensor([len(response) for response in responses])
-    rows, total, longest = len(prompts), int((starts + lengths).max()), int(lengths.max())
-    ids = torch.zeros(rows, total, dtype=torch.long)
-    positions = torch.zeros(3, rows, total, dtype=torch.long)
-    targets = torch.zeros(rows, longest, dtype=torch.long)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = len(prompt.ids), len(prompt.ids) + len(response)
-        ids[row, :start], ids[row, start:end] = prompt.ids, response
-        positions[:, row, :start] = prompt.positions
-        positions[:, row, start:end] = prompt.positions.max() + 1 + torch.arange(len(response))
-        targets[row, : len(response)] = response
-    pictured = [prompt for prompt in prompts if prompt.pixels is not None]
-    return Inputs(
-        ids=ids,
-        mask=(torch.arange(total) < (starts + lengths)[:, None]).long(),
-        positions=positions,
-        pixels=torch.cat([prompt.pixels for prompt in pictured]) if pictured else None,
-        grid=torch.cat([prompt.grid for prompt in pictured]) if pictured else None,
-        targets=targets,
-        response_mask=torch.arange(longest) < lengths[:, None],
-        starts=starts,
-    )
-
-
-class PlainPass(nn.Module):
-    """Every response with its own copy of prompt and pictures through the whole model."""
+class Pass(nn.Module):
+    """Runs laid-out responses through the model."""
 
     def __init__(self, vlm: VLM, temperature: float = 1.0):
         super().__init__()
@@ -85,40 +29,28 @@ class PlainPass(nn.Module):
             ids=inputs.ids,
             positions=inputs.positions,
             mask=inputs.mask,
-            pixels=inputs.pixels,
-            grid=inputs.grid,
+            segments=inputs.segments,
+            features=self.vlm.vision(inputs.prompts),
         )
-        rows, columns = inputs.response_mask.nonzero(as_tuple=True)
-        predicting = hidden[rows, inputs.starts[rows] + columns - 1]
-        logprobs, entropies = self._score(predicting, inputs.targets[rows, columns])
-        empty = logprobs.new_zeros(inputs.response_mask.shape)
-        return empty.index_put((rows, columns), logprobs), empty.index_put((rows, columns), entropies)
+        logprobs, entropies = self._score(hidden.flatten(0, 1)[inputs.predicting], inputs.targets)
+        where = inputs.response_mask
+        empty = logprobs.new_zeros(where.shape)
+        return empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies)
 
     def _score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        if torch.is_grad_enabled() and len(hidden) > CHUNK:
-            scored = [checkpoint(self._score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            scored = [self._score_chunk(*chunk) for chunk in chunks]
+        """[K, H] hidden states and [K] targets to [K] log-probs and entropies; logits are made again in the
+        backward pass."""
+        size = max(1, CHUNK_LOGITS // self.vlm.vocabulary)
+        scored = [
+            checkpoint(self._score_chunk, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
         logprobs, entropies = zip(*scored, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _score_chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = (self.vlm.logits(hidden) / self.temperature).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy.detach()
-
-
-def pack(completions: list[tuple[Prompt, Completion]], budget: int) -> list[list[int]]:
-    """Indices of the responses in micro-batches whose padded size stays within `budget` tokens.
-
-    Longest first, so that rows of a micro-batch are alike; a response over the budget goes alone.
-    """
-    sizes = [len(prompt.ids) + len(completion.ids) for prompt, completion in completions]
-    bins: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        if bins and sizes[bins[-1][0]] * (len(bins[-1]) + 1) <= budget:
-            bins[-1].append(index)
-        else:
-            bins.append([index])
-    return bins
+        logits = self.vlm.logits(hidden) / self.temperature  # [C, V]
+        normalizer = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = normalizer - ((logits - normalizer[:, None]).exp() * logits.clamp(min=-1e4)).sum(-1)
+        return logits.gather(-1, targets[:, None])[:, 0] - normalizer, entropy

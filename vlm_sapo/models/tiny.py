@@ -25,6 +25,7 @@ PROCESSORS = {
     "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
     "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
 }
 VISION_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -144,13 +145,15 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "num_key_value_heads": shape.heads // 2,
         "head_dim": shape.head_dim,
         "max_position_embeddings": 4096,
-        "rope_parameters": rope | ({"mrope_interleaved": True} if family == "qwen3_vl" else {}),
+        "rope_parameters": rope | ({"mrope_interleaved": True} if "qwen3" in family else {}),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "tie_word_embeddings": True,
         "initializer_range": shape.init_std,
     }
+    if family == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": shape.hidden}
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
     return AutoConfig.for_model(
         family,

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm_sapo.models import attention
+from vlm_sapo.models.vision import Features, Vision
+
 PARTS = {
     "vision": ("visual.",),
     "merger": ("visual.merger.", "visual.deepstack_merger_list."),
@@ -26,7 +29,7 @@ class VLM(nn.Module):
     log-softmax of the trainer leaves them out. `stops` are the ids that end a response.
     """
 
-    def __init__(self, model: nn.Module, processor):
+    def __init__(self, model: nn.Module, processor, *, vision_cache: int = 2**32):
         super().__init__()
         self.model = model
         self.processor = processor
@@ -38,29 +41,54 @@ class VLM(nn.Module):
             config.vision_end_token_id,
         ]
         self.stops = stop_ids(model, processor)
+        self.vision = Vision(model, budget=vision_cache)
 
     @property
     def tokenizer(self):
         return self.processor.tokenizer
 
     @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def attends_fully(self) -> bool:
+        """Whether every layer of the language model is full attention, so that branches can share a
+        prefix."""
+        kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
+        return set(kinds) == {"full_attention"}
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def hidden(self, *, ids, positions, mask, pixels=None, grid=None, cache=None) -> torch.Tensor:
+    def hidden(
+        self, *, ids, positions, mask, features: Features | None = None, cache=None, segments=None
+    ) -> torch.Tensor:
         """Last hidden states [B, L, H] of the language model.
 
-        ids, mask [B, L]; positions [3, B, L] explicit rotary positions; pixels [N, D] and grid [I, 3] of all
-        pictures in row order; cache is a transformers Cache that is extended in place.
+        ids, mask [B, L]; positions [3, B, L] explicit rotary positions; features stand in for the rows' image
+        tokens, in order; cache is a transformers Cache that is extended in place; segments tell the groups of
+        a packed row, which needs no mask.
         """
-        return self.model.model(
-            input_ids=ids,
+        language = self.model.model.language_model
+        embeds = language.get_input_embeddings()(ids)
+        extra = {}
+        if features is not None:
+            where = ids == self.model.config.image_token_id
+            embeds = embeds.masked_scatter(where[..., None], features.tokens.to(embeds.dtype))
+            if features.deep:
+                extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
+        if segments is not None:
+            mask = embeds.new_zeros(1, 1, 1, 1)  # taken for a ready mask, so that none is built
+            extra["segments"] = segments
+        return language(
+            inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            pixel_values=None if pixels is None else pixels.to(self.model.dtype),
-            image_grid_thw=grid,
             past_key_values=cache,
             use_cache=cache is not None,
+            **extra,
         ).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -104,7 +132,7 @@ def load_vlm(
     gradient_checkpointing: bool = False,
     freeze: list[str] = (),
 ) -> VLM:
-    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint from a folder or a hub id.
+    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense or MoE) checkpoint from a folder or a hub id.
 
     Dropout is off for good: old and new log-probs must come from the same function.
     Raises ValueError when the folder lacks a model or a processor.
@@ -122,6 +150,7 @@ def load_vlm(
             f"model.path ({path}) is a {model.config.model_type}; "
             "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
         )
+    model.set_attn_implementation({"text_config": attention.NAME})
     model.to(device).train()
     silence_dropout(model)
     if gradient_checkpointing:

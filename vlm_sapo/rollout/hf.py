@@ -98,7 +98,6 @@ class HfEngine:
             start = longest - len(prompt.ids)
             ids[row, start:], mask[row, start:] = prompt.ids, 1
             positions[:, row, start:] = prompt.positions
-        pictured = [prompt for prompt in prompts if prompt.pixels is not None]
         device = self.vlm.device
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         mask = mask.to(device)
@@ -106,8 +105,7 @@ class HfEngine:
             ids=ids.to(device),
             positions=positions.to(device),
             mask=mask,
-            pixels=torch.cat([prompt.pixels for prompt in pictured]).to(device) if pictured else None,
-            grid=torch.cat([prompt.grid for prompt in pictured]).to(device) if pictured else None,
+            features=self.vlm.vision(prompts),
             cache=cache,
         )
         following = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).to(device)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from vlm_sapo.models.logprobs import Inputs, pack, pad_inputs
+from vlm_sapo.models.layout import Branches, Layout
 from vlm_sapo.types import Completion, Group, Prompt
 
 
@@ -15,21 +16,18 @@ from vlm_sapo.types import Completion, Group, Prompt
 class MicroBatch:
     """N responses that go through the model at once."""
 
-    prompts: list[Prompt]
-    responses: list[torch.Tensor]
-    """The [R] ids of each response."""
+    groups: list[Branches]
+    """Prompts with the responses that are here, N in all."""
     advantages: torch.Tensor
     """[N, 1] float32."""
     mask: torch.Tensor
     """[N, T] bool, on response tokens."""
+    sampled: torch.Tensor
+    """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     old: torch.Tensor | None = None
-    """[N, T] float32, log-probs before the update; filled in by the policy."""
+    """[N, T] float32, log-probs before the update. None on policy: the pass's own are the old ones."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
-
-    def inputs(self) -> Inputs:
-        """Laid out anew for each pass: kept, every response would hold a copy of its pictures."""
-        return pad_inputs(self.prompts, self.responses)
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """What the step's metrics are computed from, beside the new log-probs."""
@@ -60,51 +58,67 @@ def minibatches(
     advantages: list[torch.Tensor],
     *,
     count: int,
+    layout: Layout,
     budget: int,
     mask_truncated: bool = False,
 ) -> list[MiniBatch]:
     """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
 
     Groups without variance stay in the denominators and never reach the model. With `mask_truncated`,
-    responses that hit the length limit leave both the loss and the denominators. `budget` is in padded
-    tokens.
+    responses that hit the length limit leave both the loss and the denominators. `budget` is in tokens of a
+    micro-batch, which `layout` fills.
     """
     size = len(groups) // count
     batches = []
     for index in range(count):
         chosen = slice(index * size, (index + 1) * size)
-        batches.append(_minibatch(groups[chosen], advantages[chosen], budget, mask_truncated, index))
+        rows = [
+            _Rows(group, values.tolist(), mask_truncated)
+            for group, values in zip(groups[chosen], advantages[chosen], strict=True)
+        ]
+        counted = [completion for row in rows for completion in row.completions]
+        trained = [row for row in rows if row.completions and any(row.weights)]
+        batches.append(
+            MiniBatch(
+                micros=_microbatches(trained, layout, budget),
+                num_sequences=max(len(counted), 1),
+                num_tokens=max(sum(len(completion.ids) for completion in counted), 1),
+                index=index,
+            )
+        )
     return batches
 
 
-def _minibatch(
-    groups: list[Group], advantages: list[torch.Tensor], budget: int, mask_truncated: bool, index: int
-) -> MiniBatch:
-    counted: list[Completion] = []
-    rows: list[tuple[Prompt, Completion]] = []
-    weights: list[float] = []
-    for group, values in zip(groups, advantages, strict=True):
-        for completion, value in zip(group.completions, values.tolist(), strict=True):
-            if mask_truncated and completion.finish == "length":
-                continue
-            counted.append(completion)
-            if values.any():
-                rows.append((group.prompt, completion))
-                weights.append(value)
-    return MiniBatch(
-        micros=[_microbatch(rows, weights, chosen) for chosen in pack(rows, budget)],
-        num_sequences=max(len(counted), 1),
-        num_tokens=max(sum(len(completion.ids) for completion in counted), 1),
-        index=index,
-    )
+class _Rows:
+    """A group's responses that count, with their advantages."""
+
+    def __init__(self, group: Group, advantages: list[float], mask_truncated: bool):
+        kept = [
+            (completion, value)
+            for completion, value in zip(group.completions, advantages, strict=True)
+            if not (mask_truncated and completion.finish == "length")
+        ]
+        self.prompt: Prompt = group.prompt
+        self.completions: list[Completion] = [completion for completion, _ in kept]
+        self.weights = [value for _, value in kept]
 
 
-def _microbatch(rows: list[tuple[Prompt, Completion]], weights: list[float], chosen: list[int]) -> MicroBatch:
-    prompts, completions = zip(*(rows[index] for index in chosen), strict=True)
-    lengths = torch.tensor([[len(completion.ids)] for completion in completions])
-    return MicroBatch(
-        prompts=list(prompts),
-        responses=[completion.ids for completion in completions],
-        advantages=torch.tensor([[weights[index]] for index in chosen]),
-        mask=torch.arange(int(lengths.max())) < lengths,
-    )
+def _microbatches(rows: list[_Rows], layout: Layout, budget: int) -> list[MicroBatch]:
+    sizes = [(len(row.prompt.ids), [len(item.ids) for item in row.completions]) for row in rows]
+    micros = []
+    for parts in layout.pack(sizes, budget):
+        chosen = [(rows[group], place) for group, places in parts for place in places]
+        completions = [row.completions[place] for row, place in chosen]
+        lengths = torch.tensor([[len(completion.ids)] for completion in completions])
+        micros.append(
+            MicroBatch(
+                groups=[
+                    (rows[group].prompt, [rows[group].completions[place].ids for place in places])
+                    for group, places in parts
+                ],
+                advantages=torch.tensor([[row.weights[place]] for row, place in chosen]),
+                mask=torch.arange(int(lengths.max())) < lengths,
+                sampled=pad_sequence([item.logprobs for item in completions], batch_first=True),
+            )
+        )
+    return micros

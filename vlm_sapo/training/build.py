@@ -16,6 +16,7 @@ from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.data.stream import PromptStream
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
 from vlm_sapo.models.vlm import VLM, load_vlm
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.reporting.console import Console
@@ -28,6 +29,7 @@ from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.run import Core, Evaluator, Training, write_rollouts
+from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Example, Prompt, Sampling
 
 EVAL_SEED = 1_000_003
@@ -63,7 +65,13 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
     core, engine = _build_core(
-        config, folder, console, reward=reward, kl=algo.kl, temperature=rollout.temperature
+        config,
+        folder,
+        console,
+        reward=reward,
+        kl=algo.kl,
+        temperature=rollout.temperature,
+        reuse_sampled=train.old_logprobs == "rollout",
     )
     split = partial(
         minibatches,
@@ -73,6 +81,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
     )
     return Training(
         core=core,
+        check=SelfCheck(core.policy, console, budget=train.tokens_per_microbatch),
         engine=engine,
         reward=reward,
         advantage=ADVANTAGES[algo.advantage],
@@ -105,6 +114,7 @@ def _build_core(
     reward: Reward,
     kl: float = 0.0,
     temperature: float = 1.0,
+    reuse_sampled: bool = False,
 ) -> tuple[Core, RolloutEngine]:
     torch.manual_seed(config.run.seed)
     train = config.train
@@ -133,6 +143,8 @@ def _build_core(
         max_grad_norm=train.max_grad_norm,
         temperature=temperature,
         reference=reference,
+        layout=_layout(train.layout, vlm, console),
+        reuse_sampled=reuse_sampled,
     )
     engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch, autocast=accelerator.autocast)
     stream = PromptStream(examples, encode, seed=config.run.seed, skip=config.data.on_error == "skip")
@@ -163,6 +175,18 @@ def _load(model: cfg.Model, path: str, accelerator: Accelerator, freeze: list[st
         gradient_checkpointing=model.gradient_checkpointing,
         freeze=freeze,
     )
+
+
+def _layout(name: str, vlm: VLM, console: Console) -> Layout:
+    if name == "plain":
+        return Plain()
+    if not vlm.attends_fully:
+        console.warn(
+            f"train.layout is shared, but {vlm.model.config.model_type} has layers without full attention; "
+            "the plain layout is used"
+        )
+        return Plain()
+    return SharedPrefix()
 
 
 def _build_encoder(vlm: VLM, config: cfg.TrainConfig | cfg.SftConfig) -> Callable[[Example], Prompt]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from vlm_sapo.models.logprobs import Inputs, PlainPass
+from vlm_sapo.models.layout import Branches, Layout, SharedPrefix
+from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 
@@ -23,7 +24,11 @@ def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
 
 
 class Policy:
-    """Log-probs, gradients and updates of one model; `reference` is a frozen model for the KL term."""
+    """Log-probs, gradients and updates of one model; `reference` is a frozen model for the KL term.
+
+    `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
+    old ones; otherwise the old ones are computed, except for the first update, whose own pass gives them.
+    """
 
     def __init__(
         self,
@@ -39,40 +44,51 @@ class Policy:
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         reference: VLM | None = None,
+        layout: Layout | None = None,
+        reuse_sampled: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
+        self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
         optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
-        self.forward_pass, self.optimizer = accelerator.prepare(PlainPass(vlm, temperature), optimizer)
-        self.reference = (
-            None if reference is None else PlainPass(reference, temperature).requires_grad_(False)
-        )
+        self.forward_pass, self.optimizer = accelerator.prepare(Pass(vlm, temperature), optimizer)
+        self.reference = None if reference is None else Pass(reference, temperature).requires_grad_(False)
         self.schedule = {"kind": schedule, "warmup": warmup_steps, "total": total_steps}
         self.lr = lr
 
-    def logprobs(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, groups: Sequence[Branches], layout: Layout | None = None):
         """Log-probs and entropies [N, T] of the response tokens."""
+        inputs = (layout or self.layout).inputs(groups)
         return self.forward_pass(inputs.to(self.accelerator.device))
 
-    @torch.no_grad()
-    def score(self, minibatches: list[MiniBatch]) -> list[MiniBatch]:
-        """Fills in the old (and reference) log-probs of every micro-batch, before any update."""
-        for minibatch in minibatches:
-            minibatch.micros = [self._score(micro) for micro in minibatch.micros]
-        return minibatches
+    def logprobs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N, T] of a micro-batch. Where it has no old log-probs yet, the model is
+        still the one that drew it, and these are the old ones."""
+        logprobs, entropies = self.run(micro.groups)
+        if micro.old is None:
+            micro.old = logprobs.detach()
+        return logprobs, entropies
 
-    def _score(self, micro: MicroBatch) -> MicroBatch:
+    @torch.no_grad()
+    def score(self, minibatches: list[MiniBatch]) -> None:
+        """Fills in old and reference log-probs where they will be needed, before any update."""
+        trained = [minibatch for minibatch in minibatches if minibatch.micros]
+        for minibatch in trained:
+            for micro in minibatch.micros:
+                self._move(micro)
+                if minibatch is not trained[0]:
+                    micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
+                if self.reference is not None:
+                    inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
+                    with self.accelerator.autocast():
+                        micro.reference, _ = self.reference(inputs)
+
+    def _move(self, micro: MicroBatch) -> None:
         device = self.accelerator.device
-        inputs = micro.inputs().to(device)
-        old, _ = self.forward_pass(inputs)
-        reference = None
-        if self.reference is not None:
-            with self.accelerator.autocast():
-                reference, _ = self.reference(inputs)
-        moved = {"advantages": micro.advantages.to(device), "mask": micro.mask.to(device)}
-        return replace(micro, old=old, reference=reference, **moved)
+        micro.advantages, micro.mask = micro.advantages.to(device), micro.mask.to(device)
+        micro.sampled = micro.sampled.to(device)
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""

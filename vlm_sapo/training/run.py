@@ -94,11 +94,13 @@ class Training:
     """What the loop of `train` works with."""
 
     core: Core
+    check: Callable[[list[Group]], None]
     engine: RolloutEngine
     reward: Reward
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
-    split: Callable[[list[Group], list[torch.Tensor]], list[MiniBatch]]
+    split: Callable[..., list[MiniBatch]]
+    """(groups, advantages, layout=...) to mini-batches."""
     sampling: Sampling
     prompts_per_step: int
     log_rollouts: Callable[[int, list[Group], list[torch.Tensor]], None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from vlm_sapo.config import SftConfig
-from vlm_sapo.models.logprobs import pack, pad_inputs
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.build import build_sft, open_folder
@@ -53,10 +52,10 @@ def demonstration(core: Core, prompt: Prompt, column: str) -> Completion:
 
 def update(core: Core, rows: list[tuple[Prompt, Completion]], budget: int) -> tuple[float, float]:
     """One optimizer update on all rows; returns the loss per token and the gradient's norm."""
+    policy = core.policy
     tokens = sum(len(completion.ids) for _, completion in rows)
     loss = 0.0
-    for chosen in pack(rows, budget):
-        prompts, completions = zip(*(rows[index] for index in chosen), strict=True)
-        logprobs, _ = core.policy.logprobs(pad_inputs(list(prompts), [item.ids for item in completions]))
-        loss += core.policy.backward(-logprobs.sum() / tokens)
-    return loss, core.policy.step()
+    for parts in policy.layout.pack([(len(prompt.ids), [len(item.ids)]) for prompt, item in rows], budget):
+        logprobs, _ = policy.run([(rows[index][0], [rows[index][1].ids]) for index, _ in parts])
+        loss += policy.backward(-logprobs.sum() / tokens)
+    return loss, policy.step()

@@ -29,14 +29,15 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
             started, meter = time.perf_counter(), StepMeter(training.loss.describe)
             lr = policy.set_step(step - 1)
             groups = draw(training, step, meter)
+            training.check(groups)
             advantages = [advantages_of(training, group) for group in groups]
-            batch = training.split(groups, advantages)
+            batch = training.split(groups, advantages, layout=policy.layout)
             with meter.time("old_logprobs"):
                 policy.score(batch)
             with meter.time("update"):
                 for minibatch in batch:
                     for micro in minibatch.micros:
-                        logprobs, entropies = policy.logprobs(micro.inputs())
+                        logprobs, entropies = policy.logprobs(micro)
                         loss = policy.backward(training.loss(logprobs, micro, minibatch))
                         meter.add(loss, logprobs, entropies, **micro.tensors())
                     if minibatch.micros:

@@ -1,0 +1,168 @@
+"""The shared-prefix layout against the plain one: the same log-probs and gradients, in any arrangement."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import FAMILIES, example
+from vlm_sapo.models.attention import Branched, Segments
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Plain, SharedPrefix
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.vlm import load_vlm
+
+SHAPES = {
+    "one picture": [(1, [5, 1, 9, 30])],
+    "three pictures": [(3, [7, 2])],
+    "no picture": [(0, [4, 4])],
+    "one branch": [(1, [6])],
+    "eight even branches": [(2, [8] * 8)],
+    "several groups": [(1, [3, 12]), (0, [1]), (2, [5, 5, 2])],
+}
+
+
+def build(encoder, shapes, seed=0):
+    """Groups of (number of pictures, lengths of responses)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def responses(lengths):
+        return [torch.randint(10, 200, (length,), generator=generator) for length in lengths]
+
+    return [
+        (encoder(example(number, pictures=pictures)), responses(lengths))
+        for number, (pictures, lengths) in enumerate(shapes)
+    ]
+
+
+def measure(vlm, inputs):
+    """Log-probs, entropies and flat gradient of a loss in which every token has a weight of its own."""
+    vlm.zero_grad()
+    logprobs, entropies = Pass(vlm, temperature=0.9)(inputs)
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+    (logprobs * weights).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in vlm.parameters() if p.grad is not None])
+    return logprobs.detach(), entropies, gradient
+
+
+def assert_same(vlm, groups):
+    plain, shared = Plain().inputs(groups), SharedPrefix().inputs(groups)
+    logprobs, entropies, gradient = measure(vlm, plain)
+    found, found_entropies, found_gradient = measure(vlm, shared)
+    assert (found - logprobs).abs().max() < 1e-5
+    assert (found_entropies - entropies).abs().max() < 1e-5
+    assert (found_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_shared_equals_plain(model_folder, family, shapes, checkpointing):
+    vlm = load_vlm(str(model_folder(family)), gradient_checkpointing=checkpointing)
+    assert_same(vlm, build(Encoder(vlm), shapes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(1, 12), min_size=1, max_size=5)),
+        max_size=4,
+        min_size=1,
+    )
+)
+def test_any_layout(shared_vlm, shapes):
+    assert_same(shared_vlm, build(Encoder(shared_vlm), shapes))
+
+
+@pytest.fixture(scope="module")
+def shared_vlm(model_folder):
+    return load_vlm(str(model_folder()))
+
+
+@pytest.mark.parametrize("freeze", [["vision", "merger"], ["vision"], ["language"]], ids="+".join)
+def test_frozen_parts(model_folder, freeze):
+    vlm = load_vlm(str(model_folder()), freeze=freeze)
+    assert_same(vlm, build(Encoder(vlm), SHAPES["several groups"]))
+
+
+def test_bfloat16_stays_close(model_folder):
+    """Rounding differs between the layouts; nothing else does."""
+    vlm = load_vlm(str(model_folder()), dtype="bfloat16")
+    groups = build(Encoder(vlm), SHAPES["several groups"])
+    logprobs, _, gradient = measure(vlm, Plain().inputs(groups))
+    found, _, found_gradient = measure(vlm, SharedPrefix().inputs(groups))
+    assert (found - logprobs).abs().mean() < 0.03
+    assert (found_gradient - gradient).float().norm() < 0.1 * gradient.float().norm()
+
+
+def test_the_picture_and_prompt_are_there_once(vlm):
+    [(prompt, responses)] = build(Encoder(vlm), [(2, [5, 1, 9])])
+    inputs = SharedPrefix().inputs([(prompt, responses)])
+    assert inputs.ids.shape == (1, len(prompt.ids) + 15) and inputs.prompts == [prompt]
+    assert Plain().inputs([(prompt, responses)]).ids.shape == (3, len(prompt.ids) + 9)
+
+
+def test_a_frozen_tower_looks_at_a_prompt_once(model_folder, monkeypatch):
+    vlm = load_vlm(str(model_folder()), freeze=["vision", "merger"])
+    groups = build(Encoder(vlm), [(1, [5, 3]), (2, [4])])
+    seen = []
+    vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    for layout in (SharedPrefix(), Plain(), SharedPrefix()):
+        Pass(vlm)(layout.inputs(groups))
+    assert len(seen) == 1 and len(vlm.vision.kept) == 2
+    del groups
+    assert len(vlm.vision.kept) == 0
+
+
+def test_a_trained_tower_looks_each_time(vlm):
+    groups = build(Encoder(vlm), [(1, [5, 3])])
+    seen = []
+    vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    Pass(vlm)(SharedPrefix().inputs(groups))
+    Pass(vlm)(SharedPrefix().inputs(groups))
+    assert len(seen) == 2 and not vlm.vision.kept
+
+
+@given(
+    st.lists(st.tuples(st.integers(5, 60), st.lists(st.integers(1, 40), min_size=1, max_size=9)), max_size=9),
+    st.integers(20, 400),
+    st.sampled_from([SharedPrefix(), Plain()]),
+)
+def test_packing_drops_nothing_and_keeps_to_the_budget(groups, budget, layout):
+    bins = layout.pack(groups, budget)
+    found = sorted((group, place) for parts in bins for group, places in parts for place in places)
+    assert found == [(g, place) for g, (_, lengths) in enumerate(groups) for place in range(len(lengths))]
+    for parts in bins:
+        sizes = [(groups[group][0], [groups[group][1][place] for place in places]) for group, places in parts]
+        responses = sum(len(lengths) for _, lengths in sizes)
+        assert tokens(layout, sizes) <= budget or responses == 1
+
+
+def tokens(layout, sizes) -> int:
+    if isinstance(layout, SharedPrefix):
+        return sum(prompt + sum(lengths) for prompt, lengths in sizes)
+    rows = [prompt + length for prompt, lengths in sizes for length in lengths]
+    return len(rows) * max(rows)
+
+
+def test_packing_repeats_few_prompts():
+    """64 groups of 8 responses of very unequal length: under 5 % of the positions are repeated or padding."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.rand(64, 8, generator=generator) ** 2 * 1000 + 16).int().tolist()
+    groups = [(300, row) for row in lengths]
+    needed = sum(300 + sum(row) for row in lengths)
+    computed = sum(
+        300 + sum(groups[group][1][place] for place in places)
+        for parts in SharedPrefix().pack(groups, 16384)
+        for group, places in parts
+    )
+    assert needed <= computed < 1.05 * needed
+
+
+def test_the_variable_length_plan_says_the_same():
+    """What the GPU kernel is told: each sequence's queries and keys, by brute force."""
+    plan = Segments((Branched(0, 3, (2, 1)), Branched(6, 2, (1, 4)))).varlen
+    keys, queries = plan.key_offsets.tolist(), plan.query_offsets.tolist()
+    listed = [plan.keys[a:b].tolist() for a, b in zip(keys, keys[1:], strict=False)]
+    assert listed == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7], [6, 7, 8], [6, 7, 9, 10, 11, 12]]
+    assert queries == [0, 3, 5, 6, 8, 9, 13] and (plan.longest_query, plan.longest_key) == (4, 6)

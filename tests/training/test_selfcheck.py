@@ -1,0 +1,63 @@
+"""The self-check lets the fast ways pass when they are right, and drops them when they are not."""
+
+from dataclasses import replace
+
+import torch
+
+from tests.training.test_batch import draw_groups, make_policy
+from vlm_sapo.models.layout import Plain, SharedPrefix
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.selfcheck import SelfCheck
+
+REWARDS = [[1, 0, 0, 1]]
+
+
+class Shifted(SharedPrefix):
+    """A layout with a bug: branches start one rotary position too late."""
+
+    name = "shifted"
+
+    def inputs(self, groups):
+        inputs = super().inputs(groups)
+        positions = inputs.positions.clone()
+        positions[:, :, len(groups[0][0].ids) :] += 1
+        return replace(inputs, positions=positions)
+
+
+def check(policy, groups, budget=10**6):
+    SelfCheck(policy, Console(), budget=budget)(groups)
+
+
+def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):
+    policy = make_policy(model_folder(), reuse_sampled=True)
+    check(policy, draw_groups(policy, encoder, REWARDS))
+    output = capsys.readouterr().out
+    assert "agrees with the plain pass" in output and "serve as old log-probs" in output
+    assert isinstance(policy.layout, SharedPrefix) and policy.reuse_sampled
+    assert all(parameter.grad is None for parameter in policy.vlm.parameters())
+
+
+def test_a_layout_that_is_wrong_is_dropped_loudly(model_folder, encoder, capsys):
+    policy = make_policy(model_folder(), layout=Shifted())
+    check(policy, draw_groups(policy, encoder, REWARDS))
+    output = capsys.readouterr().out
+    assert "warning: the shared-prefix pass DISAGREES" in output and "row e0" in output
+    assert isinstance(policy.layout, Plain)
+
+
+def test_logprobs_of_another_policy_are_recomputed(model_folder, encoder, capsys):
+    policy = make_policy(model_folder(), reuse_sampled=True)
+    groups = draw_groups(policy, encoder, REWARDS)
+    with torch.no_grad():
+        for parameter in policy.vlm.parameters():
+            parameter.mul_(1.01)
+    check(policy, groups)
+    assert not policy.reuse_sampled and "old log-probs are recomputed" in capsys.readouterr().out
+
+
+def test_a_small_budget_checks_fewer_branches(model_folder, encoder, capsys):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    check(policy, groups, budget=1)
+    first = len(groups[0].completions[0].ids)
+    assert f"on {first} response tokens" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""Attention of packed rows: a prompt attends to itself, each of its branches to the prompt and to itself.
+
+Registered with transformers under NAME; a call without segments is transformers' own SDPA attention, so one
+model serves generation, the plain pass and the shared pass. [L] tokens of a packed row, [H] query heads,
+[K] key heads, [D] head size, [G] branches of a group, [R] its longest branch, [P] its prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "vlm_sapo_prefix"
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Branched:
+    """One group in a packed row: its prompt starts at `start`, its branches follow in order."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.branches)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all branches are equally long, so that they need no padding."""
+        return len(set(self.branches)) == 1
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        """[G * R] where each branch's tokens lie among the branches' tokens; padding repeats the last."""
+        lengths = torch.tensor(self.branches)
+        starts = lengths.cumsum(0) - lengths
+        steps = torch.arange(max(self.branches)).minimum(lengths[:, None] - 1)
+        return (starts[:, None] + steps).flatten()
+
+    @cached_property
+    def kept(self) -> torch.Tensor:
+        """[sum of branches] where each token lies among the padded ones."""
+        longest = max(self.branches)
+        return torch.cat([row * longest + torch.arange(length) for row, length in enumerate(self.branches)])
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The groups of a packed row, in order and without gaps."""
+
+    groups: tuple[Branched, ...]
+
+    @cached_property
+    def varlen(self) -> VarlenPlan:
+        """The same as sequences of queries and keys, for kernels that take cumulative lengths."""
+        queries: list[int] = []
+        keys: list[torch.Tensor] = []
+        for group in self.groups:
+            prompt = torch.arange(group.start, group.start + group.prompt)
+            queries.append(group.prompt)
+            keys.append(prompt)
+            start = group.start + group.prompt
+            for length in group.branches:
+                queries.append(length)
+                keys.append(torch.cat([prompt, torch.arange(start, start + length)]))
+                start += length
+        lengths = [len(key) for key in keys]
+        return VarlenPlan(torch.cat(keys), _offsets(queries), _offsets(lengths), max(queries), max(lengths))
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """`keys` [sum of key lengths] names the key of each place; offsets [sequences + 1] int32."""
+
+    keys: torch.Tensor
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [B, H, L, D], key and value [B, K, L, D] to [B, L, H, D].
+
+    With segments B is 1 and the mask is not read.
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.is_cuda and query.dtype in HALF:
+        return _varlen(query, key, value, scaling, segments.varlen), None
+    groups = [_group(query, key, value, scaling, group) for group in segments.groups]
+    return torch.cat(groups, dim=2).transpose(1, 2), None
+
+
+def _group(query, key, value, scaling: float | None, group: Branched) -> torch.Tensor:
+    """[1, H, tokens of the group, D] by SDPA: once over the prompt, once over all its branches."""
+    sizes = [group.prompt, sum(group.branches)]
+    (q, branch_q), (k, branch_k), (v, branch_v) = (
+        tensor[:, :, group.start : group.end].split(sizes, dim=2) for tensor in (query, key, value)
+    )
+    prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    branch_q, branch_k, branch_v = (_fold(tensor, group) for tensor in (branch_q, branch_k, branch_v))
+    longest = branch_q.shape[2]
+    # A padded key lies behind every real query of its branch, so one causal mask fits all branches.
+    mask = torch.ones(longest, group.prompt + longest, dtype=torch.bool, device=query.device)
+    branches = scaled_dot_product_attention(
+        branch_q,
+        torch.cat([k.expand(len(branch_k), -1, -1, -1), branch_k], dim=2),
+        torch.cat([v.expand(len(branch_v), -1, -1, -1), branch_v], dim=2),
+        attn_mask=mask.tril(group.prompt),
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return torch.cat([prompt, _unfold(branches, group)], dim=2)
+
+
+def _fold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:
+    """[1, H, sum of branches, D] to [G, H, R, D]."""
+    if not group.even:
+        tensor = tensor[:, :, group.padded.to(tensor.device)]
+    return tensor[0].unflatten(1, (len(group.branches), -1)).transpose(0, 1)
+
+
+def _unfold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:
+    """[G, H, R, D] to [1, H, sum of branches, D]."""
+    flat = tensor.transpose(0, 1).flatten(1, 2)[None]
+    return flat if group.even else flat[:, :, group.kept.to(tensor.device)]
+
+
+def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch.Tensor:
+    """[1, L, H, D] by one variable-length kernel; keys of a prompt are listed again for each branch.
+
+    The kernel aligns its causal diagonal to the end of a sequence, where a branch's own tokens are.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # its kernels need a GPU
+
+    device = query.device
+    keys = plan.keys.to(device)
+    output = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1)[keys],
+        value[0].transpose(0, 1)[keys],
+        plan.query_offsets.to(device),
+        plan.key_offsets.to(device),
+        plan.longest_query,
+        plan.longest_key,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    return output[None]
+
+
+AttentionInterface.register(NAME, prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,121 @@
+"""Holds the fast ways against the plain ones on the run's first real group, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from vlm_sapo.models.layout import Branches, Plain
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.policy import Policy
+from vlm_sapo.types import Group
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest differences that rounding explains."""
+
+    logprob: float
+    """Of one token."""
+    mean_logprob: float
+    """Mean over tokens, in absolute value."""
+    gradient_norm: float
+    """Relative."""
+
+
+FLOAT32 = Tolerance(logprob=1e-4, mean_logprob=1e-5, gradient_norm=1e-3)
+BFLOAT16 = Tolerance(logprob=0.5, mean_logprob=0.03, gradient_norm=0.05)
+SAMPLED = 1e-4
+"""Engine and policy must agree on each token's log-prob this closely for the engine's to serve as old ones: a
+tenth of the narrowest clipping band (GSPO's 3e-4) on a sequence's mean."""
+
+
+class SelfCheck:
+    """Runs once, on the first group it is given; afterwards a call does nothing.
+
+    Where the shared layout disagrees with the plain one, the policy falls back to the plain one; where the
+    engine's log-probs disagree with the policy's, old log-probs are recomputed. Both say so.
+    """
+
+    def __init__(self, policy: Policy, console: Console, *, budget: int):
+        self.policy, self.console, self.budget, self.done = policy, console, budget, False
+
+    def __call__(self, groups: list[Group]) -> None:
+        if self.done:
+            return
+        self.done = True
+        group = groups[0]
+        longest = len(group.prompt.ids) + max(len(item.ids) for item in group.completions)
+        chosen = group.completions[: max(1, self.budget // longest)]  # what the plain layout has room for
+        branches: Branches = (group.prompt, [item.ids for item in chosen])
+        logprobs = self._compare_layouts(branches, group.prompt.example.label)
+        sampled = torch.cat([item.logprobs for item in chosen]).to(logprobs.device)
+        self._compare_sampled(logprobs, sampled)
+
+    def _compare_layouts(self, branches: Branches, label: str) -> torch.Tensor:
+        policy = self.policy
+        plain, plain_norm = self._measure(branches, Plain())
+        if policy.layout.name == Plain.name:
+            return plain
+        shared, shared_norm = self._measure(branches, policy.layout)
+        difference = (shared - plain).abs()
+        worst, mean = float(difference.max()), float(difference.mean())
+        relative = abs(shared_norm - plain_norm) / max(plain_norm, 1e-12)
+        found = (
+            f"log-probs within {worst:.1e} (mean {mean:.1e}), gradient norm within {relative:.1e}, "
+            f"on {len(plain)} response tokens of {label}"
+        )
+        allowed = self._tolerance()
+        agrees = (
+            worst <= allowed.logprob
+            and mean <= allowed.mean_logprob
+            and relative <= allowed.gradient_norm
+            and bool(torch.isfinite(difference).all())
+        )
+        if agrees:
+            self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {found}")
+            return shared
+        place = int(difference.nan_to_num(nan=float("inf")).argmax())
+        self.console.warn(
+            f"the shared-prefix pass DISAGREES with the plain pass: {found}; the worst token is number "
+            f"{place} ({float(shared[place]):.4f} shared, {float(plain[place]):.4f} plain); allowed are "
+            f"{allowed}. The run goes on with the plain pass, several times slower; please report this model "
+            "and these numbers"
+        )
+        policy.layout = Plain()
+        return plain
+
+    def _compare_sampled(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
+        if not self.policy.reuse_sampled:
+            return
+        worst = float((logprobs - sampled).abs().max())
+        if worst <= SAMPLED:
+            self.console.say(
+                f"self-check: the engine's log-probs agree within {worst:.1e} and serve as old log-probs"
+            )
+            return
+        self.console.say(
+            f"self-check: the engine's log-probs differ by up to {worst:.1e} from the policy's (allowed "
+            f"{SAMPLED:.0e}), so old log-probs are recomputed, at a forward pass per update but the first"
+        )
+        self.policy.reuse_sampled = False
+
+    def _measure(self, branches: Branches, layout) -> tuple[torch.Tensor, float]:
+        """Log-probs [K] of the response tokens, and the norm of a gradient that every token takes part in."""
+        policy = self.policy
+        logprobs, _ = policy.run([branches], layout)
+        mask = layout.inputs([branches]).response_mask.to(logprobs.device)
+        flat = logprobs[mask]
+        signs = torch.randint(0, 2, flat.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+        policy.backward((flat * signs.to(flat.device)).sum() / len(flat))
+        gradients = [p.grad for p in policy.forward_pass.parameters() if p.grad is not None]
+        norm = float(get_total_norm(gradients))
+        policy.optimizer.zero_grad()
+        return flat.detach(), norm
+
+    def _tolerance(self) -> Tolerance:
+        model = self.policy.vlm.model
+        full = self.policy.accelerator.mixed_precision == "no" and model.dtype == torch.float32
+        return FLOAT32 if full else BFLOAT16
