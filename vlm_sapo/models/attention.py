@@ -1,8 +1,9 @@
-"""Attention of packed rows: a prompt attends to itself, each of its branches to the prompt and to itself.
+"""Attention that knows groups: a prompt attends to itself, each of its branches to the prompt and to itself.
 
-Registered with transformers under NAME; a call without segments is transformers' own SDPA attention, so one
-model serves generation, the plain pass and the shared pass. [L] tokens of a packed row, [H] query heads,
-[K] key heads, [D] head size, [G] branches of a group, [R] its longest branch, [P] its prompt.
+Registered with transformers under NAME. With `segments` it serves packed rows (training, prefill), with
+`prefix` the next token of running branches (decoding), and with neither it is transformers' own SDPA attention,
+so one model does all of it. [L] tokens of a packed row, [H] query heads, [K] key heads, [D] head size, [B]
+prompts, [G] branches of each, [R] longest branch, [P] prompt tokens, [S] tokens that a branch has so far.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -77,6 +79,39 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Keys and values of B prompts, [B, K, P, D] by layer, padded on the right, for decoding their branches.
+
+    The batch that decodes holds the prompts' branches in order, G for each.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    padding: torch.Tensor
+    """[B, 1, 1, P] bool, true behind the end of a prompt."""
+
+    @staticmethod
+    def from_row(keys: list[torch.Tensor], values: list[torch.Tensor], lengths: list[int]) -> Prefix:
+        """From a packed row of prompts, [1, K, L, D] by layer."""
+
+        def split(row: torch.Tensor) -> torch.Tensor:
+            prompts = [prompt.transpose(0, 1) for prompt in row[0].split(lengths, dim=1)]
+            return pad_sequence(prompts, batch_first=True).transpose(1, 2)
+
+        ends = torch.tensor(lengths, device=keys[0].device)
+        padding = torch.arange(max(lengths), device=ends.device) >= ends[:, None]
+        return Prefix([split(row) for row in keys], [split(row) for row in values], padding[:, None, None])
+
+    def select(self, prompts: torch.Tensor) -> Prefix:
+        """Only the prompts with these indices."""
+        return Prefix(
+            [layer[prompts] for layer in self.keys],
+            [layer[prompts] for layer in self.values],
+            self.padding[prompts],
+        )
+
+
+@dataclass(frozen=True)
 class VarlenPlan:
     """`keys` [sum of key lengths] names the key of each place; offsets [sequences + 1] int32."""
 
@@ -100,12 +135,15 @@ def prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    prefix: Prefix | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, L, D], key and value [B, K, L, D] to [B, L, H, D].
 
-    With segments B is 1 and the mask is not read.
+    With segments B is 1; with segments or a prefix the mask is not read.
     """
+    if prefix is not None:
+        return _decode(query, key, value, scaling, prefix, module.layer_idx), None
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -123,6 +161,8 @@ def _group(query, key, value, scaling: float | None, group: Branched) -> torch.T
         tensor[:, :, group.start : group.end].split(sizes, dim=2) for tensor in (query, key, value)
     )
     prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    if not group.branches:
+        return prompt
     branch_q, branch_k, branch_v = (_fold(tensor, group) for tensor in (branch_q, branch_k, branch_v))
     longest = branch_q.shape[2]
     # A padded key lies behind every real query of its branch, so one causal mask fits all branches.
@@ -149,6 +189,30 @@ def _unfold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:
     """[G, H, R, D] to [1, H, sum of branches, D]."""
     flat = tensor.transpose(0, 1).flatten(1, 2)[None]
     return flat if group.even else flat[:, :, group.kept.to(tensor.device)]
+
+
+def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int) -> torch.Tensor:
+    """[B * G, 1, H, D] for query [B * G, H, 1, D] and the branches' own key and value [B * G, K, S, D].
+
+    All branches of a prompt read its keys and values together, so those lie in memory once.
+    """
+    prompt_key, prompt_value = prefix.keys[layer], prefix.values[layer]  # [B, K, P, D]
+    prompts, heads, longest, size = prompt_key.shape
+    grid = (prompts, len(query) // prompts, heads, query.shape[1] // heads)  # [B, G, K, H / K]
+
+    def by_prompt(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(*grid, -1).transpose(1, 2).flatten(2, 3)  # [B, K, G * H / K, ...]
+
+    def by_branch(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(2, (grid[1], grid[3])).transpose(1, 2).flatten(0, 1)  # [B * G, K, H / K, ...]
+
+    queries = query.reshape(-1, heads, grid[3], size)  # [B * G, K, H / K, D]
+    to_prompt = by_prompt(queries) @ prompt_key.transpose(-1, -2)
+    to_prompt = to_prompt.masked_fill(prefix.padding, float("-inf"))
+    scores = torch.cat([to_prompt, by_prompt(queries @ key.transpose(-1, -2))], dim=-1)
+    weights = scores.mul(scaling or size**-0.5).softmax(-1, dtype=torch.float32).to(query.dtype)
+    own = by_branch(weights[..., longest:]) @ value
+    return (by_branch(weights[..., :longest] @ prompt_value) + own).reshape(len(query), 1, -1, size)
 
 
 def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch.Tensor:

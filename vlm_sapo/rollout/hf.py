@@ -1,29 +1,23 @@
 """The embedded engine: samples from the policy's own modules.
 
-Pictures are encoded and the prompt is prefilled once per prompt; the cache is then repeated for the G
-branches, and branches leave the batch as they end. [B] prompts, [A] branches still running, [P] prompt
-tokens, [V] vocabulary.
+Pictures are encoded and the prompts prefilled once, in packed rows; all branches of a prompt then decode from
+its keys and values, which are never copied, and leave the batch as they end. [B] prompts, [A] branches in the
+batch, [V] vocabulary.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
 
+from vlm_sapo.models.attention import Branched, Prefix, Segments
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Completion, Prompt, Sampling
 
-
-@dataclass
-class Branch:
-    """One response in the making."""
-
-    prompt: Prompt
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+GPU_STRIDE = 16
+"""Tokens between two looks at which branches have ended, on a GPU, where a look waits for the device."""
 
 
 class HfEngine:
@@ -58,67 +52,87 @@ class HfEngine:
         return groups
 
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
-        size, device = sampling.group, self.vlm.device
-        branches = [Branch(prompt) for prompt in prompts for _ in range(size)]
-        uniforms = uniforms.flatten(0, 1).to(device)  # [B * G, max_tokens]
+        group, device = sampling.group, self.vlm.device
         stops = torch.tensor(self.vlm.stops, device=device)
-        logits, cache, mask, position = self._prefill(prompts)
-        cache.batch_repeat_interleave(size)
-        logits, mask, position = (x.repeat_interleave(size, 0) for x in (logits, mask, position))
-        running = torch.arange(len(branches), device=device)
+        uniforms = uniforms.flatten(0, 1).to(device)  # [B * G, max_tokens]
+        ids = torch.full(uniforms.shape, -1, device=device)
+        logprobs = torch.zeros(uniforms.shape, device=device)
+        logits, prefix = self._prefill(prompts)
+        logits = logits.repeat_interleave(group, 0)
+        position = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
+        position = position.repeat_interleave(group).to(device)
+        branch = torch.arange(len(uniforms), device=device)  # [A] which response each place of the batch is
+        running = torch.ones_like(branch, dtype=torch.bool)
+        cache = DynamicCache(config=self.vlm.model.config.get_text_config())
+        stride = GPU_STRIDE if device.type == "cuda" else 1
         for step in range(sampling.max_tokens):
-            ids, logprobs = sample(logits / sampling.temperature, uniforms[running, step])
-            for row, token, logprob in zip(running.tolist(), ids.tolist(), logprobs.tolist(), strict=True):
-                branches[row].ids.append(token)
-                branches[row].logprobs.append(logprob)
-            alive = (~torch.isin(ids, stops)).nonzero()[:, 0]
-            if len(alive) == 0 or step + 1 == sampling.max_tokens:
+            tokens, drawn = sample(logits / sampling.temperature, uniforms[branch, step])
+            ids[branch, step] = torch.where(running, tokens, -1)
+            logprobs[branch, step] = torch.where(running, drawn, 0.0)
+            running = running & ~torch.isin(tokens, stops)
+            if step + 1 == sampling.max_tokens:
                 break
-            if len(alive) < len(ids):
-                cache.batch_select_indices(alive)
-                running, ids, mask, position = (x[alive] for x in (running, ids, mask, position))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if step % stride == 0:
+                if not running.any():
+                    break
+                kept, rows = compact(running.view(len(prefix.padding), -1))
+                if len(kept) < len(running):
+                    branch, running, tokens, position = (x[kept] for x in (branch, running, tokens, position))
+                    if step:
+                        cache.batch_select_indices(kept)
+                    prefix = prefix if len(rows) == len(prefix.padding) else prefix.select(rows)
             hidden = self.vlm.hidden(
-                ids=ids[:, None],
+                ids=tokens[:, None],
                 positions=(position + step).expand(3, -1)[:, :, None],
-                mask=mask,
                 cache=cache,
+                prefix=prefix,
             )
             logits = self.vlm.logits(hidden[:, -1])
-        completions = [self._complete(branch) for branch in branches]
-        return [completions[start : start + size] for start in range(0, len(completions), size)]
+        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), group)
+        return [completions[start : start + group] for start in range(0, len(completions), group)]
 
-    def _prefill(self, prompts: list[Prompt]):
-        """First logits [B, V], the cache, the mask [B, P] and the position [B] that follows each prompt."""
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt.ids)
-            ids[row, start:], mask[row, start:] = prompt.ids, 1
-            positions[:, row, start:] = prompt.positions
-        device = self.vlm.device
+    def _prefill(self, prompts: list[Prompt]) -> tuple[torch.Tensor, Prefix]:
+        """The first logits [B, V], and the keys and values that branches decode from."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        ends = torch.tensor(lengths).cumsum(0)
+        starts = (ends - torch.tensor(lengths)).tolist()
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
-        mask = mask.to(device)
+        device = self.vlm.device
         hidden = self.vlm.hidden(
-            ids=ids.to(device),
-            positions=positions.to(device),
-            mask=mask,
+            ids=torch.cat([prompt.ids for prompt in prompts])[None].to(device),
+            positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
             features=self.vlm.vision(prompts),
             cache=cache,
+            segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
         )
-        following = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).to(device)
-        return self.vlm.logits(hidden[:, -1]), cache, mask, following
+        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        return self.vlm.logits(hidden[0, ends - 1]), Prefix.from_row(keys, values, lengths)
 
-    def _complete(self, branch: Branch) -> Completion:
-        text = self.vlm.tokenizer.decode(branch.ids, skip_special_tokens=True)
-        return Completion(
-            ids=torch.tensor(branch.ids),
-            logprobs=torch.tensor(branch.logprobs),
-            text=branch.prompt.opening + text,
-            finish="stop" if branch.ids[-1] in self.vlm.stops else "length",
-        )
+    def _complete(self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int):
+        lengths = (ids >= 0).sum(1).tolist()
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            Completion(
+                ids=row.clone(),
+                logprobs=logprobs[index, : len(row)].clone(),
+                text=prompts[index // group].opening + texts[index],
+                finish="stop" if int(row[-1]) in self.vlm.stops else "length",
+            )
+            for index, row in enumerate(rows)
+        ]
+
+
+def compact(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest grid that holds what is running in a [B, G] grid of branches.
+
+    Returns the places that stay (flat, in the new grid's order) and the rows they lie in. Prompts with fewer
+    running branches than others keep ended ones as filling.
+    """
+    rows = running.any(1).nonzero()[:, 0]
+    order = running[rows].int().argsort(dim=1, descending=True, stable=True)
+    columns = order[:, : int(running.sum(1).max())]
+    return (rows[:, None] * running.shape[1] + columns).flatten(), rows
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,10 +21,14 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
-    training = build_training(config, folder, console)
-    core, policy, steps = training.core, training.core.policy, config.train.steps
+    return loop(build_training(config, folder, console), config.train.steps)
+
+
+def loop(training: Training, steps: int) -> dict:
+    """Steps until `steps` are done, from wherever the run stands; returns the summary."""
+    core, policy = training.core, training.core.policy
     core.evaluator.at(core.progress.step, last=steps)
-    with console.progress("train", steps, core.progress.step) as show:
+    with core.console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
             started, meter = time.perf_counter(), StepMeter(training.loss.describe)
             lr = policy.set_step(step - 1)

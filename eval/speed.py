@@ -1,0 +1,171 @@
+"""Times our trainer's own step on synthetic pictures and prints one JSON line.
+
+    python eval/speed.py MODEL_DIR --side 512 --group 8 --prompts 4 --tokens 64 --steps 3 [--plain]
+
+Every response has exactly --tokens tokens (with --unequal they end at random, at --tokens at the latest). Two
+optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds the
+self-check of the shared prefix. Keys: seconds per rollout batch in all and by part, peak memory in GB, and
+`model_flops_utilisation`: three times the forward pass's operations over the update's seconds and the speed of
+a large matrix product on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.build import build_training, open_folder
+from vlm_sapo.training.trainer import loop
+
+PARTS = {"generation": "rollout", "old_logprobs": "old_logprobs", "update": "update", "data": "data"}
+
+
+def rows(count: int, side: int, pictures: int) -> list[dict]:
+    """Noise pictures with a short question."""
+    generator = np.random.default_rng(0)
+
+    def draw() -> Image.Image:
+        return Image.fromarray(generator.integers(0, 255, (side, side, 3), dtype=np.uint8))
+
+    return [
+        {
+            "problem": "how many circles are there? " * 3,
+            "answer": "1",
+            "images": [draw() for _ in range(pictures)],
+        }
+        for _ in range(count)
+    ]
+
+
+def reward(response, example) -> float:
+    """Something that differs within every group."""
+    return float(sum(map(ord, response)) % 7)
+
+
+def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
+    """The run that is timed."""
+    here = str(Path(__file__).resolve())
+    sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "pictures": args.pictures}
+    return TrainConfig.model_validate(
+        {
+            "run": {"dir": folder},
+            "model": {
+                "path": args.model,
+                "dtype": args.dtype,
+                "freeze": ["vision", "merger"] if args.frozen_vision else [],
+                "gradient_checkpointing": args.checkpointing,
+                "min_pixels": args.side**2,
+                "max_pixels": args.side**2,
+            },
+            "data": {"source": f"{here}:rows", "args": sizes},
+            "rollout": {"group": args.group, "max_tokens": args.tokens, "prompts_per_batch": args.prompts},
+            "reward": [{"name": f"{here}:reward"}],
+            "train": {
+                "steps": args.steps + 1,
+                "lr": 1e-5,
+                "prompts_per_step": args.prompts,
+                "minibatches": 2,
+                "tokens_per_microbatch": args.budget,
+                "layout": "plain" if args.plain else "shared",
+            },
+            "checkpoint": {"every": 0},
+        }
+    )
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    one = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        one @ one
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
+    parser.add_argument("--plain", action="store_true", help="every response with its own prompt and picture")
+    parser.add_argument("--unequal", action="store_true", help="responses end at random")
+    parser.add_argument("--frozen-vision", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU; none is visible here")
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(args, folder)))
+
+
+def measure(args: argparse.Namespace, folder: str) -> dict:
+    """Runs the steps; the timed ones are all but the first."""
+    config = configure(args, folder)
+    training = build_training(config, open_folder(config), Console())
+    vlm = training.core.policy.vlm
+    vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
+    loop(training, config.train.steps)
+    first, *timed = training.core.folder.read("metrics.jsonl")
+
+    def mean(name: str) -> float:
+        return round(sum(row[f"time/{name}"] for row in timed) / len(timed), 3)
+
+    result = {"seconds_per_rollout_batch": mean("step"), "first_step": round(first["time/step"], 3)}
+    result |= {key: mean(name) for key, name in PARTS.items()}
+    result["response_tokens"] = round(timed[-1]["response/tokens"], 1)
+    result["peak_rss_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
+    if vlm.device.type == "cuda":
+        result["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    forward = count_forward(training, config)
+    speed = matmul_speed(vlm.device, getattr(torch, args.dtype))
+    result["model_flops_utilisation"] = round(3 * forward / max(result["update"], 1e-9) / speed, 3)
+    return result
+
+
+def count_forward(training, config: TrainConfig) -> int:
+    """Operations of the forward passes of one step's update."""
+    from vlm_sapo.reporting.metrics import StepMeter
+    from vlm_sapo.training.trainer import advantages_of, draw
+
+    policy = training.core.policy
+    groups = draw(training, config.train.steps, StepMeter())
+    batch = training.split(groups, [advantages_of(training, group) for group in groups], layout=policy.layout)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for minibatch in batch:
+            for micro in minibatch.micros:
+                policy.run(micro.groups)
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()
