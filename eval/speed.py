@@ -3,10 +3,10 @@
     python eval/speed.py MODEL_DIR --side 512 --group 8 --prompts 4 --tokens 64 --steps 3 [--plain]
 
 Every response has exactly --tokens tokens (with --unequal they end at random, at --tokens at the latest). Two
-optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds the
-self-check of the shared prefix. Keys: seconds per rollout batch in all and by part, peak memory in GB, and
-`model_flops_utilisation`: three times the forward pass's operations over the update's seconds and the speed of
-a large matrix product on the same device.
+optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds
+the self-check of the shared prefix. Keys: seconds per rollout batch in all and by part, peak memory in GB,
+and `model_flops_utilisation`: three times the forward pass's operations over the update's seconds and the
+speed of a large matrix product on the same device.
 """
 
 from __future__ import annotations

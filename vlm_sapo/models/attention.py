@@ -1,9 +1,11 @@
 """Attention that knows groups: a prompt attends to itself, each of its branches to the prompt and to itself.
 
 Registered with transformers under NAME. With `segments` it serves packed rows (training, prefill), with
-`prefix` the next token of running branches (decoding), and with neither it is transformers' own SDPA attention,
-so one model does all of it. [L] tokens of a packed row, [H] query heads, [K] key heads, [D] head size, [B]
-prompts, [G] branches of each, [R] longest branch, [P] prompt tokens, [S] tokens that a branch has so far.
+`prefix` the next token of running branches (decoding), and with neither it is transformers' own SDPA
+attention, so one model does all of it.
+
+[L] tokens of a packed row, [H] query heads, [K] key heads, [D] head size, [B] prompts, [G] branches of each,
+[R] tokens of the longest branch, [P] of the prompt, [S] tokens that a branch has so far.
 """
 
 from __future__ import annotations
@@ -30,10 +32,6 @@ class Branched:
     prompt: int
     branches: tuple[int, ...]
 
-    @property
-    def end(self) -> int:
-        return self.start + self.prompt + sum(self.branches)
-
     @cached_property
     def even(self) -> bool:
         """Whether all branches are equally long, so that they need no padding."""
@@ -59,6 +57,11 @@ class Segments:
     """The groups of a packed row, in order and without gaps."""
 
     groups: tuple[Branched, ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each group's prompt and of its branches, in turn."""
+        return [size for group in self.groups for size in (group.prompt, sum(group.branches))]
 
     @cached_property
     def varlen(self) -> VarlenPlan:
@@ -150,23 +153,26 @@ def prefix_attention(
         )
     if query.is_cuda and query.dtype in HALF:
         return _varlen(query, key, value, scaling, segments.varlen), None
-    groups = [_group(query, key, value, scaling, group) for group in segments.groups]
-    return torch.cat(groups, dim=2).transpose(1, 2), None
+    pieces = [tensor.split(segments.sizes, dim=2) for tensor in (query, key, value)]
+    places = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
+    outputs = [
+        output
+        for group, place in zip(segments.groups, places, strict=True)
+        for output in _group(group, *place, scaling=scaling)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _group(query, key, value, scaling: float | None, group: Branched) -> torch.Tensor:
-    """[1, H, tokens of the group, D] by SDPA: once over the prompt, once over all its branches."""
-    sizes = [group.prompt, sum(group.branches)]
-    (q, branch_q), (k, branch_k), (v, branch_v) = (
-        tensor[:, :, group.start : group.end].split(sizes, dim=2) for tensor in (query, key, value)
-    )
+def _group(group: Branched, query, key, value, *, scaling: float | None) -> list[torch.Tensor]:
+    """[1, H, tokens, D] of prompt and branches by SDPA, once for each; each argument is the pair of both."""
+    (q, branch_q), (k, branch_k), (v, branch_v) = query, key, value
     prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     if not group.branches:
-        return prompt
+        return [prompt]
     branch_q, branch_k, branch_v = (_fold(tensor, group) for tensor in (branch_q, branch_k, branch_v))
     longest = branch_q.shape[2]
     # A padded key lies behind every real query of its branch, so one causal mask fits all branches.
-    mask = torch.ones(longest, group.prompt + longest, dtype=torch.bool, device=query.device)
+    mask = torch.ones(longest, group.prompt + longest, dtype=torch.bool, device=q.device)
     branches = scaled_dot_product_attention(
         branch_q,
         torch.cat([k.expand(len(branch_k), -1, -1, -1), branch_k], dim=2),
@@ -175,7 +181,7 @@ def _group(query, key, value, scaling: float | None, group: Branched) -> torch.T
         scale=scaling,
         enable_gqa=True,
     )
-    return torch.cat([prompt, _unfold(branches, group)], dim=2)
+    return [prompt, _unfold(branches, group)]
 
 
 def _fold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:

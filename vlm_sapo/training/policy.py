@@ -52,7 +52,7 @@ class Policy:
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.forward_pass, self.optimizer = accelerator.prepare(Pass(vlm, temperature), optimizer)
         self.reference = None if reference is None else Pass(reference, temperature).requires_grad_(False)
         self.schedule = {"kind": schedule, "warmup": warmup_steps, "total": total_steps}
