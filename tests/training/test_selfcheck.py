@@ -55,9 +55,10 @@ def test_logprobs_of_another_policy_are_recomputed(model_folder, encoder, capsys
     assert not policy.reuse_sampled and "old log-probs are recomputed" in capsys.readouterr().out
 
 
-def test_a_small_budget_checks_fewer_branches(model_folder, encoder, capsys):
+def test_a_group_over_the_budget_is_checked_in_parts(model_folder, encoder, capsys):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
-    check(policy, groups, budget=1)
-    first = len(groups[0].completions[0].ids)
-    assert f"on {first} response tokens" in capsys.readouterr().out
+    check(policy, groups, budget=len(groups[0].prompt.ids) + 20)
+    tokens = sum(len(item.ids) for item in groups[0].completions)
+    assert f"on {tokens} response tokens" in capsys.readouterr().out
+    assert isinstance(policy.layout, SharedPrefix)

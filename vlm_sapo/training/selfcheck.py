@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import get_total_norm
 
-from vlm_sapo.models.layout import Branches, Plain
+from vlm_sapo.models.layout import Layout, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import Group
@@ -47,25 +47,23 @@ class SelfCheck:
             return
         self.done = True
         group = groups[0]
-        longest = len(group.prompt.ids) + max(len(item.ids) for item in group.completions)
-        chosen = group.completions[: max(1, self.budget // longest)]  # what the plain layout has room for
-        branches: Branches = (group.prompt, [item.ids for item in chosen])
-        logprobs = self._compare_layouts(branches, group.prompt.example.label)
-        sampled = torch.cat([item.logprobs for item in chosen]).to(logprobs.device)
-        self._compare_sampled(logprobs, sampled)
+        logprobs = self._compare_layouts(group)
+        self._compare_sampled(logprobs, torch.cat([item.logprobs for item in group.completions]))
 
-    def _compare_layouts(self, branches: Branches, label: str) -> torch.Tensor:
+    def _compare_layouts(self, group: Group) -> torch.Tensor:
         policy = self.policy
-        plain, plain_norm = self._measure(branches, Plain())
+        plain, plain_norm = self._measure(
+            group, Plain(), budget=1
+        )  # one response at a time: the least memory
         if policy.layout.name == Plain.name:
             return plain
-        shared, shared_norm = self._measure(branches, policy.layout)
+        shared, shared_norm = self._measure(group, policy.layout, budget=self.budget)
         difference = (shared - plain).abs()
         worst, mean = float(difference.max()), float(difference.mean())
         relative = abs(shared_norm - plain_norm) / max(plain_norm, 1e-12)
         found = (
             f"log-probs within {worst:.1e} (mean {mean:.1e}), gradient norm within {relative:.1e}, "
-            f"on {len(plain)} response tokens of {label}"
+            f"on {len(plain)} response tokens of {group.prompt.example.label}"
         )
         allowed = self._tolerance()
         agrees = (
@@ -102,18 +100,22 @@ class SelfCheck:
         )
         self.policy.reuse_sampled = False
 
-    def _measure(self, branches: Branches, layout) -> tuple[torch.Tensor, float]:
+    def _measure(self, group: Group, layout: Layout, *, budget: int) -> tuple[torch.Tensor, float]:
         """Log-probs [K] of the response tokens, and the norm of a gradient that every token takes part in."""
-        policy = self.policy
-        logprobs, _ = policy.run([branches], layout)
-        mask = layout.inputs([branches]).response_mask.to(logprobs.device)
-        flat = logprobs[mask]
-        signs = torch.randint(0, 2, flat.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
-        policy.backward((flat * signs.to(flat.device)).sum() / len(flat))
-        gradients = [p.grad for p in policy.forward_pass.parameters() if p.grad is not None]
-        norm = float(get_total_norm(gradients))
+        policy, responses = self.policy, [item.ids for item in group.completions]
+        generator = torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, ids.shape, generator=generator) * 2.0 - 1.0 for ids in responses]
+        found: dict[int, torch.Tensor] = {}
+        for parts in layout.pack([(len(group.prompt.ids), [len(ids) for ids in responses])], budget):
+            places = [place for _, chosen in parts for place in chosen]
+            logprobs, _ = policy.run([(group.prompt, [responses[place] for place in places])], layout)
+            rows = [row[: len(responses[place])] for row, place in zip(logprobs, places, strict=True)]
+            found |= {place: row.detach().cpu() for row, place in zip(rows, places, strict=True)}
+            weights = torch.cat([signs[place] for place in places]).to(logprobs.device)
+            policy.backward((torch.cat(rows) * weights).sum() / len(responses))
+        norm = float(get_total_norm([p.grad for p in policy.vlm.parameters() if p.grad is not None]))
         policy.optimizer.zero_grad()
-        return flat.detach(), norm
+        return torch.cat([found[place] for place in sorted(found)]), norm
 
     def _tolerance(self) -> Tolerance:
         model = self.policy.vlm.model
