@@ -212,11 +212,11 @@ def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int
     def by_branch(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(2, (grid[1], grid[3])).transpose(1, 2).flatten(0, 1)  # [B * G, K, H / K, ...]
 
-    queries = query.reshape(-1, heads, grid[3], size)  # [B * G, K, H / K, D]
+    queries = query.reshape(-1, heads, grid[3], size) * (scaling or size**-0.5)  # [B * G, K, H / K, D]
     to_prompt = by_prompt(queries) @ prompt_key.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(prefix.padding, float("-inf"))
     scores = torch.cat([to_prompt, by_prompt(queries @ key.transpose(-1, -2))], dim=-1)
-    weights = scores.mul(scaling or size**-0.5).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     own = by_branch(weights[..., longest:]) @ value
     return (by_branch(weights[..., :longest] @ prompt_value) + own).reshape(len(query), 1, -1, size)
 

@@ -52,25 +52,33 @@ class HfEngine:
         return groups
 
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
-        group, device = sampling.group, self.vlm.device
+        logits, prefix = self._prefill(prompts)
+        starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
+        ids, logprobs = self._decode(logits, prefix, starts, uniforms, sampling.temperature)
+        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group)
+        return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
+
+    @torch.inference_mode()
+    def _decode(self, logits, prefix: Prefix, starts, uniforms, temperature: float):
+        """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
+        positions [B] and random numbers [B, G, max_tokens]."""
+        group, device = uniforms.shape[1], self.vlm.device
         stops = torch.tensor(self.vlm.stops, device=device)
-        uniforms = uniforms.flatten(0, 1).to(device)  # [B * G, max_tokens]
+        uniforms = uniforms.flatten(0, 1).to(device)
         ids = torch.full(uniforms.shape, -1, device=device)
         logprobs = torch.zeros(uniforms.shape, device=device)
-        logits, prefix = self._prefill(prompts)
         logits = logits.repeat_interleave(group, 0)
-        position = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        position = position.repeat_interleave(group).to(device)
+        position = starts.repeat_interleave(group).to(device)
         branch = torch.arange(len(uniforms), device=device)  # [A] which response each place of the batch is
         running = torch.ones_like(branch, dtype=torch.bool)
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
-        stride = GPU_STRIDE if device.type == "cuda" else 1
-        for step in range(sampling.max_tokens):
-            tokens, drawn = sample(logits / sampling.temperature, uniforms[branch, step])
+        stride, last = GPU_STRIDE if device.type == "cuda" else 1, uniforms.shape[1] - 1
+        for step in range(last + 1):
+            tokens, drawn = sample(logits / temperature, uniforms[branch, step])
             ids[branch, step] = torch.where(running, tokens, -1)
             logprobs[branch, step] = torch.where(running, drawn, 0.0)
             running = running & ~torch.isin(tokens, stops)
-            if step + 1 == sampling.max_tokens:
+            if step == last:
                 break
             if step % stride == 0:
                 if not running.any():
@@ -88,8 +96,7 @@ class HfEngine:
                 prefix=prefix,
             )
             logits = self.vlm.logits(hidden[:, -1])
-        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), group)
-        return [completions[start : start + group] for start in range(0, len(completions), group)]
+        return ids, logprobs
 
     def _prefill(self, prompts: list[Prompt]) -> tuple[torch.Tensor, Prefix]:
         """The first logits [B, V], and the keys and values that branches decode from."""
