@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow lint coldstart clean
+.PHONY: setup quickstart test test-slow lint coldstart bench bench-gpu clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -32,5 +32,17 @@ coldstart: setup
 	$(BIN)/vlm-sapo sft cold_start model.path=runs/cold_start_look/final train.steps=400 train.lr=3e-4
 	rm -rf data/shapes/cold_start && mkdir -p data/shapes && cp -r runs/cold_start/final data/shapes/cold_start
 
+# Our step, the same with the plain layout, and TRL's in an environment of its own, in turn.
+bench: setup .venv-trl/installed
+	$(BIN)/python eval/bench.py --trl .venv-trl/bin/python
+
+bench-gpu: setup .venv-trl/installed
+	$(BIN)/python eval/bench.py --trl .venv-trl/bin/python --device cuda
+
+.venv-trl/installed:
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	VIRTUAL_ENV=$(CURDIR)/.venv-trl $(BIN)/uv pip install --quiet 'trl==1.16.*' transformers datasets pillow torchvision
+	touch $@
+
 clean:
-	rm -rf .venv runs dist build
+	rm -rf .venv .venv-trl runs dist build

@@ -54,15 +54,19 @@ def new_model(
     corpus: Annotated[
         str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
     ] = "data/shapes.py:corpus",
+    size: Annotated[str, typer.Option(help="tiny (0.9 million parameters), bench (1.6) or 2b.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Write a tiny but real Qwen-VL model with processor and tokenizer, for tests and miniatures."""
+    """Write a real Qwen-VL model with random weights, processor and tokenizer, for tests and measurements."""
     _quieten()
+    from vlm_sapo.models.tiny import SHAPES
     from vlm_sapo.models.tiny import new_model as build
     from vlm_sapo.plugins import resolve
 
+    if size not in SHAPES:
+        raise ValueError(f"--size ({size}) must be one of {', '.join(SHAPES)}")
     texts = resolve(corpus, field="--corpus")()
-    parameters = build(folder, family=family, corpus=texts, seed=seed)
+    parameters = build(folder, family=family, corpus=texts, shape=SHAPES[size], seed=seed)
     typer.echo(f"{folder}: {family}, {parameters:,} parameters")
 
 

@@ -10,6 +10,7 @@ from vlm_sapo.models.attention import Branched, Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.vision import Features
 from vlm_sapo.models.vlm import load_vlm
 
 SHAPES = {
@@ -93,6 +94,19 @@ def test_bfloat16_stays_close(model_folder):
     found, _, found_gradient = measure(vlm, SharedPrefix().inputs(groups))
     assert (found - logprobs).abs().mean() < 0.03
     assert (found_gradient - gradient).float().norm() < 0.1 * gradient.float().norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_keep_to_themselves(model_folder, family):
+    """Our vision attention on many pictures at once against transformers' own on one after the other."""
+    vlm = load_vlm(str(model_folder(family)))
+    encode = Encoder(vlm)
+    prompts = [encode(example(number, pictures=pictures)) for number, pictures in enumerate((1, 1, 3, 2))]
+    found = vlm.vision(prompts)
+    vlm.model.set_attn_implementation({"vision_config": "sdpa"})
+    expected = Features.join([vlm.vision([prompt]) for prompt in prompts])
+    for ours, theirs in zip((found.tokens, *found.deep), (expected.tokens, *expected.deep), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_picture_and_prompt_are_there_once(vlm):

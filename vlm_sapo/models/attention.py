@@ -1,8 +1,9 @@
 """Attention that knows groups: a prompt attends to itself, each of its branches to the prompt and to itself.
+And attention that knows pictures, for the vision tower: a patch attends to its own picture or window.
 
-Registered with transformers under NAME. With `segments` it serves packed rows (training, prefill), with
-`prefix` the next token of running branches (decoding), and with neither it is transformers' own SDPA
-attention, so one model does all of it.
+Registered with transformers under NAME and VISION_NAME. With `segments` the first serves packed rows
+(training, prefill), with `prefix` the next token of running branches (decoding), and with neither it is
+transformers' own SDPA attention, so one model does all of it.
 
 [L] tokens of a packed row, [H] query heads, [K] key heads, [D] head size, [B] prompts, [G] branches of each,
 [R] tokens of the longest branch, [P] of the prompt, [S] tokens that a branch has so far.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "vlm_sapo_prefix"
+VISION_NAME = "vlm_sapo_flash_vision"
+"""transformers gives cumulative lengths to vision attention whose name holds `flash`; others get a loop."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -221,6 +225,37 @@ def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int
     return (by_branch(weights[..., :longest] @ prompt_value) + own).reshape(len(query), 1, -1, size)
 
 
+def vision_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface for packed pictures: query, key, value [1, H, L, D] to [1, L, H, D].
+
+    Every patch attends to its own picture or window, whose offsets are cu_seq_lens_q [sequences + 1].
+    """
+    if query.is_cuda and query.dtype in HALF:
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+        offsets = cu_seq_lens_q.int()
+        return varlen_attn(*rows, offsets, offsets, max_length_q, max_length_q, scale=scaling)[None], None
+    runs = [(size, len(list(same))) for size, same in groupby(cu_seq_lens_q.diff().tolist())]
+    lengths = [size * count for size, count in runs]
+    pieces = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
+    outputs = []
+    for (_, count), *places in zip(runs, *pieces, strict=True):
+        batch = [place.unflatten(1, (count, -1)).transpose(0, 1) for place in places]  # [count, H, size, D]
+        outputs.append(scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
 def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch.Tensor:
     """[1, L, H, D] by one variable-length kernel; keys of a prompt are listed again for each branch.
 
@@ -246,4 +281,5 @@ def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch
 
 
 AttentionInterface.register(NAME, prefix_attention)
+AttentionInterface.register(VISION_NAME, vision_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

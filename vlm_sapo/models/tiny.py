@@ -1,5 +1,5 @@
-"""Builds a small but real Qwen-VL model, tokenizer and processor from nothing, for tests and the quick
-start."""
+"""Builds a real Qwen-VL model with random weights, tokenizer and processor from nothing: tiny ones for tests
+and the quick start, one of the usual size for measurements."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a tiny model. The defaults make the quick start's: about 0.9 million parameters."""
+    """Sizes of a model. The defaults make the quick start's: about 0.9 million parameters."""
 
     hidden: int = 96
     layers: int = 3
@@ -64,6 +64,34 @@ class Shape:
     max_pixels: int = 64 * 64
     init_std: float = 0.08
     """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
+    vision_hidden: int | None = None
+    """Width of the vision tower; the language model's unless given."""
+    vision_ratio: int = 2
+    """Width of the vision tower's feed-forward layers over its own."""
+    rows: int = 0
+    """Rows of the embedding; at least the tokenizer's."""
+    dtype: str = "float32"
+
+
+SHAPES = {
+    "tiny": Shape(),
+    "bench": Shape(hidden=128, layers=2, heads=4, head_dim=32, patch=16, max_pixels=2**20, init_std=0.02),
+    "2b": Shape(
+        hidden=2048,
+        layers=28,
+        heads=16,
+        head_dim=128,
+        patch=16,
+        max_pixels=2**20,
+        init_std=0.02,
+        vision_layers=24,
+        vision_hidden=1024,
+        vision_ratio=4,
+        rows=151_936,
+        dtype="bfloat16",
+    ),
+}
+"""By name: the quick start's, the one that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
 
 
 def new_model(
@@ -86,7 +114,7 @@ def new_model(
     save_processor(folder, family, tokenizer, shape)
     config = model_config(family, shape, tokenizer)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(config).to(getattr(torch, shape.dtype))
     stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config.eos_token_id = stop
     model.generation_config.pad_token_id = stop[1]
@@ -137,7 +165,7 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "mrope_section": [2 * eighth, eighth, eighth],
     }
     text = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": max(shape.rows, len(tokenizer)),
         "hidden_size": shape.hidden,
         "intermediate_size": 3 * shape.hidden,
         "num_hidden_layers": shape.layers,
@@ -174,14 +202,21 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
 
 def vision_sizes(family: str, shape: Shape) -> dict:
     """The vision tower's sizes under the names that the family's config uses."""
+    width = shape.vision_hidden or shape.hidden
     common = {"depth": shape.vision_layers, "num_heads": shape.heads}
     if family == "qwen2_vl":
-        return common | {"embed_dim": shape.hidden, "hidden_size": shape.hidden, "mlp_ratio": 2}
+        return common | {"embed_dim": width, "hidden_size": shape.hidden, "mlp_ratio": shape.vision_ratio}
     sizes = common | {
-        "hidden_size": shape.hidden,
-        "intermediate_size": 2 * shape.hidden,
+        "hidden_size": width,
+        "intermediate_size": shape.vision_ratio * width,
         "out_hidden_size": shape.hidden,
     }
     if family == "qwen2_5_vl":
         return sizes | {"window_size": 8 * shape.patch, "fullatt_block_indexes": [shape.vision_layers - 1]}
-    return sizes | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return sizes | {"num_position_embeddings": 64, "deepstack_visual_indexes": deepstack(shape.vision_layers)}
+
+
+def deepstack(layers: int) -> list[int]:
+    """The vision layers whose features go to the language model's first layers: three where there are many,
+    as in Qwen3-VL."""
+    return [0] if layers < 8 else [layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1]

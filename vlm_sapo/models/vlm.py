@@ -178,7 +178,7 @@ def load_vlm(
             f"model.path ({path}) is a {model.config.model_type}; "
             "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
         )
-    model.set_attn_implementation({"text_config": attention.NAME})
+    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     model.to(device).train()
     silence_dropout(model)
     if gradient_checkpointing:

@@ -1,0 +1,140 @@
+"""Times our trainer's step, the same with the plain layout, and TRL's, in turn, and prints a Markdown table.
+
+    python eval/bench.py [--trl PYTHON] [--device cuda] [--rounds 3]
+
+Each measurement is a process of its own (eval/speed.py, eval/trl_step.py); a round measures every side once.
+PYTHON is the interpreter of an environment that has TRL; without it that column stays away. The model has
+random weights: for the CPU 1.6 million parameters, for a GPU the shape of Qwen3-VL-2B. Results are added to
+runs/bench/DEVICE.jsonl as they come; a later call with the same options goes on from there, and --fresh
+starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from vlm_sapo.models.tiny import SHAPES, new_model
+from vlm_sapo.plugins import resolve
+from vlm_sapo.reporting.console import Console
+
+HERE = Path(__file__).resolve().parent
+SHARED = "--steps 3"
+WORKLOADS = {
+    "cpu": {
+        "4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8",
+        "2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8",
+        "2 prompts of two pictures 1024 x 1024, G 16, 1 to 64 tokens": (
+            "--side 1024 --prompts 2 --group 16 --pictures 2 --unequal"
+        ),
+    },
+    "cuda": {
+        "8 prompts, 1024 x 1024, G 8, 512 tokens, bfloat16": (
+            "--side 1024 --prompts 8 --group 8 --tokens 512 --checkpointing --dtype bfloat16 --device cuda"
+        ),
+    },
+}
+MODELS = {"cpu": "bench", "cuda": "2b"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trl", type=Path, help="the interpreter of an environment that has TRL")
+    parser.add_argument("--device", choices=list(WORKLOADS), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    args = parser.parse_args()
+    sides = {"ours": [sys.executable, HERE / "speed.py"], "ours, plain": [sys.executable, HERE / "speed.py"]}
+    if args.trl:
+        sides["TRL"] = [args.trl, HERE / "trl_step.py"]
+    results = Results(Path("runs/bench") / f"{args.device}.jsonl", fresh=args.fresh)
+    model = make_model(Path("runs/bench") / MODELS[args.device], MODELS[args.device])
+    jobs = [
+        (number, workload, side)
+        for number in range(args.rounds)
+        for workload in WORKLOADS[args.device]
+        for side in sides
+    ]
+    with Console().progress("bench", len(jobs)) as show:
+        for place, (number, workload, side) in enumerate(jobs, 1):
+            if not results.has(number, workload, side):
+                options = [*WORKLOADS[args.device][workload].split(), *SHARED.split()]
+                options += ["--plain"] if side == "ours, plain" else []
+                measured = run([*sides[side], model, *options])
+                results.add({"round": number, "workload": workload, "side": side} | measured)
+            show(place, f"{workload}: {side}")
+    print(table(results.rows, list(WORKLOADS[args.device]), list(sides)))
+
+
+class Results:
+    """Measurements in a file of JSON lines."""
+
+    def __init__(self, path: Path, *, fresh: bool):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.unlink(missing_ok=True)
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, number: int, workload: str, side: str) -> bool:
+        wanted = (number, workload, side)
+        return any((row["round"], row["workload"], row["side"]) == wanted for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """The model that is timed, written once."""
+    if not (folder / "config.json").exists():
+        corpus = resolve("data/shapes.py:corpus", field="corpus")()
+        new_model(folder, family="qwen3_vl", corpus=corpus, shape=SHAPES[size])
+    return folder
+
+
+def run(command: list) -> dict:
+    """The JSON line that a measurement prints last; raises RuntimeError with its last lines if it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(rows: list[dict], workloads: list[str], sides: list[str]) -> str:
+    """Medians over rounds, and how many times ours is faster."""
+    lines = ["| workload | side | step | generation | old log-probs | update | memory | ours is faster by |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for workload in workloads:
+        for side in sides:
+            cells = {key: typical(rows, workload, side, key) for key in KEYS}
+            ours = typical(rows, workload, "ours", "seconds_per_rollout_batch")
+            memory = cells.pop("peak_gpu_gb") or cells["peak_rss_gb"]
+            cells.pop("peak_rss_gb")
+            times = " | ".join(f"{value:.2f} s" for value in cells.values())
+            ratio = f"{cells['seconds_per_rollout_batch'] / ours:.1f}" if side != "ours" else ""
+            lines.append(f"| {workload} | {side} | {times} | {memory:.2f} GB | {ratio} |")
+    return "\n".join(lines)
+
+
+KEYS = ("seconds_per_rollout_batch", "generation", "old_logprobs", "update", "peak_gpu_gb", "peak_rss_gb")
+
+
+def typical(rows: list[dict], workload: str, side: str, key: str) -> float:
+    found = [row.get(key, 0.0) for row in rows if (row["workload"], row["side"]) == (workload, side)]
+    return median(found)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))
