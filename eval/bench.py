@@ -23,18 +23,18 @@ from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
 
 HERE = Path(__file__).resolve().parent
-SHARED = "--steps 3"
 WORKLOADS = {
     "cpu": {
-        "4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8",
-        "2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8",
+        "4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8 --steps 3",
+        "2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8 --steps 3",
         "2 prompts of two pictures 1024 x 1024, G 16, 1 to 64 tokens": (
-            "--side 1024 --prompts 2 --group 16 --pictures 2 --unequal"
+            "--side 1024 --prompts 2 --group 16 --pictures 2 --unequal --steps 1"
         ),
     },
     "cuda": {
         "8 prompts, 1024 x 1024, G 8, 512 tokens, bfloat16": (
             "--side 1024 --prompts 8 --group 8 --tokens 512 --checkpointing --dtype bfloat16 --device cuda"
+            " --steps 3"
         ),
     },
 }
@@ -64,7 +64,7 @@ def main() -> None:
     with Console().progress("bench", len(jobs)) as show:
         for place, (number, workload, side) in enumerate(jobs, 1):
             if not results.has(number, workload, side):
-                options = [*WORKLOADS[args.device][workload].split(), *SHARED.split()]
+                options = WORKLOADS[args.device][workload].split()
                 options += ["--plain"] if side == "ours, plain" else []
                 measured = run([*sides[side], model, *options])
                 results.add({"round": number, "workload": workload, "side": side} | measured)

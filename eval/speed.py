@@ -16,6 +16,7 @@ import json
 import resource
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     training = build_training(config, open_folder(config), Console())
     vlm = training.core.policy.vlm
     vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
-    loop(training, config.train.steps)
+    with closing(training.core):
+        loop(training, config.train.steps)
+        peak = peaks(vlm.device)
+        forward = count_forward(training, config)
     first, *timed = training.core.folder.read("metrics.jsonl")
 
     def mean(name: str) -> float:
@@ -143,13 +147,18 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     result = {"seconds_per_rollout_batch": mean("step"), "first_step": round(first["time/step"], 3)}
     result |= {key: mean(name) for key, name in PARTS.items()}
     result["response_tokens"] = round(timed[-1]["response/tokens"], 1)
-    result["peak_rss_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
-    if vlm.device.type == "cuda":
-        result["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    forward = count_forward(training, config)
+    result |= peak
     speed = matmul_speed(vlm.device, getattr(torch, args.dtype))
     result["model_flops_utilisation"] = round(3 * forward / max(result["update"], 1e-9) / speed, 3)
     return result
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Peak memory so far, in GB."""
+    found = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    if device.type == "cuda":
+        found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def count_forward(training, config: TrainConfig) -> int:

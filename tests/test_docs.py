@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -30,11 +31,17 @@ COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_valid(command):
-    """make targets exist; configs load with the documented overrides. The slow suite runs them."""
+    """make targets and scripts' options exist; configs load with the documented overrides. The slow suite runs them."""
     program, verb, *rest = shlex.split(command)
     if program == "make":
         result = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
+        return
+    if program == "python":
+        help_text = subprocess.run(
+            [sys.executable, verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert all(option in help_text for option in rest if option.startswith("--"))
         return
     assert program == "vlm-sapo"
     if verb in ("train", "sft"):

@@ -47,6 +47,29 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
     _report(run(parsed))
 
 
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with responses and gold answers.")],
+    reward: Annotated[
+        str, typer.Option(help="A verifier, `auto`, `file.py:function` or `package.module:function`.")
+    ] = "auto",
+    args: Annotated[str, typer.Option(help="Keyword arguments of the reward, as a YAML mapping.")] = "{}",
+    response: Annotated[
+        str, typer.Option(help="Columns with the response; the first that is not empty counts.")
+    ] = "response",
+    gold: Annotated[str, typer.Option(help="Column with the gold answer; `gold` or `answer` by itself.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Where to write the rows with score and outcome.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for a response.")] = 10.0,
+    on_error: Annotated[str, typer.Option(help="When a function raises: stop, or zero.")] = "stop",
+) -> None:
+    """Grade a file of responses, and compare with the verdicts that its rows carry."""
+    from vlm_sapo.rewards.score import score_command
+
+    score_command(
+        file, reward, args=args, responses=response, gold=gold, out=out, timeout=timeout, on_error=on_error
+    )
+
+
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],

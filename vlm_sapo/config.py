@@ -38,7 +38,8 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
     freeze: list[Literal["vision", "merger", "language"]] = []
-    """Parts that are not trained."""
+    """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
+    features serve rollout and updates; with `vision` alone it is encoded again in every pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     min_pixels: Positive | None = None
@@ -96,14 +97,48 @@ class Rollout(Section):
 
 class RewardPart(Section):
     name: str
-    """A verifier (`auto`, `math`, `choice`, `format`) or `path/to/file.py:function` or
-    `package.module:function`."""
+    """A verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function` or an
+    installed entry point."""
     label: str | None = None
     """Name in the logs; by default the verifier's or function's own."""
     weight: float = 1.0
     """Factor of this part in the reward."""
+    gate: float | None = None
+    """Where this part scores below, the whole reward is 0."""
+    batched: bool = False
+    """The function takes lists of responses and examples and returns a list."""
     args: dict[str, Any] = {}
     """Keyword arguments of the verifier or function."""
+
+
+class Reward(Section):
+    parts: list[RewardPart] = []
+    """The parts of the reward; their weighted sum is what is trained. `reward: NAME` and `reward: [...]` are
+    short for one part and for parts."""
+    timeout: Rate = 10.0
+    """Seconds for a response; what takes longer is stopped, scores 0 and is counted."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """When a function raises: stop the run, or score 0 and count it."""
+    workers: Positive | None = None
+    """Processes that grade; null for one per core, at most 8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        value = {"parts": value} if isinstance(value, str | list) else value
+        if isinstance(value, dict) and isinstance(value.get("parts"), str):
+            value = value | {"parts": [{"name": value["parts"]}]}
+        return value
+
+    @model_validator(mode="after")
+    def _labels_differ(self):
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"two parts of one name ({', '.join(self.labels)}); give each its own `label`")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        return [part.label or part.name.rpartition(":")[2] for part in self.parts]
 
 
 class Sapo(Section):
@@ -247,8 +282,7 @@ class TrainConfig(Section):
     model: Model
     data: Data
     rollout: Rollout = Rollout()
-    reward: Annotated[list[RewardPart], Field(min_length=1)]
-    """The parts of the reward; their weighted sum is what is trained."""
+    reward: Reward
     algo: Algo = Algo()
     train: Train
     eval: Eval = Eval()
@@ -256,15 +290,13 @@ class TrainConfig(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _labels_differ(self):
-        labels = [part.label or part.name for part in self.reward]
-        if len(set(labels)) < len(labels):
+    def _reward_and_evaluation(self):
+        if not self.reward.parts:
+            raise ValueError("reward.parts must name at least one verifier or function")
+        if self.eval.part is not None and self.eval.part not in self.reward.labels:
             raise ValueError(
-                f"reward has two parts of one name ({', '.join(labels)}); give each its own `label`"
-            )
-        if self.eval.part is not None and self.eval.part not in labels:
-            raise ValueError(
-                f"eval.part ({self.eval.part}) must be one of the reward's parts: {', '.join(labels)}"
+                f"eval.part ({self.eval.part}) must be one of the reward's parts: "
+                f"{', '.join(self.reward.labels)}"
             )
         return self
 
@@ -276,8 +308,7 @@ class SftConfig(Section):
     model: Model
     data: Data
     rollout: Rollout = Rollout()
-    reward: list[RewardPart] = []
-    """Verifiers of the evaluation."""
+    reward: Reward = Reward()
     train: SftTrain
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
@@ -286,6 +317,6 @@ class SftConfig(Section):
     def _complete(self):
         if "response" not in self.data.columns:
             raise ValueError("data.columns.response must name the column with the demonstrations; add it")
-        if self.eval.data and not self.reward:
-            raise ValueError("eval.data needs a reward to measure with; add one or remove eval.data")
+        if self.eval.data and not self.reward.parts:
+            raise ValueError("eval.data needs a reward to measure with; add reward.parts or remove eval.data")
         return self

@@ -60,6 +60,12 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
     )
 
 
+def absolute(name: str) -> str:
+    """`path/to/file.py:attribute` with the path as any other process finds it; other names as they are."""
+    target, _, attribute = name.rpartition(":")
+    return f"{locate(target).resolve()}:{attribute}" if target.endswith(".py") else name
+
+
 def _from_file(target: str, field: str, name: str) -> Any:
     path = locate(target).resolve()
     if not path.is_file():

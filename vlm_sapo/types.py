@@ -89,12 +89,34 @@ class Completion:
     finish: Literal["stop", "length"]
 
 
+class Response(str):
+    """What a reward reads: the text of a response, with what else is known of it."""
+
+    tokens: int | None
+    """Its length in tokens; None where it came from a file that doesn't say."""
+    resized: tuple[tuple[int, int], ...]
+    """Width and height of the pictures as the model saw them."""
+
+    def __new__(cls, text: str, *, tokens: int | None = None, resized: tuple[tuple[int, int], ...] = ()):
+        response = super().__new__(cls, text)
+        response.tokens, response.resized = tokens, resized
+        return response
+
+    @classmethod
+    def of(cls, prompt: Prompt, completion: Completion) -> Response:
+        """A sampled one."""
+        sizes = tuple(image.size for image in prompt.images)
+        return cls(completion.text, tokens=len(completion.ids), resized=sizes)
+
+
 @dataclass(frozen=True)
 class Score:
     """A reward and the named parts it is the weighted sum of."""
 
     total: float
     parts: Mapping[str, float]
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    """By part, `graded` or why it could not be graded: `no_answer`, `timeout`, ..."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 
 from tests.conftest import FAMILIES, example
 from vlm_sapo.models.attention import Branched, Segments
@@ -84,6 +85,19 @@ def shared_vlm(model_folder):
 def test_frozen_parts(model_folder, freeze):
     vlm = load_vlm(str(model_folder()), freeze=freeze)
     assert_same(vlm, build(Encoder(vlm), SHAPES["several groups"]))
+
+
+def test_adapters(model_folder):
+    """LoRA adapters in the language model: only they are trained, and the tower's features are kept."""
+    vlm = load_vlm(str(model_folder()), gradient_checkpointing=True)
+    layers = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=layers, init_lora_weights=False), vlm.model)
+    assert_same(vlm, build(Encoder(vlm), SHAPES["several groups"]))
+    assert {name.split(".")[-3] for name, p in vlm.named_parameters() if p.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert vlm.vision.frozen
 
 
 def test_bfloat16_stays_close(model_folder):

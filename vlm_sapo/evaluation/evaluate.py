@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlm_sapo.rewards.combine import Reward
+from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Example, Prompt, RowError, Sampling
 
@@ -35,7 +35,8 @@ def evaluate(
     for start in range(0, len(examples), batch):
         prompts = _prompts(examples, range(start, min(start + batch, len(examples))), encode, skip)
         groups = engine.generate(prompts, replace(sampling, seed=sampling.seed + start))
-        for prompt, completions in zip(prompts, groups, strict=True):
+        scored = score_groups(reward, prompts, groups)
+        for prompt, completions, scores in zip(prompts, groups, scored, strict=True):
             example = prompt.example
             records.append(
                 {
@@ -43,7 +44,7 @@ def evaluate(
                     "problem": example.problem,
                     "answer": example.answer,
                     "response": completions[0].text,
-                    "scores": [reward(completion, example).parts[part] for completion in completions],
+                    "scores": [score.parts[part] for score in scores],
                     "tokens": [len(completion.ids) for completion in completions],
                     "truncated": [completion.finish == "length" for completion in completions],
                 }

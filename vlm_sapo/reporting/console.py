@@ -16,7 +16,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
+WIDTH = 160
+"""Of tables where there is no terminal."""
 LINES = 20
 """Lines that a run without a terminal prints at most for its steps."""
 
@@ -26,6 +29,8 @@ class Console:
 
     def __init__(self) -> None:
         self.rich = RichConsole(highlight=False, soft_wrap=True)
+        if not self.rich.is_terminal:
+            self.rich.width = WIDTH
 
     def say(self, text: str) -> None:
         """One line."""
@@ -34,6 +39,15 @@ class Console:
     def warn(self, text: str) -> None:
         """One line that stands out."""
         self.rich.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        """A table, the first column on the left, the others on the right but the last."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2))
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number in (0, len(header) - 1) else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.rich.print(table)
 
     @contextmanager
     def progress(self, name: str, total: int, start: int = 0) -> Iterator[Progress]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -82,8 +82,12 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
     scores = [score for group in groups for score in group.scores]
     lengths = [len(completion.ids) for completion in completions]
     metrics = {"reward/mean": sum(score.total for score in scores) / len(scores)}
-    for part in scores[0].parts:
-        metrics[f"reward/{part}"] = sum(score.parts[part] for score in scores) / len(scores)
+    for part in dict.fromkeys(name for score in scores for name in score.parts):
+        metrics[f"reward/{part}"] = sum(score.parts.get(part, 0.0) for score in scores) / len(scores)
+    outcomes = Counter(
+        f"outcome/{label}/{outcome}" for score in scores for label, outcome in score.outcomes.items()
+    )
+    metrics |= {name: count for name, count in outcomes.items() if not name.endswith("/graded")}
     flat = [len({score.total for score in group.scores}) == 1 for group in groups]
     return metrics | {
         "reward/zero_variance": sum(flat) / len(flat),

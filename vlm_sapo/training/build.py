@@ -21,8 +21,7 @@ from vlm_sapo.models.vlm import VLM, load_vlm
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
-from vlm_sapo.rewards.combine import Reward, build_reward
-from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
@@ -59,16 +58,14 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig) -> RunFolder:
 def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console) -> Training:
     """Everything that `train` needs, resumed where the run's folder holds a checkpoint."""
     train, rollout, algo = config.train, config.rollout, config.algo
-    reward = build_reward([part.model_dump() for part in config.reward])
     if train.minibatches == 1:
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
-    core, engine = _build_core(
+    core = _build_core(
         config,
         folder,
         console,
-        reward=reward,
         kl=algo.kl,
         temperature=rollout.temperature,
         reuse_sampled=train.old_logprobs == "rollout",
@@ -82,8 +79,6 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
     return Training(
         core=core,
         check=SelfCheck(core.policy, console, budget=train.tokens_per_microbatch),
-        engine=engine,
-        reward=reward,
         advantage=ADVANTAGES[algo.advantage],
         loss=build_loss(
             algo.objective.model_dump(),
@@ -101,9 +96,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
 
 def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Core:
     """Everything that `sft` needs."""
-    return _build_core(
-        config, folder, console, reward=build_reward([part.model_dump() for part in config.reward])
-    )[0]
+    return _build_core(config, folder, console)
 
 
 def _build_core(
@@ -111,11 +104,11 @@ def _build_core(
     folder: RunFolder,
     console: Console,
     *,
-    reward: Reward,
     kl: float = 0.0,
     temperature: float = 1.0,
     reuse_sampled: bool = False,
-) -> tuple[Core, RolloutEngine]:
+) -> Core:
+    reward = _build_reward(config.reward)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
     train = config.train
     accelerator = Accelerator(mixed_precision=train.precision)
@@ -152,7 +145,7 @@ def _build_core(
     stream.position, stream.skipped = progress.position, progress.skipped
     folder.rewind(progress.step)
     console.say(_banner(config, vlm, examples, accelerator, found))
-    core = Core(
+    return Core(
         folder=folder,
         console=console,
         policy=policy,
@@ -163,8 +156,18 @@ def _build_core(
         progress=progress,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
+        engine=engine,
+        reward=reward,
     )
-    return core, engine
+
+
+def _build_reward(reward: cfg.Reward) -> Reward:
+    return Reward(
+        [part.model_dump() for part in reward.parts],
+        on_error=reward.on_error,
+        timeout=reward.timeout,
+        workers=reward.workers,
+    )
 
 
 def _load(model: cfg.Model, path: str, accelerator: Accelerator, freeze: list[str]) -> VLM:

@@ -12,7 +12,7 @@ from vlm_sapo.data.stream import PromptStream
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
-from vlm_sapo.rewards.combine import Reward
+from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
@@ -51,7 +51,7 @@ class Evaluator:
 
 @dataclass
 class Core:
-    """What `train` and `sft` have in common."""
+    """What `train` and `sft` have in common. Close it in the end."""
 
     folder: RunFolder
     console: Console
@@ -61,6 +61,13 @@ class Core:
     progress: checkpoint.Progress
     checkpoint_every: int
     keep: int
+    engine: RolloutEngine
+    reward: Reward
+
+    def close(self) -> None:
+        """Ends what runs beside this process."""
+        self.engine.close()
+        self.reward.close()
 
     def checkpoint_if_due(self, step: int) -> None:
         """Writes a checkpoint after every so many steps."""
@@ -95,8 +102,6 @@ class Training:
 
     core: Core
     check: Callable[[list[Group]], None]
-    engine: RolloutEngine
-    reward: Reward
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
     split: Callable[..., list[MiniBatch]]
@@ -126,6 +131,7 @@ def write_rollouts(
                     "response": completion.text,
                     "reward": score.total,
                     "parts": dict(score.parts),
+                    "outcomes": dict(score.outcomes),
                     "advantage": value,
                     "tokens": len(completion.ids),
                     "finish": completion.finish,

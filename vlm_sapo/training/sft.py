@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
-from vlm_sapo.config import SftConfig
+from vlm_sapo.config import SftConfig, SftTrain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.build import build_sft, open_folder
@@ -20,7 +21,12 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
         console.say(FINISHED)
         return summary
     core = build_sft(config, folder, console)
-    column, train = config.data.columns["response"], config.train
+    with closing(core):
+        return loop(core, config.train, config.data.columns["response"])
+
+
+def loop(core: Core, train: SftTrain, column: str) -> dict:
+    """Updates until `train.steps` are done, from wherever the run stands; returns the summary."""
     core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, train.steps + 1):

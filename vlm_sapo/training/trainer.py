@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 import torch
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics
+from vlm_sapo.rewards.pool import score_groups
 from vlm_sapo.training.build import build_training, open_folder
 from vlm_sapo.training.run import FINISHED, Training
 from vlm_sapo.types import Group
@@ -21,7 +23,9 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
-    return loop(build_training(config, folder, console), config.train.steps)
+    training = build_training(config, folder, console)
+    with closing(training.core):
+        return loop(training, config.train.steps)
 
 
 def loop(training: Training, steps: int) -> dict:
@@ -53,23 +57,23 @@ def loop(training: Training, steps: int) -> dict:
             show(step, headline(record))
             core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step)
-    training.engine.close()
     return core.finish(steps)
 
 
 def draw(training: Training, step: int, meter: StepMeter) -> list[Group]:
     """The step's groups: prompts from the stream, responses from the engine, scores from the reward."""
+    core = training.core
     with meter.time("data"):
-        prompts = training.core.stream.take(training.prompts_per_step)
+        prompts = core.stream.take(training.prompts_per_step)
     with meter.time("rollout"):
-        training.engine.sync(training.core.policy.vlm)
-        responses = training.engine.generate(prompts, training.sampling_at(step))
+        core.engine.sync(core.policy.vlm)
+        responses = core.engine.generate(prompts, training.sampling_at(step))
     with meter.time("reward"):
         return [
-            Group(
-                prompt, tuple(drawn), tuple(training.reward(response, prompt.example) for response in drawn)
+            Group(prompt, tuple(drawn), tuple(scores))
+            for prompt, drawn, scores in zip(
+                prompts, responses, score_groups(core.reward, prompts, responses), strict=True
             )
-            for prompt, drawn in zip(prompts, responses, strict=True)
         ]
 
 

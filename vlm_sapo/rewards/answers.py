@@ -1,0 +1,93 @@
+"""Finds the answer in a response.
+
+Training reads only a *marked* answer: the last `\\boxed{...}`, else the last `<answer>...</answer>`. A guess at
+what an unmarked response meant is a reward for luck. Files of responses that were written without marks are
+graded by their *stated* answer: a marked one, else what follows the last "the answer is", else all of a
+response that is nothing but an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Finding = Literal["marked", "stated"]
+
+ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+STATEMENT = re.compile(
+    r"(?:^|\b)(?:final\s+|correct\s+|best\s+|right\s+)?(?:answer|option|choice)\s*"
+    r"(?:(?:\([^()]{0,40}\)|to the question|here|choice|option)\s*)?(?:\*\*\s*)?(?:is|was|would be|will be|:|=)+"
+    r"(?:\s*\*\*)?\s*:?",
+    re.IGNORECASE,
+)
+SHORT = 100
+"""Characters of a response that may be nothing but an answer."""
+TAIL = 20_000
+"""Characters at a response's end that are searched."""
+
+
+class Ungraded(Exception):
+    """A verifier could not compare; scores 0 and is counted under `outcome`."""
+
+    outcome = "ungraded"
+
+
+class NoAnswer(Ungraded):
+    """The response holds no answer."""
+
+    outcome = "no_answer"
+
+
+class BadGold(Ungraded):
+    """The gold answer cannot be read; the message says why."""
+
+    outcome = "bad_gold"
+
+
+def find_answer(response: str, finding: Finding = "marked") -> str:
+    """The marked or stated answer; raises NoAnswer."""
+    answer = marked_answer(response) if finding == "marked" else stated_answer(response)
+    if not answer:
+        raise NoAnswer
+    return answer
+
+
+def marked_answer(response: str) -> str | None:
+    """The text of the last complete `\\boxed{...}`, else of the last answer tag, else None."""
+    response = response[-TAIL:]
+    boxes = boxed(response)
+    if boxes:
+        return boxes[-1].strip()
+    tags = ANSWER_TAG.findall(response)
+    return tags[-1].strip() if tags else None
+
+
+def boxed(text: str) -> list[str]:
+    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order."""
+    found, start, depth = [], -1, 0
+    for match in re.finditer(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]", text):
+        if match[0] == "}":
+            depth -= depth > 0
+            if depth == 0 and start >= 0:
+                found.append(text[start : match.start()])
+                start = -1
+        elif start >= 0:
+            depth += 1
+        elif len(match[0]) > 1:
+            start, depth = match.end(), 1
+    return found
+
+
+def stated_answer(response: str) -> str | None:
+    """A marked answer, else what the response says the answer is, else a short response itself, else None."""
+    if (marked := marked_answer(response)) is not None:
+        return marked
+    response = response.strip()[-TAIL:]
+    statements = list(STATEMENT.finditer(response))
+    if statements:
+        rest = response[statements[-1].end() :].strip()
+        if rest:
+            return rest.splitlines()[0].strip(" *")
+    if 0 < len(response) <= SHORT and "\n" not in response:
+        return response
+    return None

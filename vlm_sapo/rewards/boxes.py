@@ -1,0 +1,152 @@
+"""Verifiers of places in a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Literal
+
+from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.types import Example, Response
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, as shares of the picture's sides."""
+Coordinates = Literal["resized", "original", "thousand", "unit"]
+"""Pixels of the picture as the model sees it (Qwen2.5-VL), pixels of the row's picture, 0 to 1000 (Qwen3-VL), or
+0 to 1."""
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
+SEPARATOR = r"[\s,;()\[\]<>|:\"'a-z_0-9]*?"
+FOUR = re.compile(
+    rf"[\[(]\s*({NUMBER})\s*,\s*({NUMBER})\s*\)?\s*,\s*\(?\s*({NUMBER})\s*,\s*({NUMBER})\s*[\])]"
+)
+TWO = re.compile(rf"({NUMBER})\s*[,\s]\s*({NUMBER})")
+
+
+def box(
+    response: Response,
+    example: Example,
+    *,
+    coordinates: Coordinates = "resized",
+    gold_coordinates: Coordinates = "original",
+    layout: Literal["xyxy", "xywh"] = "xyxy",
+    gold_layout: Literal["xyxy", "xywh"] = "xyxy",
+    metric: Literal["iou", "giou"] = "iou",
+    threshold: float | None = 0.5,
+    finding: Finding = "marked",
+) -> float:
+    """How well the answer's boxes cover the gold ones: intersection over union, or generalised IoU
+    (arXiv 1902.09630) brought to 0..1; 1.0 or 0.0 at the threshold, graded where that is null.
+
+    Several boxes are matched by descending overlap; boxes too many or too few count as 0.
+    """
+    golds = [_to_share(four, gold_layout, gold_coordinates, response, example) for four in _gold(example)]
+    text = _fenced(response) or find_answer(response, finding)
+    given = [_to_share(four, layout, coordinates, response, example) for four in _fours(text)]
+    if not given:
+        raise NoAnswer
+    overlap = {"iou": iou, "giou": lambda one, other: (giou(one, other) + 1) / 2}[metric]
+    pairs = sorted(
+        ((overlap(one, gold), i, j) for i, one in enumerate(given) for j, gold in enumerate(golds)),
+        reverse=True,
+    )
+    taken: tuple[set[int], set[int]] = (set(), set())
+    matched = 0.0
+    for value, i, j in pairs:
+        if i not in taken[0] and j not in taken[1]:
+            taken[0].add(i)
+            taken[1].add(j)
+            matched += value if threshold is None else value >= threshold
+    return matched / max(len(given), len(golds))
+
+
+def point_in_box(
+    response: Response,
+    example: Example,
+    *,
+    coordinates: Coordinates = "resized",
+    gold_coordinates: Coordinates = "original",
+    gold_layout: Literal["xyxy", "xywh"] = "xyxy",
+    finding: Finding = "marked",
+) -> float:
+    """1.0 where the answer's one point (or the centre of its one box) lies in a gold box."""
+    golds = [_to_share(four, gold_layout, gold_coordinates, response, example) for four in _gold(example)]
+    text = _fenced(response) or find_answer(response, finding)
+    width, height = _frame(coordinates, response, example)
+    if fours := _fours(text):
+        points = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in fours]
+    else:
+        points = [(float(x), float(y)) for x, y in TWO.findall(text)]
+    if len(points) != 1:
+        raise NoAnswer
+    x, y = points[0][0] / width, points[0][1] / height
+    return float(any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in golds))
+
+
+def iou(one: Box, other: Box) -> float:
+    """Intersection over union."""
+    return _overlap(one, other)[0]
+
+
+def giou(one: Box, other: Box) -> float:
+    """Generalised IoU, from -1 to 1."""
+    value, union = _overlap(one, other)
+    hull = _area((min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])))
+    return value - (hull - union) / hull if hull else value
+
+
+def _overlap(one: Box, other: Box) -> tuple[float, float]:
+    shared = _area(
+        (max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3]))
+    )
+    union = _area(one) + _area(other) - shared
+    return (shared / union if union else 0.0), union
+
+
+def _area(area: Box) -> float:
+    return max(area[2] - area[0], 0.0) * max(area[3] - area[1], 0.0)
+
+
+def _fours(text: str) -> list[tuple[float, ...]]:
+    found = [tuple(map(float, four)) for four in FOUR.findall(text)]
+    numbers = re.findall(NUMBER, text)
+    return found or ([tuple(map(float, numbers))] if len(numbers) == 4 else [])
+
+
+def _gold(example: Example) -> list[tuple[float, ...]]:
+    found = _fours(example.answer)
+    if not found:
+        raise BadGold(f"the gold answer {example.answer!r} must hold boxes of four numbers")
+    return found
+
+
+def _fenced(response: str) -> str | None:
+    """The last code fence that is JSON, which is how Qwen-VL models write boxes."""
+    for fence in reversed(re.findall(r"```(?:json)?\s*(.*?)```", response, re.DOTALL)):
+        try:
+            json.loads(fence)
+        except (ValueError, RecursionError):
+            continue
+        return fence
+    return None
+
+
+def _to_share(four, layout: str, coordinates: Coordinates, response: Response, example: Example) -> Box:
+    width, height = _frame(coordinates, response, example)
+    left, top, right, bottom = four
+    if layout == "xywh":
+        right, bottom = left + right, top + bottom
+    return left / width, top / height, right / width, bottom / height
+
+
+def _frame(coordinates: Coordinates, response: Response, example: Example) -> tuple[float, float]:
+    if coordinates == "unit":
+        return 1.0, 1.0
+    if coordinates == "thousand":
+        return 1000.0, 1000.0
+    sizes = response.resized if coordinates == "resized" else [image.size for image in example.images]
+    if len(sizes) != 1:
+        raise ValueError(
+            f"coordinates ({coordinates}) are pixels of one picture; {example.label} has {len(sizes)} here, "
+            "use thousand or unit"
+        )
+    return sizes[0]

@@ -1,0 +1,154 @@
+"""The verifier of multiple-choice answers."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_sapo.rewards.answers import (
+    TAIL,
+    BadGold,
+    Finding,
+    NoAnswer,
+    marked_answer,
+    stated_answer,
+)
+from vlm_sapo.rewards.latex import plain
+from vlm_sapo.types import Example
+
+OPTION_COLUMNS = ("choices", "options", "option")
+LETTERED = re.compile(r"^\(?([A-Za-z])\s*(?:[.:)\]]|\)\s*[.:]?)\s*(.*)$", re.DOTALL)
+LEADING = re.compile(r"^(?:option|choice|answer)?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|$)")
+BRACKETED = re.compile(r"\(([A-Z])\)")
+
+
+def choice(response: str, example: Example, *, finding: Finding = "marked") -> float:
+    """1.0 where the answer names the gold option or options, by letter, by letter and text, or by text.
+
+    Options come from the row's `choices` or `options`; without them only letters are compared. A response
+    that names no option has no answer; it is never guessed.
+    """
+    given = options(example)
+    gold = named(example.answer, given)
+    if gold is None:
+        raise BadGold(f"the gold answer {example.answer!r} is none of the options {given or 'A to Z'}")
+    chosen = _chosen(response, given, finding)
+    if chosen is None:
+        raise NoAnswer
+    return float(chosen == gold)
+
+
+def options(example: Example) -> list[str]:
+    """The row's options without their letters; empty where it has none."""
+    found = option_column(example.columns) or ()
+    if isinstance(found, str):
+        try:
+            found = ast.literal_eval(found)
+        except (ValueError, SyntaxError):
+            found = [part for part in re.split(r";\s*|\n", found) if part.strip()]
+    texts = [str(option).strip() for option in found]
+    lettered = [LETTERED.match(text) for text in texts]
+    in_order = all(
+        match and match[1].upper() == letter
+        for match, letter in zip(lettered, string.ascii_uppercase, strict=False)
+    )
+    return [match[2] for match in lettered] if texts and in_order else texts
+
+
+def option_column(columns: Mapping[str, Any]) -> list | tuple | str | None:
+    """What the row holds as options: a list, or a text that lists them; None where it holds none."""
+    held = (columns.get(name) for name in OPTION_COLUMNS)
+    return next((value for value in held if value and isinstance(value, list | tuple | str)), None)
+
+
+def named(text: str, given: Sequence[str]) -> frozenset[int] | None:
+    """Indices of the options that a short text names, and nothing else; None where it names none."""
+    text = re.sub(r"[\"'`*{}\[\]]", "", plain(text)).strip(" .")
+    plainly = [_key(option) for option in given]
+    if _key(text) in plainly:
+        return frozenset({plainly.index(_key(text))})
+    letters = re.fullmatch(r"\(?([A-Za-z])\)?(?:(?:\s*(?:,|;|&|and)\s*|\s+)\(?([A-Za-z])\)?)*", text)
+    if letters and all(len(word) == 1 for word in re.findall(r"[A-Za-z]+", text.replace("and", " "))):
+        found = [
+            string.ascii_lowercase.index(c) for c in re.findall("[a-z]", text.replace("and", "").lower())
+        ]
+        return frozenset(found) if not given or max(found) < len(given) else None
+    match = LETTERED.match(text) or re.match(r"^\(?([A-Z])\)?\s+(.*)$", text, re.DOTALL)
+    if match and match[2]:
+        index = string.ascii_lowercase.index(match[1].lower())
+        if not given:
+            return frozenset({index}) if text[0] == "(" or match[1].isupper() else None
+        if index < len(given) and _agrees(match[2], plainly, index):
+            return frozenset({index})
+    return None
+
+
+def _agrees(text: str, plainly: list[str], index: int) -> bool:
+    """Whether the text behind a letter isn't another option's."""
+    return _key(text) not in plainly or plainly.index(_key(text)) == index
+
+
+def _chosen(response: str, given: list[str], finding: Finding) -> frozenset[int] | None:
+    if (marked := marked_answer(response)) is not None:
+        return named(marked, given) or _leading(marked, given)
+    if finding == "marked":
+        return None
+    whole = response.strip()[-TAIL:]
+    if (chosen := named(whole, given)) is not None:
+        return chosen
+    if (stated := stated_answer(whole)) is not None and stated != whole:
+        if (chosen := named(stated, given) or _leading(stated, given)) is not None:
+            return chosen
+        if (mentioned := _mentioned(stated, given)) is not None:
+            return mentioned
+    if (chosen := _leading(whole, given)) is not None:
+        return chosen
+    last = [line for line in whole.splitlines() if line.strip()][-1:] or [""]
+    letters = set(BRACKETED.findall(last[0]))
+    if len(letters) == 1:
+        return _within({string.ascii_uppercase.index(*letters)}, given)
+    return _mentioned(last[0], given)
+
+
+def _leading(text: str, given: list[str]) -> frozenset[int] | None:
+    """The option whose letter opens the text: `C. 40`, `(C) because ...`; a sentence's `A` doesn't count."""
+    text = plain(text).lstrip(" *:{[\"'`")
+    match = LEADING.match(text)
+    if not match:
+        bracketed = re.match(r"^\W*\(([A-Z])\)", text)
+        return _within({string.ascii_uppercase.index(bracketed[1])}, given) if bracketed else None
+    rest = text[match.end() :]
+    if match[1] in "AI" and re.match(r"^\s+[a-z]", rest) and "(" not in match[0]:
+        return None
+    letters = {match[1], *re.findall(r"^(?:\s*(?:,|and|&)\s*\(?([A-Z])\)?)(?![a-zA-Z])", rest)}
+    return _within({string.ascii_uppercase.index(letter) for letter in letters}, given)
+
+
+def _mentioned(text: str, given: list[str]) -> frozenset[int] | None:
+    """The one option whose text stands in the text; None where none or several do. Of options that contain
+    each other the longest counts."""
+    text = f" {_words(text)} "
+    found = {index for index, option in enumerate(given) if _words(option) and f" {_words(option)} " in text}
+    longest = {
+        index
+        for index in found
+        if not any(
+            other != index and f" {_words(given[index])} " in f" {_words(given[other])} " for other in found
+        )
+    }
+    return frozenset(longest) if len(longest) == 1 else None
+
+
+def _within(found: set[int], given: list[str]) -> frozenset[int] | None:
+    return frozenset(found) if not given or max(found) < len(given) else None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[^\s.,:;!?()\"'*$]+(?:[.,]\d+)*", plain(text).casefold()))
+
+
+def _key(text: str) -> str:
+    return re.sub(r"\s+", "", plain(text)).strip(".,;:()*\"'").casefold()

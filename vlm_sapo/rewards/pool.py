@@ -1,0 +1,159 @@
+"""Runs a reward in worker processes that can be killed, with a time limit for each response."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, TimeoutError
+from typing import Any, Literal
+
+from pebble import ProcessExpired, ProcessPool
+
+from vlm_sapo.rewards.combine import (
+    CONCURRENT,
+    Item,
+    Part,
+    RewardError,
+    Verdict,
+    build_part,
+    combine,
+    portable,
+    without_pictures,
+)
+from vlm_sapo.types import Completion, Prompt, Response, Score
+
+CACHED = 50_000
+"""Verdicts that are kept."""
+_PARTS: list[Part] = []
+"""The parts of the reward, in a worker process."""
+
+
+def _start(specs: Sequence[Mapping[str, Any]]) -> None:
+    _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
+
+
+def _grade_each(item: Item) -> list[Verdict]:
+    return [part.grade([item])[0] for part in _PARTS if part.kind == "each"]
+
+
+def _grade_all(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
+    return _PARTS[number].grade(items, timeout)
+
+
+def score_groups(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[Completion]]
+) -> list[list[Score]]:
+    """Scores of each prompt's responses."""
+    items = [
+        (Response.of(prompt, completion), prompt.example)
+        for prompt, drawn in zip(prompts, responses, strict=True)
+        for completion in drawn
+    ]
+    scores = iter(reward(items))
+    return [[next(scores) for _ in drawn] for drawn in responses]
+
+
+class Reward:
+    """Scores responses by the weighted sum of its parts.
+
+    Every response has `timeout` seconds for the parts that are called for each; one that takes longer, or
+    brings its process down, scores 0 with outcome `timeout` or `crash`, and the others go on. An exception in a
+    reward raises RewardError with `on_error` `stop`, since a bug must not train as "always wrong", and scores 0
+    with `zero`. Verdicts are kept by row and response.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Mapping[str, Any]],
+        *,
+        on_error: Literal["stop", "zero"] = "stop",
+        timeout: float = 10.0,
+        workers: int | None = None,
+    ):
+        self.parts = [build_part(spec, number) for number, spec in enumerate(specs)]
+        self.on_error, self.timeout = on_error, timeout
+        self._cache: dict[tuple, list[Verdict]] = {}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPool(
+            max_workers=workers or min(os.cpu_count() or 1, 8),
+            initializer=_start,
+            initargs=([portable(spec) for spec in specs],),
+            context=context,
+        )
+
+    def __call__(self, items: Sequence[Item]) -> list[Score]:
+        """Scores of (response, example) pairs, in order."""
+        keys = [(example.source, example.id, str(response), response.tokens) for response, example in items]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
+        if len(self._cache) + len(new) > CACHED:
+            self._cache.clear()
+            new = dict(zip(keys, items, strict=True))
+        self._cache |= zip(new, self._grade(list(new.values())), strict=True)
+        return [combine(self.parts, self._cache[key]) for key in keys]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _grade(self, items: list[Item]) -> list[list[Verdict]]:
+        """Verdicts of every part for every item."""
+        if not items:
+            return []
+        pictures = all(part.builtin for part in self.parts)
+        sent = [without_pictures(item) for item in items] if pictures else items
+        table: list[list[Verdict]] = [[] for _ in self.parts]
+        each = [number for number, part in enumerate(self.parts) if part.kind == "each"]
+        singles: list[Future] = []
+        if each:
+            singles = [self._pool.schedule(_grade_each, args=(item,), timeout=self.timeout) for item in sent]
+        together = {
+            number: self._pool.schedule(
+                _grade_all, args=(number, sent, self.timeout), timeout=self._limit(part, len(sent))
+            )
+            for number, part in enumerate(self.parts)
+            if part.kind != "each"
+        }
+        try:
+            for item, future in zip(items, singles, strict=bool(each)):
+                verdicts = self._result(future, len(each))
+                for number, verdict in zip(each, verdicts, strict=True):
+                    table[number].append(self._accepted(verdict, self.parts[number], item))
+            for number, future in together.items():
+                verdicts = self._result(future, len(items))
+                table[number] = [
+                    self._accepted(verdict, self.parts[number], item)
+                    for item, verdict in zip(items, verdicts, strict=True)
+                ]
+        except BaseException:
+            for future in (*singles, *together.values()):
+                future.cancel()
+            raise
+        return [list(verdicts) for verdicts in zip(*table, strict=True)]
+
+    def _limit(self, part: Part, count: int) -> float:
+        """Seconds for all responses together; an async function keeps its own limits, so this one is wider."""
+        rounds = math.ceil(count / CONCURRENT) + 1 if part.kind == "async" else count
+        return self.timeout * rounds
+
+    def _result(self, future: Future, count: int) -> list[Verdict]:
+        try:
+            return future.result()
+        except TimeoutError:
+            return [Verdict(0.0, "timeout", detail=f"over {self.timeout} s")] * count
+        except ProcessExpired as error:
+            return [Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")] * count
+
+    def _accepted(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
+        if verdict.outcome == "error" and self.on_error == "stop":
+            response, example = item
+            shown = repr(str(response)[:300])
+            last = verdict.detail.strip().splitlines()[-1]
+            raise RewardError(
+                f"reward {part.label}, {example.label}, response {shown}: {last}; mend the function, or set "
+                f"reward.on_error=zero to score such responses 0\n{verdict.detail}"
+            )
+        return verdict

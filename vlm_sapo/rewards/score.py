@@ -1,0 +1,186 @@
+"""Grades a file of responses, and compares with the verdicts that its rows carry."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_sapo.plugins import resolve
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.rewards.combine import ENTRY_POINTS
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.verifiers import VERIFIERS
+from vlm_sapo.types import Example, Response
+
+BATCH = 512
+"""Rows that are graded before they are written."""
+PROBLEM_COLUMNS = ("problem", "question")
+GOLD_COLUMNS = ("gold", "answer")
+TOLERANCE = 0.01
+"""Verdicts that are numbers agree within this much."""
+
+
+@dataclass
+class Agreement:
+    """How scores compare with the verdicts of one source."""
+
+    rows: int = 0
+    agree: int = 0
+    false_positives: int = 0
+    false_negatives: int = 0
+    with_verdict: int = 0
+    outcomes: Counter = field(default_factory=Counter)
+
+    def add(self, score: float, outcome: str, verdict: Any) -> None:
+        self.rows += 1
+        self.outcomes[outcome] += 1
+        if not isinstance(verdict, bool | int | float):
+            return
+        self.with_verdict += 1
+        close = abs(score - verdict) <= TOLERANCE if not isinstance(verdict, bool) else (score >= 0.5) == verdict
+        self.agree += close
+        self.false_positives += not close and score > verdict
+        self.false_negatives += not close and score < verdict
+
+
+def score_file(
+    path: Path,
+    reward: Reward,
+    *,
+    responses: Sequence[str],
+    gold: str | None,
+    out: Path | None,
+    progress=lambda done: None,
+) -> dict[str, Agreement]:
+    """Grades every row, writes it with `score` and `outcome` to `out` as it is graded, and returns the agreement
+    by `source`; sources of rows with `flags` are counted apart.
+
+    A line that is no JSON object, or a row without gold answer, is an outcome of its own (`bad_row`,
+    `bad_gold`), and the others go on.
+    """
+    found: dict[str, Agreement] = {}
+    done = 0
+    with out.open("w", encoding="utf-8") if out else nullcontext() as file:
+        for chunk in _chunks(path):
+            graded = _grade(chunk, reward, path, responses, gold)
+            for row in graded:
+                if file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                source = str(row.get("source") or path.name) + (" (flagged)" if row.get("flags") else "")
+                found.setdefault(source, Agreement()).add(row["score"], row["outcome"], row.get("verdict"))
+            if file:
+                file.flush()
+            done += len(chunk)
+            progress(done)
+    return found
+
+
+def score_command(
+    path: Path, name: str, *, args: str, responses: str, gold: str, out: Path | None, timeout: float, on_error: str
+) -> None:
+    """What `vlm-sapo score` does: grades, prints a table, names what went wrong."""
+    if not path.is_file():
+        raise ValueError(f"FILE ({path}) must be a file of JSON lines; there is none")
+    if out and out.resolve() == path.resolve():
+        raise ValueError(f"--out ({out}) must be another file than the one that is graded")
+    if on_error not in ("stop", "zero"):
+        raise ValueError(f"--on-error ({on_error}) must be stop or zero")
+    given = yaml.safe_load(args)
+    if not isinstance(given, dict):
+        raise ValueError(f"--args ({args}) must be a YAML mapping, such as '{{tolerance: 0.1}}'")
+    takes = signature(resolve(name, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)).parameters
+    if "finding" in takes and "finding" not in given:
+        given["finding"] = "stated"
+    console = Console()
+    total = sum(1 for _ in path.open("rb"))
+    with (
+        closing(Reward([{"name": name, "args": given}], on_error=on_error, timeout=timeout)) as reward,
+        console.progress("score", total) as show,
+    ):
+        found = score_file(
+            path, reward, responses=responses.split(","), gold=gold or None, out=out, progress=show
+        )
+    console.table(*report(found))
+
+
+def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
+    """The agreement as a table: header and rows."""
+    header = ["source", "rows", "agreement", "false positives", "false negatives", "not graded"]
+    rows = []
+    for source, item in sorted(found.items()):
+        shares = ["", "", ""]
+        if item.with_verdict:
+            shares = [
+                f"{item.agree / item.with_verdict:.1%}",
+                str(item.false_positives),
+                str(item.false_negatives),
+            ]
+        others = ", ".join(f"{name} {n}" for name, n in item.outcomes.most_common() if name != "graded")
+        rows.append([source, str(item.rows), *shares, others])
+    return header, rows
+
+
+def _grade(chunk, reward: Reward, path: Path, responses: Sequence[str], gold: str | None) -> list[dict]:
+    rows: list[dict] = []
+    items: dict[int, tuple[Response, Example]] = {}
+    for number, line in chunk:
+        row, outcome = _read(line)
+        if outcome is None:
+            try:
+                items[len(rows)] = _item(row, number, path, responses, gold)
+            except ValueError as error:
+                row, outcome = row | {"error": str(error)}, "bad_gold"
+        rows.append(row | {"score": 0.0, "outcome": outcome} | ({"line": number} if "error" in row else {}))
+    for place, score in zip(items, reward(list(items.values())), strict=True):
+        outcomes = [outcome for outcome in score.outcomes.values() if outcome != "graded"]
+        rows[place] |= {"score": score.total, "outcome": outcomes[0] if outcomes else "graded"}
+    return rows
+
+
+def _read(line: str) -> tuple[dict, str | None]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {"error": f"not JSON: {error}", "text": line[:200]}, "bad_row"
+    if not isinstance(row, dict):
+        return {"error": f"a JSON object is needed, this is {type(row).__name__}", "text": line[:200]}, "bad_row"
+    return row, None
+
+
+def _item(row: Mapping, number: int, path: Path, responses: Sequence[str], gold: str | None):
+    name = gold or next((name for name in GOLD_COLUMNS if row.get(name) not in (None, "")), None)
+    answer = None if name is None else row.get(name)
+    if answer in (None, "", []):
+        raise ValueError(f"no gold answer in {gold or ' or '.join(GOLD_COLUMNS)}")
+    text = next((str(row[name]) for name in responses if row.get(name) not in (None, "")), "")
+    tokens = row.get("tokens")
+    example = Example(
+        id=str(row.get("id", number)),
+        problem=str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), "")),
+        answer=answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
+        columns=row,
+        source=f"{path}, line {number}",
+    )
+    return Response(text, tokens=tokens if isinstance(tokens, int) else None), example
+
+
+def _chunks(path: Path) -> Iterator[list[tuple[int, str]]]:
+    chunk: list[tuple[int, str]] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                chunk.append((number, line))
+            if len(chunk) == BATCH:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
