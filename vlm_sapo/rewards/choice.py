@@ -17,11 +17,13 @@ from vlm_sapo.rewards.answers import (
     stated_answer,
 )
 from vlm_sapo.rewards.latex import plain
+from vlm_sapo.rewards.mathematics import equal
 from vlm_sapo.types import Example
 
 OPTION_COLUMNS = ("choices", "options", "option")
 LETTERED = re.compile(r"^\(?([A-Za-z])\s*(?:[.:)\]]|\)\s*[.:]?)\s*(.*)$", re.DOTALL)
 LEADING = re.compile(r"^(?:option|choice|answer)?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|$)")
+LONGEST_VALUE = 60
 BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
@@ -43,7 +45,7 @@ def choice(response: str, example: Example, *, finding: Finding = "marked") -> f
 
 def options(example: Example) -> list[str]:
     """The row's options without their letters; empty where it has none."""
-    found = option_column(example.columns) or ()
+    found = option_column(example.columns) or _in_problem(example.problem)
     if isinstance(found, str):
         try:
             found = ast.literal_eval(found)
@@ -58,6 +60,16 @@ def options(example: Example) -> list[str]:
     return [match[2] for match in lettered] if texts and in_order else texts
 
 
+def _in_problem(problem: str) -> list[str]:
+    """The options that a problem lists as `(A) one (B) two`; empty unless the letters are in order."""
+    marks = list(re.finditer(r"\(([A-Z])\)\s*", problem))
+    if len(marks) < 2 or [mark[1] for mark in marks] != list(string.ascii_uppercase[: len(marks)]):
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(problem)]
+    found = [problem[mark.end() : end].strip(" \n.;,") for mark, end in zip(marks, ends, strict=True)]
+    return found if all(found) else []
+
+
 def option_column(columns: Mapping[str, Any]) -> list | tuple | str | None:
     """What the row holds as options: a list, or a text that lists them; None where it holds none."""
     held = (columns.get(name) for name in OPTION_COLUMNS)
@@ -66,16 +78,20 @@ def option_column(columns: Mapping[str, Any]) -> list | tuple | str | None:
 
 def named(text: str, given: Sequence[str]) -> frozenset[int] | None:
     """Indices of the options that a short text names, and nothing else; None where it names none."""
-    text = re.sub(r"[\"'`*{}\[\]]", "", plain(text)).strip(" .")
     plainly = [_key(option) for option in given]
     if _key(text) in plainly:
         return frozenset({plainly.index(_key(text))})
+    text = re.sub(r"[\"'`*{}\[\]]", "", plain(text)).strip(" .")
     letters = re.fullmatch(r"\(?([A-Za-z])\)?(?:(?:\s*(?:,|;|&|and)\s*|\s+)\(?([A-Za-z])\)?)*", text)
     if letters and all(len(word) == 1 for word in re.findall(r"[A-Za-z]+", text.replace("and", " "))):
         found = [
             string.ascii_lowercase.index(c) for c in re.findall("[a-z]", text.replace("and", "").lower())
         ]
         return frozenset(found) if not given or max(found) < len(given) else None
+    squeezed = _letters_and_digits(text)
+    both = [_letters_and_digits(f"{letter} {option}") for letter, option in zip(string.ascii_lowercase, given, strict=False)]
+    if squeezed in both:
+        return frozenset({both.index(squeezed)})
     match = LETTERED.match(text) or re.match(r"^\(?([A-Z])\)?\s+(.*)$", text, re.DOTALL)
     if match and match[2]:
         index = string.ascii_lowercase.index(match[1].lower())
@@ -83,7 +99,21 @@ def named(text: str, given: Sequence[str]) -> frozenset[int] | None:
             return frozenset({index}) if text[0] == "(" or match[1].isupper() else None
         if index < len(given) and _agrees(match[2], plainly, index):
             return frozenset({index})
-    return None
+    return _of_value(text, given)
+
+
+def _of_value(text: str, given: Sequence[str]) -> frozenset[int] | None:
+    """The one option with the text's mathematical value; None where none or several have it."""
+    if len(text) > LONGEST_VALUE or not re.search(r"\d|\\", text) or len(given) > len(string.ascii_uppercase):
+        return None
+    found = set()
+    for index, option in enumerate(given):
+        try:
+            if equal(text.replace(":", "/"), option.replace(":", "/")):
+                found.add(index)
+        except BadGold:
+            continue
+    return frozenset(found) if len(found) == 1 else None
 
 
 def _agrees(text: str, plainly: list[str], index: int) -> bool:
@@ -99,18 +129,15 @@ def _chosen(response: str, given: list[str], finding: Finding) -> frozenset[int]
     whole = response.strip()[-TAIL:]
     if (chosen := named(whole, given)) is not None:
         return chosen
-    if (stated := stated_answer(whole)) is not None and stated != whole:
-        if (chosen := named(stated, given) or _leading(stated, given)) is not None:
-            return chosen
-        if (mentioned := _mentioned(stated, given)) is not None:
-            return mentioned
-    if (chosen := _leading(whole, given)) is not None:
-        return chosen
-    last = [line for line in whole.splitlines() if line.strip()][-1:] or [""]
-    letters = set(BRACKETED.findall(last[0]))
-    if len(letters) == 1:
-        return _within({string.ascii_uppercase.index(*letters)}, given)
-    return _mentioned(last[0], given)
+    last = whole.splitlines()[-1] if whole else ""
+    letters = set(BRACKETED.findall(last))
+    concluded = _within({string.ascii_uppercase.index(*letters)}, given) if len(letters) == 1 else None
+    stated = stated_answer(whole)
+    if stated is not None and stated != whole and (stated in last or concluded is None):
+        found = named(stated, given) or _leading(stated, given) or _mentioned(stated, given)
+        if found is not None:
+            return found
+    return concluded or _leading(whole, given) or _mentioned(last, given)
 
 
 def _leading(text: str, given: list[str]) -> frozenset[int] | None:
@@ -128,18 +155,16 @@ def _leading(text: str, given: list[str]) -> frozenset[int] | None:
 
 
 def _mentioned(text: str, given: list[str]) -> frozenset[int] | None:
-    """The one option whose text stands in the text; None where none or several do. Of options that contain
-    each other the longest counts."""
+    """The one option whose text stands in the text; None where none or several do. Longer options are looked
+    for first and taken out, so that one inside another doesn't count twice."""
     text = f" {_words(text)} "
-    found = {index for index, option in enumerate(given) if _words(option) and f" {_words(option)} " in text}
-    longest = {
-        index
-        for index in found
-        if not any(
-            other != index and f" {_words(given[index])} " in f" {_words(given[other])} " for other in found
-        )
-    }
-    return frozenset(longest) if len(longest) == 1 else None
+    found = set()
+    for index in sorted(range(len(given)), key=lambda index: -len(given[index])):
+        words = f" {_words(given[index])} "
+        if words.strip() and words in text:
+            found.add(index)
+            text = text.replace(words, "  ")
+    return frozenset(found) if len(found) == 1 else None
 
 
 def _within(found: set[int], given: list[str]) -> frozenset[int] | None:
@@ -148,6 +173,11 @@ def _within(found: set[int], given: list[str]) -> frozenset[int] | None:
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"[^\s.,:;!?()\"'*$]+(?:[.,]\d+)*", plain(text).casefold()))
+
+
+def _letters_and_digits(text: str) -> str:
+    """For answers whose spaces and marks were lost on the way, such as `bfe\\frac{1}{8}`."""
+    return re.sub(r"mathrm|mathbf|textbf|text|quad|bf|\W", "", plain(text).casefold())
 
 
 def _key(text: str) -> str:

@@ -6,8 +6,6 @@ import re
 from functools import lru_cache
 from logging import getLogger
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
 from vlm_sapo.rewards.answers import TAIL, BadGold, Finding, NoAnswer, boxed, find_answer, stated_answer
 from vlm_sapo.rewards.latex import SIGNS, normalise, plain, roots
 from vlm_sapo.types import Example
@@ -57,6 +55,8 @@ def same(text: str, gold: str) -> bool:
     golds = expressions(gold)
     if not golds:
         raise BadGold(f"the gold answer {gold!r} cannot be read as mathematics")
+    from math_verify import verify  # seconds to import: sympy
+
     return verify(list(golds), list(expressions(text)), timeout_seconds=None)
 
 
@@ -71,6 +71,8 @@ def expressions(text: str) -> tuple:
 
     A text that marks its mathematics is read as it stands, any other one as mathematics throughout.
     """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
     if MARKED.search(text):
         text = roots(text.translate(SIGNS))
     else:

@@ -83,12 +83,22 @@ def number(
     if wanted is None:
         raise BadGold(f"the gold answer {gold!r} is not a number")
     given = read_number(answer, percent=not percent)
+    if given is None and finding == "stated":
+        given = _only_number(answer, percent=not percent)
     if given is None:
         raise NoAnswer
     if precision is not None:
         return float(round(given, precision) == round(wanted, precision))
     allowed = max(absolute, relative * abs(wanted), 1e-9 * abs(wanted))
     return float(abs(given - wanted) <= allowed)
+
+
+def _only_number(text: str, *, percent: bool) -> float | None:
+    """The number behind a text's last equals sign, else its one number, else None."""
+    if "=" in text and (value := read_number(text.rpartition("=")[2], percent=percent)) is not None:
+        return value
+    found = NUMBER.findall(text)
+    return _value(found[0], percent) if len(found) == 1 else None
 
 
 def count(response: str, example: Example, *, finding: Finding = "marked") -> float:

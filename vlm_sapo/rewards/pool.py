@@ -24,6 +24,8 @@ from vlm_sapo.rewards.combine import (
 )
 from vlm_sapo.types import Completion, Prompt, Response, Score
 
+CHUNK = 16
+"""Responses that built-in verifiers grade between two messages."""
 CACHED = 50_000
 """Verdicts that are kept."""
 _PARTS: list[Part] = []
@@ -34,8 +36,8 @@ def _start(specs: Sequence[Mapping[str, Any]]) -> None:
     _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
 
 
-def _grade_each(item: Item) -> list[Verdict]:
-    return [part.grade([item])[0] for part in _PARTS if part.kind == "each"]
+def _grade_each(items: Sequence[Item]) -> list[list[Verdict]]:
+    return [[part.grade([item])[0] for part in _PARTS if part.kind == "each"] for item in items]
 
 
 def _grade_all(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
@@ -76,7 +78,7 @@ class Reward:
         self.on_error, self.timeout = on_error, timeout
         self._cache: dict[tuple, list[Verdict]] = {}
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
             initializer=_start,
@@ -107,45 +109,63 @@ class Reward:
         sent = [without_pictures(item) for item in items] if pictures else items
         table: list[list[Verdict]] = [[] for _ in self.parts]
         each = [number for number, part in enumerate(self.parts) if part.kind == "each"]
-        singles: list[Future] = []
-        if each:
-            singles = [self._pool.schedule(_grade_each, args=(item,), timeout=self.timeout) for item in sent]
+        size = CHUNK if pictures else 1
+        starts = range(0, len(items), size) if each else ()
+        chunks = [self._schedule(_grade_each, sent[start : start + size]) for start in starts]
         together = {
-            number: self._pool.schedule(
-                _grade_all, args=(number, sent, self.timeout), timeout=self._limit(part, len(sent))
-            )
+            number: self._schedule(_grade_all, number, sent, self.timeout, limit=self._limit(part, len(sent)))
             for number, part in enumerate(self.parts)
             if part.kind != "each"
         }
         try:
-            for item, future in zip(items, singles, strict=bool(each)):
-                verdicts = self._result(future, len(each))
-                for number, verdict in zip(each, verdicts, strict=True):
-                    table[number].append(self._accepted(verdict, self.parts[number], item))
+            for start, future in zip(starts, chunks, strict=True):
+                rows = self._each(future, sent[start : start + size], len(each))
+                for item, verdicts in zip(items[start:], rows, strict=False):
+                    for number, verdict in zip(each, verdicts, strict=True):
+                        table[number].append(self._accepted(verdict, self.parts[number], item))
             for number, future in together.items():
-                verdicts = self._result(future, len(items))
+                verdicts = self._result(future) or [self._lost(future)] * len(items)
                 table[number] = [
                     self._accepted(verdict, self.parts[number], item)
                     for item, verdict in zip(items, verdicts, strict=True)
                 ]
         except BaseException:
-            for future in (*singles, *together.values()):
+            for future in (*chunks, *together.values()):
                 future.cancel()
             raise
         return [list(verdicts) for verdicts in zip(*table, strict=True)]
+
+    def _schedule(self, function, *args, limit: float | None = None) -> Future:
+        return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
+
+    def _each(self, future: Future, items: Sequence[Item], count: int) -> list[list[Verdict]]:
+        """Verdicts of a chunk; where one response held it up, each gets the whole time for itself."""
+        rows = self._result(future)
+        if rows is not None:
+            return rows
+        if len(items) == 1:
+            return [[self._lost(future)] * count]
+        singles = [self._schedule(_grade_each, [item]) for item in items]
+        return [self._each(single, [item], count)[0] for single, item in zip(singles, items, strict=True)]
 
     def _limit(self, part: Part, count: int) -> float:
         """Seconds for all responses together; an async function keeps its own limits, so this one is wider."""
         rounds = math.ceil(count / CONCURRENT) + 1 if part.kind == "async" else count
         return self.timeout * rounds
 
-    def _result(self, future: Future, count: int) -> list[Verdict]:
+    @staticmethod
+    def _result(future: Future) -> list | None:
+        """What a task returned, None where it was stopped or its process ended."""
         try:
             return future.result()
-        except TimeoutError:
-            return [Verdict(0.0, "timeout", detail=f"over {self.timeout} s")] * count
-        except ProcessExpired as error:
-            return [Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")] * count
+        except (TimeoutError, ProcessExpired):
+            return None
+
+    def _lost(self, future: Future) -> Verdict:
+        error = future.exception()
+        if isinstance(error, ProcessExpired):
+            return Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")
+        return Verdict(0.0, "timeout", detail=f"over {self.timeout} s")
 
     def _accepted(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
         if verdict.outcome == "error" and self.on_error == "stop":

@@ -20,7 +20,7 @@ from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rewards.verifiers import VERIFIERS
 from vlm_sapo.types import Example, Response
 
-BATCH = 512
+BATCH = 2048
 """Rows that are graded before they are written."""
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("gold", "answer")

@@ -1,0 +1,16 @@
+"""Imported once, by the process that workers are forked from: the slow imports, and the parser's caches, which
+fill with the first expressions that it reads."""
+
+from vlm_sapo.rewards import pool  # noqa: F401
+from vlm_sapo.rewards.mathematics import equal
+
+for answer, gold in (
+    (r"\frac{1}{2}", "0.5"),
+    (r"2\sqrt{3} \pi", r"\sqrt{12} \cdot \pi"),
+    (r"x^{2} + 3x - 1", r"3x + x^2 - 1"),
+    (r"(1, -\frac{3}{4}]", r"(1, -0.75]"),
+    (r"\{1, 2\}", r"\{2, 1\}"),
+    (r"y = 2x + 1", r"2x + 1 = y"),
+    (r"x_1 \ge \sin(30)", r"x_1 \geq \sin(30)"),
+):
+    equal(answer, gold)
