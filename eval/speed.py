@@ -18,45 +18,22 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+if TYPE_CHECKING:  # slow imports are inside the functions, since the reward's processes import this script
+    import torch
 
-from vlm_sapo.config import TrainConfig
-from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.build import build_training, open_folder
-from vlm_sapo.training.trainer import loop
+    from vlm_sapo.config import TrainConfig
+
 
 PARTS = {"generation": "rollout", "old_logprobs": "old_logprobs", "update": "update", "data": "data"}
 
 
-def rows(count: int, side: int, pictures: int) -> list[dict]:
-    """Noise pictures with a short question."""
-    generator = np.random.default_rng(0)
-
-    def draw() -> Image.Image:
-        return Image.fromarray(generator.integers(0, 255, (side, side, 3), dtype=np.uint8))
-
-    return [
-        {
-            "problem": "how many circles are there? " * 3,
-            "answer": "1",
-            "images": [draw() for _ in range(pictures)],
-        }
-        for _ in range(count)
-    ]
-
-
-def reward(response, example) -> float:
-    """Something that differs within every group."""
-    return float(sum(map(ord, response)) % 7)
-
-
 def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
     """The run that is timed."""
-    here = str(Path(__file__).resolve())
+    from vlm_sapo.config import TrainConfig
+
+    here = str(Path(__file__).resolve().with_name("workload.py"))
     sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "pictures": args.pictures}
     return TrainConfig.model_validate(
         {
@@ -87,6 +64,8 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product."""
+    import torch
+
     size = 8192 if device.type == "cuda" else 1024
     one = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -100,6 +79,9 @@ def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -123,6 +105,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU; none is visible here")
     with tempfile.TemporaryDirectory() as folder:
@@ -131,6 +115,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: str) -> dict:
     """Runs the steps; the timed ones are all but the first."""
+    import torch
+
+    from vlm_sapo.reporting.console import Console
+    from vlm_sapo.training.build import build_training, open_folder
+    from vlm_sapo.training.trainer import loop
+
     config = configure(args, folder)
     training = build_training(config, open_folder(config), Console())
     vlm = training.core.policy.vlm
@@ -155,6 +145,8 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
 
 def peaks(device: torch.device) -> dict[str, float]:
     """Peak memory so far, in GB."""
+    import torch
+
     found = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     if device.type == "cuda":
         found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -163,6 +155,9 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 def count_forward(training, config: TrainConfig) -> int:
     """Operations of the forward passes of one step's update."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     from vlm_sapo.reporting.metrics import StepMeter
     from vlm_sapo.training.trainer import advantages_of, draw
 

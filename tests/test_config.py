@@ -20,7 +20,9 @@ def kind_of(name: str):
 @pytest.fixture
 def load(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("model: {path: m}\ndata: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
+    path.write_text(
+        "model: {path: m}\ndata: {source: d}\nreward: {parts: [{name: math}]}\ntrain: {steps: 3}\n"
+    )
     return partial(configfile.load, cfg.TrainConfig, str(path))
 
 
@@ -39,8 +41,8 @@ def test_numbers_are_numbers(load):
 
 
 def test_overrides_reach_lists_and_replace_values(load):
-    config = load(["reward.0.weight=0.5", "model.freeze=[vision, merger]", "run.dir=/tmp/x"])
-    assert config.reward[0].weight == 0.5
+    config = load(["reward.parts.0.weight=0.5", "model.freeze=[vision, merger]", "run.dir=/tmp/x"])
+    assert config.reward.parts[0].weight == 0.5
     assert config.model.freeze == ["vision", "merger"]
     assert str(config.run.folder) == "/tmp/x"
 
@@ -52,7 +54,10 @@ def test_overrides_reach_lists_and_replace_values(load):
         ("algo.objective={type: sapo, tau_plus: 1}", "algo.objective.tau_plus is not a field; did you mean"),
         ("algo.objective={type: grpo, tau_pos: 1}", "algo.objective.tau_pos is not a field"),
         ("trian={}", "trian is not a field; did you mean train?"),
-        ("reward.0.wieght=2", "reward.0.wieght is not a field; did you mean reward.0.weight?"),
+        (
+            "reward.parts.0.wieght=2",
+            "reward.parts.0.wieght is not a field; did you mean reward.parts.0.weight?",
+        ),
         ("train.prompts_per_step=30", "(30) must be divisible by minibatches (4); use 28 or 32"),
         ("algo.objective={type: gspo}", "set algo.ratio=sequence"),
         (
@@ -63,7 +68,7 @@ def test_overrides_reach_lists_and_replace_values(load):
         ("data.template=hello", "template must contain {problem}"),
         ("rollout.group=1", "rollout.group (1) is not valid"),
         ("eval.part=style", "eval.part (style) must be one of the reward's parts: math"),
-        ("reward.3.weight=1", "must name an entry from 0 to 0"),
+        ("reward.parts.3.weight=1", "must name an entry from 0 to 0"),
         ("nonsense", "must look like section.field=value"),
     ],
 )
@@ -71,6 +76,11 @@ def test_mistakes_are_sentences(load, override, sentence):
     with pytest.raises(ValueError) as error:
         load([override])
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("short", ["math", "[{name: math}]", "{parts: math}"])
+def test_short_forms_of_a_reward(load, short):
+    assert [part.name for part in load([f"reward={short}"]).reward.parts] == ["math"]
 
 
 def test_a_missing_field_says_how_to_give_it(tmp_path):

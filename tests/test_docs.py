@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import yaml
@@ -11,8 +12,8 @@ import yaml
 from tests.conftest import ROOT, example
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
-from vlm_sapo.rewards.combine import build_reward
-from vlm_sapo.types import Completion
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.types import Response
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -31,7 +32,7 @@ COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_valid(command):
-    """make targets and scripts' options exist; configs load with the documented overrides. The slow suite runs them."""
+    """make targets and scripts' options exist; configs load with the documented overrides."""
     program, verb, *rest = shlex.split(command)
     if program == "make":
         result = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -52,7 +53,7 @@ def test_commands_are_valid(command):
 
 def test_fragments_of_configs_are_valid(tmp_path):
     base = {"model": {"path": "m"}, "data": {"source": "d"}}
-    base |= {"reward": [{"name": "math"}], "train": {"steps": 1}}
+    base |= {"reward": {"parts": [{"name": "math"}]}, "train": {"steps": 1}}
     for number, fragment in enumerate(blocks("yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(base | yaml.safe_load(fragment)))
@@ -64,14 +65,12 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
     assert len(code.split("def area")[1].splitlines()) < 10
     (tmp_path / "my_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    reward = build_reward([{"name": "my_reward.py:area", "args": {"tolerance": 0.1}}])
-
-    def score(text):
-        return reward(Completion(ids=None, logprobs=None, text=text, finish="stop"), example()).total
-
-    assert score(r"\boxed{2304}") == 1.0
-    assert 0 < score(r"\boxed{2400}") < 1
-    assert score("no idea") == score(r"\boxed{many}") == 0.0
+    texts = [r"\boxed{2304}", r"\boxed{2400}", "no idea", r"\boxed{many}"]
+    with closing(Reward([{"name": "my_reward.py:area", "args": {"tolerance": 0.1}}])) as reward:
+        right, near, *wrong = (
+            score.total for score in reward([(Response(text), example()) for text in texts])
+        )
+    assert right == 1.0 and 0 < near < 1 and wrong == [0.0, 0.0]
 
 
 def test_links_lead_somewhere():

@@ -57,13 +57,13 @@ def score(
     response: Annotated[
         str, typer.Option(help="Columns with the response; the first that is not empty counts.")
     ] = "response",
-    gold: Annotated[str, typer.Option(help="Column with the gold answer; `gold` or `answer` by itself.")] = "",
+    gold: Annotated[str, typer.Option(help="Column with the gold answer, if not `gold` or `answer`.")] = "",
     out: Annotated[Path | None, typer.Option(help="Where to write the rows with score and outcome.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for a response.")] = 10.0,
     on_error: Annotated[str, typer.Option(help="When a function raises: stop, or zero.")] = "stop",
 ) -> None:
     """Grade a file of responses, and compare with the verdicts that its rows carry."""
-    from vlm_sapo.rewards.score import score_command
+    from vlm_sapo.evaluation.score import score_command
 
     score_command(
         file, reward, args=args, responses=response, gold=gold, out=out, timeout=timeout, on_error=on_error

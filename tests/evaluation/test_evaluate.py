@@ -1,14 +1,20 @@
 """Evaluation: what a score is, its interval, and rows that cannot be used."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
 from tests.conftest import completion, example
 from vlm_sapo.evaluation.evaluate import bootstrap, evaluate, summarize
-from vlm_sapo.rewards.combine import build_reward
+from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Prompt, RowError, Sampling
 
-REWARD = build_reward([{"name": "math", "label": "accuracy", "weight": 1.0, "args": {}}])
+
+@pytest.fixture(scope="module")
+def reward():
+    with closing(Reward([{"name": "math", "label": "accuracy"}], workers=1)) as made:
+        yield made
 
 
 class Parrot:
@@ -33,13 +39,13 @@ def encode(row) -> Prompt:
     return Prompt(row, "", "", None, None, (), None, None)
 
 
-def test_scores_are_means_over_samples_and_problems():
+def test_scores_are_means_over_samples_and_problems(reward):
     engine = Parrot()
     result, records = evaluate(
         engine,
         [example(number) for number in range(3)],
         encode,
-        REWARD,
+        reward,
         Sampling(2, 8, 1.0, 7),
         part="accuracy",
         batch=2,
@@ -50,16 +56,16 @@ def test_scores_are_means_over_samples_and_problems():
     assert len(set(engine.seeds)) == 2  # no two batches draw with the same seed
 
 
-def test_an_unusable_row_stops_or_is_counted():
+def test_an_unusable_row_stops_or_is_counted(reward):
     rows = [example(number) for number in range(5)]
     sampling = Sampling(2, 8, 1.0, 7)
     with pytest.raises(RowError, match="row e3"):
-        evaluate(Parrot(), rows, encode, REWARD, sampling, part="accuracy")
-    result, records = evaluate(Parrot(), rows, encode, REWARD, sampling, part="accuracy", skip=True)
+        evaluate(Parrot(), rows, encode, reward, sampling, part="accuracy")
+    result, records = evaluate(Parrot(), rows, encode, reward, sampling, part="accuracy", skip=True)
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
     with pytest.raises(ValueError, match="no usable row"):
-        evaluate(Parrot(), [example(3)], encode, REWARD, sampling, part="accuracy", skip=True)
+        evaluate(Parrot(), [example(3)], encode, reward, sampling, part="accuracy", skip=True)
 
 
 def test_the_interval_is_that_of_the_binomial():

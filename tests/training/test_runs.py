@@ -34,7 +34,7 @@ def settings(model_folder, tmp_path):
             "model": {"path": str(model_folder())},
             "data": {"source": "data/shapes.py:rows", "args": {"size": 20}},
             "rollout": {"group": 4, "max_tokens": 8},
-            "reward": [{"name": f"{tmp_path}/reward.py:even"}],
+            "reward": {"parts": [{"name": f"{tmp_path}/reward.py:even"}], "workers": 1},
             "train": {"steps": 4, "lr": 1e-3},
             "eval": {"data": {"source": "data/shapes.py:rows", "args": {"split": "test", "size": 6}}},
             "checkpoint": {"every": 2},
@@ -166,7 +166,21 @@ def test_a_broken_reward_stops_the_run(settings, tmp_path):
         ValueError,
         match=r"reward broken, row train-\d+ of data/shapes.py:rows, response .* RuntimeError: no idea",
     ):
-        train(settings(f"reward.0.name={tmp_path}/reward.py:broken", "eval.data=null"))
+        train(settings(f"reward.parts.0.name={tmp_path}/reward.py:broken", "eval.data=null"))
+
+
+def test_a_reward_that_hangs_is_counted_and_the_run_goes_on(settings, tmp_path):
+    """Every tenth response or so; the others are graded as ever."""
+    code = (
+        "import time, zlib\n\ndef f(response, example):\n    hang = zlib.crc32(response.encode()) % 10 == 0\n"
+    )
+    (tmp_path / "hangs.py").write_text(
+        code + "    time.sleep(1000 * hang)\n    return float(len(response) % 2)\n"
+    )
+    overrides = [f"reward.parts.0.name={tmp_path}/hangs.py:f", "reward.timeout=0.5", "eval.data=null"]
+    train(settings(*overrides, "checkpoint.every=0"))
+    counted = sum(row.get("outcome/f/timeout", 0) for row in metrics(tmp_path / "run"))
+    assert 1 <= counted < 32
 
 
 def test_the_command_line_says_one_sentence(tmp_path, monkeypatch, capsys):

@@ -44,7 +44,9 @@ class Console:
         """A table, the first column on the left, the others on the right but the last."""
         table = Table(box=None, pad_edge=False, padding=(0, 2))
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number in (0, len(header) - 1) else "right", no_wrap=True)
+            table.add_column(
+                name, justify="left" if number in (0, len(header) - 1) else "right", no_wrap=True
+            )
         for row in rows:
             table.add_row(*map(escape, row))
         self.rich.print(table)

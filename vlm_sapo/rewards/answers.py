@@ -1,9 +1,9 @@
 """Finds the answer in a response.
 
-Training reads only a *marked* answer: the last `\\boxed{...}`, else the last `<answer>...</answer>`. A guess at
-what an unmarked response meant is a reward for luck. Files of responses that were written without marks are
-graded by their *stated* answer: a marked one, else what follows the last "the answer is", else all of a
-response that is nothing but an answer.
+Training reads only a *marked* answer: the last `\\boxed{...}`, else the last `<answer>...</answer>`. A
+guess at what an unmarked response meant is a reward for luck. Files of responses that were written without
+marks are graded by their *stated* answer: a marked one, else what follows the last "the answer is", else
+all of a response that is nothing but an answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Finding = Literal["marked", "stated"]
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 STATEMENT = re.compile(
     r"(?:^|\b)(?:final\s+|correct\s+|best\s+|right\s+)?(?:answer|option|choice)\s*"
-    r"(?:(?:\([^()]{0,40}\)|to the question|here|choice|option)\s*)?(?:\*\*\s*)?(?:is|was|would be|will be|:|=)+"
-    r"(?:\s*\*\*)?\s*:?",
+    r"(?:(?:\([^()]{0,40}\)|to the question|here|choice|option)\s*)?(?:\*\*\s*)?"
+    r"(?:is|was|would be|will be|:|=)+(?:\s*\*\*)?\s*:?",
     re.IGNORECASE,
 )
 SHORT = 100

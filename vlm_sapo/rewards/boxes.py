@@ -12,8 +12,8 @@ from vlm_sapo.types import Example, Response
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, as shares of the picture's sides."""
 Coordinates = Literal["resized", "original", "thousand", "unit"]
-"""Pixels of the picture as the model sees it (Qwen2.5-VL), pixels of the row's picture, 0 to 1000 (Qwen3-VL), or
-0 to 1."""
+"""Pixels of the picture as the model sees it (Qwen2.5-VL), pixels of the row's picture, 0 to 1000
+(Qwen3-VL), or 0 to 1."""
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 SEPARATOR = r"[\s,;()\[\]<>|:\"'a-z_0-9]*?"
 FOUR = re.compile(

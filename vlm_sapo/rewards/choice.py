@@ -89,15 +89,15 @@ def named(text: str, given: Sequence[str]) -> frozenset[int] | None:
         ]
         return frozenset(found) if not given or max(found) < len(given) else None
     squeezed = _letters_and_digits(text)
-    both = [_letters_and_digits(f"{letter} {option}") for letter, option in zip(string.ascii_lowercase, given, strict=False)]
+    both = [
+        _letters_and_digits(f"{letter} {option}")
+        for letter, option in zip(string.ascii_lowercase, given, strict=False)
+    ]
     if squeezed in both:
         return frozenset({both.index(squeezed)})
-    match = LETTERED.match(text) or re.match(r"^\(?([A-Z])\)?\s+(.*)$", text, re.DOTALL)
-    if match and match[2]:
+    if (match := LETTERED.match(text)) and match[2]:
         index = string.ascii_lowercase.index(match[1].lower())
-        if not given:
-            return frozenset({index}) if text[0] == "(" or match[1].isupper() else None
-        if index < len(given) and _agrees(match[2], plainly, index):
+        if not given or (index < len(given) and _agrees(match[2], plainly, index)):
             return frozenset({index})
     return _of_value(text, given)
 

@@ -119,13 +119,13 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     Raises ValueError naming the field where the function is not found or does not take the arguments.
     """
     name, args = spec["name"], spec.get("args", {})
-    function = resolve(name, field=f"reward.{number}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
+    function = resolve(name, field=f"reward.parts.{number}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
     batched = spec.get("batched", False)
     try:
         inspect.signature(function).bind("", None, **args)
     except TypeError as error:
         raise ValueError(
-            f"reward.{number}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
+            f"reward.parts.{number}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
         ) from error
     waits = inspect.iscoroutinefunction(function)
     return Part(

@@ -6,11 +6,12 @@ import re
 
 SIGNS = str.maketrans(
     {
-        "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "∕": "/", "：": ":", "，": ",", "（": "(", "）": ")",
-        "＝": "=", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "∞": r"\infty ", "∪": r"\cup ",
-        "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "π": r"\pi ", "α": r"\alpha ",
-        "β": r"\beta ", "θ": r"\theta ", "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}",
-        "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ", "º": "°",
+        "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "∕": "/", "：": ":", "，": ",", "（": "(",
+        "）": ")", "＝": "=", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "º": "°",
+        "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+        "±": r"\pm ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "²": "^{2}", "³":
+        "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ",
     }
 )  # fmt: skip
 UNITS = (
@@ -25,7 +26,8 @@ TEXT = re.compile(
 
 
 def plain(text: str) -> str:
-    """The text without math delimiters, text commands, sizing and spacing commands; unicode signs replaced."""
+    """The text without math delimiters, text commands, sizing and spacing commands; unicode signs
+    replaced."""
     text = text.translate(SIGNS)
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
@@ -37,8 +39,8 @@ def plain(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """LaTeX in the spelling that math-verify reads: roots, fractions, degrees and constants written out, units
-    gone. What is no LaTeX stays readable as such."""
+    """LaTeX in the spelling that math-verify reads: roots, fractions, degrees and constants written out,
+    units gone. What is no LaTeX stays readable as such."""
     text = plain(text)
     text = re.sub(r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z])|°", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)

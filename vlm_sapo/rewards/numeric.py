@@ -75,8 +75,8 @@ def number(
     precision: int | None = None,
     finding: Finding = "marked",
 ) -> float:
-    """1.0 where the answer is within the absolute or the relative tolerance of the gold number, or equal to it
-    when both are rounded to `precision` decimals. ChartQA's relaxed accuracy is `relative: 0.05`."""
+    """1.0 where the answer is within the absolute or the relative tolerance of the gold number, or equal to
+    it when both are rounded to `precision` decimals. ChartQA's relaxed accuracy is `relative: 0.05`."""
     answer, gold = find_answer(response, finding), example.answer
     percent = answer.strip().rstrip(".").endswith("%") and gold.strip().endswith("%")
     wanted = read_number(gold, percent=not percent)

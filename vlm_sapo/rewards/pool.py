@@ -32,6 +32,10 @@ _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""
 
 
+def _ready() -> None:
+    """Nothing to do."""
+
+
 def _start(specs: Sequence[Mapping[str, Any]]) -> None:
     _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
 
@@ -61,9 +65,9 @@ class Reward:
     """Scores responses by the weighted sum of its parts.
 
     Every response has `timeout` seconds for the parts that are called for each; one that takes longer, or
-    brings its process down, scores 0 with outcome `timeout` or `crash`, and the others go on. An exception in a
-    reward raises RewardError with `on_error` `stop`, since a bug must not train as "always wrong", and scores 0
-    with `zero`. Verdicts are kept by row and response.
+    brings its process down, scores 0 with outcome `timeout` or `crash`, and the others go on. An exception
+    in a reward raises RewardError with `on_error` `stop`, since a bug must not train as "always wrong", and
+    scores 0 with `zero`. Verdicts are kept by row and response.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Reward:
             initargs=([portable(spec) for spec in specs],),
             context=context,
         )
+        self._pool.schedule(_ready)  # starts the workers, which takes seconds, in the background
 
     def __call__(self, items: Sequence[Item]) -> list[Score]:
         """Scores of (response, example) pairs, in order."""
@@ -149,7 +154,8 @@ class Reward:
         return [self._each(single, [item], count)[0] for single, item in zip(singles, items, strict=True)]
 
     def _limit(self, part: Part, count: int) -> float:
-        """Seconds for all responses together; an async function keeps its own limits, so this one is wider."""
+        """Seconds for all responses together; an async function keeps its own limits, so this one is
+        wider."""
         rounds = math.ceil(count / CONCURRENT) + 1 if part.kind == "async" else count
         return self.timeout * rounds
 

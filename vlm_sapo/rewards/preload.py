@@ -1,5 +1,5 @@
-"""Imported once, by the process that workers are forked from: the slow imports, and the parser's caches, which
-fill with the first expressions that it reads."""
+"""Imported once, by the process that workers are forked from: the slow imports, and the parser's caches,
+which fill with the first expressions that it reads."""
 
 from vlm_sapo.rewards import pool  # noqa: F401
 from vlm_sapo.rewards.mathematics import equal

@@ -37,17 +37,20 @@ def exact(response: str, example: Example, *, case: bool = False, finding: Findi
 
 
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """1.0 where the answer holds one of the gold texts as words, or the gold number to two decimals (MMMU's open
-    questions). A gold text of one letter must stand there in its own case."""
+    """1.0 where the answer holds one of the gold texts as words, or the gold number to two decimals (MMMU's
+    open questions). A gold text of one letter must stand there in its own case."""
     answer = find_answer(response, finding)
     words = f" {' '.join(_words(answer))} "
     for gold in golds(example):
         wanted = read_number(gold, percent=False)
-        if wanted is not None and any(round(float(found.replace(",", "")), 2) == round(wanted, 2)
-                                      for found in PLAIN.findall(answer)):
+        if wanted is not None and any(
+            round(float(found.replace(",", "")), 2) == round(wanted, 2) for found in PLAIN.findall(answer)
+        ):
             return 1.0
         text = f" {' '.join(_words(gold))} "
-        if text.strip() and (text in words if len(gold.strip()) == 1 else text.casefold() in words.casefold()):
+        if text.strip() and (
+            text in words if len(gold.strip()) == 1 else text.casefold() in words.casefold()
+        ):
             return 1.0
     return 0.0
 

@@ -45,7 +45,9 @@ class Agreement:
         if not isinstance(verdict, bool | int | float):
             return
         self.with_verdict += 1
-        close = abs(score - verdict) <= TOLERANCE if not isinstance(verdict, bool) else (score >= 0.5) == verdict
+        close = (
+            abs(score - verdict) <= TOLERANCE if not isinstance(verdict, bool) else (score >= 0.5) == verdict
+        )
         self.agree += close
         self.false_positives += not close and score > verdict
         self.false_negatives += not close and score < verdict
@@ -60,8 +62,8 @@ def score_file(
     out: Path | None,
     progress=lambda done: None,
 ) -> dict[str, Agreement]:
-    """Grades every row, writes it with `score` and `outcome` to `out` as it is graded, and returns the agreement
-    by `source`; sources of rows with `flags` are counted apart.
+    """Grades every row, writes it with `score` and `outcome` to `out` as it is graded, and returns the
+    agreement by `source`; sources of rows with `flags` are counted apart.
 
     A line that is no JSON object, or a row without gold answer, is an outcome of its own (`bad_row`,
     `bad_gold`), and the others go on.
@@ -84,7 +86,15 @@ def score_file(
 
 
 def score_command(
-    path: Path, name: str, *, args: str, responses: str, gold: str, out: Path | None, timeout: float, on_error: str
+    path: Path,
+    name: str,
+    *,
+    args: str,
+    responses: str,
+    gold: str,
+    out: Path | None,
+    timeout: float,
+    on_error: str,
 ) -> None:
     """What `vlm-sapo score` does: grades, prints a table, names what went wrong."""
     if not path.is_file():
@@ -151,7 +161,10 @@ def _read(line: str) -> tuple[dict, str | None]:
     except (ValueError, RecursionError) as error:
         return {"error": f"not JSON: {error}", "text": line[:200]}, "bad_row"
     if not isinstance(row, dict):
-        return {"error": f"a JSON object is needed, this is {type(row).__name__}", "text": line[:200]}, "bad_row"
+        return {
+            "error": f"a JSON object is needed, this is {type(row).__name__}",
+            "text": line[:200],
+        }, "bad_row"
     return row, None
 
 
@@ -183,4 +196,3 @@ def _chunks(path: Path) -> Iterator[list[tuple[int, str]]]:
                 chunk = []
     if chunk:
         yield chunk
-

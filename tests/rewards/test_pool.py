@@ -1,0 +1,229 @@
+"""Rewards in their worker processes: hanging, crashing and broken ones, and every kind of custom function."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from PIL import Image
+
+from vlm_sapo.rewards.combine import RewardError, build_part
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.types import Example, Response
+
+CUSTOM = """
+import asyncio, os, time
+
+def kind(response, example, limit=10):
+    return float(len(response) < limit) if example.columns["kind"] == "a" else 0.5
+
+def broken(response, example):
+    return example.columns["nothing"]
+
+def words(response, example):
+    return "good"
+
+def endless(response, example):
+    return float("nan")
+
+def sleeps(response, example):
+    if "sleep" in response:
+        time.sleep(1000)
+    return 1.0
+
+def dies(response, example):
+    if "die" in response:
+        os._exit(7)
+    return 1.0
+
+def computes(response, example):
+    return float(9 ** 9 ** 9 ** 9) if "power" in response else 1.0
+
+def parts(response, example):
+    return {"short": 0.25, "polite": 0.5}
+
+def width(response, example):
+    return float(example.images[0].size[0] + example.images[0].getpixel((0, 0))[0] + response.tokens)
+
+def many(responses, examples, scale=1.0):
+    return [scale * len(response) for response in responses]
+
+def too_few(responses, examples):
+    return [1.0]
+
+async def waits(response, example):
+    await asyncio.sleep(1000 if "sleep" in response else 0.2)
+    return 1.0
+
+def counts(response, example):
+    with open(example.columns["log"], "a") as file:
+        file.write("x")
+    return 1.0
+"""
+
+
+def row(answer: str = "3", **columns) -> Example:
+    return Example(id="r1", problem="p", answer=answer, columns=columns)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """`reward(name, ..., **options)`: built-in names, or functions of CUSTOM; closed in the end."""
+    (tmp_path / "mine.py").write_text(CUSTOM)
+    made = []
+
+    def make(*specs, **options):
+        full = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+        for spec in full:
+            if f"def {spec['name']}(" in CUSTOM:
+                spec["name"] = f"{tmp_path}/mine.py:{spec['name']}"
+        made.append(Reward(full, **{"workers": 2, "timeout": 5.0} | options))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.close()
+
+
+def test_parts_are_weighted_and_named(reward):
+    specs = [{"name": "math", "label": "accuracy", "weight": 0.9}, {"name": "format", "weight": 0.1}]
+    right, wrong, nothing = reward(*specs)(
+        [(Response(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{4}", "three")]
+    )
+    assert right.total == pytest.approx(0.9) and right.parts == {"accuracy": 1.0, "format": 0.0}
+    assert wrong.total == pytest.approx(0.1) and wrong.outcomes["accuracy"] == "graded"
+    assert nothing.total == 0 and nothing.outcomes["accuracy"] == "no_answer"
+
+
+def test_a_closed_gate_takes_everything(reward):
+    specs = [{"name": "math"}, {"name": "format", "weight": 0.0, "gate": 1.0}]
+    without, within = reward(*specs)(
+        [(Response(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{3}")]
+    )
+    assert (without.total, within.total) == (0.0, 1.0) and without.parts["math"] == 1.0
+
+
+def test_what_hangs_or_dies_is_stopped_and_the_others_go_on(reward):
+    for name, word, outcome in (("sleeps", "sleep", "timeout"), ("dies", "die", "crash")):
+        texts = [f"{word} {n}" if n % 4 == 0 else f"fine {n}" for n in range(8)]
+        scores = reward(name, timeout=1.0)([(Response(text), row()) for text in texts])
+        assert [score.total for score in scores] == [float(n % 4 > 0) for n in range(8)]
+        assert [score.outcomes[name] for score in scores[:2]] == [outcome, "graded"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{9^{9^{9^{9^9}}}}",
+        r"\boxed{" + "1+" * 50_000 + "1}",
+        r"\boxed{" * 5_000 + "1" + "}" * 5_000,
+        r"\boxed{" + r"\frac{1}{" * 500 + "2" + "}" * 500 + "}",
+        "x" * 1_000_000,
+        "\0\0\\boxed{\0}",
+        "\ud800\\boxed{3",
+    ],
+    ids=["power", "long box", "nested boxes", "nested fractions", "megabyte", "nul", "surrogate"],
+)
+def test_hostile_responses_never_hang_a_verifier(reward, text):
+    hostile, fine = reward("math", timeout=2.0)([(Response(text), row()), (Response(r"\boxed{3}"), row())])
+    assert hostile.total == 0.0 and fine.total == 1.0
+
+
+def test_kinds_of_functions(reward):
+    [score] = reward({"name": "kind", "args": {"limit": 3}})([(Response("1234"), row(kind="a"))])
+    assert score.parts == {"kind": 0.0}
+    [score] = reward("parts")([(Response("1"), row())])
+    assert score.total == 0.75 and score.parts == {"parts": 0.75, "parts/short": 0.25, "parts/polite": 0.5}
+    batched = reward({"name": "many", "batched": True, "args": {"scale": 0.5}})
+    assert [s.total for s in batched([(Response("ab"), row()), (Response("abcd"), row())])] == [1.0, 2.0]
+
+
+def test_async_functions_wait_together(reward):
+    texts = ["sleep", *(f"fine {n}" for n in range(20))]
+    first, *others = reward("waits", timeout=2.0)([(Response(text), row()) for text in texts])
+    assert first.outcomes["waits"] == "timeout" and all(score.total == 1.0 for score in others)
+
+
+def test_a_function_sees_picture_and_tokens(reward):
+    example = Example(id="r1", problem="p", answer="3", images=(Image.new("RGB", (30, 20), (5, 0, 0)),))
+    assert reward("width")([(Response("r", tokens=7), example)])[0].total == 30 + 5 + 7
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken", "KeyError: 'nothing'"),
+        ("words", "'good'"),
+        ("endless", "nan"),
+        ("too_few", "1 values for 2"),
+    ],
+)
+def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
+    items = [(Response("the response"), row()), (Response("another"), row())]
+    spec = {"name": name, "batched": name == "too_few"}
+    with pytest.raises(RewardError) as error:
+        reward(spec)(items)
+    for word in (name, "row r1", "'the response'", words, "Traceback", "reward.on_error=zero"):
+        assert word in str(error.value)
+    scores = reward({"name": name.rpartition(":")[2], "batched": name == "too_few"}, on_error="zero")(items)
+    assert [(score.total, *score.outcomes.values()) for score in scores] == [(0.0, "error")] * 2
+
+
+def test_a_verdict_is_kept(reward, tmp_path):
+    counted = reward("counts")
+    example = row(log=str(tmp_path / "log"))
+    for _ in range(2):
+        counted([(Response("same"), example), (Response("same"), example)])
+    assert (tmp_path / "log").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "maths"}, "did you mean 'math'"),
+        ({"name": "no/such.py:f"}, "Python file that exists"),
+        ({"name": "no.such.module:f"}, "importable module"),
+        ({"name": "json:lods"}, "did you mean 'loads'"),
+        ({"name": "anls", "args": {"treshold": 1}}, "unexpected keyword argument 'treshold'"),
+    ],
+)
+def test_an_unknown_reward_or_argument_is_named(spec, words):
+    with pytest.raises(ValueError, match="reward.parts.0") as error:
+        build_part(spec)
+    assert words in str(error.value)
+
+
+class Judge(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that fails once and then says yes to 4."""
+
+    calls = 0
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        Judge.calls += 1
+        if Judge.calls == 1:
+            self.send_error(503)
+            return
+        word = "Yes." if "Given answer: 4" in body else "no"
+        reply = (
+            '{"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, '
+        )
+        reply += f'"finish_reason": "stop", "message": {{"role": "assistant", "content": "{word}"}}}}]}}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(reply.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_judge_is_asked_again_and_its_verdict_kept(reward):
+    Judge.calls = 0
+    with HTTPServer(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        args = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m"}
+        judge = reward({"name": "judge", "args": args}, timeout=20.0)
+        items = [(Response(rf"\boxed{{{n}}}"), row("four")) for n in (4, 5)]
+        assert [score.total for score in judge(items)] == [1.0, 0.0]
+        assert [score.total for score in judge(items)] == [1.0, 0.0] and Judge.calls == 3
+        server.shutdown()
