@@ -5,14 +5,19 @@ import shlex
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.conftest import ROOT, example
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
+from vlm_sapo.cli import app
+from vlm_sapo.rewards.answers import Ungraded
 from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.verifiers import VERIFIERS
 from vlm_sapo.types import Response
 
 DOCUMENTS = [
@@ -45,6 +50,10 @@ def test_commands_are_valid(command):
         assert all(option in help_text for option in rest if option.startswith("--"))
         return
     assert program == "vlm-sapo"
+    if verb == "score":
+        options = {option for option in rest if option.startswith("--")}
+        assert all(option in CliRunner().invoke(app, ["score", "--help"]).output for option in options)
+        return
     if verb in ("train", "sft"):
         configfile.load(cfg.TrainConfig if verb == "train" else cfg.SftConfig, rest[0], rest[1:])
     else:
@@ -71,6 +80,22 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
             score.total for score in reward([(Response(text), example()) for text in texts])
         )
     assert right == 1.0 and 0 < near < 1 and wrong == [0.0, 0.0]
+
+
+def test_the_cases_of_the_verifiers():
+    rows = re.findall(
+        r"^\| (\w+) \| `(.+?)` \| `(.+?)` \| (\S+) \|$", (ROOT / "docs/rewards.md").read_text(), re.M
+    )
+    assert len(rows) > 15
+    for name, gold, answer, wanted in rows:
+        row = replace(
+            example(), answer=gold, columns={"choices": ["red", "green", "blue"]} if name == "choice" else {}
+        )
+        try:
+            found = VERIFIERS[name](Response(rf"\boxed{{{answer}}}"), row)
+        except Ungraded as error:
+            found = error.outcome
+        assert str(found) == wanted or float(found) == float(wanted), (name, gold, answer)
 
 
 def test_links_lead_somewhere():

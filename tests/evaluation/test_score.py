@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import SHARED
@@ -54,6 +55,15 @@ def test_a_function_on_a_file(run, tmp_path):
         ['{"answer": "x", "text": "abc"}'], "--reward", name, "--response", "text", "--args", "{by: 2}"
     )
     assert result.exit_code == 0 and rows[0]["score"] == 6.0
+
+
+def test_a_function_sees_the_rows_pictures(run, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    (tmp_path / "mine.py").write_text("def f(response, example):\n    return example.images[0].size[0]\n")
+    lines = [json.dumps({"answer": "x", "response": "r", "image": name}) for name in ("a.png", "b.png")]
+    result, rows = run(lines, "--reward", f"{tmp_path}/mine.py:f")
+    assert [row["score"] for row in rows] == [30, 0] and rows[1]["outcome"] == "bad_row"
+    assert "b.png does not exist" in rows[1]["error"]
 
 
 def test_what_was_graded_stays_when_a_function_fails(run, tmp_path, monkeypatch):

@@ -133,8 +133,9 @@ class ExampleSet(Sequence):
                 "give one mark per picture, or none to put the pictures first"
             )
         others = {name: value for name, value in row.items() if name != where.get("images")}
+        text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
         return Example(
-            id=key, problem=str(problem), answer=str(answer), images=images, columns=others, source=self.name
+            id=key, problem=str(problem), answer=text, images=images, columns=others, source=self.name
         )
 
     def _row(self, index: int) -> Row:

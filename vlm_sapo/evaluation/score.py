@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rewards.combine import ENTRY_POINTS
+from vlm_sapo.rewards.combine import ENTRY_POINTS, Item
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rewards.verifiers import VERIFIERS
 from vlm_sapo.types import Example, Response
@@ -24,8 +25,14 @@ BATCH = 2048
 """Rows that are graded before they are written."""
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("gold", "answer")
+SEE_PICTURES = ("box", "point_in_box")
+"""Built-in verifiers that need a row's pictures; functions of users always get them."""
 TOLERANCE = 0.01
 """Verdicts that are numbers agree within this much."""
+
+
+class NoGold(ValueError):
+    """A row without gold answer."""
 
 
 @dataclass
@@ -140,14 +147,17 @@ def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
 
 def _grade(chunk, reward: Reward, path: Path, responses: Sequence[str], gold: str | None) -> list[dict]:
     rows: list[dict] = []
-    items: dict[int, tuple[Response, Example]] = {}
+    items: dict[int, Item] = {}
+    pictures = any(not part.builtin or part.label in SEE_PICTURES for part in reward.parts)
     for number, line in chunk:
         row, outcome = _read(line)
         if outcome is None:
             try:
-                items[len(rows)] = _item(row, number, path, responses, gold)
-            except ValueError as error:
+                items[len(rows)] = _item(row, number, path, responses, gold, pictures)
+            except NoGold as error:
                 row, outcome = row | {"error": str(error)}, "bad_gold"
+            except ValueError as error:
+                row, outcome = row | {"error": str(error)}, "bad_row"
         rows.append(row | {"score": 0.0, "outcome": outcome} | ({"line": number} if "error" in row else {}))
     for place, score in zip(items, reward(list(items.values())), strict=True):
         outcomes = [outcome for outcome in score.outcomes.values() if outcome != "graded"]
@@ -168,17 +178,21 @@ def _read(line: str) -> tuple[dict, str | None]:
     return row, None
 
 
-def _item(row: Mapping, number: int, path: Path, responses: Sequence[str], gold: str | None):
+def _item(
+    row: Mapping, number: int, path: Path, responses: Sequence[str], gold: str | None, pictures: bool
+) -> Item:
     name = gold or next((name for name in GOLD_COLUMNS if row.get(name) not in (None, "")), None)
     answer = None if name is None else row.get(name)
     if answer in (None, "", []):
-        raise ValueError(f"no gold answer in {gold or ' or '.join(GOLD_COLUMNS)}")
+        raise NoGold(f"no gold answer in {gold or ' or '.join(GOLD_COLUMNS)}")
     text = next((str(row[name]) for name in responses if row.get(name) not in (None, "")), "")
-    tokens = row.get("tokens")
+    tokens, held = row.get("tokens"), row.get("images") or row.get("image") or []
+    listed = held if isinstance(held, list) else [held]
     example = Example(
         id=str(row.get("id", number)),
         problem=str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), "")),
         answer=answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
+        images=tuple(decode(picture, path.parent) for picture in listed) if pictures else (),
         columns=row,
         source=f"{path}, line {number}",
     )
