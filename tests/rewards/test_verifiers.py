@@ -269,6 +269,9 @@ def test_short_finds_words_and_numbers():
     assert short(r"\boxed{a point}", example("A")) == 0
     assert short(r"\boxed{embryonic stage}", example("embryonic")) == 1
     assert short(r"\boxed{1/4}", example("1/64")) == 0
+    assert short(r"\boxed{1000 * 12 / 500 = 24}", example("1000")) == 0
+    assert short(r"\boxed{1000 * 12 / 500 = $24}", example("24")) == 1
+    assert short(r"\boxed{x = y + 2}", example("x = y + 2")) == 1
 
 
 def test_json_fields():

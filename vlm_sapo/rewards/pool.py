@@ -26,7 +26,7 @@ from vlm_sapo.types import Completion, Prompt, Response, Score
 
 CHUNK = 16
 """Responses that built-in verifiers grade between two messages."""
-CACHED = 50_000
+CACHED = 10_000
 """Verdicts that are kept."""
 _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""

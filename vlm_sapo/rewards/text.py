@@ -38,15 +38,17 @@ def exact(response: str, example: Example, *, case: bool = False, finding: Findi
 
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer holds one of the gold texts as words, or the gold number to two decimals (MMMU's
-    open questions). A gold text of one letter must stand there in its own case."""
+    open questions). Numbers count from the last side of an equation; a gold text of one letter must stand
+    there in its own case."""
     answer = find_answer(response, finding)
     words = f" {' '.join(_words(answer))} "
+    numbers = [float(found.replace(",", "")) for found in PLAIN.findall(answer.rpartition("=")[2])]
     for gold in golds(example):
         wanted = read_number(gold, percent=False)
-        if wanted is not None and any(
-            round(float(found.replace(",", "")), 2) == round(wanted, 2) for found in PLAIN.findall(answer)
-        ):
-            return 1.0
+        if wanted is not None:
+            if any(round(number, 2) == round(wanted, 2) for number in numbers):
+                return 1.0
+            continue
         text = f" {' '.join(_words(gold))} "
         if text.strip() and (
             text in words if len(gold.strip()) == 1 else text.casefold() in words.casefold()
