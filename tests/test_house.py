@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "configfile", "algo", "plugins"},
+    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},

@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 
 
 class Run(Section):
@@ -48,40 +41,6 @@ class Model(Section):
     """Largest area of a resized picture, in pixels; null for the processor's own."""
 
 
-class Rows(Section):
-    source: str
-    """Hub id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the rows."""
-    split: str | None = None
-    """Split of a hub id or folder that has several."""
-    args: dict[str, Any] = {}
-    """Keyword arguments of a source that is a function."""
-    columns: dict[Literal["problem", "answer", "images", "id", "response"], str] = {}
-    """The source's own column names, by ours. `response` is the demonstration that `sft` learns from."""
-    filter: dict[str, Any] = {}
-    """Keep the rows whose column has this value, or one of these values."""
-    transform: str | None = None
-    """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
-    limit: Positive | None = None
-    """Use the first so many rows only."""
-
-
-class Data(Rows):
-    system: str | None = None
-    """System prompt; null leaves it to the chat template."""
-    template: str = "{problem}"
-    """The user's turn; `{problem}` stands for the row's problem."""
-    max_prompt_tokens: Positive = 4096
-    """Longest prompt, image tokens included. A longer one is an error: prompts are never cut."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What a row that cannot be used does: stop the run, or be skipped and counted."""
-
-    @model_validator(mode="after")
-    def _has_problem(self):
-        if "{problem}" not in self.template:
-            raise ValueError("template must contain {problem}; put it where the row's problem goes")
-        return self
-
-
 class Rollout(Section):
     engine: Literal["hf"] = "hf"
     """What draws the responses: `hf` uses the policy itself."""
@@ -93,6 +52,9 @@ class Rollout(Section):
     """Sampling temperature; log-probs everywhere are of logits divided by it."""
     prompts_per_batch: Positive = 16
     """Prompts that are generated from at the same time; lower it when generation runs out of memory."""
+    resample: Count = 0
+    """Rounds in which groups whose responses all scored alike are replaced by groups of further prompts of
+    the same task (DAPO's dynamic sampling); what is alike after the last round stays."""
 
 
 class RewardPart(Section):
@@ -252,7 +214,10 @@ class SftTrain(Optim):
 
 class Eval(Section):
     data: Rows | None = None
-    """Held-out rows; null evaluates nothing. Prompt settings are those of `data`."""
+    """Held-out rows. Where they say nothing else, `system`, `template` and `verifier` are those of `data`."""
+    benchmarks: list[str] = []
+    """Benchmarks to evaluate on besides, each `NAME` or `NAME=FILE` with the benchmark's rows in a local
+    file; eval/README.md lists them."""
     every: Count = 0
     """Evaluate every so many steps, besides before and after; 0 for never."""
     samples: Positive = 1
@@ -275,6 +240,17 @@ class Log(Section):
     """Groups per step whose responses go to `rollouts.jsonl`."""
 
 
+PROMPT = ("system", "template", "verifier")
+
+
+def with_prompt_of(data: Data, rows: Rows | None) -> Rows | None:
+    """Held-out rows with the training rows' prompt where they have none of their own."""
+    if rows is None or data.mixture:
+        return rows
+    own = rows.model_fields_set
+    return rows.model_copy(update={name: value for name, value in data if name in PROMPT and name not in own})
+
+
 class TrainConfig(Section):
     """What `vlm-sapo train` runs."""
 
@@ -291,6 +267,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
+        self.eval.data = with_prompt_of(self.data, self.eval.data)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
         if self.eval.part is not None and self.eval.part not in self.reward.labels:
@@ -315,7 +292,8 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self):
-        if "response" not in self.data.columns:
+        self.eval.data = with_prompt_of(self.data, self.eval.data)
+        if any("response" not in task.columns for task in self.data.tasks):
             raise ValueError("data.columns.response must name the column with the demonstrations; add it")
         if self.eval.data and not self.reward.parts:
             raise ValueError("eval.data needs a reward to measure with; add reward.parts or remove eval.data")

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from vlm_sapo.config import Section
-from vlm_sapo.plugins import shipped
+from vlm_sapo.yamlfile import find, parse, read_mapping
 
 T = TypeVar("T", bound=Section)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def find(name: str) -> Path:
-    """The config file called `name`: a path, or the name of a shipped config with or without `.yaml`."""
-    shipped_file = shipped(f"configs/{name.removesuffix('.yaml')}.yaml")
-    for path in (Path(name), shipped_file):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in shipped("configs").glob("*.yaml")))
-    raise ValueError(f"CONFIG ({name}) must be a file or one of the shipped configs: {known}")
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
@@ -43,15 +20,7 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
 
     Raises ValueError with one line per problem, each with the field, the value and the remedy.
     """
-    path = find(name)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be valid YAML; {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must hold sections such as model and data; it holds {type(values).__name__}"
-        )
+    values = read_mapping(find(name, "configs", field="CONFIG"))
     for override in overrides:
         _override(values, override)
     try:
@@ -75,7 +44,7 @@ def _override(values: dict, override: str) -> None:
         node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
             raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
-    value = yaml.load(text, Loader=_Loader) if text else None
+    value = parse(text) if text else None
     if isinstance(node, list):
         _item(node, last, override)
         node[int(last)] = value

@@ -35,6 +35,14 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     """The file, folder or hub id that the row comes from."""
+    task: str = ""
+    """What the logs call the rows it belongs to."""
+    template: str = "{problem}"
+    """The user's turn, with `{problem}` where the problem goes."""
+    system: str | None = None
+    """System prompt; None leaves it to the chat template."""
+    verifier: tuple[str, Mapping[str, Any]] | None = None
+    """Name and arguments of the verifier that the reward `auto` uses for this row; None where it chooses."""
 
     @property
     def label(self) -> str:
@@ -126,3 +134,8 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...]
+
+    @property
+    def flat(self) -> bool:
+        """Whether all responses scored alike, so that nothing is to be learnt from them."""
+        return len({score.total for score in self.scores}) == 1

@@ -1,6 +1,7 @@
 """Prompts as the model reads them, with tiny and with the real processors."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def test_without_marks_the_pictures_come_first(encoder):
 
 
 def test_template_and_system_prompt(vlm):
-    encoder = Encoder(vlm, system="Be brief.", template="Q: {problem} Use \\boxed{}.")
-    text = encoder(example(problem="<image>What?")).text
+    row = replace(example(problem="<image>What?"), system="Be brief.", template="Q: {problem} Use \\boxed{}.")
+    text = Encoder(vlm)(row).text
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert "Q: <|vision_start|><|image_pad|><|vision_end|>What? Use \\boxed{}." in text
 

@@ -16,7 +16,11 @@ Row = Mapping[str, Any]
 
 
 def open_rows(
-    source: str, *, split: str | None = None, args: Mapping[str, Any] | None = None
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> Sequence[Row]:
     """The rows of a source, none of its pictures decoded yet.
 
@@ -38,7 +42,7 @@ def open_rows(
         elif any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(str(path))
         else:
-            rows = datasets.load_dataset(str(path) if path.is_dir() else source)
+            rows = datasets.load_dataset(str(path) if path.is_dir() else source, subset)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.source ({source}) must be a file, a folder or a hub id; {error}") from error
     return _undecoded(_pick_split(rows, split, source))
@@ -84,8 +88,10 @@ def _undecoded(rows: Any) -> Any:
 class ExampleSet(Sequence):
     """The rows of a source as examples, with columns renamed, filtered and mapped.
 
-    `columns` maps the names `problem, answer, images, id` to the source's own; `keep` holds a value, or a
-    list of values, per column that a row must have; `transform` rewrites a row before its columns are read.
+    `columns` maps the names `problem, answer, images, id, split` to the source's own, or to several of which
+    the first counts that the rows have; `keep` holds a value, or a list of values, per column that a row must
+    have; `split` chooses from rows that have a split column; `transform` rewrites a row before its columns
+    are read. `task, template, system, verifier` are those of every example.
     """
 
     def __init__(
@@ -93,14 +99,25 @@ class ExampleSet(Sequence):
         rows: Sequence[Row],
         *,
         name: str,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | Sequence[str]] | None = None,
+        split: str | None = None,
         keep: Mapping[str, Any] | None = None,
         limit: int | None = None,
         transform: Callable[[Row], Row] | None = None,
+        task: str = "",
+        template: str = "{problem}",
+        system: str | None = None,
+        verifier: tuple[str, Mapping[str, Any]] | None = None,
     ):
         self.rows, self.name, self.transform = rows, name, transform
+        self.common = {"task": task, "template": template, "system": system, "verifier": verifier}
         path = locate(name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
+        columns = dict(columns or {})
+        keep = dict(keep or {})
+        column = _first(columns.pop("split", "split"), rows[0] if len(rows) else {})
+        if split is not None and column is not None:
+            keep.setdefault(column, split)
         self.indices = list(range(len(rows))) if not keep else _matching(rows, keep, name)
         self.indices = self.indices[:limit]
         if not self.indices:
@@ -108,7 +125,7 @@ class ExampleSet(Sequence):
                 f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit"
             )
         first = self._row(0)
-        self.columns = _complete(columns or {}, first, name)
+        self.columns = _complete(columns, first, name)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -135,7 +152,13 @@ class ExampleSet(Sequence):
         others = {name: value for name, value in row.items() if name != where.get("images")}
         text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
         return Example(
-            id=key, problem=str(problem), answer=text, images=images, columns=others, source=self.name
+            id=key,
+            problem=str(problem),
+            answer=text,
+            images=images,
+            columns=others,
+            source=self.name,
+            **self.common,
         )
 
     def _row(self, index: int) -> Row:
@@ -166,11 +189,18 @@ def _matching(rows: Sequence[Row], keep: Mapping[str, Any], name: str) -> list[i
     ]
 
 
-def _complete(given: Mapping[str, str], row: Row, name: str) -> dict[str, str]:
+def _first(names: str | Sequence[str], row: Row) -> str | None:
+    """The first of the names that the row has."""
+    return next((name for name in ([names] if isinstance(names, str) else names) if name in row), None)
+
+
+def _complete(given: Mapping[str, str | Sequence[str]], row: Row, name: str) -> dict[str, str]:
     """The user's column names checked against a row, the others by their usual names."""
-    for field, column in given.items():
-        _check_column(column, row, f"data.columns.{field}", name)
-    columns = {"problem": "problem", "answer": "answer", "id": "id"} | dict(given)
+    chosen = {}
+    for field, names in given.items():
+        chosen[field] = _first(names, row) or (names if isinstance(names, str) else names[0])
+        _check_column(chosen[field], row, f"data.columns.{field}", name)
+    columns = {"problem": "problem", "answer": "answer", "id": "id"} | chosen
     if "images" not in columns:
         columns |= next(({"images": usual} for usual in ("images", "image") if usual in row), {})
     for field in ("problem", "answer"):

@@ -12,21 +12,18 @@ from vlm_sapo.types import MARK, Completion, Example, Prompt, RowError
 class Encoder:
     """Encodes examples for one model.
 
-    `template` is the user's turn, with `{problem}` where the row's problem goes; `min_pixels` and
-    `max_pixels` bound the area of a resized picture (None: the processor's own bounds).
+    `min_pixels` and `max_pixels` bound the area of a resized picture (None: the processor's own bounds).
     """
 
     def __init__(
         self,
         vlm: VLM,
         *,
-        system: str | None = None,
-        template: str = "{problem}",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_tokens: int = 4096,
     ):
-        self.vlm, self.system, self.template, self.max_tokens = vlm, system, template, max_tokens
+        self.vlm, self.max_tokens = vlm, max_tokens
         self.opening = _opening(vlm.processor)
         size = vlm.processor.image_processor.size
         self.min_pixels = min_pixels or size["shortest_edge"]
@@ -81,12 +78,12 @@ class Encoder:
 
     def _messages(self, example: Example) -> list[dict]:
         problem = example.problem if MARK in example.problem else MARK * len(example.images) + example.problem
-        pieces = self.template.replace("{problem}", problem).split(MARK)
+        pieces = example.template.replace("{problem}", problem).split(MARK)
         content: list[dict] = []
         for number, piece in enumerate(pieces):
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": piece}] if piece else []
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        system = [{"role": "system", "content": example.system}] if example.system else []
         return [*system, {"role": "user", "content": content}]
 
     def _check_marks(self, example: Example, text: str) -> None:

@@ -25,6 +25,8 @@ class StepMeter:
         self.describe = describe
         self.seconds: dict[str, float] = defaultdict(float)
         self.minibatches: list[Metrics] = []
+        self.groups: list[Group] = []
+        """All groups of the step, those too that were replaced."""
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._loss = 0.0
         self._has_reference = False
@@ -88,9 +90,9 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
         f"outcome/{label}/{outcome}" for score in scores for label, outcome in score.outcomes.items()
     )
     metrics |= {name: count for name, count in outcomes.items() if not name.endswith("/graded")}
-    flat = [len({score.total for score in group.scores}) == 1 for group in groups]
     return metrics | {
-        "reward/zero_variance": sum(flat) / len(flat),
+        "reward/zero_variance": sum(group.flat for group in groups) / len(groups),
+        "rollout/groups": len(groups),
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
         "response/truncated": sum(completion.finish == "length" for completion in completions)
@@ -98,3 +100,21 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
         "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
         "rollout/tokens_per_second": sum(lengths) / max(seconds["rollout"], 1e-9),
     }
+
+
+def task_metrics(groups: Sequence[Group], minibatches: int) -> Metrics:
+    """Reward by task, and each task's count in every mini-batch; empty where there is one task."""
+    tasks = sorted({group.prompt.example.task for group in groups})
+    if len(tasks) == 1:
+        return {}
+    metrics: Metrics = {}
+    size = len(groups) // minibatches
+    for task in tasks:
+        own = [group.prompt.example.task == task for group in groups]
+        scores = [
+            score.total for group in groups if group.prompt.example.task == task for score in group.scores
+        ]
+        metrics[f"task/{task}/reward"] = sum(scores) / len(scores)
+        for index in range(minibatches):
+            metrics[f"minibatch{index}/prompts/{task}"] = sum(own[index * size : (index + 1) * size])
+    return metrics

@@ -20,6 +20,8 @@ STATEMENT = re.compile(
     r"(?:is|was|would be|will be|:|=)+(?:\s*\*\*)?\s*:?",
     re.IGNORECASE,
 )
+JSON_ANSWER = re.compile(r'"[\w ]*answer"\s*:\s*("(?:[^"\\]|\\.)*"|-?[\d.][\d.eE+-]*)', re.IGNORECASE)
+"""A field of a JSON object, such as DynaMath's `short answer`."""
 SHORT = 100
 """Characters of a response that may be nothing but an answer."""
 TAIL = 20_000
@@ -79,10 +81,13 @@ def boxed(text: str) -> list[str]:
 
 
 def stated_answer(response: str) -> str | None:
-    """A marked answer, else what the response says the answer is, else a short response itself, else None."""
+    """A marked answer, else a JSON field of that name, else what the response says the answer is, else a
+    short response itself, else None."""
     if (marked := marked_answer(response)) is not None:
         return marked
     response = response.strip()[-TAIL:]
+    if fields := JSON_ANSWER.findall(response):
+        return fields[-1].strip('"').replace("\\\\", "\\").strip() or None
     statements = list(STATEMENT.finditer(response))
     if statements:
         rest = response[statements[-1].end() :].strip()

@@ -134,7 +134,7 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
         weight=spec.get("weight", 1.0),
         gate=spec.get("gate"),
         kind="batched" if batched else "async" if waits else "each",
-        builtin=name in VERIFIERS,
+        builtin=name in VERIFIERS or name.startswith("vlm_sapo.rewards."),
     )
 
 

@@ -60,6 +60,18 @@ def same(text: str, gold: str) -> bool:
     return verify(list(golds), list(expressions(text)), timeout_seconds=None)
 
 
+def value(text: str) -> float | None:
+    """The value of an expression that is a real number; None for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    found = [item for item in expressions(text) if not isinstance(item, str)]
+    if not found or not found[0].is_number or found[0].is_extended_real is not True:
+        return None
+    return float(found[0].evalf())
+
+
 def same_number(one: float, other: float) -> bool:
     """Integers exactly, others within one part in a million."""
     return one == other or abs(one - other) <= 1e-6 * abs(other)

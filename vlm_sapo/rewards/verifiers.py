@@ -5,6 +5,9 @@ They read the marked answer in training; with `finding: stated` also answers wit
 
 from __future__ import annotations
 
+from inspect import signature
+
+from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards import boxes, text
 from vlm_sapo.rewards.answers import Finding, marked_answer
 from vlm_sapo.rewards.boxes import box, point_in_box
@@ -21,9 +24,15 @@ TEXTS = {"list", "string", "str"}
 
 
 def auto(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """Chooses by the row: `choice` where it has options or its `question_type` says multiple choice, `anls`
-    where its `metric` does, `number`, `exact` or `short` by its `answer_type`, and `math` for the others.
+    """The verifier that the row's recipe names; without one it chooses by the row: `choice` where it has
+    options or its `question_type` says multiple choice, `anls` where its `metric` does, `number`, `exact` or
+    `short` by its `answer_type`, and `math` for the others.
     """
+    if example.verifier:
+        name, args = example.verifier
+        function = resolve(name, field="verifier.name", builtin=VERIFIERS)
+        given = {"finding": finding} if "finding" in signature(function).parameters else {}
+        return function(response, example, **given | dict(args))
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
     if option_column(columns) or kind.startswith("multi"):

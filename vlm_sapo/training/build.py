@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from vlm_sapo import config as cfg
 from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.configfile import dump
-from vlm_sapo.data.rows import ExampleSet, open_rows
-from vlm_sapo.data.stream import PromptStream
+from vlm_sapo.data.sources import build_examples, build_stream
+from vlm_sapo.data.stream import Mixture
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
 from vlm_sapo.models.vlm import VLM, load_vlm
-from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rewards.pool import Reward
@@ -29,22 +29,9 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.run import Core, Evaluator, Training, write_rollouts
 from vlm_sapo.training.selfcheck import SelfCheck
-from vlm_sapo.types import Example, Prompt, Sampling
+from vlm_sapo.types import Sampling
 
 EVAL_SEED = 1_000_003
-
-
-def build_examples(rows: cfg.Rows) -> ExampleSet:
-    """The examples of a `data` or `eval.data` section."""
-    transform = resolve(rows.transform, field="data.transform") if rows.transform else None
-    return ExampleSet(
-        open_rows(rows.source, split=rows.split, args=rows.args),
-        name=rows.source,
-        columns=rows.columns,
-        keep=rows.filter,
-        limit=rows.limit,
-        transform=transform,
-    )
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig) -> RunFolder:
@@ -66,6 +53,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         config,
         folder,
         console,
+        minibatch=train.prompts_per_step // train.minibatches,
         kl=algo.kl,
         temperature=rollout.temperature,
         reuse_sampled=train.old_logprobs == "rollout",
@@ -90,13 +78,15 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         split=split,
         sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         prompts_per_step=train.prompts_per_step,
+        minibatches=train.minibatches,
+        resample=rollout.resample,
         log_rollouts=partial(write_rollouts, core.folder, config.log.rollouts),
     )
 
 
 def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Core:
     """Everything that `sft` needs."""
-    return _build_core(config, folder, console)
+    return _build_core(config, folder, console, minibatch=config.train.rows_per_step)
 
 
 def _build_core(
@@ -104,6 +94,7 @@ def _build_core(
     folder: RunFolder,
     console: Console,
     *,
+    minibatch: int,
     kl: float = 0.0,
     temperature: float = 1.0,
     reuse_sampled: bool = False,
@@ -116,14 +107,16 @@ def _build_core(
         raise ValueError(
             f"this version trains in one process; the launcher started {accelerator.num_processes}, start one"
         )
-    examples = build_examples(config.data)
     found = checkpoint.latest(folder.path / "checkpoints")
     vlm = _load(config.model, str(found or locate(config.model.path)), accelerator, config.model.freeze)
     reference = None
     if kl:
         everything = ["vision", "merger", "language"]
         reference = _load(config.model, str(locate(config.model.path)), accelerator, everything)
-    encode = _build_encoder(vlm, config)
+    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
+    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch)
+    for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
+        console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
     policy = Policy(
         vlm,
         accelerator,
@@ -140,16 +133,16 @@ def _build_core(
         reuse_sampled=reuse_sampled,
     )
     engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch, autocast=accelerator.autocast)
-    stream = PromptStream(examples, encode, seed=config.run.seed, skip=config.data.on_error == "skip")
     progress = checkpoint.restore(found, policy) if found else checkpoint.Progress()
-    stream.position, stream.skipped = progress.position, progress.skipped
+    stream.restore(progress.stream)
     folder.rewind(progress.step)
-    console.say(_banner(config, vlm, examples, accelerator, found))
+    console.say(_banner(config, vlm, stream, accelerator, found))
     return Core(
         folder=folder,
         console=console,
         policy=policy,
         stream=stream,
+        encode=encode,
         evaluator=Evaluator(
             _measure(config, engine, encode, reward, console), config.eval.every, folder, console
         ),
@@ -192,15 +185,9 @@ def _layout(name: str, vlm: VLM, console: Console) -> Layout:
     return SharedPrefix()
 
 
-def _build_encoder(vlm: VLM, config: cfg.TrainConfig | cfg.SftConfig) -> Callable[[Example], Prompt]:
-    return Encoder(
-        vlm,
-        system=config.data.system,
-        template=config.data.template,
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-        max_tokens=config.data.max_prompt_tokens,
-    )
+def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
+    """Encodes examples for the model."""
+    return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
 def _measure(config, engine, encode, reward, console) -> Callable[[], tuple[dict, list[dict]]] | None:
@@ -218,11 +205,12 @@ def _measure(config, engine, encode, reward, console) -> Callable[[], tuple[dict
     return run
 
 
-def _banner(config, vlm: VLM, examples: ExampleSet, accelerator: Accelerator, found: Path | None) -> str:
+def _banner(config, vlm: VLM, stream: Mixture, accelerator: Accelerator, found: Path | None) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in vlm.parameters())
+    tasks = ", ".join(stream.streams)
     start = f"resumed from {found}" if found else f"model {config.model.path}"
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {accelerator.device}; "
-        f"{len(examples):,} rows of {config.data.source}; writing to {config.run.folder}"
+        f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"
     )

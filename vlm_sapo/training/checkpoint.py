@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,12 +18,11 @@ NAME = re.compile(r"step_(\d+)")
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, rows drawn and skipped, seconds spent."""
+    """Where a run stands: steps done, seconds spent, and the stream's own state."""
 
     step: int = 0
-    position: int = 0
-    skipped: int = 0
     seconds: float = 0.0
+    stream: dict = field(default_factory=dict)
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done; it took so long."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlm_sapo.data.stream import PromptStream
+from vlm_sapo.data.stream import Mixture
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
@@ -18,7 +18,7 @@ from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Group, Sampling
+from vlm_sapo.types import Example, Group, Prompt, Sampling
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
@@ -56,7 +56,8 @@ class Core:
     folder: RunFolder
     console: Console
     policy: Policy
-    stream: PromptStream
+    stream: Mixture
+    encode: Callable[[Example], Prompt]
     evaluator: Evaluator
     progress: checkpoint.Progress
     checkpoint_every: int
@@ -75,7 +76,7 @@ class Core:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        self.progress.position, self.progress.skipped = self.stream.position, self.stream.skipped
+        self.progress.stream = self.stream.state()
         checkpoint.save(self.folder.path / "checkpoints", self.policy, self.progress, keep=self.keep)
 
     def finish(self, steps: int) -> dict:
@@ -108,11 +109,15 @@ class Training:
     """(groups, advantages, layout=...) to mini-batches."""
     sampling: Sampling
     prompts_per_step: int
+    minibatches: int
+    resample: int
+    """Rounds in which groups without variance are drawn anew."""
     log_rollouts: Callable[[int, list[Group], list[torch.Tensor]], None]
 
-    def sampling_at(self, step: int) -> Sampling:
-        """Each step draws with a seed of its own, so a resumed run draws what the whole one would have."""
-        return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step)
+    def sampling_at(self, step: int, attempt: int = 0) -> Sampling:
+        """Each step, and each round of drawing anew, has a seed of its own, so a resumed run draws what the
+        whole one would have."""
+        return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step + 500_000_003 * attempt)
 
 
 def write_rollouts(
@@ -126,6 +131,7 @@ def write_rollouts(
                 {
                     "step": step,
                     "id": group.prompt.example.id,
+                    "task": group.prompt.example.task,
                     "problem": group.prompt.example.problem,
                     "answer": group.prompt.example.answer,
                     "response": completion.text,

@@ -22,11 +22,13 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
         return summary
     core = build_sft(config, folder, console)
     with closing(core):
-        return loop(core, config.train, config.data.columns["response"])
+        columns = {task.task: task.columns["response"] for task in config.data.tasks}
+        return loop(core, config.train, columns)
 
 
-def loop(core: Core, train: SftTrain, column: str) -> dict:
-    """Updates until `train.steps` are done, from wherever the run stands; returns the summary."""
+def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
+    """Updates until `train.steps` are done, from wherever the run stands; returns the summary. `columns` hold
+    the demonstrations, by task."""
     core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, train.steps + 1):
@@ -34,7 +36,7 @@ def loop(core: Core, train: SftTrain, column: str) -> dict:
             lr = core.policy.set_step(step - 1)
             with meter.time("data"):
                 prompts = core.stream.take(train.rows_per_step)
-                rows = [(prompt, demonstration(core, prompt, column)) for prompt in prompts]
+                rows = [(prompt, demonstration(core, prompt, columns)) for prompt in prompts]
             with meter.time("update"):
                 loss, norm = update(core, rows, train.tokens_per_microbatch)
             core.progress.advance(step, time.perf_counter() - started)
@@ -46,14 +48,15 @@ def loop(core: Core, train: SftTrain, column: str) -> dict:
     return core.finish(train.steps)
 
 
-def demonstration(core: Core, prompt: Prompt, column: str) -> Completion:
+def demonstration(core: Core, prompt: Prompt, columns: dict[str, str]) -> Completion:
     """The row's demonstration as a finished response."""
+    column = columns[prompt.example.task]
     text = prompt.example.columns.get(column)
     if not isinstance(text, str) or not text.strip():
         raise RowError(
             f"{prompt.example.label}: field {column} holds no demonstration; give it one or filter it out"
         )
-    return core.stream.encode.respond(prompt, text)
+    return core.encode.respond(prompt, text)
 
 
 def update(core: Core, rows: list[tuple[Prompt, Completion]], budget: int) -> tuple[float, float]:

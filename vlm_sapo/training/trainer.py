@@ -9,11 +9,11 @@ import torch
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.metrics import StepMeter, group_metrics
+from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
 from vlm_sapo.rewards.pool import score_groups
 from vlm_sapo.training.build import build_training, open_folder
 from vlm_sapo.training.run import FINISHED, Training
-from vlm_sapo.types import Group
+from vlm_sapo.types import Group, Prompt, Sampling
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
@@ -51,7 +51,8 @@ def loop(training: Training, steps: int) -> dict:
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
             core.progress.advance(step, time.perf_counter() - started)
-            record = {"step": step, "lr": lr} | meter.record() | group_metrics(groups, meter.seconds)
+            record = {"step": step, "lr": lr} | meter.record() | group_metrics(meter.groups, meter.seconds)
+            record |= task_metrics(groups, training.minibatches)
             core.folder.append("metrics.jsonl", record)
             training.log_rollouts(step, groups, advantages)
             show(step, headline(record))
@@ -61,20 +62,35 @@ def loop(training: Training, steps: int) -> dict:
 
 
 def draw(training: Training, step: int, meter: StepMeter) -> list[Group]:
-    """The step's groups: prompts from the stream, responses from the engine, scores from the reward."""
-    core = training.core
+    """The step's groups. Those without variance are drawn anew, from other prompts of their task, as often as
+    `rollout.resample` allows."""
     with meter.time("data"):
-        prompts = core.stream.take(training.prompts_per_step)
+        prompts = training.core.stream.take(training.prompts_per_step)
+    groups = respond(training, prompts, training.sampling_at(step), meter)
+    for attempt in range(1, training.resample + 1):
+        flat = [place for place, group in enumerate(groups) if group.flat]
+        with meter.time("data"):
+            prompts = training.core.stream.replace([groups[place].prompt for place in flat])
+        drawn = respond(training, prompts, training.sampling_at(step, attempt), meter)
+        for place, group in zip(flat, drawn, strict=True):
+            groups[place] = group
+    return groups
+
+
+def respond(training: Training, prompts: list[Prompt], sampling: Sampling, meter: StepMeter) -> list[Group]:
+    """Groups of the prompts: responses from the engine, scores from the reward."""
+    core = training.core
     with meter.time("rollout"):
         core.engine.sync(core.policy.vlm)
-        responses = core.engine.generate(prompts, training.sampling_at(step))
+        responses = core.engine.generate(prompts, sampling)
     with meter.time("reward"):
-        return [
-            Group(prompt, tuple(drawn), tuple(scores))
-            for prompt, drawn, scores in zip(
-                prompts, responses, score_groups(core.reward, prompts, responses), strict=True
-            )
-        ]
+        scores = score_groups(core.reward, prompts, responses)
+    groups = [
+        Group(prompt, tuple(drawn), tuple(scored))
+        for prompt, drawn, scored in zip(prompts, responses, scores, strict=True)
+    ]
+    meter.groups += groups
+    return groups
 
 
 def advantages_of(training: Training, group: Group) -> torch.Tensor:

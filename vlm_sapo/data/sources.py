@@ -1,0 +1,46 @@
+"""Builds examples and streams from the `data` sections of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlm_sapo.data.rows import ExampleSet, open_rows
+from vlm_sapo.data.stream import Mixture, PromptStream
+from vlm_sapo.dataconfig import Data, Rows
+from vlm_sapo.plugins import resolve
+from vlm_sapo.types import Example, Prompt
+
+
+def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
+    """The examples of a section; `task` is their name in logs, by default the section's own."""
+    transform = resolve(rows.transform, field="data.transform") if rows.transform else None
+    return ExampleSet(
+        open_rows(rows.source, subset=rows.subset, split=rows.split, args=rows.args),
+        name=rows.source,
+        columns=rows.columns,
+        split=rows.split,
+        keep=rows.filter,
+        limit=rows.limit,
+        transform=transform,
+        task=task or rows.task,
+        template=rows.template,
+        system=rows.system,
+        verifier=(rows.verifier.name, rows.verifier.args) if rows.verifier else None,
+    )
+
+
+def build_stream(data: Data, encode: Callable[[Example], Prompt], *, seed: Any, minibatch: int) -> Mixture:
+    """The training rows as an endless stream, with every task's share in each mini-batch of prompts."""
+    tasks = data.tasks
+    total = sum(task.share for task in tasks)
+    streams = {
+        task.task: PromptStream(
+            build_examples(task),
+            encode,
+            seed=f"{seed}/{task.task}" if data.mixture else seed,
+            skip=data.on_error == "skip",
+        )
+        for task in tasks
+    }
+    return Mixture(streams, {task.task: task.share / total for task in tasks}, minibatch=minibatch)

@@ -1,0 +1,54 @@
+"""YAML as people write it, in files of the user's or of the project's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_sapo.plugins import shipped
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str) -> Any:
+    """The value that a YAML text stands for."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def find(name: str, folder: str, *, field: str) -> Path:
+    """The YAML file called `name`: a path, or the name of one that the project ships in `folder`, with or
+    without `.yaml`, in any spelling of case, dashes and underscores. Raises ValueError naming `field`."""
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for path in sorted(shipped(folder).glob("*.yaml"))}
+    same = [path for stem, path in known.items() if _key(stem) == _key(name.removesuffix(".yaml"))]
+    if same:
+        return same[0]
+    raise ValueError(f"{field} ({name}) must be a file or one of the shipped ones: {', '.join(known)}")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds. Raises ValueError naming the file."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be valid YAML; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold fields with values; it holds {type(values).__name__}")
+    return values
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).casefold()
