@@ -222,8 +222,8 @@ class Eval(Section):
     """Evaluate every so many steps, besides before and after; 0 for never."""
     samples: Positive = 1
     """Responses per problem; pass@1 is their mean."""
-    temperature: Rate = 1.0
-    """Sampling temperature of the evaluation."""
+    temperature: NotNegative = 1.0
+    """Sampling temperature of the evaluation; 0 takes the likeliest token."""
     part: str | None = None
     """Reward part that is measured; null for the first one."""
 

@@ -104,6 +104,26 @@ class Task(Rows):
         return self.name or super().task
 
 
+class Benchmark(Rows):
+    """A file of `eval/benchmarks/`."""
+
+    about: str
+    """What it is, in one line."""
+    verifier: Verifier = Verifier(name="auto", args={"finding": "stated"})
+    """Our verdict of a response."""
+    official: Verifier | None = None
+    """The authors' own rule, where ours differs from it on purpose."""
+    metric: str | None = None
+    """The authors' own score over all problems, where that is not the mean: a name of
+    vlm_sapo/evaluation/metrics.py, or `path/to/file.py:function`."""
+    by: list[str] = []
+    """Columns whose values get a score of their own."""
+    max_tokens: Positive = 2048
+    """Longest response."""
+    variant: Literal["split", "subset"] = "split"
+    """What `NAME:VARIANT` chooses."""
+
+
 class Data(Source):
     mixture: list[Task] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is

@@ -81,6 +81,7 @@ class Sampling:
     group: int
     max_tokens: int
     temperature: float
+    """0 takes the likeliest token."""
     seed: int
 
 

@@ -15,10 +15,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 def decode(value: Any, folder: Path) -> Image.Image:
     """The picture behind `value`: a PIL image, bytes, a `{bytes, path}` mapping, a data URL, or a path.
 
-    Paths are relative to `folder`. The camera's orientation is applied. Raises ValueError with one sentence.
+    Paths are relative to `folder`. The camera's orientation is applied, and transparency laid on white: black
+    lines on nothing would otherwise become black on black. Raises ValueError with one sentence.
     """
     if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value)
+        return _upright(value)
     if isinstance(value, Mapping):
         return decode(value.get("bytes") or value.get("path"), folder)
     if isinstance(value, bytes | bytearray):
@@ -39,9 +40,17 @@ def _open(source: Any, name: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            return _upright(picture)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it") from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _data_url(url: str) -> bytes:

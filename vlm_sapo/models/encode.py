@@ -21,7 +21,7 @@ class Encoder:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        max_tokens: int = 4096,
+        max_tokens: float = 4096,
     ):
         self.vlm, self.max_tokens = vlm, max_tokens
         self.opening = _opening(vlm.processor)
@@ -43,7 +43,7 @@ class Encoder:
         self._check_marks(example, text)
         encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
         ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
-        self._check_length(example, ids)
+        self.check_length(example, *self.count(ids))
         return Prompt(
             example=example,
             text=text,
@@ -96,11 +96,15 @@ class Encoder:
                 f"{processor.video_token}, and the chat template must place each picture once"
             )
 
-    def _check_length(self, example: Example, ids: torch.Tensor) -> None:
-        tokens = int((ids == self.vlm.model.config.image_token_id).sum())
-        if len(ids) > self.max_tokens:
+    def count(self, ids: torch.Tensor) -> tuple[int, int]:
+        """Tokens of a prompt, and how many of them stand for pictures."""
+        return len(ids), int((ids == self.vlm.model.config.image_token_id).sum())
+
+    def check_length(self, example: Example, tokens: int, image_tokens: int) -> None:
+        """Raises RowError when a prompt of so many tokens is longer than the limit."""
+        if tokens > self.max_tokens:
             raise RowError(
-                f"{example.label}: its prompt has {len(ids)} tokens, {tokens} of them for pictures, over "
+                f"{example.label}: its prompt has {tokens} tokens, {image_tokens} of them for pictures, over "
                 f"data.max_prompt_tokens ({self.max_tokens}); raise that limit or lower model.max_pixels"
             )
 

@@ -4,11 +4,12 @@ parts."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sapo.models import attention
 from vlm_sapo.models.vision import Features, Vision
@@ -50,6 +51,11 @@ class VLM(nn.Module):
     @property
     def vocabulary(self) -> int:
         return self.model.config.get_text_config().vocab_size
+
+    @property
+    def context(self) -> int:
+        """Longest row that the language model was made for, in tokens."""
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def attends_fully(self) -> bool:
@@ -165,19 +171,7 @@ def load_vlm(
     Dropout is off for good: old and new log-probs must come from the same function.
     Raises ValueError when the folder lacks a model or a processor.
     """
-    check_folder(path)
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    except OSError as error:
-        raise ValueError(
-            f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
-        ) from error
-    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
-        raise ValueError(
-            f"model.path ({path}) is a {model.config.model_type}; "
-            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
+    processor, model = _open(path, lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype))
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     model.to(device).train()
     silence_dropout(model)
@@ -187,6 +181,34 @@ def load_vlm(
     vlm.as_matrix_product()
     vlm.freeze(freeze)
     return vlm
+
+
+def load_outline(path: str) -> VLM:
+    """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+
+    processor, model = _open(path, build)
+    return VLM(model, processor)
+
+
+def _open(path: str, build: Callable[[], nn.Module]) -> tuple:
+    """Processor and model, or an error that says what is wrong with `model.path`."""
+    check_folder(path)
+    try:
+        processor, model = AutoProcessor.from_pretrained(path), build()
+    except OSError as error:
+        raise ValueError(
+            f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
+        ) from error
+    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
+        raise ValueError(
+            f"model.path ({path}) is a {model.config.model_type}; "
+            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+        )
+    return processor, model
 
 
 def check_folder(path: str) -> None:

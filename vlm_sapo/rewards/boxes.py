@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, find_answer
 from vlm_sapo.types import Example, Response
@@ -39,7 +40,9 @@ def box(
 
     Several boxes are matched by descending overlap; boxes too many or too few count as 0.
     """
-    golds = [_to_share(four, gold_layout, gold_coordinates, response, example) for four in _gold(example)]
+    golds = [
+        _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
+    ]
     text = _fenced(response) or find_answer(response, finding)
     given = [_to_share(four, layout, coordinates, response, example) for four in _fours(text)]
     if not given:
@@ -69,7 +72,9 @@ def point_in_box(
     finding: Finding = "marked",
 ) -> float:
     """1.0 where the answer's one point (or the centre of its one box) lies in a gold box."""
-    golds = [_to_share(four, gold_layout, gold_coordinates, response, example) for four in _gold(example)]
+    golds = [
+        _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
+    ]
     text = _fenced(response) or find_answer(response, finding)
     width, height = _frame(coordinates, response, example)
     if fours := _fours(text):
@@ -112,11 +117,29 @@ def _fours(text: str) -> list[tuple[float, ...]]:
     return found or ([tuple(map(float, numbers))] if len(numbers) == 4 else [])
 
 
-def _gold(example: Example) -> list[tuple[float, ...]]:
+def gold_boxes(example: Example) -> list[tuple[float, ...]]:
+    """The row's gold boxes as they stand there; raises BadGold."""
     found = _fours(example.answer)
     if not found:
         raise BadGold(f"the gold answer {example.answer!r} must hold boxes of four numbers")
     return found
+
+
+def in_coordinates(
+    boxes: Sequence[Sequence[float]], example: Example, resized: tuple, args: Mapping[str, Any]
+) -> list[tuple[float, ...]]:
+    """Gold boxes as a model would write them, by the arguments of `box`; `resized` are the pictures' sizes as
+    the model sees them."""
+    response = Response("", resized=resized)
+    width, height = _frame(args.get("coordinates", "resized"), response, example)
+    gold = args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original")
+    shares = [_to_share(box, *gold, response, example) for box in boxes]
+    scaled = [
+        (left * width, top * height, right * width, bottom * height) for left, top, right, bottom in shares
+    ]
+    if args.get("layout", "xyxy") == "xyxy":
+        return scaled
+    return [(left, top, right - left, bottom - top) for left, top, right, bottom in scaled]
 
 
 def _fenced(response: str) -> str | None:

@@ -74,7 +74,7 @@ class HfEngine:
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         stride, last = GPU_STRIDE if device.type == "cuda" else 1, uniforms.shape[1] - 1
         for step in range(last + 1):
-            tokens, drawn = sample(logits / temperature, uniforms[branch, step])
+            tokens, drawn = sample(logits, uniforms[branch, step], temperature)
             ids[branch, step] = torch.where(running, tokens, -1)
             logprobs[branch, step] = torch.where(running, drawn, 0.0)
             running = running & ~torch.isin(tokens, stops)
@@ -142,12 +142,17 @@ def compact(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows[:, None] * running.shape[1] + columns).flatten(), rows
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF draw: ids [A] and their log-probs [A] from logits [A, V] and uniforms [A] in [0, 1).
 
-    Summed in float64, so that a vocabulary of 150,000 leaves no gap; a banned token's interval is empty.
+    Summed in float64, so that a vocabulary of 150,000 leaves no gap; a banned token's interval is empty. At
+    temperature 0 the likeliest id, which is certain.
     """
-    logprobs = logits.log_softmax(-1)
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniforms, dtype=logits.dtype)
+    logprobs = (logits / temperature).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,157 @@
+"""Looks at every row as training or an evaluation will: its pictures, its prompt, its gold answer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.rewards.answers import Ungraded
+from vlm_sapo.rewards.combine import PictureSize
+from vlm_sapo.rewards.golds import right, wrong
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.types import Example, Response, RowError
+
+SIDE = 32
+"""Of the grey thumbnail that near-duplicates are confirmed by."""
+AHEAD = 64
+"""Rows that are read ahead of the one that is looked at."""
+
+
+@dataclass(frozen=True)
+class Print:
+    """What identifies a picture."""
+
+    exact: str
+    """Digest of size and pixels."""
+    perceptual: int
+    """64-bit perceptual hash."""
+    thumbnail: np.ndarray
+    """[SIDE * SIDE] float32 greys, centred and of length 1; zeros for a picture of one colour."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether the picture has one colour only."""
+        return not self.thumbnail.any()
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A row, without its pixels."""
+
+    index: int
+    example: Example | None
+    """With picture sizes in place of pictures; None where the row could not be read."""
+    error: str = ""
+    tokens: int = 0
+    image_tokens: int = 0
+    resized: tuple[tuple[int, int], ...] = ()
+    """Width and height of the pictures as the model sees them."""
+    prints: tuple[Print, ...] = ()
+    gold: str = ""
+    """What is wrong with the gold answer; empty where it scores 1."""
+    wrong: str = ""
+    """A wrong answer that scores above 0, and its score."""
+
+
+def inspect(
+    examples: Sequence[Example],
+    encode: Encoder,
+    *,
+    pictures: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Inspected]:
+    """Every row, on all cores; with `pictures` also what identifies its pictures. `encode.max_tokens` is the
+    limit that a prompt is held against. No row stops it: what is wrong is in `error`."""
+    unlimited = Encoder(
+        encode.vlm, min_pixels=encode.min_pixels, max_pixels=encode.max_pixels, max_tokens=float("inf")
+    )
+    rows = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in _ahead(
+            pool, lambda index: _inspect(index, examples, encode, unlimited, pictures), len(examples)
+        ):
+            rows.append(row)
+            progress(len(rows))
+    return rows
+
+
+def _ahead(pool: ThreadPoolExecutor, call: Callable, count: int) -> Iterator[Inspected]:
+    """Results in order, with a bounded number of rows in memory."""
+    waiting = []
+    for index in range(count):
+        waiting.append(pool.submit(call, index))
+        if len(waiting) > AHEAD:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures: bool) -> Inspected:
+    try:
+        example = examples[index]
+    except RowError as error:
+        return Inspected(index, None, str(error))
+    light = replace(example, images=tuple(PictureSize(image.size) for image in example.images))
+    prints = tuple(map(fingerprint, example.images)) if pictures else ()
+    try:
+        prompt = unlimited(example)
+    except RowError as error:
+        return Inspected(index, light, str(error), prints=prints)
+    tokens, image_tokens = encode.count(prompt.ids)
+    error = ""
+    try:
+        encode.check_length(example, tokens, image_tokens)
+    except RowError as problem:
+        error = str(problem)
+    sizes = tuple(image.size for image in prompt.images)
+    return Inspected(index, light, error, tokens, image_tokens, sizes, prints)
+
+
+def fingerprint(picture: Image.Image) -> Print:
+    """What identifies a picture, whatever its file format."""
+    rgb = picture.convert("RGB")
+    grey = rgb.convert("L")
+    thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32).ravel()
+    centred = thumbnail - thumbnail.mean()
+    length = np.linalg.norm(centred)
+    return Print(
+        exact=hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest(),
+        perceptual=int(str(imagehash.phash(grey)), 16),
+        thumbnail=centred / length if length > SIDE else np.zeros_like(centred),
+    )
+
+
+def check_golds(rows: Sequence[Inspected], reward: Reward, name: str, args: dict) -> list[Inspected]:
+    """The rows with `gold` and `wrong` filled in: what the reward's one part, the verifier `name` with `args`,
+    says of the gold answer and of a wrong one."""
+    readable = [row for row in rows if row.example is not None]
+    made = {row.index: _responses(row, name, args) for row in readable}
+    items = [(response, row.example) for row in readable for response in made[row.index][:2]]
+    scores = iter(reward(items))
+    checked = {}
+    for row in readable:
+        good, bad, problem = made[row.index]
+        one, other = next(scores), next(scores)
+        outcome = next(iter(one.outcomes.values()))
+        if not problem and one.total < 1:
+            why = f"scores {one.total:g}" if outcome == "graded" else f"is not graded ({outcome})"
+            problem = f"the gold answer {row.example.answer[:60]!r} {why} when given as {str(good)[:80]!r}"
+        leak = f"{str(bad)[:60]!r} scores {other.total:g} for the gold {row.example.answer[:60]!r}"
+        checked[row.index] = replace(row, gold=problem, wrong=leak if other.total > 0 and not problem else "")
+    return [checked.get(row.index, row) for row in rows]
+
+
+def _responses(row: Inspected, name: str, args: dict) -> tuple[Response, Response, str]:
+    try:
+        good = right(row.example, name, args, row.resized)
+        return good, wrong(row.example, name, args, row.resized), ""
+    except Ungraded as error:
+        return Response(""), Response(""), str(error) or error.outcome
