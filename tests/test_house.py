@@ -14,7 +14,7 @@ LAYERS = [
     {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
-    {"evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
+    {"planning", "evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
     {"training.run"},
     {"training.build"},
     {"training.trainer", "training.sft"},

@@ -70,6 +70,71 @@ def score(
     )
 
 
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[
+        str, typer.Option(help="NAME[:VARIANT][=FILE], several with commas; eval/README.md.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="The one benchmark's rows from a local file.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses per problem; pass@1 is their mean.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems only.")] = None,
+    engine: Annotated[str, typer.Option(help="What draws responses: hf.")] = "hf",
+    out: Annotated[Path, typer.Option(help="Folder for results.json and samples.jsonl.")] = Path("runs/eval"),
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 takes the likeliest token, as by default for one sample; else 1."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest response; else the benchmark's.")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Smallest area of a resized picture.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area of a resized picture.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Problems that are drawn at the same time.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    on_error: Annotated[str, typer.Option(help="A row that can't be used: stop, or skip it.")] = "stop",
+    responses: Annotated[
+        str | None,
+        typer.Option(help="Grade this file of recorded responses (id, response) instead of a model."),
+    ] = None,
+) -> None:
+    """Evaluate a model on benchmarks."""
+    names = benchmark.split(",")
+    for wrong, message in (
+        ((model is None) == (responses is None), "give --model, or --responses with recorded ones"),
+        (
+            data and len(names) > 1,
+            f"--data ({data}) is for one benchmark; write NAME=FILE,NAME=FILE for several",
+        ),
+        (engine != "hf", f"--engine ({engine}) must be hf; vLLM is not built in yet"),
+        (on_error not in ("stop", "skip"), f"--on-error ({on_error}) must be stop or skip"),
+        (
+            dtype not in ("float32", "bfloat16", "float16"),
+            f"--dtype ({dtype}) must be float32, bfloat16 or float16",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+    _quieten()
+    from vlm_sapo.evaluation.command import Settings, eval_command
+
+    settings = Settings(
+        model=model,
+        responses=responses,
+        samples=samples,
+        temperature=temperature if temperature is not None else float(samples > 1),
+        seed=seed,
+        max_tokens=max_tokens,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        dtype=dtype,
+        limit=limit,
+        on_error=on_error,
+    )
+    eval_command(settings, [f"{names[0]}={data}"] if data else names, out, batch)
+
+
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],

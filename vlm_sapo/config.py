@@ -218,6 +218,8 @@ class Eval(Section):
     benchmarks: list[str] = []
     """Benchmarks to evaluate on besides, each `NAME` or `NAME=FILE` with the benchmark's rows in a local
     file; eval/README.md lists them."""
+    limit: Positive | None = None
+    """Use the first so many problems of each benchmark."""
     every: Count = 0
     """Evaluate every so many steps, besides before and after; 0 for never."""
     samples: Positive = 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import completion, example
-from vlm_sapo.evaluation.evaluate import bootstrap, evaluate, summarize
+from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.results import bootstrap, summarize
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Prompt, RowError, Sampling
 

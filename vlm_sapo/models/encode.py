@@ -12,7 +12,8 @@ from vlm_sapo.types import MARK, Completion, Example, Prompt, RowError
 class Encoder:
     """Encodes examples for one model.
 
-    `min_pixels` and `max_pixels` bound the area of a resized picture (None: the processor's own bounds).
+    `min_pixels` and `max_pixels` bound the area of a resized picture (None: the processor's own bounds);
+    `max_tokens` bounds the prompt, and `limit` says what that is and what to do about it.
     """
 
     def __init__(
@@ -22,8 +23,9 @@ class Encoder:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_tokens: float = 4096,
+        limit: str = "data.max_prompt_tokens ({}); raise that limit or lower model.max_pixels",
     ):
-        self.vlm, self.max_tokens = vlm, max_tokens
+        self.vlm, self.max_tokens, self.limit = vlm, max_tokens, limit
         self.opening = _opening(vlm.processor)
         size = vlm.processor.image_processor.size
         self.min_pixels = min_pixels or size["shortest_edge"]
@@ -105,7 +107,7 @@ class Encoder:
         if tokens > self.max_tokens:
             raise RowError(
                 f"{example.label}: its prompt has {tokens} tokens, {image_tokens} of them for pictures, over "
-                f"data.max_prompt_tokens ({self.max_tokens}); raise that limit or lower model.max_pixels"
+                + self.limit.format(self.max_tokens)
             )
 
 

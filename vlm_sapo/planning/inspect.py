@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -129,8 +130,10 @@ def fingerprint(picture: Image.Image) -> Print:
     )
 
 
-def check_golds(rows: Sequence[Inspected], reward: Reward, name: str, args: dict) -> list[Inspected]:
-    """The rows with `gold` and `wrong` filled in: what the reward's one part, the verifier `name` with `args`,
+def check_golds(
+    rows: Sequence[Inspected], reward: Reward, part: str, name: str, args: Mapping[str, Any]
+) -> list[Inspected]:
+    """The rows with `gold` and `wrong` filled in: what a part of the reward, the verifier `name` with `args`,
     says of the gold answer and of a wrong one."""
     readable = [row for row in rows if row.example is not None]
     made = {row.index: _responses(row, name, args) for row in readable}
@@ -140,16 +143,16 @@ def check_golds(rows: Sequence[Inspected], reward: Reward, name: str, args: dict
     for row in readable:
         good, bad, problem = made[row.index]
         one, other = next(scores), next(scores)
-        outcome = next(iter(one.outcomes.values()))
-        if not problem and one.total < 1:
-            why = f"scores {one.total:g}" if outcome == "graded" else f"is not graded ({outcome})"
+        outcome, value, leaked = one.outcomes[part], one.parts[part], other.parts[part]
+        if not problem and value < 1:
+            why = f"scores {value:g}" if outcome == "graded" else f"is not graded ({outcome})"
             problem = f"the gold answer {row.example.answer[:60]!r} {why} when given as {str(good)[:80]!r}"
-        leak = f"{str(bad)[:60]!r} scores {other.total:g} for the gold {row.example.answer[:60]!r}"
-        checked[row.index] = replace(row, gold=problem, wrong=leak if other.total > 0 and not problem else "")
+        leak = f"{str(bad)[:60]!r} scores {leaked:g} for the gold {row.example.answer[:60]!r}"
+        checked[row.index] = replace(row, gold=problem, wrong=leak if leaked > 0 and not problem else "")
     return [checked.get(row.index, row) for row in rows]
 
 
-def _responses(row: Inspected, name: str, args: dict) -> tuple[Response, Response, str]:
+def _responses(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[Response, Response, str]:
     try:
         good = right(row.example, name, args, row.resized)
         return good, wrong(row.example, name, args, row.resized), ""

@@ -79,5 +79,5 @@ class Console:
         """Problems with the model's response, so that a person sees what it says."""
         for record in records:
             mark = "right" if record["scores"][0] >= 1 else "wrong"
-            problem, response = " ".join(record["problem"].split()), " ".join(record["response"].split())
+            problem, response = " ".join(record["problem"].split()), " ".join(record["responses"][0].split())
             self.say(f"    {problem[:100]} -> {response[:160]}  ({mark}; gold: {record['answer'][:40]})")

@@ -48,10 +48,14 @@ def draw_curves(path: Path, metrics: list[dict[str, Any]], evaluations: list[dic
 
 
 def _draw_evaluations(axis, evaluations: list[dict[str, Any]]) -> None:
-    steps = [row["step"] for row in evaluations]
-    values = [row["pass@1"] for row in evaluations]
-    low = [row["pass@1"] - row["ci95"][0] for row in evaluations]
-    high = [row["ci95"][1] - row["pass@1"] for row in evaluations]
-    axis.errorbar(steps, values, yerr=[low, high], marker="o", markersize=4, capsize=3, linewidth=1.2)
-    axis.set_title("Held-out pass@1 (95 % interval)", fontsize=10)
+    for name in dict.fromkeys(row["name"] for row in evaluations):
+        rows = [row for row in evaluations if row["name"] == name]
+        steps, values = [row["step"] for row in rows], [row["pass@1"] for row in rows]
+        low = [row["pass@1"] - row["ci95"][0] for row in rows]
+        high = [row["ci95"][1] - row["pass@1"] for row in rows]
+        axis.errorbar(
+            steps, values, yerr=[low, high], marker="o", markersize=4, capsize=3, linewidth=1.2, label=name
+        )
+    axis.set_title("Evaluation: pass@1 (95 % interval)", fontsize=10)
+    axis.legend(fontsize=8)
     axis.set_ylim(0, 1.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
-WRITTEN = ("config.yaml", *LOGS, "summary.json", "curves.png", "checkpoints", "final")
+WRITTEN = ("config.yaml", *LOGS, "summary.json", "curves.png", "checkpoints", "evaluations", "final")
 
 
 class RunFolder:

@@ -5,6 +5,7 @@ They read the marked answer in training; with `finding: stated` also answers wit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 
 from vlm_sapo.plugins import resolve
@@ -32,7 +33,7 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
         name, args = example.verifier
         function = resolve(name, field="verifier.name", builtin=VERIFIERS)
         given = {"finding": finding} if "finding" in signature(function).parameters else {}
-        return function(response, example, **given | dict(args))
+        return function(response, replace(example, verifier=None), **given | dict(args))
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
     if option_column(columns) or kind.startswith("multi"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.configfile import dump
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
-from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmark
+from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
 from vlm_sapo.models.vlm import VLM, load_vlm
@@ -27,7 +31,7 @@ from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.training.run import Core, Evaluator, Training, write_rollouts
+from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training, write_rollouts
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
 
@@ -144,7 +148,7 @@ def _build_core(
         stream=stream,
         encode=encode,
         evaluator=Evaluator(
-            _measure(config, engine, encode, reward, console), config.eval.every, folder, console
+            _measures(config, engine, encode, reward, console), config.eval.every, folder, console
         ),
         progress=progress,
         checkpoint_every=config.checkpoint.every,
@@ -190,19 +194,32 @@ def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
-def _measure(config, engine, encode, reward, console) -> Callable[[], tuple[dict, list[dict]]] | None:
-    if config.eval.data is None:
-        return None
-    examples = build_examples(config.eval.data)
-    sampling = Sampling(config.eval.samples, config.rollout.max_tokens, config.eval.temperature, EVAL_SEED)
+def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Path], tuple]]:
+    """By name, functions that evaluate into a folder: `held-out` on `eval.data`, and the benchmarks."""
+    draw = Sampling(config.eval.samples, config.rollout.max_tokens, config.eval.temperature, EVAL_SEED)
+    skip = config.data.on_error == "skip"
+    found: dict[str, Callable[[Path], tuple]] = {}
 
-    def run() -> tuple[dict, list[dict]]:
-        with console.progress("evaluate", len(examples)) as show:
-            part = config.eval.part or reward.parts[0].label
-            skip = config.data.on_error == "skip"
-            return evaluate(engine, examples, encode, reward, sampling, part=part, skip=skip, progress=show)
+    def run(name: str, examples, reward: Reward, measure: Measure, sampling: Sampling, folder: Path):
+        with console.progress(f"evaluate {name}", len(examples)) as show:
+            samples = SampleFile(folder, name)
+            return evaluate(
+                engine, examples, encode, reward, sampling, measure, samples=samples, skip=skip, progress=show
+            )
 
-    return run
+    def run_benchmark(benchmark: Benchmark, folder: Path):
+        sampling = replace(draw, max_tokens=benchmark.max_tokens)
+        with closing(Reward(benchmark.parts)) as own:
+            return run(benchmark.name, benchmark.examples, own, benchmark.measure, sampling, folder)
+
+    if config.eval.data is not None:
+        examples = build_examples(config.eval.data, task=HELD_OUT)
+        measure = Measure(config.eval.part or reward.parts[0].label)
+        found[HELD_OUT] = partial(run, HELD_OUT, examples, reward, measure, draw)
+    for name in config.eval.benchmarks:
+        benchmark = build_benchmark(name, limit=config.eval.limit)
+        found[benchmark.name] = partial(run_benchmark, benchmark)
+    return found
 
 
 def _banner(config, vlm: VLM, stream: Mixture, accelerator: Accelerator, found: Path | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -23,11 +25,17 @@ from vlm_sapo.types import Example, Group, Prompt, Sampling
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
 
+HELD_OUT = "held-out"
+"""Name of the evaluation on `eval.data`."""
+
+
 @dataclass
 class Evaluator:
-    """Measures the model and keeps the results in the run's folder; does nothing without held-out rows."""
+    """Measures the model and keeps results and samples in the run's folder; does nothing without anything to
+    measure on."""
 
-    run: Callable[[], tuple[dict, list[dict]]] | None
+    measures: dict[str, Callable[[Path], tuple[dict, list[dict]]]]
+    """By name, what evaluates into a folder."""
     every: int
     folder: RunFolder
     console: Console
@@ -35,15 +43,22 @@ class Evaluator:
     def at(self, step: int, *, last: int) -> None:
         """Evaluates before the first step, every so many steps and after the last one, once each."""
         due = step in (0, last) or (self.every and step % self.every == 0)
-        done = {record["step"] for record in self.folder.read("evaluations.jsonl")}
-        if self.run is None or not due or step in done:
+        if not due:
             return
-        result, records = self.run()
-        self.folder.append("evaluations.jsonl", {"step": step} | result)
+        done = {(record["step"], record["name"]) for record in self.folder.read("evaluations.jsonl")}
+        folder = self.folder.path / "evaluations" / f"step_{step:06d}"
+        if not any(key[0] == step for key in done):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name, run in self.measures.items():
+            if (step, name) not in done:
+                result, records = run(folder)
+                self.folder.append("evaluations.jsonl", {"step": step, "name": name} | result)
+                self._say(f"{name} pass@1 after {step} steps", result, records)
+
+    def _say(self, title: str, result: dict, records: list[dict]) -> None:
         low, high = result["ci95"]
         self.console.say(
-            f"held-out pass@1 after {step} steps: {result['pass@1']:.3f}  "
-            f"(95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, "
+            f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, "
             f"{result['response_tokens']:.1f} tokens per response)"
         )
         self.console.samples(records[:3])
@@ -87,7 +102,9 @@ class Core:
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for name, step in (("eval_before", 0), ("eval_after", steps)):
             found = [record for record in evaluations if record["step"] == step]
-            summary |= {name: {key: found[0][key] for key in ("pass@1", "ci95", "n")}} if found else {}
+            for record in found[::-1]:  # the held-out rows, which come first, under the plain name
+                short = {key: record[key] for key in ("pass@1", "ci95", "n")}
+                summary |= {name: short, f"{name}/{record['name']}": short}
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,229 @@
+"""What `vlm-sapo eval` does: checks the benchmarks' rows, draws and grades responses, writes and prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmark
+from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import VLM, load_vlm
+from vlm_sapo.planning.inspect import check_golds, inspect
+from vlm_sapo.plugins import locate
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.recorded import Recorded
+from vlm_sapo.types import Example, Prompt, Sampling
+
+SHOWN = 5
+"""Rows that an error names."""
+SMALLEST_GROUP = 5
+"""Breakdowns by a column with more values than this are left to results.json."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers, beside the benchmark's own definition."""
+
+    model: str | None
+    responses: str | None
+    samples: int
+    temperature: float
+    seed: int
+    max_tokens: int | None
+    min_pixels: int | None
+    max_pixels: int | None
+    dtype: str
+    limit: int | None
+    on_error: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where responses come from: a model, or a file of recorded ones."""
+
+    engine: RolloutEngine
+    encode_for: Callable[[int], Callable[[Example], Prompt]]
+    """The encoder for responses of so many tokens."""
+    samples: int
+
+
+def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int) -> dict:
+    """Evaluates on the named benchmarks one after the other; returns what `results.json` holds."""
+    console = Console()
+    benchmarks = [build_benchmark(name, limit=settings.limit) for name in names]
+    folder = RunFolder(out)
+    for benchmark in benchmarks:
+        _claim(folder, benchmark, settings)
+    source = _open_source(settings, batch)
+    results = {}
+    for benchmark in benchmarks:
+        console.say(f"{benchmark.name}: {benchmark.about}")
+        try:
+            results[benchmark.name] = _run(benchmark, source, settings, folder, console)
+        except KeyboardInterrupt:
+            console.say(f"interrupted; what was graded is in {out}, and the same command goes on from there")
+            raise
+        held = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
+        folder.replace("results.json", json.dumps(held | results, indent=2, ensure_ascii=False) + "\n")
+    console.table(*table(results))
+    console.say(f"everything is in {out}")
+    return results
+
+
+def _run(
+    benchmark: Benchmark, source: Source, settings: Settings, folder: RunFolder, console: Console
+) -> dict:
+    max_tokens = settings.max_tokens or benchmark.max_tokens
+    encode = source.encode_for(max_tokens)
+    samples = SampleFile(folder.path, benchmark.name)
+    skip = settings.on_error == "skip"
+    sampling = Sampling(source.samples, max_tokens, settings.temperature, settings.seed)
+    with closing(Reward(benchmark.parts)) as reward:
+        if isinstance(encode, Encoder) and not samples.done:
+            check(benchmark, encode, reward, skip=skip, console=console)
+        total = len(benchmark.examples)
+        with console.progress(benchmark.name, total, sum(map(len, samples.done.values()))) as show:
+            result, records = evaluate(
+                source.engine,
+                benchmark.examples,
+                encode,
+                reward,
+                sampling,
+                benchmark.measure,
+                samples=samples,
+                skip=skip,
+                progress=lambda done: show(done, f"{done} problems graded"),
+            )
+    console.samples(records[:3])
+    return result | {"model": settings.model or settings.responses, "temperature": settings.temperature}
+
+
+def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, console: Console) -> None:
+    """Looks at every row before anything is generated. Raises ValueError naming the rows that can't be used, or
+    only warns of them with `skip`; a gold answer that its own verifier rejects is such a row."""
+    with console.progress(f"check {benchmark.name}", len(benchmark.examples)) as show:
+        rows = inspect(benchmark.examples, encode, progress=show)
+    [verdict, *_] = benchmark.parts
+    rows = check_golds(rows, reward, verdict["label"], verdict["name"], verdict["args"])
+    bad = [row.error or f"{row.example.label}: {row.gold}" for row in rows if row.error or row.gold]
+    if not bad:
+        return
+    more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    message = (
+        f"{benchmark.name}: {len(bad)} of {len(rows)} rows cannot be used:\n" + "\n".join(bad[:SHOWN]) + more
+    )
+    if not skip:
+        raise ValueError(f"{message}\nmend these rows, or leave out what cannot be read with --on-error skip")
+    console.warn(message)
+
+
+def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """The results as a table: header and rows."""
+    header = [
+        "benchmark",
+        "n",
+        "pass@1",
+        "95 % interval",
+        "official rule",
+        "tokens",
+        "truncated",
+        "authors' metric",
+    ]
+    rows = []
+    for name, result in results.items():
+        low, high = result["ci95"]
+        official = result.get("official")
+        rows.append(
+            [
+                name,
+                str(result["n"]),
+                f"{result['pass@1']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{official['pass@1']:.3f}" if official else "",
+                f"{result['response_tokens']:.0f}" if "response_tokens" in result else "",
+                f"{result['truncated']:.1%}" if "truncated" in result else "",
+                _flat(result.get("metric", {})),
+            ]
+        )
+    return header, rows
+
+
+def _flat(metric: dict) -> str:
+    return ", ".join(
+        f"{name} {value['score']:.3f}" if isinstance(value, dict) else f"{name} {value:.3g}"
+        for name, value in metric.items()
+    )
+
+
+def _open_source(settings: Settings, batch: int) -> Source:
+    if settings.responses:
+        recorded = Recorded(Path(settings.responses))
+        return Source(recorded, lambda max_tokens: recorded.encode, min(settings.samples, recorded.samples))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = str(locate(settings.model))
+    vlm = load_vlm(path, dtype=settings.dtype, device=device, freeze=["vision", "merger", "language"])
+    vlm.eval()
+
+    def encode_for(max_tokens: int) -> Encoder:
+        return _encoder(vlm, settings, max_tokens)
+
+    return Source(HfEngine(vlm, prompts_per_batch=batch), encode_for, settings.samples)
+
+
+def _encoder(vlm: VLM, settings: Settings, max_tokens: int) -> Encoder:
+    room = vlm.context - max_tokens
+    if room <= 0:
+        raise ValueError(
+            f"--max-tokens ({max_tokens}) must leave room for a prompt in the model's context of "
+            f"{vlm.context} tokens; lower it"
+        )
+    limit = (
+        f"what the model's context of {vlm.context} leaves beside --max-tokens {max_tokens}; "
+        "lower --max-tokens or --max-pixels"
+    )
+    return Encoder(
+        vlm,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        max_tokens=room,
+        limit=limit,
+    )
+
+
+def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
+    """Notes in the folder what is evaluated there, or raises ValueError where samples of the same benchmark were
+    drawn with other settings."""
+    path = folder.path / "eval.yaml"
+    held: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    wanted = vars(settings) | {"weights": _weights(settings.model), "problems": len(benchmark.examples)}
+    wanted |= {"data": str(benchmark.examples[0].source), "parts": benchmark.parts}
+    wanted = json.loads(json.dumps(wanted))
+    other = held.get(benchmark.name, wanted)
+    differ = [name for name in wanted if other.get(name) != wanted[name]]
+    if differ:
+        raise ValueError(
+            f"--out ({folder.path}) holds samples of {benchmark.name} with another {', '.join(differ)}; "
+            "give another folder, or remove that one"
+        )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.replace("eval.yaml", yaml.safe_dump(held | {benchmark.name: wanted}, sort_keys=False))
+
+
+def _weights(model: str | None) -> list:
+    """Size and time of the files that hold a local model's weights: another model under the same name differs."""
+    if model is None or not locate(model).is_dir():
+        return []
+    files = sorted(locate(model).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

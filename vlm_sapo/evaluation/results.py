@@ -1,0 +1,116 @@
+"""Samples to numbers: pass@1 with its interval, pass@k, majority, breakdowns, the authors' own metric."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlm_sapo.rewards.latex import plain
+
+RESAMPLES = 2000
+RIGHT = 0.5
+"""A graded score from which a response counts as right in pass@k."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is computed from the samples of an evaluation."""
+
+    part: str
+    """The reward part that is our verdict."""
+    official: str | None = None
+    """The part that is the authors' rule."""
+    by: tuple[str, ...] = ()
+    """Columns whose values get a score of their own."""
+    metric: Callable[[list[dict], str], dict] | None = None
+    """The authors' own score, from the records and the key of their scores."""
+
+
+def summarize(records: list[dict], measure: Measure) -> dict:
+    """The numbers of a list of records, one per problem with lists over its samples.
+
+    `pass@1` is the mean of our verdict over samples and problems, `ci95` its bootstrap interval over
+    problems; `official` holds both by the authors' rule, and on how many responses the two differ.
+    """
+    scores = [record["scores"] for record in records]
+    count = min(map(len, scores))
+    result = {
+        "pass@1": float(_means(scores).mean()),
+        "ci95": bootstrap(_means(scores)),
+        "n": len(records),
+        "samples": count,
+    }
+    for k in (2**power for power in range(1, 20) if count > 1 and 2**power <= count):
+        result[f"pass@{k}"] = pass_at(scores, k)
+    if count > 1:
+        result[f"majority@{count}"] = float(np.mean([majority(record) for record in records]))
+    if measure.official:
+        official = [record["official"] for record in records]
+        differ = sum(
+            a != b
+            for one, other in zip(scores, official, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+        result["official"] = {
+            "pass@1": float(_means(official).mean()),
+            "ci95": bootstrap(_means(official)),
+            "differ": differ,
+        }
+    if measure.metric:
+        result["metric"] = measure.metric(records, "official" if measure.official else "scores")
+    outcomes = [outcome for record in records for outcome in record["outcomes"]]
+    result["no_answer"] = outcomes.count("no_answer") / len(outcomes)
+    if any(n for record in records for n in record["tokens"]):  # recorded responses have none
+        result["response_tokens"] = float(np.mean([n for record in records for n in record["tokens"]]))
+        result["truncated"] = float(np.mean([cut for record in records for cut in record["truncated"]]))
+    if by := {column: _by(records, column) for column in measure.by}:
+        result["by"] = by
+    return result
+
+
+def pass_at(scores: Sequence[Sequence[float]], k: int) -> float:
+    """Chance that one of k samples is right, without bias from n of them (arXiv 2107.03374): the mean over
+    problems of 1 - C(n - c, k) / C(n, k), c of the n being right."""
+    shares = []
+    for row in scores:
+        right = sum(score >= RIGHT for score in row)
+        shares.append(1 - math.comb(len(row) - right, k) / math.comb(len(row), k))
+    return float(np.mean(shares))
+
+
+def majority(record: dict) -> float:
+    """The score of the answer that most samples give, in one spelling; of the first drawn among equals. Samples
+    without an answer have no vote."""
+    spelled = [
+        None if answer is None else "".join(plain(answer).split()).strip(".").casefold()
+        for answer in record["answers"]
+    ]
+    votes = Counter(answer for answer in spelled if answer is not None)
+    if not votes:
+        return 0.0
+    return float(record["scores"][spelled.index(votes.most_common(1)[0][0])])
+
+
+def bootstrap(means: np.ndarray) -> list[float]:
+    """95 % percentile interval of the mean over problems ([n] problem means), 2000 resamples, fixed seed."""
+    draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def _means(scores: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array([np.mean(row) for row in scores])
+
+
+def _by(records: list[dict], column: str) -> dict[str, dict]:
+    values: dict[str, list[float]] = {}
+    for record in records:
+        value = str(record["columns"].get(column, "none"))
+        values.setdefault(value, []).append(float(np.mean(record["scores"])))
+    return {
+        value: {"pass@1": float(np.mean(means)), "n": len(means)} for value, means in sorted(values.items())
+    }

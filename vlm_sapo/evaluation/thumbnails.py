@@ -1,0 +1,26 @@
+"""Small copies of an evaluation's pictures, for people who look at its samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+SIDE = 384
+"""Longest side in pixels."""
+
+
+def keep_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[str]:
+    """Writes the pictures into `folder/pictures`, each once, and returns their paths relative to `folder`."""
+    names = []
+    for picture in pictures:
+        name = f"pictures/{hashlib.sha1(picture.tobytes()).hexdigest()[:16]}.jpg"
+        names.append(name)
+        if not (folder / name).exists():
+            (folder / "pictures").mkdir(exist_ok=True)
+            small = picture.convert("RGB")
+            small.thumbnail((SIDE, SIDE))
+            small.save(folder / name, quality=85)
+    return names
