@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -177,6 +178,7 @@ def _report(summary: dict) -> None:
 
 def main() -> None:
     """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # schedulers end runs so; processes end with them
     try:
         app()
     except ValueError as error:

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Run(Section):
     name: str = "run"
@@ -73,6 +75,10 @@ class RewardPart(Section):
     """Keyword arguments of the verifier or function."""
 
 
+RESERVED = {"mean", "zero_variance"}
+"""Names under `reward/` in the logs that are no part's."""
+
+
 class Reward(Section):
     parts: list[RewardPart] = []
     """The parts of the reward; their weighted sum is what is trained. `reward: NAME` and `reward: [...]` are
@@ -96,6 +102,8 @@ class Reward(Section):
     def _labels_differ(self):
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"two parts of one name ({', '.join(self.labels)}); give each its own `label`")
+        if taken := set(self.labels) & RESERVED:
+            raise ValueError(f"a part's label ({', '.join(taken)}) is the name of a metric; give it another")
         return self
 
     @property
@@ -173,7 +181,7 @@ class Optim(Section):
     """Steps over which the learning rate rises from 0."""
     weight_decay: NotNegative = 0.0
     """AdamW's weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's decay rates."""
     max_grad_norm: Rate = 1.0
     """Gradients are scaled down to this norm."""

@@ -1,15 +1,20 @@
-"""Evaluation: what a score is, its interval, and rows that cannot be used."""
+"""Evaluation: what a score is, its interval, samples that outlive an interruption, unusable rows."""
 
+import json
 from contextlib import closing
 
 import numpy as np
 import pytest
 
 from tests.conftest import completion, example
-from vlm_sapo.evaluation.evaluate import evaluate
-from vlm_sapo.evaluation.results import bootstrap, summarize
+from vlm_sapo.evaluation import evaluate as module
+from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Prompt, RowError, Sampling
+
+MEASURE = Measure("accuracy")
+DRAW = Sampling(2, 8, 1.0, 7)
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +26,13 @@ def reward():
 class Parrot:
     """An engine that answers the gold answer on the first of two responses and runs on at the second."""
 
-    def __init__(self):
-        self.seeds = []
+    def __init__(self, stop_at=None):
+        self.seeds, self.stop_at = [], stop_at
 
     def generate(self, prompts, sampling):
         self.seeds.append(sampling.seed)
+        if len(self.seeds) == self.stop_at:
+            raise KeyboardInterrupt
         return [[said("\\boxed{2}", "stop"), said("hmm", "length")] for _ in prompts]
 
 
@@ -37,36 +44,65 @@ def said(text: str, finish: str):
 def encode(row) -> Prompt:
     if row.id == "e3":
         raise RowError("row e3: no")
-    return Prompt(row, "", "", None, None, (), None, None)
+    return Prompt(row, "", "", None, None, row.images, None, None)
 
 
-def test_scores_are_means_over_samples_and_problems(reward):
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 2)
+
+
+def test_scores_are_means_over_samples_and_problems(reward, small_batches):
     engine = Parrot()
-    result, records = evaluate(
-        engine,
-        [example(number) for number in range(3)],
-        encode,
-        reward,
-        Sampling(2, 8, 1.0, 7),
-        part="accuracy",
-        batch=2,
-    )
+    rows = [example(number, kind="a" if number else "b") for number in range(3)]
+    result, records = evaluate(engine, rows, encode, reward, DRAW, Measure("accuracy", by=("kind",)))
     assert result["pass@1"] == 0.5 and result["n"] == 3 and result["samples"] == 2
+    assert result["pass@2"] == 1.0 and result["majority@2"] == 1.0 and result["no_answer"] == 0.5
+    assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
     assert len(set(engine.seeds)) == 2  # no two batches draw with the same seed
 
 
+def test_an_interrupted_evaluation_goes_on(reward, small_batches, tmp_path):
+    rows = [example(number) for number in (0, 1, 2, 4, 5)]
+    whole, _ = evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE)
+    first = Parrot(stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(first, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path, "b"))
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["e0", "e1", "e2", "e4"]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines)[:-20])  # a torn line: its batch is drawn again
+    second = Parrot()
+    result, records = evaluate(second, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path, "b"))
+    assert result == whole and second.seeds == [9, 11] and len(records) == 5
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in lines) == ["e0", "e1", "e2", "e4", "e5"]
+    assert (tmp_path / json.loads(lines[0])["pictures"][0]).is_file()
+
+
 def test_an_unusable_row_stops_or_is_counted(reward):
     rows = [example(number) for number in range(5)]
-    sampling = Sampling(2, 8, 1.0, 7)
     with pytest.raises(RowError, match="row e3"):
-        evaluate(Parrot(), rows, encode, reward, sampling, part="accuracy")
-    result, records = evaluate(Parrot(), rows, encode, reward, sampling, part="accuracy", skip=True)
+        evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE)
+    result, records = evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE, skip=True)
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
     with pytest.raises(ValueError, match="no usable row"):
-        evaluate(Parrot(), [example(3)], encode, reward, sampling, part="accuracy", skip=True)
+        evaluate(Parrot(), [example(3)], encode, reward, DRAW, MEASURE, skip=True)
+
+
+def test_pass_at_k_has_no_bias():
+    """Of 4 samples 1 right: 1 - C(3, 2) / C(4, 2) = 1 / 2; by drawing pairs, 3 of 6 hold it."""
+    assert pass_at([[1.0, 0.0, 0.0, 0.0]], 2) == pytest.approx(0.5)
+    assert pass_at([[1.0, 0.0, 0.0, 0.0], [1.0] * 4], 1) == pytest.approx(0.625)
+    assert pass_at([[0.0] * 3 + [1.0]], 4) == 1.0
+
+
+def test_the_majority_is_that_of_the_answers_in_one_spelling():
+    record = {"answers": ["4", "$3$", " 3.", None, None], "scores": [0.0, 1.0, 1.0, 0.0, 0.0]}
+    assert majority(record) == 1.0
+    assert majority({"answers": [None, None], "scores": [0.0, 0.0]}) == 0.0
 
 
 def test_the_interval_is_that_of_the_binomial():
@@ -77,5 +113,5 @@ def test_the_interval_is_that_of_the_binomial():
 
 
 def test_certainty_has_no_width():
-    records = [{"scores": [1.0], "tokens": [2], "truncated": [False]}] * 4
-    assert summarize(records)["ci95"] == [1.0, 1.0]
+    records = [{"scores": [1.0], "tokens": [2], "truncated": [False], "outcomes": ["graded"]}] * 4
+    assert summarize(records, MEASURE)["ci95"] == [1.0, 1.0]

@@ -1,6 +1,7 @@
 """Rewards in their worker processes: hanging, crashing and broken ones, and every kind of custom function."""
 
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -53,6 +54,34 @@ def too_few(responses, examples):
 async def waits(response, example):
     await asyncio.sleep(1000 if "sleep" in response else 0.2)
     return 1.0
+
+def leaves(response, example):
+    if "leave" in response:
+        raise SystemExit(0)
+    return 1.0
+
+async def cancels(response, example):
+    if "cancel" in response:
+        raise asyncio.CancelledError
+    return 1.0
+
+def first_sleeps(response, example):
+    if not os.path.exists(example.columns["log"]):
+        open(example.columns["log"], "w").close()
+        time.sleep(1000)
+    return 1.0
+
+LOOPS = []
+
+async def same_loop(response, example):
+    LOOPS.append(asyncio.get_running_loop())
+    return float(len(set(map(id, LOOPS))))
+
+def halves(responses, examples):
+    import numpy
+    if any("die" in response for response in responses):
+        os._exit(1)
+    return numpy.ones(len(responses), dtype=numpy.float32) / 2
 
 def counts(response, example):
     with open(example.columns["log"], "a") as file:
@@ -168,6 +197,60 @@ def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
     assert [(score.total, *score.outcomes.values()) for score in scores] == [(0.0, "error")] * 2
 
 
+def test_no_function_ends_the_run_without_a_word(reward):
+    for name, word in (("leaves", "leave"), ("cancels", "cancel")):
+        items = [(Response(word), row()), (Response("stay"), row())]
+        with pytest.raises(RewardError, match=name):
+            reward(name)(items)
+        scores = reward(name, on_error="zero")(items)
+        assert [tuple(score.outcomes.values()) for score in scores] == [("error",), ("graded",)]
+
+
+def test_only_what_hangs_is_lost(reward):
+    specs = [{"name": "sleeps"}, {"name": "length", "args": {"allowed": 1, "buffer": 1}}]
+    [score] = reward(*specs, timeout=1.0)([(Response("sleep", tokens=9), row())])
+    assert score.parts == {"sleeps": 0.0, "length": -1.0} and score.outcomes["sleeps"] == "timeout"
+
+
+def test_a_dying_batch_is_graded_one_by_one(reward):
+    spec = {"name": "halves", "batched": True}
+    scores = reward(spec)([(Response(text), row()) for text in ("fine", "die", "well")])
+    assert [score.total for score in scores] == [0.5, 0.0, 0.5]
+    assert [*scores[1].outcomes.values()] == ["crash"]
+
+
+def test_a_lost_verdict_is_not_kept(reward, tmp_path):
+    item = (Response("r"), row(log=str(tmp_path / "log")))
+    made = reward("first_sleeps", timeout=1.0)
+    assert [made([item])[0].total for _ in range(2)] == [0.0, 1.0]
+
+
+def test_rows_of_two_splits_with_one_id_are_two_rows(reward):
+    grade = reward("math")
+    response = Response(r"\boxed{7}", tokens=3)
+    assert [grade([(response, row(gold))])[0].total for gold in ("7", "8")] == [1.0, 0.0]
+
+
+def test_async_calls_share_one_event_loop(reward):
+    grade = reward("same_loop", workers=1)
+    assert [grade([(Response(text), row())])[0].total for text in ("a", "b", "c")] == [1.0] * 3
+
+
+def test_rows_that_cannot_be_sent_are_named(reward):
+    with pytest.raises(RewardError, match="plain values"):
+        reward("sleeps")([(Response("r"), row(bad=lambda: 1))])
+
+
+def test_a_reward_that_only_breaks_in_its_process_is_named(tmp_path):
+    code = (
+        "import multiprocessing\nassert not multiprocessing.parent_process(), 'no'\ndef f(r, e): return 1.0\n"
+    )
+    (tmp_path / "odd.py").write_text(code)
+    with closing(Reward([{"name": f"{tmp_path}/odd.py:f"}], workers=1)) as made:
+        with pytest.raises(RewardError, match="AssertionError: no"):
+            made([(Response("r"), row())])
+
+
 def test_a_verdict_is_kept(reward, tmp_path):
     counted = reward("counts")
     example = row(log=str(tmp_path / "log"))
@@ -184,6 +267,8 @@ def test_a_verdict_is_kept(reward, tmp_path):
         ({"name": "no.such.module:f"}, "importable module"),
         ({"name": "json:lods"}, "did you mean 'loads'"),
         ({"name": "anls", "args": {"treshold": 1}}, "unexpected keyword argument 'treshold'"),
+        ({"name": "math", "args": {"finding": "maarked"}}, "args.finding ('maarked')"),
+        ({"name": "box", "args": {"coordinates": "thousnd"}}, "args.coordinates ('thousnd')"),
     ],
 )
 def test_an_unknown_reward_or_argument_is_named(spec, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -21,7 +22,7 @@ from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rewards.verifiers import VERIFIERS
 from vlm_sapo.types import Example, Response
 
-BATCH = 2048
+BATCH = 512
 """Rows that are graded before they are written."""
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("gold", "answer")
@@ -77,12 +78,14 @@ def score_file(
     """
     found: dict[str, Agreement] = {}
     done = 0
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") if out else nullcontext() as file:
         for chunk in _chunks(path):
             graded = _grade(chunk, reward, path, responses, gold)
             for row in graded:
                 if file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row) + "\n")
                 source = str(row.get("source") or path.name) + (" (flagged)" if row.get("flags") else "")
                 found.setdefault(source, Agreement()).add(row["score"], row["outcome"], row.get("verdict"))
             if file:
@@ -110,9 +113,11 @@ def score_command(
         raise ValueError(f"--out ({out}) must be another file than the one that is graded")
     if on_error not in ("stop", "zero"):
         raise ValueError(f"--on-error ({on_error}) must be stop or zero")
-    given = yaml.safe_load(args)
-    if not isinstance(given, dict):
-        raise ValueError(f"--args ({args}) must be a YAML mapping, such as '{{tolerance: 0.1}}'")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"--timeout ({timeout}) must be a number of seconds over 0")
+    given = _mapping(args)
+    _check_columns(path, responses.split(","), "--response")
+    _check_columns(path, [gold] if gold else GOLD_COLUMNS, "--gold")
     takes = signature(resolve(name, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)).parameters
     if "finding" in takes and "finding" not in given:
         given["finding"] = "stated"
@@ -126,6 +131,27 @@ def score_command(
             path, reward, responses=responses.split(","), gold=gold or None, out=out, progress=show
         )
     console.table(*report(found))
+
+
+def _mapping(text: str) -> dict:
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f"--args ({text}) must be a YAML mapping, such as '{{tolerance: 0.1}}'")
+    return given
+
+
+def _check_columns(path: Path, names: Sequence[str], option: str) -> None:
+    """Raises ValueError where no row has any of the columns: a misspelt name, not a file of bad rows."""
+    known: dict[str, None] = {}
+    for chunk in _chunks(path):
+        for row, outcome in (_read(line) for _, line in chunk):
+            known |= dict.fromkeys(row) if outcome is None else {}
+        if set(names) & set(known):
+            return
+    raise ValueError(f"{option} ({', '.join(names)}) must be a column of {path}; it has {', '.join(known)}")
 
 
 def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
@@ -196,12 +222,15 @@ def _item(
         columns=row,
         source=f"{path}, line {number}",
     )
-    return Response(text, tokens=tokens if isinstance(tokens, int) else None), example
+    resized = row.get("resized") or [image.size for image in example.images]
+    return Response(
+        text, tokens=tokens if isinstance(tokens, int) else None, resized=tuple(map(tuple, resized))
+    ), example
 
 
 def _chunks(path: Path) -> Iterator[list[tuple[int, str]]]:
     chunk: list[tuple[int, str]] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 chunk.append((number, line))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.answers import Ungraded
-from vlm_sapo.rewards.combine import PictureSize
 from vlm_sapo.rewards.golds import right, wrong
+from vlm_sapo.rewards.pictures import PictureSize
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Example, Response, RowError
 

@@ -7,9 +7,11 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from vlm_sapo.plugins import absolute, resolve
 from vlm_sapo.rewards.answers import Ungraded
@@ -21,6 +23,8 @@ ENTRY_POINTS = "vlm_sapo.rewards"
 CONCURRENT = 64
 """Calls of an async reward that are under way at once."""
 GRADED = "graded"
+_LOOP = asyncio.Runner()
+"""One event loop per process: clients that a function keeps are bound to the loop of their first call."""
 
 Item = tuple[Response, Example]
 
@@ -40,12 +44,6 @@ class Verdict:
     """The values by name, where the function returned several; `value` is their sum."""
     detail: str = ""
     """What went wrong, for a person."""
-
-
-class PictureSize(NamedTuple):
-    """Stands in for a picture where a verifier needs its size alone."""
-
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ class Part:
                 values = list(self.function([item[0] for item in items], [item[1] for item in items]))
                 if len(values) != len(items):
                     raise ValueError(f"returned {len(values)} values for {len(items)} responses")
-            except Exception:
-                return [Verdict(0.0, "error", detail=traceback.format_exc())] * len(items)
+            except BaseException as error:
+                return [_failed(error)] * len(items)
             return [self._judged(lambda value=value: value) for value in values]
         if self.kind == "async":
-            return asyncio.run(self._gather(items, timeout))
+            return _LOOP.run(self._gather(items, timeout))
         return [self._judged(partial(self.function, response, example)) for response, example in items]
 
     async def _gather(self, items: Sequence[Item], timeout: float | None) -> list[Verdict]:
@@ -85,7 +83,7 @@ class Part:
                     value = await asyncio.wait_for(self.function(response, example), timeout)
                 except TimeoutError:
                     return Verdict(0.0, "timeout", detail=f"over {timeout} s")
-                except Exception as error:
+                except BaseException as error:
                     return _failed(error)
             return self._judged(lambda: value)
 
@@ -95,22 +93,40 @@ class Part:
     def _judged(call: Callable[[], Any]) -> Verdict:
         try:
             return _verdict(call())
-        except Exception as error:
+        except BaseException as error:
             return _failed(error)
 
 
-def _failed(error: Exception) -> Verdict:
+def _failed(error: BaseException) -> Verdict:
+    """What a function raised, `sys.exit()` included: no user's function may end a run without a word."""
     if isinstance(error, Ungraded):
         return Verdict(0.0, error.outcome, detail=str(error))
     return Verdict(0.0, "error", detail="".join(traceback.format_exception(error)))
 
 
 def _verdict(value: Any) -> Verdict:
-    named = dict(value) if isinstance(value, Mapping) else {}
-    for number in named.values() if named else (value,):
-        if not isinstance(number, bool | int | float) or not math.isfinite(number):
-            raise TypeError(f"returned {value!r}; return a finite number, or a dict of them by name")
-    return Verdict(float(sum(named.values()) if named else value), named=named)
+    named = {name: _number(item, value) for name, item in value.items()} if isinstance(value, Mapping) else {}
+    return Verdict(_number(sum(named.values()) if named else value, value), named=named)
+
+
+def _number(item: Any, returned: Any) -> float:
+    """A number of Python's, numpy's or torch's."""
+    if isinstance(item, str | bytes) or not math.isfinite(number := float(item)):
+        raise TypeError(f"returned {returned!r}; return a finite number, or a dict of them by name")
+    return number
+
+
+def _check_values(function: Callable, args: Mapping[str, Any], number: int) -> None:
+    """Holds a verifier's arguments against the types of its parameters."""
+    hints = get_type_hints(function)
+    for name, value in args.items():
+        try:
+            TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            raise ValueError(
+                f"reward.parts.{number}.args.{name} ({value!r}) is not valid: {first['msg']}"
+            ) from error
 
 
 def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
@@ -127,6 +143,9 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
         raise ValueError(
             f"reward.parts.{number}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
         ) from error
+    builtin = name in VERIFIERS or name.startswith("vlm_sapo.rewards.")
+    if builtin:
+        _check_values(function, args, number)
     waits = inspect.iscoroutinefunction(function)
     return Part(
         label=spec.get("label") or name.rpartition(":")[2],
@@ -134,7 +153,7 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
         weight=spec.get("weight", 1.0),
         gate=spec.get("gate"),
         kind="batched" if batched else "async" if waits else "each",
-        builtin=name in VERIFIERS or name.startswith("vlm_sapo.rewards."),
+        builtin=builtin,
     )
 
 
@@ -156,9 +175,3 @@ def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Score:
         values |= {f"{part.label}/{name}": value for name, value in verdict.named.items()}
     outcomes = {part.label: verdict.outcome for part, verdict in zip(parts, verdicts, strict=True)}
     return Score(0.0 if closed else total, values, outcomes)
-
-
-def without_pictures(item: Item) -> Item:
-    """The same with picture sizes in place of pictures, which cost time to send to another process."""
-    response, example = item
-    return response, replace(example, images=tuple(PictureSize(image.size) for image in example.images))

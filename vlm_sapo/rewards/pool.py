@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
+from pickle import PicklingError
+from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
@@ -20,16 +24,20 @@ from vlm_sapo.rewards.combine import (
     build_part,
     combine,
     portable,
-    without_pictures,
 )
+from vlm_sapo.rewards.pictures import share_pictures, with_pictures, without_pictures
 from vlm_sapo.types import Completion, Prompt, Response, Score
 
 CHUNK = 16
 """Responses that built-in verifiers grade between two messages."""
 CACHED = 10_000
 """Verdicts that are kept."""
+KEPT = ("graded", "no_answer", "bad_gold")
+"""Outcomes that another try would not change; their verdicts are kept."""
 _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""
+_BROKEN: list[str] = []
+"""Why the parts could not be built there."""
 
 
 def _ready() -> None:
@@ -37,15 +45,32 @@ def _ready() -> None:
 
 
 def _start(specs: Sequence[Mapping[str, Any]]) -> None:
-    _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
+    Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
+    except BaseException:
+        _BROKEN[:] = [traceback.format_exc()]
+
+
+def _end_with_parent() -> None:
+    """A run that is killed leaves no process behind that computes for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _parts() -> list[Part]:
+    if _BROKEN:
+        raise RewardError(f"the reward cannot be set up in a process of its own:\n{_BROKEN[0]}")
+    return _PARTS
 
 
 def _grade_each(items: Sequence[Item]) -> list[list[Verdict]]:
-    return [[part.grade([item])[0] for part in _PARTS if part.kind == "each"] for item in items]
+    items = [with_pictures(item) for item in items]
+    return [[part.grade([item])[0] for part in _parts() if part.kind == "each"] for item in items]
 
 
-def _grade_all(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
-    return _PARTS[number].grade(items, timeout)
+def _grade_part(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
+    return _parts()[number].grade([with_pictures(item) for item in items], timeout)
 
 
 def score_groups(
@@ -93,13 +118,16 @@ class Reward:
 
     def __call__(self, items: Sequence[Item]) -> list[Score]:
         """Scores of (response, example) pairs, in order."""
-        keys = [(example.source, example.id, str(response), response.tokens) for response, example in items]
+        keys = [_key(item) for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
-        if len(self._cache) + len(new) > CACHED:
+        graded = dict(zip(new, self._grade(list(new.values())), strict=True))
+        verdicts = [graded.get(key) or self._cache[key] for key in keys]
+        if len(self._cache) + len(graded) > CACHED:
             self._cache.clear()
-            new = dict(zip(keys, items, strict=True))
-        self._cache |= zip(new, self._grade(list(new.values())), strict=True)
-        return [combine(self.parts, self._cache[key]) for key in keys]
+        self._cache |= {
+            key: row for key, row in graded.items() if all(verdict.outcome in KEPT for verdict in row)
+        }
+        return [combine(self.parts, row) for row in verdicts]
 
     def close(self) -> None:
         """Ends the workers."""
@@ -110,26 +138,31 @@ class Reward:
         """Verdicts of every part for every item."""
         if not items:
             return []
-        pictures = all(part.builtin for part in self.parts)
-        sent = [without_pictures(item) for item in items] if pictures else items
+        with TemporaryDirectory() as folder:
+            if all(part.builtin for part in self.parts):
+                return self._grade_sent(items, [without_pictures(item) for item in items], CHUNK)
+            return self._grade_sent(items, share_pictures(items, folder), 1)
+
+    def _grade_sent(self, items: list[Item], sent: list[Item], size: int) -> list[list[Verdict]]:
         table: list[list[Verdict]] = [[] for _ in self.parts]
         each = [number for number, part in enumerate(self.parts) if part.kind == "each"]
-        size = CHUNK if pictures else 1
         starts = range(0, len(items), size) if each else ()
         chunks = [self._schedule(_grade_each, sent[start : start + size]) for start in starts]
         together = {
-            number: self._schedule(_grade_all, number, sent, self.timeout, limit=self._limit(part, len(sent)))
+            number: self._schedule(
+                _grade_part, number, sent, self.timeout, limit=self._limit(part, len(sent))
+            )
             for number, part in enumerate(self.parts)
             if part.kind != "each"
         }
         try:
             for start, future in zip(starts, chunks, strict=True):
-                rows = self._each(future, sent[start : start + size], len(each))
+                rows = self._each(future, sent[start : start + size], each)
                 for item, verdicts in zip(items[start:], rows, strict=False):
                     for number, verdict in zip(each, verdicts, strict=True):
                         table[number].append(self._accepted(verdict, self.parts[number], item))
             for number, future in together.items():
-                verdicts = self._result(future) or [self._lost(future)] * len(items)
+                verdicts = self._result(future) or self._alone(number, sent)
                 table[number] = [
                     self._accepted(verdict, self.parts[number], item)
                     for item, verdict in zip(items, verdicts, strict=True)
@@ -143,15 +176,24 @@ class Reward:
     def _schedule(self, function, *args, limit: float | None = None) -> Future:
         return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
 
-    def _each(self, future: Future, items: Sequence[Item], count: int) -> list[list[Verdict]]:
-        """Verdicts of a chunk; where one response held it up, each gets the whole time for itself."""
+    def _each(self, future: Future, items: Sequence[Item], parts: Sequence[int]) -> list[list[Verdict]]:
+        """Verdicts of a chunk; where something held it up, every part gets the whole time for each response, so
+        that only what hangs is lost."""
         rows = self._result(future)
         if rows is not None:
             return rows
-        if len(items) == 1:
-            return [[self._lost(future)] * count]
-        singles = [self._schedule(_grade_each, [item]) for item in items]
-        return [self._each(single, [item], count)[0] for single, item in zip(singles, items, strict=True)]
+        if len(items) > 1:
+            singles = [self._schedule(_grade_each, [item]) for item in items]
+            return [self._each(single, [item], parts)[0] for single, item in zip(singles, items, strict=True)]
+        if len(parts) == 1:
+            return [[self._lost(future)]]
+        return [[self._alone(number, items)[0] for number in parts]]
+
+    def _alone(self, number: int, items: Sequence[Item]) -> list[Verdict]:
+        """One part's verdicts, each response by itself."""
+        limit = self._limit(self.parts[number], 1)
+        futures = [self._schedule(_grade_part, number, [item], self.timeout, limit=limit) for item in items]
+        return [(self._result(future) or [self._lost(future)])[0] for future in futures]
 
     def _limit(self, part: Part, count: int) -> float:
         """Seconds for all responses together; an async function keeps its own limits, so this one is
@@ -161,11 +203,15 @@ class Reward:
 
     @staticmethod
     def _result(future: Future) -> list | None:
-        """What a task returned, None where it was stopped or its process ended."""
+        """What a task returned, None where it was stopped or its process ended; never an empty list."""
         try:
             return future.result()
         except (TimeoutError, ProcessExpired):
             return None
+        except (PicklingError, TypeError, AttributeError) as error:  # functions' own errors are verdicts
+            raise RewardError(
+                f"a row cannot be sent to the reward's processes ({error}); its columns must be plain values"
+            ) from error
 
     def _lost(self, future: Future) -> Verdict:
         error = future.exception()
@@ -183,3 +229,10 @@ class Reward:
                 f"reward.on_error=zero to score such responses 0\n{verdict.detail}"
             )
         return verdict
+
+
+def _key(item: Item) -> tuple:
+    """What a verdict depends on. Rows of several splits may share source and id."""
+    response, example = item
+    row = (example.source, example.task, example.id, example.problem, example.answer)
+    return *row, str(response), response.tokens, response.resized

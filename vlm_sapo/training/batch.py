@@ -61,10 +61,12 @@ def minibatches(
     layout: Layout,
     budget: int,
     mask_truncated: bool = False,
+    keep_flat: bool = False,
 ) -> list[MiniBatch]:
     """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
 
-    Groups without variance stay in the denominators and never reach the model. With `mask_truncated`,
+    Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL term
+    needs. With `mask_truncated`,
     responses that hit the length limit leave both the loss and the denominators. `budget` is in tokens of a
     micro-batch, which `layout` fills.
     """
@@ -77,7 +79,7 @@ def minibatches(
             for group, values in zip(groups[chosen], advantages[chosen], strict=True)
         ]
         counted = [completion for row in rows for completion in row.completions]
-        trained = [row for row in rows if row.completions and any(row.weights)]
+        trained = [row for row in rows if row.completions and (keep_flat or any(row.weights))]
         batches.append(
             MiniBatch(
                 micros=_microbatches(trained, layout, budget),

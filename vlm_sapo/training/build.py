@@ -67,6 +67,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         count=train.minibatches,
         budget=train.tokens_per_microbatch,
         mask_truncated=algo.mask_truncated,
+        keep_flat=algo.kl > 0,
     )
     return Training(
         core=core,
