@@ -14,10 +14,11 @@ LAYERS = [
     {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
-    {"planning", "evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
-    {"training.run"},
+    {"planning.inspect", "planning.duplicates", "planning.doctor"},
+    {"evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
+    {"planning.command", "training.run"},
     {"training.build"},
-    {"training.trainer", "training.sft"},
+    {"training.trainer", "training.sft", "training.filter"},
     {"cli"},
 ]
 OWNERS = {

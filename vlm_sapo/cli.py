@@ -49,6 +49,30 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Further benchmarks, NAME[=FILE] with commas, whose pictures must not be trained on."
+        ),
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Where to write the findings.")] = Path("runs/doctor.json"),
+) -> None:
+    """Look at every row of a config before any GPU hour: exit code 1 where something would break the run."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+
+    parsed = load(TrainConfig, config, overrides or [])
+    _quieten()
+    from vlm_sapo.planning.command import doctor_command
+
+    if not doctor_command(parsed, [name for name in against.split(",") if name], out):
+        raise typer.Exit(1)
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with responses and gold answers.")],
     reward: Annotated[
@@ -134,6 +158,45 @@ def evaluate(
         on_error=on_error,
     )
     eval_command(settings, [f"{names[0]}={data}"] if data else names, out, batch)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    run_b: Annotated[Path, typer.Argument(help="Folder of another one on the same problems.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN_B/compare.html by default.")] = None,
+) -> None:
+    """Compare two evaluations: a paired test, and the pictures whose verdict changed."""
+    from vlm_sapo.evaluation.compare import compare_command
+
+    compare_command(run_a, run_b, out or run_b / "compare.html")
+
+
+@app.command("filter")
+def filter_rows(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=2, help="Responses per row.")] = 16,
+    keep: Annotated[
+        str, typer.Option(help="Pass rates worth training on, both ends included.")
+    ] = "0.05..0.9",
+    out: Annotated[Path, typer.Option(help="Folder for samples and kept rows.")] = Path("runs/filter"),
+) -> None:
+    """Sample the current model on the training rows, and write those that it solves sometimes."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+
+    parsed = load(TrainConfig, config, overrides or [])
+    try:
+        low, high = map(float, keep.split(".."))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
+    _quieten()
+    from vlm_sapo.training.filter import filter_command
+
+    filter_command(parsed, samples=samples, keep=(low, high), out=out)
 
 
 @app.command("new-model")

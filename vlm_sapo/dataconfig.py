@@ -30,7 +30,7 @@ class Verifier(Section):
 class Source(Section):
     recipe: str | None = None
     """Name of a shipped recipe (`data/README.md` lists them) or a YAML file with the fields below; what is
-    given beside it comes before."""
+    given beside it comes before, and null takes a field back."""
     source: str | None = None
     """Hub id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the rows."""
     subset: str | None = None
@@ -59,15 +59,18 @@ class Source(Section):
     @classmethod
     def _with_recipe(cls, value: Any) -> Any:
         """The recipe's fields under the given ones; mappings are joined."""
-        if not isinstance(value, dict) or not value.get("recipe"):
+        if not isinstance(value, dict):
             return value
-        recipe = read_mapping(find(str(value["recipe"]), "data", field="recipe"))
+        recipe = {}
+        if value.get("recipe"):
+            recipe = read_mapping(find(str(value["recipe"]), "data", field="recipe"))
         joined = {
             name: recipe[name] | given
             for name, given in value.items()
             if isinstance(given, dict) and isinstance(recipe.get(name), dict)
         }
-        return recipe | value | joined
+        merged = recipe | value | joined
+        return {name: item for name, item in merged.items() if item is not None}
 
     @model_validator(mode="after")
     def _has_problem(self):

@@ -126,6 +126,8 @@ class Score:
     parts: Mapping[str, float]
     outcomes: Mapping[str, str] = field(default_factory=dict)
     """By part, `graded` or why it could not be graded: `no_answer`, `timeout`, ..."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """By part, what there is to say of an outcome that isn't `graded`."""
 
 
 @dataclass(frozen=True)

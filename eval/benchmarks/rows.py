@@ -50,22 +50,23 @@ def dynamath(row: dict) -> dict:
     """The answer instruction by type, and what our verifier reads: letters, or numbers to three digits."""
     kind = row["answer_type"]
     wanted = {
-        "multiple choice": "the corresponding choice option in the 'short answer' key, such as 'A', 'B', 'C', or 'D'",
+        "multiple choice": "the corresponding choice option in the 'short answer' key, such as 'A' or 'B'",
         "float": "a three-digit floating-point number in the 'short answer' key",
     }.get(kind, "the answer in the 'short answer' key, in as few words or symbols as possible")
     return row | {
         "answer": row.get("ground_truth", row.get("answer")),
-        "problem": f"{row['question']}\n## Answer Instruction\nPlease provide an answer to the question outlined "
-        "above. Your response should adhere to the following JSON format, which includes two keys: 'solution' and "
-        f"'short answer'. The 'solution' key can contain detailed steps needed to solve the question, and the "
-        f"'short answer' key should provide a concise response, {wanted}.",
+        "problem": f"{row['question']}\n## Answer Instruction\nPlease provide an answer to the question "
+        "outlined above. Your response should adhere to the following JSON format, which includes two keys: "
+        "'solution' and 'short answer'. The 'solution' key can contain detailed steps needed to solve the "
+        f"question, and the 'short answer' key should provide a concise response, {wanted}.",
         "question_type": "multi_choice" if kind == "multiple choice" else "free_form",
         "level": row.get("level", row.get("knowledge_level")),
     }
 
 
 def last_sentence(row: dict) -> dict:
-    """Geometry3K; where the rows are FormalGeo7k's, whose text restates the figure, only the question of it."""
+    """Geometry3K; where the rows are FormalGeo7k's, whose text restates the figure, only the question of
+    it."""
     if "problem_text_en" not in row:
         return row
     sentences = re.split(r"(?<=[.?!])\s+", row["problem_text_en"].strip())
@@ -95,8 +96,9 @@ def mmmu_pro(row: dict) -> dict:
         problem, images = _pictures(str(row["question"]), row, options)
         problem += _lettered(options)
     return row | {
-        "problem": f"{problem}\nThe last line of your response should be of the following format: 'Answer: $LETTER' "
-        "(without quotes), where LETTER is one of the options. Think step by step before answering.",
+        "problem": f"{problem}\nThe last line of your response should be of the following format: "
+        "'Answer: $LETTER' (without quotes), where LETTER is one of the options. Think step by step before "
+        "answering.",
         "images": images,
         "question_type": "multi_choice",
     }
@@ -145,8 +147,8 @@ def letters(row: dict) -> dict:
 
 
 def _pictures(problem: str, row: dict, options: list | None = None) -> tuple[str, list]:
-    """The problem with `<image>` marks, and the pictures in the order of its marks. Pictures that only options
-    name come behind the question's, which loses no picture; one that nothing names comes first."""
+    """The problem with `<image>` marks, and the pictures in the order of its marks. Pictures that only
+    options name come behind the question's, which loses no picture; one that nothing names comes first."""
     numbers = [number or "1" for number in MARK.findall(problem)]
     named = [number for option in options or [] for number in MARK.findall(str(option)) if number]
     held = [name[6:] for name in sorted(row) if re.fullmatch(r"image_\d+", name) and row[name] is not None]

@@ -1,8 +1,11 @@
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from tests.conftest import example
-from vlm_sapo.data.stream import PromptStream
-from vlm_sapo.types import RowError
+from vlm_sapo.data.stream import Mixture, PromptStream
+from vlm_sapo.types import Prompt, RowError
 
 EXAMPLES = [example(number, pictures=0) for number in range(7)]
 
@@ -49,3 +52,59 @@ def test_bad_rows_stop_or_are_counted():
 def test_a_set_without_a_usable_row_ends():
     with pytest.raises(RowError):
         PromptStream([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
+
+
+def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> Mixture:
+    streams = {
+        task: PromptStream(
+            [replace(example(number, pictures=0), task=task) for number in range(5 + place)],
+            encode,
+            seed=task,
+            skip=True,
+        )
+        for place, task in enumerate(shares)
+    }
+    return Mixture(streams, shares, minibatch=minibatch)
+
+
+@pytest.mark.parametrize(
+    ("shares", "size"),
+    [
+        ({"a": 0.6, "b": 0.4}, 4),
+        ({"a": 0.6, "b": 0.4}, 5),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, 8),
+        ({"a": 0.97, "b": 0.03}, 8),
+    ],
+)
+def test_every_minibatch_holds_each_tasks_share(shares, size):
+    """Rounded up or down in each, and exact over all: 40 steps of 4 mini-batches."""
+    stream, total = mixture(shares, size), Counter()
+    for _ in range(40):
+        prompts = stream.take(4 * size)
+        for start in range(0, len(prompts), size):
+            counts = Counter(prompt.task for prompt in prompts[start : start + size])
+            assert all(abs(counts[task] - share * size) <= 1 for task, share in shares.items())
+            total += counts
+    assert all(abs(total[task] - share * 160 * size) < 1 for task, share in shares.items())
+
+
+def test_a_mixture_goes_on_where_it_stopped():
+    shares = {"a": 0.7, "b": 0.3}
+    whole = [(p.task, p.id) for p in mixture(shares, 4).take(48)]
+    first, second = mixture(shares, 4), mixture(shares, 4)
+    first.take(12)
+    second.restore(first.state())
+    assert [(p.task, p.id) for p in second.take(36)] == whole[12:]
+
+
+def test_a_mixture_counts_what_it_leaves_out_and_replaces_within_a_task():
+    def encode(item):
+        if item.task == "b" and item.id == "e3":
+            raise RowError("row e3 is bad")
+        return Prompt(item, "", "", None, None, (), None, None)
+
+    stream = mixture({"a": 0.5, "b": 0.5}, 4, encode)
+    prompts = stream.take(24)
+    assert stream.skipped == 2 and stream.state()["b"]["skipped"] == 2
+    assert [p.example.task for p in stream.replace(prompts[:4])] == ["a", "a", "b", "b"]
+    assert stream.drawn == {"a": 12, "b": 12}

@@ -246,9 +246,9 @@ def test_a_reward_that_only_breaks_in_its_process_is_named(tmp_path):
         "import multiprocessing\nassert not multiprocessing.parent_process(), 'no'\ndef f(r, e): return 1.0\n"
     )
     (tmp_path / "odd.py").write_text(code)
-    with closing(Reward([{"name": f"{tmp_path}/odd.py:f"}], workers=1)) as made:
-        with pytest.raises(RewardError, match="AssertionError: no"):
-            made([(Response("r"), row())])
+    made = Reward([{"name": f"{tmp_path}/odd.py:f"}], workers=1)
+    with closing(made), pytest.raises(RewardError, match="AssertionError: no"):
+        made([(Response("r"), row())])
 
 
 def test_a_verdict_is_kept(reward, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import ROOT, SHARED
+from tests.conftest import SHARED
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.cli import main
@@ -205,11 +205,7 @@ def test_two_steps_on_real_geometry(model_folder, tmp_path):
         f"model.path={model_folder('qwen2_5_vl')}",
         "model.min_pixels=1024",
         "model.max_pixels=16384",
-        f"data.source={GEOMETRY}",
-        "data.split=null",
-        "data.filter={geometry3k_split: train}",
-        "data.columns={problem: problem_text_en, answer: problem_answer, id: problem_id}",
-        f"data.transform={ROOT}/data/formalgeo.py:last_sentence",
+        f"data={{recipe: formalgeo, source: {GEOMETRY}, on_error: skip}}",
         "eval.data=null",
         "rollout.max_tokens=16",
         "train.steps=2",

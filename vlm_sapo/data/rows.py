@@ -161,8 +161,12 @@ class ExampleSet(Sequence):
             **self.common,
         )
 
+    def raw(self, index: int) -> Row:
+        """A row as the source holds it."""
+        return self.rows[self.indices[index]]
+
     def _row(self, index: int) -> Row:
-        row = self.rows[self.indices[index]]
+        row = self.raw(index)
         return self.transform(row) if self.transform else row
 
     def _images(self, row: Row, label: str) -> tuple:

@@ -111,10 +111,10 @@ def _run(
 
 
 def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, console: Console) -> None:
-    """Looks at every row before anything is generated. Raises ValueError naming the rows that can't be used, or
-    only warns of them with `skip`; a gold answer that its own verifier rejects is such a row."""
-    with console.progress(f"check {benchmark.name}", len(benchmark.examples)) as show:
-        rows = inspect(benchmark.examples, encode, progress=show)
+    """Looks at every row before anything is generated. Raises ValueError naming the rows that can't be used,
+    or only warns of them with `skip`; a gold answer that its own verifier rejects is such a row."""
+    with console.progress(f"check {benchmark.name}", len(benchmark.examples), lines=2) as show:
+        rows = inspect(benchmark.examples, encode, progress=lambda done: show(done, "rows looked at"))
     [verdict, *_] = benchmark.parts
     rows = check_golds(rows, reward, verdict["label"], verdict["name"], verdict["args"])
     bad = [row.error or f"{row.example.label}: {row.gold}" for row in rows if row.error or row.gold]
@@ -203,8 +203,8 @@ def _encoder(vlm: VLM, settings: Settings, max_tokens: int) -> Encoder:
 
 
 def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
-    """Notes in the folder what is evaluated there, or raises ValueError where samples of the same benchmark were
-    drawn with other settings."""
+    """Notes in the folder what is evaluated there, or raises ValueError where samples of the same benchmark
+    were drawn with other settings."""
     path = folder.path / "eval.yaml"
     held: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
     wanted = vars(settings) | {"weights": _weights(settings.model), "problems": len(benchmark.examples)}
@@ -222,7 +222,8 @@ def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
 
 
 def _weights(model: str | None) -> list:
-    """Size and time of the files that hold a local model's weights: another model under the same name differs."""
+    """Size and time of the files that hold a local model's weights: another model under the same name
+    differs."""
     if model is None or not locate(model).is_dir():
         return []
     files = sorted(locate(model).glob("*.safetensors"))

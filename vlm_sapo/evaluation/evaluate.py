@@ -76,10 +76,13 @@ def evaluate(
     for start in range(0, len(examples), BATCH):
         if samples is None or start not in samples.done:
             indices = range(start, min(start + BATCH, len(examples)))
-            prompts = _prompts(examples, indices, encode, skip)
+            rows, prompts = _prompts(examples, indices, encode, skip)
             groups = engine.generate(prompts, replace(sampling, seed=sampling.seed + start))
             scored = score_groups(reward, prompts, groups)
-            made = [_record(*item, measure) for item in zip(prompts, groups, scored, strict=True)]
+            made = [
+                {"row": row} | _record(*item, measure)
+                for row, *item in zip(rows, prompts, groups, scored, strict=True)
+            ]
             if samples is not None:
                 for record, prompt in zip(made, prompts, strict=True):
                     record["pictures"] = keep_pictures(samples.folder, prompt.images)
@@ -94,15 +97,18 @@ def evaluate(
     return summarize(records, measure) | ({"skipped": left_out} if left_out else {}), records
 
 
-def _prompts(examples: Sequence[Example], indices: range, encode: Callable, skip: bool) -> list[Prompt]:
-    prompts = []
+def _prompts(
+    examples: Sequence[Example], indices: range, encode: Callable, skip: bool
+) -> tuple[list[int], list[Prompt]]:
+    """The usable rows among the indices, and their prompts."""
+    found: dict[int, Prompt] = {}
     for index in indices:
         try:
-            prompts.append(encode(examples[index]))
+            found[index] = encode(examples[index])
         except RowError:
             if not skip:
                 raise
-    return prompts
+    return list(found), list(found.values())
 
 
 def _record(

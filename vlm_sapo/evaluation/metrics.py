@@ -20,7 +20,8 @@ def versions(records: list[dict], key: str) -> dict:
 
 
 def worst_case(records: list[dict], key: str) -> dict:
-    """DynaMath: a question counts where all its variants (rows of one id) are right; `average` counts rows."""
+    """DynaMath: a question counts where all its variants (rows of one id) are right; `average` counts
+    rows."""
     found = defaultdict(list)
     for record in records:
         found[record["id"]].append(record[key])
@@ -30,7 +31,8 @@ def worst_case(records: list[dict], key: str) -> dict:
 
 
 def we_math(records: list[dict], key: str) -> dict:
-    """We-Math's four-way score over groups of sub-problems and their composite (`ID`, `key`), strict and loose.
+    """We-Math's four-way score over groups of sub-problems and their composite (`ID`, `key`), strict and
+    loose.
 
     IK: some sub-problem wrong and the composite wrong; IG: all right and the composite wrong; CM and RM share
     the groups whose composite is right: strict CM needs every sub-problem right, loose CM one, and the others

@@ -83,8 +83,8 @@ def pass_at(scores: Sequence[Sequence[float]], k: int) -> float:
 
 
 def majority(record: dict) -> float:
-    """The score of the answer that most samples give, in one spelling; of the first drawn among equals. Samples
-    without an answer have no vote."""
+    """The score of the answer that most samples give, in one spelling; of the first drawn among equals.
+    Samples without an answer have no vote."""
     spelled = [
         None if answer is None else "".join(plain(answer).split()).strip(".").casefold()
         for answer in record["answers"]

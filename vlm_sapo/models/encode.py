@@ -65,8 +65,8 @@ class Encoder:
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         if smuggled := sorted(set(ids) & set(self.vlm.banned)):
             raise RowError(
-                f"{prompt.example.label}: its demonstration holds {tokenizer.decode(smuggled)}, which no response "
-                "may contain; remove it"
+                f"{prompt.example.label}: its demonstration holds {tokenizer.decode(smuggled)}, which no "
+                "response may contain; remove it"
             )
         unknown = torch.full((len(ids),), float("nan"))
         return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")

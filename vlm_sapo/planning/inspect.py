@@ -145,8 +145,8 @@ def check_golds(
         one, other = next(scores), next(scores)
         outcome, value, leaked = one.outcomes[part], one.parts[part], other.parts[part]
         if not problem and value < 1:
-            why = f"scores {value:g}" if outcome == "graded" else f"is not graded ({outcome})"
-            problem = f"the gold answer {row.example.answer[:60]!r} {why} when given as {str(good)[:80]!r}"
+            why = f"scores {value:g}" if outcome == "graded" else one.details[part] or outcome
+            problem = f"the gold answer {row.example.answer[:60]!r}, given as {str(good)[:80]!r}: {why}"
         leak = f"{str(bad)[:60]!r} scores {leaked:g} for the gold {row.example.answer[:60]!r}"
         checked[row.index] = replace(row, gold=problem, wrong=leak if leaked > 0 and not problem else "")
     return [checked.get(row.index, row) for row in rows]

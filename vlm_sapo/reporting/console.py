@@ -52,10 +52,11 @@ class Console:
         self.rich.print(table)
 
     @contextmanager
-    def progress(self, name: str, total: int, start: int = 0) -> Iterator[Progress]:
-        """Yields a function `(done, text)` that shows how far the work is."""
+    def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
+        """Yields a function `(done, text)` that shows how far the work is; without a terminal in about so
+        many lines."""
         if not self.rich.is_terminal:
-            yield lambda done, text="": self._line(name, done, total, text)
+            yield lambda done, text="": self._line(name, done, total, text, lines)
             return
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -70,8 +71,8 @@ class Console:
             task = bar.add_task(name, total=total, completed=start, text="")
             yield lambda done, text="": bar.update(task, completed=done, text=text)
 
-    def _line(self, name: str, done: int, total: int, text: str) -> None:
-        stride = max(1, total // LINES)
+    def _line(self, name: str, done: int, total: int, text: str, lines: int) -> None:
+        stride = max(1, total // lines)
         if text and (done % stride == 0 or done in (1, total)):
             self.say(f"{name} {done}/{total}  {text}")
 

@@ -174,4 +174,5 @@ def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Score:
         values[part.label] = verdict.value
         values |= {f"{part.label}/{name}": value for name, value in verdict.named.items()}
     outcomes = {part.label: verdict.outcome for part, verdict in zip(parts, verdicts, strict=True)}
-    return Score(0.0 if closed else total, values, outcomes)
+    details = {part.label: verdict.detail for part, verdict in zip(parts, verdicts, strict=True)}
+    return Score(0.0 if closed else total, values, outcomes, details)

@@ -177,8 +177,8 @@ class Reward:
         return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
 
     def _each(self, future: Future, items: Sequence[Item], parts: Sequence[int]) -> list[list[Verdict]]:
-        """Verdicts of a chunk; where something held it up, every part gets the whole time for each response, so
-        that only what hangs is lost."""
+        """Verdicts of a chunk; where something held it up, every part gets the whole time for each response,
+        so that only what hangs is lost."""
         rows = self._result(future)
         if rows is not None:
             return rows

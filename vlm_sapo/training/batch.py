@@ -65,10 +65,9 @@ def minibatches(
 ) -> list[MiniBatch]:
     """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
 
-    Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL term
-    needs. With `mask_truncated`,
-    responses that hit the length limit leave both the loss and the denominators. `budget` is in tokens of a
-    micro-batch, which `layout` fills.
+    Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL
+    term needs. With `mask_truncated`, responses that hit the length limit leave both the loss and the
+    denominators. `budget` is in tokens of a micro-batch, which `layout` fills.
     """
     size = len(groups) // count
     batches = []

@@ -104,7 +104,7 @@ def _build_core(
     temperature: float = 1.0,
     reuse_sampled: bool = False,
 ) -> Core:
-    reward = _build_reward(config.reward)  # first: its workers start while the model loads
+    reward = build_reward(config.reward)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
     train = config.train
     accelerator = Accelerator(mixed_precision=train.precision)
@@ -159,7 +159,8 @@ def _build_core(
     )
 
 
-def _build_reward(reward: cfg.Reward) -> Reward:
+def build_reward(reward: cfg.Reward) -> Reward:
+    """The reward and the processes that grade."""
     return Reward(
         [part.model_dump() for part in reward.parts],
         on_error=reward.on_error,

@@ -58,8 +58,8 @@ class Evaluator:
     def _say(self, title: str, result: dict, records: list[dict]) -> None:
         low, high = result["ci95"]
         self.console.say(
-            f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, {result['n']} problems, "
-            f"{result['response_tokens']:.1f} tokens per response)"
+            f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
+            f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
         )
         self.console.samples(records[:3])
 
@@ -102,9 +102,9 @@ class Core:
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for name, step in (("eval_before", 0), ("eval_after", steps)):
             found = [record for record in evaluations if record["step"] == step]
-            for record in found[::-1]:  # the held-out rows, which come first, under the plain name
+            for place, record in enumerate(found):
                 short = {key: record[key] for key in ("pass@1", "ci95", "n")}
-                summary |= {name: short, f"{name}/{record['name']}": short}
+                summary[f"{name}/{record['name']}" if place else name] = short
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,304 @@
+"""Benchmark definitions on their own rows: problems, pictures, verdicts, the authors' scores."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.conftest import ROOT, SHARED
+from vlm_sapo.cli import app
+from vlm_sapo.dataconfig import Benchmark
+from vlm_sapo.evaluation.benchmarks import build_benchmark, read_definition
+from vlm_sapo.evaluation.metrics import versions, we_math, worst_case
+from vlm_sapo.plugins import resolve
+
+NAMES = sorted(path.stem for path in (ROOT / "eval/benchmarks").glob("*.yaml"))
+REAL = SHARED / "data"
+FOLDERS = {
+    "mathvision": "mathvision",
+    "mmk12": "mmk12_test",
+    "dynamath": "dynamath_seed",
+    "wemath": "wemath",
+    "geometry3k": "geometry3k_formalgeo7k",
+    "sroie": "sroie_docqa",
+    "bccd": "bccd_counting_grounding",
+    "bccd_boxes": "bccd_counting_grounding",
+}
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real rows are not here")
+P = {"bytes": b"", "path": None}
+HUB = {
+    "mathvista": {
+        "pid": "1", "query": "Hint: ...\nQuestion: How many?", "decoded_image": P, "image": "images/1.jpg",
+        "choices": None, "answer": "3", "answer_type": "integer", "question_type": "free_form", "precision": None,
+    },
+    "mathverse": {
+        "sample_index": "1", "problem_index": "1", "problem_version": "Vision Only", "image": P, "answer": "B",
+        "question_type": "multi-choice", "query_cot": "Reason first. Choices: A:1 B:2", "query_wo": "x",
+    },
+    "logicvista": {"imagename": "a.png", "image": P, "question": "Which?", "answer": "A, C", "skill": ["deductive"]},
+    "mmmu": {
+        "id": "v1", "question": "<image 1> or <image 2>?", "options": "['one', '<image 3>']", "image_1": P, "image_2": P,
+        "image_3": P, "image_4": None, "answer": "B", "question_type": "multiple-choice",
+    },
+    "mmmu_pro": {"id": "v1", "question": "See <image 1>.", "options": "['1', '2']", "image_1": P, "answer": "B"},
+    "chartqa": {"image": P, "question": "How much?", "answer": "14", "type": "human_test"},
+    "olympiadbench": {
+        "id": 1, "subfield": "Geometry", "context": None, "question": "Find <image_1>.", "final_answer": ["2", "3"],
+        "image_1": P, "answer_type": "Numerical",
+    },
+    "clevr_count": {"images": [P], "problem": "How many?", "answer": "3"},
+    "visulogic": {"id": "1", "question": "Which?", "label": "B", "tag": "Spatial", "image_path": P},
+    "docvqa": {"questionId": "1", "question": "Who?", "image": P, "answers": ["A. Smith", "Smith"]},
+    "refcoco": {"question_id": "1", "image": P, "question": "q", "answer": ["left man", "man"], "bbox": [1, 2, 3, 4]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_definition_is_valid(name):
+    title, definition = read_definition(name)
+    assert title == name and isinstance(definition, Benchmark)
+    for verifier in filter(None, (definition.verifier, definition.official)):
+        resolve(verifier.name, field="", builtin={"auto": 1, "math": 1, "count": 1, "anls": 1, "box": 1})
+    if name not in FOLDERS and name != "shapes":
+        assert name in HUB, "columns of its source, for the next test"
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_definition_reads_its_sources_columns(name, tmp_path):
+    """Rows with the columns that the hub has, from a local file."""
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").as_posix()
+    row = {k: data if v is P else [data] if v == [P] else v for k, v in HUB[name].items()}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    made = build_benchmark(f"{name}={tmp_path}/rows.jsonl")
+    [example] = made.examples
+    assert example.problem and example.answer and example.task == name
+    count = {"mmmu": 3}.get(name, 1)
+    assert len(example.images) == count and example.problem.count("<image>") in (0, count)
+
+
+def test_names_variants_and_files():
+    assert read_definition("MathVision:testmini")[1].split == "testmini"
+    assert read_definition("we-math")[0] == "wemath"
+    assert read_definition("mmmu_pro:vision")[1].subset == "vision"
+    title, definition = read_definition("bccd=a/b.jsonl")
+    assert title == "bccd" and definition.args == {"path": "a/b.jsonl"} and definition.split == "test"
+    with pytest.raises(ValueError, match="mathvista"):
+        read_definition("mathvist")
+
+
+@pytest.fixture
+def run(tmp_path, model_folder):
+    def evaluate(*options, out="out"):
+        result = CliRunner().invoke(app, ["eval", "--out", str(tmp_path / out), *options])
+        path = tmp_path / out / "results.json"
+        return result, json.loads(path.read_text()) if path.exists() else {}
+
+    return evaluate
+
+
+@needs_real
+@pytest.mark.parametrize("name", FOLDERS)
+def test_each_on_its_real_rows(run, name, model_folder, tmp_path):
+    data = str(REAL / FOLDERS[name] / "problems.jsonl")
+    options = (
+        "--benchmark",
+        name,
+        "--data",
+        data,
+        "--max-tokens",
+        "4",
+        "--max-pixels",
+        "10000",
+        "--limit",
+        "12",
+    )
+    result, found = run("--model", str(model_folder()), *options)
+    assert result.exit_code == 0, result.exception
+    assert (
+        found[name]["n"] == 12 and found[name]["ci95"][0] <= found[name]["pass@1"] <= found[name]["ci95"][1]
+    )
+    records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert len(records) == 12 and all(record["pictures"] for record in records)
+
+
+def recorded(tmp_path, responses: dict) -> str:
+    path = tmp_path / "responses.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": key, "response": text}) + "\n" for key, text in responses.items())
+    )
+    return str(path)
+
+
+def real_rows(name: str) -> list[dict]:
+    lines = (REAL / FOLDERS[name] / "problems.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@needs_real
+@pytest.mark.skipif(not (SHARED / "verifier_truth").exists(), reason="the truth files are not here")
+def test_recorded_responses_of_mathvision_score_as_its_authors_say(run, tmp_path):
+    lines = (SHARED / "verifier_truth/triples.jsonl").read_text().splitlines()
+    ids = {row["id"] for row in real_rows("mathvision")}
+    truth = {
+        row["id"]: row
+        for row in map(json.loads, lines)
+        if row["source"] == "mathvision" and row["id"] in ids and not row.get("flags")
+    }
+    assert len(truth) > 8
+    responses = recorded(tmp_path, {key: row["response"] for key, row in truth.items()})
+    data = str(REAL / "mathvision/problems.jsonl")
+    result, found = run(
+        "--responses", responses, "--benchmark", "mathvision", "--data", data, "--on-error", "skip"
+    )
+    assert result.exit_code == 0, result.exception
+    official = sum(row["verdict"] for row in truth.values()) / len(truth)
+    assert found["mathvision"]["official"]["pass@1"] == pytest.approx(official)
+    assert found["mathvision"]["n"] == len(truth) and "response_tokens" not in found["mathvision"]
+
+
+@needs_real
+def test_right_answers_in_each_benchmarks_own_form_score_1_and_others_0(run, tmp_path):
+    """Every second problem answered right, in the form that its prompt asks for."""
+    forms = {
+        "mathvision": (lambda row: row["id"], lambda row: row["answer"], r"So \boxed{{{}}}"),
+        "mmk12": (lambda row: row["id"], lambda row: row["answer"], r"So \boxed{{{}}}"),
+        "dynamath": (
+            lambda row: row["id"],
+            lambda row: row["answer"],
+            '{{"solution": "s", "short answer": "{}"}}',
+        ),
+        "wemath": (lambda row: f"{row['ID']}/{row['key']}", lambda row: row["answer"], "Thus.\nAnswer: {}"),
+    }
+    for name, (key, gold, form) in forms.items():
+        rows = real_rows(name)
+        answers = {
+            key(row): form.format(gold(row) if place % 2 == 0 else "H" if name == "wemath" else "-77.5")
+            for place, row in enumerate(rows)
+        }
+        data = str(REAL / FOLDERS[name] / "problems.jsonl")
+        responses = recorded(tmp_path, answers)
+        result, found = run("--responses", responses, "--benchmark", name, "--data", data, out=name)
+        assert result.exit_code == 0, result.exception
+        share = (len(rows) + 1) // 2 / len(rows)
+        assert found[name]["pass@1"] == pytest.approx(share), name
+        if "official" in found[name]:
+            assert found[name]["official"]["pass@1"] == pytest.approx(share), name
+
+
+def test_a_rows_faults_are_named_before_anything_is_generated(run, tmp_path, model_folder):
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
+    good = {
+        "id": "1",
+        "question": "<image1>?",
+        "options": [],
+        "answer": "3",
+        "image": "a.png",
+        "level": 1,
+        "subject": "x",
+    }
+    cases = {
+        "does not exist": good | {"image": "b.png"},
+        "field answer is empty": good | {"answer": ""},
+        "none of the options": good | {"options": ["a", "b"], "answer": "E"},
+        "the model's context of": good | {"question": "why " * 9000},
+    }
+    for words, bad in cases.items():
+        (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad | {"id": "bad"}) + "\n")
+        options = (
+            "--model",
+            str(model_folder()),
+            "--benchmark",
+            "mathvision",
+            "--data",
+            str(tmp_path / "rows.jsonl"),
+        )
+        result, found = run(*options, "--max-tokens", "4")
+        assert result.exit_code != 0 and not found
+        assert words in str(result.exception) and "row bad" in str(result.exception)
+        assert not (tmp_path / "out/samples.jsonl").exists()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "1", "text": "x"}) + "\n")
+    result, _ = run(
+        "--model", str(model_folder()), "--benchmark", "mmk12", "--data", str(tmp_path / "rows.jsonl")
+    )
+    assert "data.columns.problem (question)" in str(result.exception)
+    result, _ = run(
+        "--model", str(model_folder()), "--benchmark", "mmk12", "--data", str(tmp_path / "no.jsonl")
+    )
+    assert "no such file" in str(result.exception)
+
+
+def test_a_marked_picture_that_is_missing_is_named(tmp_path):
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
+    row = {"id": "7", "question": "<image 1> <image 2>?", "options": "[]", "answer": "3", "image_1": "a.png"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="row 7 .* picture 2: .*NoneType"):
+        build_benchmark(f"mmmu={tmp_path}/rows.jsonl").examples[0]
+
+
+def test_a_folder_of_other_settings_is_refused(run, model_folder):
+    options = ("--model", str(model_folder()), "--benchmark", "shapes", "--max-tokens", "4")
+    first, found = run(*options, "--limit", "4")
+    assert first.exit_code == 0 and found["shapes"]["n"] == 4
+    again, same = run(*options, "--limit", "4")
+    assert again.exit_code == 0 and same == found
+    other, _ = run(*options, "--limit", "5")
+    assert "another limit" in str(other.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--benchmark", "shapes"), "give --model"),
+        (("--benchmark", "a,b", "--data", "c", "--model", "m"), "for one benchmark"),
+        (("--benchmark", "shapes", "--model", "m", "--engine", "vllm"), "must be hf"),
+        (("--benchmark", "nothing", "--model", "m"), "mathvista"),
+        (("--benchmark", "shapes", "--responses", "no.jsonl"), "there is none"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(run, options, words):
+    result, _ = run(*options)
+    assert words in str(result.exception)
+
+
+def we_math_records(verdicts: dict[str, list[float]]) -> list[dict]:
+    records = []
+    for group, scores in verdicts.items():
+        names = [*(str(place + 1) for place in range(len(scores) - 1)), "multi"]
+        for name, score in zip(names, scores, strict=True):
+            columns = {"ID": group, "key": f"{group[0]}steps_{name}"}
+            records.append({"id": f"{group}/{name}", "columns": columns, "scores": [score]})
+    return records
+
+
+def test_we_maths_four_ways():
+    """One group of each: by hand strict CM 1, RM 2, IG 1, IK 1 of 5; loose CM 2, RM 1."""
+    verdicts = {
+        "2steps_1": [1, 1, 1],  # complete mastery
+        "2steps_2": [1, 0, 1],  # strict rote memorization, loose mastery
+        "2steps_3": [0, 0, 1],  # rote memorization
+        "3steps_1": [1, 1, 1, 0],  # inadequate generalization
+        "3steps_2": [1, 0, 1, 0],  # insufficient knowledge
+    }
+    records = [*we_math_records(verdicts), *we_math_records({"2steps_9": [1, 1, 1]})[:2]]
+    found = we_math(records, "scores")
+    assert found["groups"] == 5 and found["incomplete_groups"] == 1
+    strict, loose = found["strict"], found["loose"]
+    assert [round(strict[name] * 5) for name in ("CM", "RM", "IG", "IK")] == [1, 2, 1, 1]
+    assert strict["score"] == pytest.approx((5 - 0.5 - 2 - 1) / 5)
+    assert [round(loose[name] * 5) for name in ("CM", "RM", "IG", "IK")] == [2, 1, 1, 1]
+    assert loose["score"] == pytest.approx((5 - 0.5 - 1 - 1) / 5)
+
+
+def test_worst_case_and_versions():
+    rows = [
+        {"id": "1", "scores": [1.0, 0.0]},
+        {"id": "1", "scores": [1.0, 1.0]},
+        {"id": "2", "scores": [0.0, 1.0]},
+    ]
+    assert worst_case(rows, "scores") == {"average": pytest.approx(2 / 3), "worst_case": 0.5, "questions": 2}
+    rows = [
+        {"columns": {"problem_version": v}, "scores": [s]} for v, s in (("a", 1.0), ("a", 0.0), ("b", 1.0))
+    ]
+    assert versions(rows, "scores")["mean_of_versions"] == 0.75

@@ -1,0 +1,171 @@
+"""The doctor: what it finds in rows made bad on purpose, and in real ones."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from tests.conftest import SHARED, picture
+from vlm_sapo.cli import app
+
+REAL = SHARED / "data"
+
+
+def drawing(number: int) -> Image.Image:
+    """A drawing of its own for every number."""
+    image = Image.new("RGB", (96, 96), "white")
+    draw = ImageDraw.Draw(image)
+    for place in range(6):
+        x, y = (number * 37 + place * 29) % 80, (number * 53 + place * place * 17) % 80
+        draw.ellipse((x, y, x + 8 + number % 9, y + 14), outline="black", width=3)
+        draw.line((x, y, (x * 7 + number * 11) % 96, (y * 5 + 40) % 96), fill="navy", width=3)
+    return image
+
+
+class Case:
+    def __init__(self, folder, model):
+        self.folder, self.model, self.rows, self.held_out = folder, model, [], []
+
+    def add(self, number: int, rows=None, **changes) -> None:
+        name = changes.pop("image", f"{number}.png")
+        if not (self.folder / name).exists() and name == f"{number}.png":
+            drawing(number).save(self.folder / name)
+        row = {"id": f"r{number}", "problem": f"Question {number}?", "answer": str(number), "image": name}
+        (self.rows if rows is None else rows).append(row | changes)
+
+    def run(self, *overrides, against: str = "", **config):
+        for name, rows in (("train", self.rows), ("test", self.held_out)):
+            (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "model": {"path": str(self.model)},
+            "data": {"source": str(self.folder / "train.jsonl")},
+            "rollout": {"max_tokens": 8},
+            "reward": {"parts": [{"name": "auto"}], "workers": 1},
+            "train": {"steps": 1},
+        } | config
+        if self.held_out:
+            values["eval"] = {"data": {"source": str(self.folder / "test.jsonl")}}
+        (self.folder / "c.yaml").write_text(yaml.safe_dump(values))
+        out = self.folder / "found.json"
+        options = ["--out", str(out), *(["--against", against] if against else [])]
+        result = CliRunner().invoke(app, ["doctor", str(self.folder / "c.yaml"), *overrides, *options])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        report = json.loads(out.read_text())
+        return result, report, {(f["where"].rpartition("/")[2], f["name"]): f for f in report["findings"]}
+
+
+@pytest.fixture
+def case(tmp_path, model_folder):
+    made = Case(tmp_path, model_folder())
+    for number in range(12):
+        made.add(number)
+    return made
+
+
+def test_good_rows_have_no_findings(case):
+    for number in range(20, 26):
+        case.add(number, case.held_out)
+    result, report, findings = case.run()
+    assert result.exit_code == 0 and not findings
+    assert report["sets"]["held-out"]["rows"] == report["sets"]["held-out"]["usable"] == 6
+    assert "nothing would break the run" in result.output
+
+
+def test_what_would_break_a_run_is_exit_code_1(case):
+    drawing(13).save(case.folder / "whole.png")
+    (case.folder / "torn.png").write_bytes((case.folder / "whole.png").read_bytes()[:200])
+    case.add(12, image="missing.png")
+    case.add(13, image="torn.png")
+    case.add(14, answer="")
+    case.add(15, problem="<image> and <image>?")
+    case.add(16, problem="word " * 500)
+    case.add(17, choices=["red", "blue"], answer="green")
+    result, report, findings = case.run("data.max_prompt_tokens=600")
+    assert result.exit_code == 1
+    unreadable = findings["train.jsonl", "unreadable rows"]
+    assert unreadable["count"] == 4 and unreadable["level"] == "breaks"
+    assert unreadable["rows"][0] == "number 12" and "missing.png" in unreadable["text"]
+    assert findings["train.jsonl", "prompts over the limit"]["rows"] == ["r16"]
+    gold = findings["train.jsonl", "gold answers rejected"]
+    assert gold["rows"] == ["r17"] and "none of the options" in gold["text"]
+    assert report["sets"][str(case.folder / "train.jsonl")]["usable"] == 13
+    skipping, _, findings = case.run("data.max_prompt_tokens=600", "data.on_error=skip")
+    assert findings["train.jsonl", "unreadable rows"]["level"] == "warning" and skipping.exit_code == 1
+
+
+def test_a_prompt_that_leaves_no_room_for_the_response(case):
+    result, _, findings = case.run("rollout.max_tokens=5000")
+    assert result.exit_code == 1 and findings["train.jsonl", "over the context"]["count"] == 12
+
+
+def test_what_is_worth_a_look(case):
+    case.add(12, problem="The answer is 12, so?")
+    case.add(13, problem="Of 1,913 people ...?", answer="1,913")
+    case.add(14, image="0.png", problem="Question 0?", answer="5")
+    case.add(15, image="1.png", problem="Question 1?", answer="1")
+    Image.new("RGB", (40, 40), "white").save(case.folder / "16.png")
+    case.add(16)
+    case.rows.append({"id": "r17", "problem": "What does the figure show?", "answer": "9", "image": None})
+    result, _, findings = case.run()
+    assert result.exit_code == 0
+    expected = {
+        "answer in the prompt": ["r12"],
+        "answer's text in the prompt": ["r13"],
+        "answers contradict": ["r0", "r14"],
+        "rows repeated": ["r1", "r15"],
+        "blank pictures": ["r16"],
+        "picture missing": ["r17"],
+    }
+    assert {name: finding["rows"] for (_, name), finding in findings.items()} == expected
+
+
+def test_one_answer_that_prevails_and_a_reward_that_takes_anything(case):
+    for row in case.rows[:9]:
+        row["answer"] = "7"
+    (case.folder / "mine.py").write_text("def any_answer(response, example): return 1.0\n")
+    reward = {"parts": [{"name": f"{case.folder}/mine.py:any_answer"}], "workers": 1}
+    _, _, findings = case.run(reward=reward)
+    assert findings["train.jsonl", "one answer prevails"]["count"] == 9
+    assert findings["train.jsonl", "wrong answers accepted"]["count"] == 12
+
+
+def test_pictures_of_the_evaluation_in_training(case):
+    """The same file, another size and compression, and a benchmark's own rows."""
+    case.add(3, case.held_out, id="h3", problem="Another question?")
+    drawing(4).resize((143, 143)).save(case.folder / "h4.jpg", quality=70)
+    case.add(4, case.held_out, id="h4", image="h4.jpg")
+    case.add(30, case.held_out)
+    drawing(5).save(case.folder / "b5.png")
+    row = {"id": "b5", "question": "Why?", "answer": "1", "image": "b5.png"}
+    (case.folder / "bench.jsonl").write_text(json.dumps(row) + "\n")
+    result, _, findings = case.run(against=f"mmk12={case.folder}/bench.jsonl")
+    found = findings["train.jsonl", "pictures of held-out in training"]
+    assert found["rows"] == ["r3", "r4"] and "1 pairs with the same pixels, 1 nearly" in found["text"]
+    assert findings["train.jsonl", "pictures of benchmark mmk12 in training"]["rows"] == ["r5"]
+    assert result.exit_code == 0
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real rows are not here")
+def test_real_rows(case):
+    """A figure of Geometry3K's training split is nearly one of its test split."""
+    path = str(REAL / "geometry3k_formalgeo7k/problems.jsonl")
+    data = {"recipe": "formalgeo", "source": path, "max_prompt_tokens": 8000}
+    result, _, findings = case.run("model.max_pixels=40000", data=data, against=f"geometry3k={path}")
+    assert result.exit_code == 0
+    assert "1457 and 2528" in findings["formalgeo", "pictures of benchmark geometry3k in training"]["text"]
+
+
+def test_pictures_with_transparency_are_laid_on_white(tmp_path):
+    from vlm_sapo.data.images import decode
+
+    palette = Image.new("P", (20, 20), 0)
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.paste(1, (5, 5, 10, 10))
+    palette.save(tmp_path / "p.png", transparency=bytes([0, 255]))
+    read = decode("p.png", tmp_path)
+    assert (
+        read.mode == "RGB" and read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((7, 7)) == (0, 0, 0)
+    )
+    assert decode(picture(), tmp_path).mode == "RGB"

@@ -1,0 +1,96 @@
+"""Sampling the training rows, keeping those worth training on, and training on them."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from vlm_sapo import config as cfg
+from vlm_sapo import configfile
+from vlm_sapo.cli import app
+from vlm_sapo.training.trainer import train
+
+REWARD = """
+def some(response, example):
+    number = int(example.id.rpartition("-")[2])
+    return float(number % 3 == 1) if number % 3 < 2 else float(len(response) % 2)
+"""
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder):
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def make(**data):
+        values = {
+            "run": {"dir": str(tmp_path / "run")},
+            "model": {"path": str(model_folder())},
+            "data": data or {"source": "data/shapes.py:rows", "args": {"size": 30}},
+            "rollout": {"group": 4, "max_tokens": 8},
+            "reward": {"parts": [{"name": f"{tmp_path}/reward.py:some"}], "workers": 1},
+            "train": {"steps": 2, "prompts_per_step": 4, "minibatches": 2},
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+        return str(tmp_path / "c.yaml")
+
+    return make
+
+
+def test_rows_that_are_solved_sometimes_are_kept_and_trained_on(settings, tmp_path):
+    config, out = settings(), tmp_path / "kept"
+    command = ["filter", config, "--samples", "4", "--keep", "0.05..0.9", "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rates = {record["id"]: sum(record["scores"]) / 4 for record in samples}
+    rows = [json.loads(line) for line in (out / "shapes.jsonl").read_text().splitlines()]
+    assert len(samples) == 30 and rows
+    assert {row["id"]: row["pass_rate"] for row in rows} == {
+        k: v for k, v in rates.items() if 0.05 <= v <= 0.9
+    }
+    assert all(int(row["id"].rpartition("-")[2]) % 3 == 2 for row in rows)  # the others are all or nothing
+    before = (out / "samples.jsonl").read_text()
+    again = CliRunner().invoke(
+        app, [*command[:-4], "--keep", "0..1", "--out", str(out)]
+    )  # no new samples needed
+    assert again.exit_code == 0 and (out / "samples.jsonl").read_text() == before
+    assert len((out / "shapes.jsonl").read_text().splitlines()) == 30
+    [line] = [line for line in result.output.splitlines() if line.startswith("train on them")]
+    overrides = line.rpartition(": ")[2].split()
+    loaded = configfile.load(cfg.TrainConfig, config, overrides)
+    assert loaded.data.args == {} and train(loaded)["steps"] == 2
+
+
+def test_another_config_or_range_is_refused(settings, tmp_path):
+    config = settings()
+    base = ["filter", config, "--samples", "2", "--out", str(tmp_path / "kept")]
+    assert CliRunner().invoke(app, base).exit_code == 0
+    result = CliRunner().invoke(app, [*base, "rollout.max_tokens=4"])
+    assert "another config" in str(result.exception)
+    result = CliRunner().invoke(app, [*base, "--keep", "0.9..0.1"])
+    assert "two rates" in str(result.exception)
+
+
+def test_groups_without_variance_are_drawn_anew_within_their_task(settings, tmp_path):
+    """A third of the rows has variance: more rounds leave fewer flat groups, and shares stay."""
+    tasks = [
+        {"source": "data/shapes.py:rows", "args": {"size": 30, "seed": seed}, "name": name, "share": 0.5}
+        for seed, name in ((0, "one"), (1, "two"))
+    ]
+    config = settings(mixture=tasks)
+    flat = {}
+    for rounds in (0, 6):
+        folder = tmp_path / str(rounds)
+        train(configfile.load(cfg.TrainConfig, config, [f"rollout.resample={rounds}", f"run.dir={folder}"]))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        flat[rounds] = sum(f"minibatch{k}/loss" in row for row in rows for k in (0, 1))
+        assert all(
+            row[f"minibatch{k}/prompts/{name}"] == 1
+            for row in rows
+            for k in (0, 1)
+            for name in ("one", "two")
+        )
+        assert all((row["rollout/groups"] > 4) == bool(rounds) for row in rows)
+        assert all("task/one/reward" in row for row in rows)
+    assert flat[6] >= flat[0]

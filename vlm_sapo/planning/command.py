@@ -1,0 +1,108 @@
+"""What `vlm-sapo doctor` does: looks at every row that a run would use, prints and writes what it finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.data.sources import build_examples
+from vlm_sapo.evaluation.benchmarks import build_benchmark
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import load_outline
+from vlm_sapo.planning.doctor import RowSet, describe, diagnose, report
+from vlm_sapo.planning.inspect import check_golds, inspect
+from vlm_sapo.plugins import locate
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.types import Example
+
+
+def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
+    """Examines training rows, held-out rows, the config's benchmarks and those of `against`; returns whether
+    a run would go through."""
+    console = Console()
+    vlm = load_outline(str(locate(config.model.path)))
+    encode = Encoder(
+        vlm,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        max_tokens=config.data.max_prompt_tokens,
+    )
+    part = config.reward.parts[0]
+    if config.eval.part:
+        part = config.reward.parts[config.reward.labels.index(config.eval.part)]
+    spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
+    sets = [
+        _examine(task.task, build_examples(task), encode, spec, console, evaluated=False)
+        for task in config.data.tasks
+    ]
+    if config.eval.data:
+        examples = build_examples(config.eval.data, task="held-out")
+        sets.append(_examine("held-out", examples, encode, spec, console, evaluated=True))
+    for name in [*config.eval.benchmarks, *against]:
+        benchmark = build_benchmark(name, limit=config.eval.limit)
+        sets.append(
+            _examine(
+                f"benchmark {benchmark.name}",
+                benchmark.examples,
+                encode,
+                benchmark.parts[0],
+                console,
+                evaluated=True,
+            )
+        )
+    findings = diagnose(
+        sets,
+        context=vlm.context,
+        max_tokens=config.rollout.max_tokens,
+        skip=config.data.on_error == "skip",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report(sets, findings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(sets, findings, out, console)
+    return all(finding.level != "breaks" for finding in findings)
+
+
+def _examine(
+    name: str, examples: Sequence[Example], encode: Encoder, spec: dict, console: Console, *, evaluated: bool
+) -> RowSet:
+    with console.progress(f"examine {name}", len(examples), lines=2) as show:
+        rows = inspect(examples, encode, pictures=True, progress=lambda done: show(done, "rows"))
+    with closing(Reward([spec], on_error="zero")) as reward:
+        [graded] = reward.parts
+        rows = check_golds(rows, reward, spec["label"], spec["name"], spec["args"])
+    return RowSet(name, rows, evaluated, own_function=not graded.builtin)
+
+
+def _print(sets: Sequence[RowSet], findings, out: Path, console: Console) -> None:
+    header = [
+        "set",
+        "rows",
+        "usable",
+        "pictures",
+        "tokens p50",
+        "p95",
+        "max",
+        "for pictures",
+        "answers",
+        "most frequent",
+    ]
+    table = []
+    for rows in sets:
+        found = describe(rows)
+        counts = [found["rows"], found["usable"], found["pictures"], *found["tokens"].values()]
+        frequent = f"{found['most_frequent_answer'][:20]!r} {found['most_frequent_share']:.0%}"
+        table.append(
+            [rows.name, *map(str, counts), str(found["image_tokens_max"]), str(found["answers"]), frequent]
+        )
+    console.table(header, table)
+    for finding in findings:
+        ids = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
+        console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")
+        console.say(f"    {finding.text}")
+    breaks = sum(finding.level == "breaks" for finding in findings)
+    verdict = f"{breaks} findings would break the run" if breaks else "nothing would break the run"
+    console.say(f"{verdict}; {len(findings)} findings in all, in {out}")

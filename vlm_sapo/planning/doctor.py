@@ -1,0 +1,242 @@
+"""What is wrong with the rows of a config, found before any GPU hour."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vlm_sapo.planning.duplicates import matches
+from vlm_sapo.planning.inspect import Inspected
+
+WORST = 5
+"""Rows that a finding names."""
+SHRUNK = 3.0
+"""Pictures whose sides lose more than this factor are worth a look: their small print is gone."""
+ONE_ANSWER = 0.5
+"""Share from which one answer is too frequent."""
+MENTION = re.compile(
+    r"\b(?:figure|diagram|image|picture|graph|chart|photo|as shown|table below)\b", re.IGNORECASE
+)
+GIVEN_AWAY = re.compile(r"\\boxed\s*\{|<answer>|\banswer\s*(?:is|:|=)\s*\S", re.IGNORECASE)
+CHOSEN = re.compile(r"^\(?[A-Za-z]\)?$|^(?:yes|no|true|false)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about some rows of a set."""
+
+    level: Literal["breaks", "warning", "note"]
+    """`breaks`: the run would stop or could never reward the row."""
+    name: str
+    where: str
+    count: int
+    rows: list[str]
+    """The worst or first of them, by id."""
+    text: str
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of a task, of the held-out rows or of a benchmark."""
+
+    name: str
+    rows: list[Inspected]
+    evaluated: bool
+    """Whether they measure the model instead of training it."""
+    own_function: bool = False
+    """Whether a user's function grades them, whose form of an answer is not known."""
+
+
+def diagnose(sets: Sequence[RowSet], *, context: int, max_tokens: int, skip: bool) -> list[Finding]:
+    """Everything there is to say of the sets, the worst first. `context` is the model's, `max_tokens` the
+    longest response; with `skip`, rows that can't be used are left out by the run."""
+    found = []
+    for rows in sets:
+        found += _unusable(rows, skip) + _over_context(rows, context - max_tokens) + _golds(rows)
+        found += _pictures(rows) + _prompts(rows) + _answers(rows) + _repeated(rows)
+    trained = [rows for rows in sets if not rows.evaluated]
+    for rows in trained:
+        for other in (rows for rows in sets if rows.evaluated):
+            found += _leaked(rows, other)
+    order = ["breaks", "warning", "note"]
+    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def describe(rows: RowSet) -> dict[str, Any]:
+    """Counts and percentiles of a set, for the table and the JSON file."""
+    usable = [row for row in rows.rows if row.tokens and not row.error]
+    tokens = np.array([row.tokens for row in rows.rows if row.tokens] or [0])
+    answers = Counter(row.example.answer.strip() for row in rows.rows if row.example)
+    longest = sorted(rows.rows, key=lambda row: -row.tokens)[:WORST]
+    [(answer, times)] = answers.most_common(1) or [("", 0)]
+    return {
+        "rows": len(rows.rows),
+        "usable": len(usable),
+        "pictures": sum(len(row.resized) for row in usable),
+        "tokens": {
+            name: int(np.percentile(tokens, q)) for name, q in (("p50", 50), ("p95", 95), ("max", 100))
+        },
+        "image_tokens_max": max((row.image_tokens for row in rows.rows), default=0),
+        "longest": {_id(row): row.tokens for row in longest if row.tokens},
+        "answers": len(answers),
+        "most_frequent_answer": answer,
+        "most_frequent_share": times / max(sum(answers.values()), 1),
+    }
+
+
+def report(sets: Sequence[RowSet], findings: Sequence[Finding]) -> dict[str, Any]:
+    """What the JSON file holds."""
+    return {
+        "sets": {rows.name: describe(rows) for rows in sets},
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _id(row: Inspected) -> str:
+    return row.example.id if row.example else f"number {row.index}"
+
+
+def _finding(level, name: str, where: str, rows: Sequence[Inspected], text: str) -> list[Finding]:
+    if not rows:
+        return []
+    return [Finding(level, name, where, len(rows), [_id(row) for row in rows[:WORST]], text)]
+
+
+def _unusable(rows: RowSet, skip: bool) -> list[Finding]:
+    broken = [row for row in rows.rows if row.error and not row.tokens]
+    long = sorted((row for row in rows.rows if row.error and row.tokens), key=lambda row: -row.tokens)
+    all_bad = len(broken) + len(long) == len(rows.rows)
+    level = "warning" if skip and not all_bad else "breaks"
+    return [
+        *_finding(level, "unreadable rows", rows.name, broken, broken[0].error if broken else ""),
+        *_finding(level, "prompts over the limit", rows.name, long, long[0].error if long else ""),
+    ]
+
+
+def _over_context(rows: RowSet, room: int) -> list[Finding]:
+    long = sorted((row for row in rows.rows if row.tokens > room), key=lambda row: -row.tokens)
+    text = (
+        f"prompt and longest response exceed the model's context; {room} tokens are left for a prompt, lower "
+    )
+    return _finding(
+        "breaks", "over the context", rows.name, long, text + "rollout.max_tokens or model.max_pixels"
+    )
+
+
+def _golds(rows: RowSet) -> list[Finding]:
+    rejected = [row for row in rows.rows if row.gold]
+    passed = [row for row in rows.rows if row.wrong]
+    level = "note" if rows.own_function else "breaks"
+    text = f"{rejected[0].gold}; no response can be right" if rejected else ""
+    if rows.own_function:
+        text += " if your function reads \\boxed{} answers"
+    return [
+        *_finding(level, "gold answers rejected", rows.name, rejected, text),
+        *_finding("warning", "wrong answers accepted", rows.name, passed, passed[0].wrong if passed else ""),
+    ]
+
+
+def _pictures(rows: RowSet) -> list[Finding]:
+    blank = [row for row in rows.rows if any(mark.blank for mark in row.prints)]
+    factors = {row.index: _factor(row) for row in rows.rows}
+    shrunk = sorted(
+        (row for row in rows.rows if factors[row.index] > SHRUNK), key=lambda row: -factors[row.index]
+    )
+    text = ""
+    if shrunk:
+        most = factors[shrunk[0].index]
+        text = f"sides shrink up to {most:.1f} times; small print may be gone, raise model.max_pixels"
+    without = [
+        row
+        for row in rows.rows
+        if row.example and not row.example.images and MENTION.search(row.example.problem)
+    ]
+    return [
+        *_finding("warning", "blank pictures", rows.name, blank, "the picture has one colour only"),
+        *_finding("note", "pictures much reduced", rows.name, shrunk, text),
+        *_finding(
+            "warning", "picture missing", rows.name, without, "the text speaks of a picture; the row has none"
+        ),
+    ]
+
+
+def _factor(row: Inspected) -> float:
+    pairs = zip(row.example.images, row.resized, strict=False) if row.example else ()
+    return max((max(image.size) / max(size) for image, size in pairs), default=0.0)
+
+
+def _prompts(rows: RowSet) -> list[Finding]:
+    told = [row for row in rows.rows if row.example and GIVEN_AWAY.search(row.example.problem)]
+    quoted = [row for row in rows.rows if row.example and row not in told and _quotes_answer(row)]
+    return [
+        *_finding("warning", "answer in the prompt", rows.name, told, "the problem says what the answer is"),
+        *_finding(
+            "note",
+            "answer's text in the prompt",
+            rows.name,
+            quoted,
+            "the gold answer stands word for word in the problem",
+        ),
+    ]
+
+
+def _quotes_answer(row: Inspected) -> bool:
+    answer, columns = row.example.answer.strip(), row.example.columns
+    if len(answer) < 3 or CHOSEN.match(answer) or any(columns.get(name) for name in ("choices", "options")):
+        return False
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", row.example.problem) is not None
+
+
+def _answers(rows: RowSet) -> list[Finding]:
+    found = describe(rows)
+    share, answer = found["most_frequent_share"], found["most_frequent_answer"]
+    if share <= ONE_ANSWER or found["rows"] < 10:
+        return []
+    same = [row for row in rows.rows if row.example and row.example.answer.strip() == answer]
+    text = f"{share:.0%} of the answers are {answer[:40]!r}: a model that always says so scores {share:.2f}"
+    return _finding("warning", "one answer prevails", rows.name, same, text)
+
+
+def _repeated(rows: RowSet) -> list[Finding]:
+    ids: dict[str, list[Inspected]] = defaultdict(list)
+    twins: dict[tuple, list[Inspected]] = defaultdict(list)
+    for row in (row for row in rows.rows if row.example):
+        ids[row.example.id].append(row)
+        pictures = tuple(mark.exact for mark in row.prints)
+        twins[(pictures, " ".join(row.example.problem.split()))].append(row)
+    shared = [row for group in ids.values() if len(group) > 1 for row in group]
+    groups = [group for group in twins.values() if len(group) > 1]
+    unlike = [group for group in groups if len({row.example.answer for row in group}) > 1]
+    return [
+        *_finding("note", "ids shared", rows.name, shared, "several rows have one id; map data.columns.id"),
+        *_finding(
+            "note",
+            "rows repeated",
+            rows.name,
+            [row for group in groups if group not in unlike for row in group],
+            "same picture, problem and answer",
+        ),
+        *_finding(
+            "warning",
+            "answers contradict",
+            rows.name,
+            [row for group in unlike for row in group],
+            "same picture and problem, other gold answers",
+        ),
+    ]
+
+
+def _leaked(rows: RowSet, measured: RowSet) -> list[Finding]:
+    pairs = matches(rows.rows, measured.rows)
+    same = sum(kind == "same" for _, _, kind in pairs)
+    leaked = list({row.index: row for row, _, _ in pairs}.values())
+    named = "; ".join(f"{_id(a)} and {_id(b)} ({kind})" for a, b, kind in pairs[:WORST])
+    text = (
+        f"{same} pairs with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
+    )
+    return _finding("warning", f"pictures of {measured.name} in training", rows.name, leaked, text)

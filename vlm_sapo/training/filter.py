@@ -1,0 +1,143 @@
+"""Keeps the training rows that the current model can learn from: those it solves sometimes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm_sapo import config as cfg
+from vlm_sapo.data.images import decode
+from vlm_sapo.data.rows import ExampleSet
+from vlm_sapo.data.sources import build_examples
+from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.plugins import locate
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.training.build import build_encoder, build_reward
+from vlm_sapo.types import Sampling
+
+
+def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, float], out: Path) -> None:
+    """Samples every training row, writes `samples.jsonl` with all responses and, per task, `TASK.jsonl` with
+    the rows whose pass rate is within `keep`, both ends included. The same command goes on after an
+    interruption."""
+    console = Console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = str(locate(config.model.path))
+    vlm = load_vlm(path, dtype=config.model.dtype, device=device, freeze=["vision", "merger", "language"])
+    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
+    engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch)
+    sampling = Sampling(samples, config.rollout.max_tokens, config.rollout.temperature, config.run.seed)
+    measure = Measure(config.eval.part or config.reward.labels[0])
+    claim(out, config, samples)
+    overrides = []
+    with closing(build_reward(config.reward)) as reward:
+        for number, task in enumerate(config.data.tasks):
+            examples = build_examples(task)
+            file = SampleFile(out, task.task)
+            with console.progress(f"sample {task.task}", len(examples)) as show:
+                _, records = evaluate(
+                    engine,
+                    examples,
+                    encode,
+                    reward,
+                    sampling,
+                    measure,
+                    samples=file,
+                    skip=config.data.on_error == "skip",
+                    progress=lambda done: show(done, "rows sampled"),
+                )
+            target = out / f"{Path(task.task.partition(':')[0]).stem}.jsonl"
+            kept = write_kept(target, examples, records, keep)
+            console.table(*histogram(records, keep))
+            console.say(f"{task.task}: kept {kept} of {len(records)} rows in {target}")
+            field = f"data.mixture.{number}" if config.data.mixture else "data"
+            overrides += [f"{field}.source={target}", f"{field}.args=null", f"{field}.split=null"]
+    console.say(f"train on them with the same config and: {' '.join(overrides)}")
+
+
+def claim(out: Path, config: cfg.TrainConfig, samples: int) -> None:
+    """Notes in the folder what is sampled there, or raises ValueError where that was something else."""
+    parts = config.model_dump(mode="json", include={"model", "data", "rollout", "reward"})
+    wanted = json.dumps(parts | {"samples": samples, "seed": config.run.seed}, indent=2)
+    path = out / "filter.json"
+    if path.is_file() and path.read_text() != wanted:
+        raise ValueError(f"--out ({out}) holds samples of another config or number; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(wanted)
+
+
+def pass_rate(record: Mapping[str, Any]) -> float:
+    """Mean score of a row's samples."""
+    return float(np.mean(record["scores"]))
+
+
+def write_kept(
+    path: Path, examples: ExampleSet, records: Sequence[Mapping[str, Any]], keep: tuple[float, float]
+) -> int:
+    """Writes the kept rows with the source's own columns and `pass_rate`; returns how many there are."""
+    low, high = keep
+    kept = [record for record in records if low <= pass_rate(record) <= high]
+    lines = [
+        json.dumps(_portable(examples.raw(record["row"]), examples, path) | {"pass_rate": pass_rate(record)})
+        for record in kept
+    ]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(kept)
+
+
+def histogram(
+    records: Sequence[Mapping[str, Any]], keep: tuple[float, float]
+) -> tuple[list[str], list[list[str]]]:
+    """How many rows are never right, too hard, kept, too easy, always right."""
+    low, high = keep
+    names = [
+        "never right",
+        f"below {low:g}",
+        f"{low:g} to {high:g} (kept)",
+        f"above {high:g}",
+        "always right",
+    ]
+    counts: Counter[str] = Counter()
+    for rate in map(pass_rate, records):
+        place = 2 if low <= rate <= high else 0 if rate == 0 else 4 if rate == 1 else 1 if rate < low else 3
+        counts[names[place]] += 1
+    return ["pass rate", "rows"], [[name, str(counts[name])] for name in names]
+
+
+def _portable(row: Mapping[str, Any], examples: ExampleSet, path: Path) -> dict[str, Any]:
+    """A row as JSON holds it: pictures that are files by their path, others written beside the rows."""
+    column = examples.columns.get("images")
+    made = {}
+    for name, value in row.items():
+        items = value if isinstance(value, list) else [value]
+        if name == column or any(_is_picture(item) for item in items):
+            paths = [_picture_path(item, examples.folder, path) for item in items if item is not None]
+            made[name] = paths if isinstance(value, list) else (paths or [None])[0]
+        else:
+            made[name] = value
+    return made
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Image.Image | bytes) or (isinstance(value, Mapping) and "bytes" in value)
+
+
+def _picture_path(value: Any, folder: Path, path: Path) -> str:
+    if isinstance(value, str) and not value.startswith("data:"):
+        return str((folder / value).resolve())
+    target = path.parent / f"{path.stem}_pictures"
+    target.mkdir(exist_ok=True)
+    number = len(list(target.iterdir()))
+    decode(value, folder).save(target / f"{number}.png")
+    return str((target / f"{number}.png").resolve())
