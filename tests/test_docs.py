@@ -15,6 +15,7 @@ from tests.conftest import ROOT, example
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.cli import app
+from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.rewards.answers import Ungraded
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rewards.verifiers import VERIFIERS
@@ -50,14 +51,15 @@ def test_commands_are_valid(command):
         assert all(option in help_text for option in rest if option.startswith("--"))
         return
     assert program == "vlm-sapo"
-    if verb == "score":
-        options = {option for option in rest if option.startswith("--")}
-        assert all(option in CliRunner().invoke(app, ["score", "--help"]).output for option in options)
-        return
-    if verb in ("train", "sft"):
-        configfile.load(cfg.TrainConfig if verb == "train" else cfg.SftConfig, rest[0], rest[1:])
-    else:
-        assert verb == "new-model"
+    options = {option for option in rest if option.startswith("--")}
+    assert all(option in CliRunner().invoke(app, [verb, "--help"]).output for option in options)
+    if verb in ("train", "sft", "doctor", "filter"):
+        kind = cfg.SftConfig if verb == "sft" else cfg.TrainConfig
+        positional = rest[: next((i for i, word in enumerate(rest) if word in options), len(rest))]
+        configfile.load(kind, positional[0], positional[1:])
+    for option in {"--benchmark", "--against"} & options:
+        for name in rest[rest.index(option) + 1].split(","):
+            read_definition(name)
 
 
 def test_fragments_of_configs_are_valid(tmp_path):
@@ -65,7 +67,7 @@ def test_fragments_of_configs_are_valid(tmp_path):
     base |= {"reward": {"parts": [{"name": "math"}]}, "train": {"steps": 1}}
     for number, fragment in enumerate(blocks("yaml")):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump(base | yaml.safe_load(fragment)))
+        path.write_text(yaml.safe_dump(base | yaml.safe_load(fragment)))  # a fragment's sections replace ours
         configfile.load(cfg.TrainConfig, str(path))
 
 
