@@ -65,19 +65,18 @@ def marked_answer(response: str) -> str | None:
 
 
 def boxed(text: str) -> list[str]:
-    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order."""
-    found, start, depth = [], -1, 0
+    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order; one that is never
+    closed doesn't hide those after it."""
+    found: list[tuple[int, int]] = []
+    opened: list[int] = []
     for match in re.finditer(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]", text):
-        if match[0] == "}":
-            depth -= depth > 0
-            if depth == 0 and start >= 0:
-                found.append(text[start : match.start()])
-                start = -1
-        elif start >= 0:
-            depth += 1
-        elif len(match[0]) > 1:
-            start, depth = match.end(), 1
-    return found
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            while found and found[-1][0] > start:
+                found.pop()
+            found.append((start, match.start()))
+    return [text[start:end] for start, end in found]
 
 
 def stated_answer(response: str) -> str | None:
