@@ -25,7 +25,7 @@ NAMES = re.compile(
 ANGLE = re.compile(r"\\(?:angle|triangle)\s*")
 NOT_ONE_NUMBER = re.compile(
     r"\\(?:neq?|leq?|geq?|lt|gt|l?or|l?and|vee|wedge|mid|to|(?:long)?rightarrow|implies)(?![A-Za-z])|[<>]"
-    r"|\d\s*[|:]\s*\d|\d\s*_|\d\s+\d",
+    r"|\d\s*[|:]\s*\d|\d\s*_|(?<![_^\d])\d+\s+\d",
     re.IGNORECASE,
 )
 """What no answer holds that is a number: other relations, alternatives, ratios, several numbers."""
@@ -130,14 +130,14 @@ def _is_words(text: str) -> bool:
     """Whether a plain text is words, or an angle's or triangle's name, and no product of symbols."""
     if ANGLE.match(text):
         return ANGLE.sub("", text, count=1).isalpha()
-    if not re.fullmatch(r"[A-Za-z ,.'!?-]+", text) or NAMES.search(text):
+    if not re.fullmatch(r"[A-Za-z ,.'\"()!?-]+", text) or NAMES.search(text):
         return False
     return not all(PRODUCT.fullmatch(word) for word in re.findall("[A-Za-z]+", text))
 
 
 def _same_words(text: str, gold: str) -> bool:
     """Whether the texts list the same words; the letters of an angle may be turned round."""
-    one, other = (ANGLE.sub("", _key(item)) for item in (_assigned(text)[1], gold))
+    one, other = (re.sub(rf"{ANGLE.pattern}|[\"()]", "", _key(item)) for item in (_assigned(text)[1], gold))
     turned = ANGLE.match(plain(gold)) is not None and one == other[::-1]
     return turned or sorted(one.split(",")) == sorted(other.split(","))
 
