@@ -31,10 +31,32 @@ CASES = {
         # other relations and lists than the number
         ("7", "7_8", 0), ("7", r"\ne 7", 0), ("7", r"\le 7", 0), ("7", "6 | 7", 0), ("7", r"6 \lor 7", 0),
         ("7", r"6\Rightarrow 7", 0), ("7", "x=1=7", 0), ("5", "6=5", 0), ("3", "3:1", 0), ("12", "1 2", 0),
-        ("7", "> 7", 0), ("7", "3+4=7", 1), ("6.67", r"x = \frac{20}{3} = 6.67", 1), ("1234", r"1\,234", 1),
+        ("7", r"\log_2 128", 1), ("(cat)", "act", 0), ('"cat"', "cat", 1), ("7", "> 7", 0), ("7", "3+4=7", 1), ("6.67", r"x = \frac{20}{3} = 6.67", 1), ("1234", r"1\,234", 1),
         ("7", "7,", 1), ("7", "7;", 1), ("7", r"\color{red}7", 1), ("7", r"\textcolor{red}{7}", 1),
         ("1 1/2", "1.5", 1), ("1 1/2", "1/2", 0), ("1.5", r"1\frac{1}{2}", 1),
     ],
+    "short": [
+        ("42", " ".join(map(str, range(100))), 0), ("cat", "cat dog", 0), ("cat", "not cat", 0),
+        ("yes", "yes and no", 0), ("yes", "yes no", 0), ("left", "left, right", 0), ("cat", "cat or dog", 0),
+        ("0.003", "0", 0), ("0.001", "0.004", 0), ("0.003", "0.003", 1), ("42", "41 or 42", 0), ("42", "not 42", 0),
+        ("42", "x = 41 or x = 42", 0), ("42", "about 42 Mbps", 1), ("5", "5 million", 0), ("5 million", "5 million", 1),
+        ("1/64", "1/64", 1), ("3", "three", 1), ("cat", "the cat", 1), ("salt and pepper", "salt and pepper", 1),
+        ("cat", "It is a cat.", 1), ("10.12", "10.119", 1), ("cat", r"\text{cat}", 1), ("50%", r"50\%", 1),
+    ],
+    "exact": [
+        ("cat", r"\text{cat}", 1), ("New York", r"\text{New York}", 1), ("50%", r"50\%", 1),
+        ("$1,200", r"\$1,200", 1), ("cat", r"\text{dog}", 0), (r"\alpha", r"\alpha", 1), ("5²", "5²", 1),
+    ],
+    "anls": [("New York", r"\text{New York}", 1), ("$1,200", r"\$1,200", 1), ("cat", r"\text{dog}", 0)],
+    "edit_distance": [("New York", r"\text{New York}", 1), ("50%", r"50\%", 1), ("abcd", r"\text{abce}", 0.75)],
+    "number": [
+        ("5", "5 thousand", 0), ("5", "5 million", 0), ("5", "5k", 0), ("5", "5 to six", 0), ("5", "5 (six)", 0),
+        ("3", "3 squared", 0), ("3", "3 times two", 0), ("0.5", r"\frac{1}{2}", 1), ("0.5", "½", 1),
+        ("0.5", "50 %", 1), ("5%", "5 percent", 1), ("-5", "- 5", 1), ("5", "x = 5", 1), ("5", "5 cm^2", 1),
+        ("5000", "5 thousand", 1), ("2.5", "2 1/2", 1), ("2.5", r"2\frac{1}{2}", 1), ("-2.5", "-2 1/2", 1),
+        ("1234567890", "1234567891", 0), ("5", "x = 5 = 6", 0), ("5", "5x^2", 0), ("5", "5 - 2", 0),
+    ],
+    "count": [("3", "3 to five", 0), ("3", "3-five", 0), ("3", "3 cats", 1)],
 }  # fmt: skip
 ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
@@ -65,3 +87,32 @@ def test_verdicts(name, gold, answer, wanted):
 )
 def test_boxes_that_are_not_closed(text, found):
     assert boxed(text) == found
+
+
+def test_lists_are_lists_whatever_their_spaces():
+    assert score("exact", "[1,2]", example("[1, 2]")) == 1
+    assert score("auto", "[1,2]", example("[1, 2]", answer_type="list")) == 1
+    assert score("exact", "[1,3]", example("[1, 2]")) == score("exact", "[12]", example("[1, 2]")) == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "given", "wanted"),
+    [
+        ('{"a": 1}', '{"a": true}', 0),
+        ('{"a": true}', '{"a": 1}', 0),
+        ('{"a": "none"}', '{"a": null}', 0),
+        ('{"a": null}', '{"a": null}', 1),
+        ('{"a": [1]}', '{"a": [true]}', 0),
+        ('{"a": [1.0]}', '{"a": [1]}', 1),
+    ],
+)
+def test_json_values(gold, given, wanted):
+    assert score("json_fields", given, example(gold)) == wanted
+
+
+def test_the_last_of_a_fence_and_a_box_counts():
+    fence, box = '```json\n{"a": 1}\n```', r'\boxed{{"a": 2}}'
+    row = example('{"a": 2}')
+    assert VERIFIERS["json_fields"](Response(f"{fence} no, {box}"), row) == 1
+    assert VERIFIERS["json_fields"](Response(f"{box} no, {fence}"), row) == 0
+    assert VERIFIERS["json_fields"](Response(f"<answer>{fence}</answer>"), example('{"a": 1}')) == 1

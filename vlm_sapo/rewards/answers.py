@@ -8,6 +8,7 @@ all of a response that is nothing but an answer.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Literal
 
@@ -62,6 +63,17 @@ def marked_answer(response: str) -> str | None:
         return boxes[-1].strip()
     tags = ANSWER_TAG.findall(response)
     return tags[-1].strip() if tags else None
+
+
+def fenced_json(response: str) -> str | None:
+    """The last code fence that is JSON, unless a marked answer comes after it; else None."""
+    for fence in reversed(list(re.finditer(r"```(?:json)?\s*(.*?)```", response, re.DOTALL))):
+        try:
+            json.loads(fence[1])
+        except (ValueError, RecursionError):
+            continue
+        return None if marked_answer(response[fence.end() :]) is not None else fence[1]
+    return None
 
 
 def boxed(text: str) -> list[str]:

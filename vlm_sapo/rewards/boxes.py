@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
 from vlm_sapo.types import Example, Response
 
 Box = tuple[float, float, float, float]
@@ -43,7 +42,7 @@ def box(
     golds = [
         _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
     ]
-    text = _fenced(response) or find_answer(response, finding)
+    text = fenced_json(response) or find_answer(response, finding)
     given = [_to_share(four, layout, coordinates, response, example) for four in _fours(text)]
     if not given:
         raise NoAnswer
@@ -75,7 +74,7 @@ def point_in_box(
     golds = [
         _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
     ]
-    text = _fenced(response) or find_answer(response, finding)
+    text = fenced_json(response) or find_answer(response, finding)
     width, height = _frame(coordinates, response, example)
     if fours := _fours(text):
         points = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in fours]
@@ -140,17 +139,6 @@ def in_coordinates(
     if args.get("layout", "xyxy") == "xyxy":
         return scaled
     return [(left, top, right - left, bottom - top) for left, top, right, bottom in scaled]
-
-
-def _fenced(response: str) -> str | None:
-    """The last code fence that is JSON, which is how Qwen-VL models write boxes."""
-    for fence in reversed(re.findall(r"```(?:json)?\s*(.*?)```", response, re.DOTALL)):
-        try:
-            json.loads(fence)
-        except (ValueError, RecursionError):
-            continue
-        return fence
-    return None
 
 
 def _to_share(four, layout: str, coordinates: Coordinates, response: Response, example: Example) -> Box:
