@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.rewards.test_verifiers import example
+from tests.rewards.test_verifiers import PICTURE, example
 from vlm_sapo.rewards.answers import NoAnswer, boxed
 from vlm_sapo.rewards.verifiers import VERIFIERS
 from vlm_sapo.types import Example, Response
@@ -116,3 +116,50 @@ def test_the_last_of_a_fence_and_a_box_counts():
     assert VERIFIERS["json_fields"](Response(f"{fence} no, {box}"), row) == 1
     assert VERIFIERS["json_fields"](Response(f"{box} no, {fence}"), row) == 0
     assert VERIFIERS["json_fields"](Response(f"<answer>{fence}</answer>"), example('{"a": 1}')) == 1
+
+
+PLACE = Example(id="r", problem="p", answer="[20, 20, 60, 60]", images=(PICTURE,))
+
+
+@pytest.mark.parametrize(
+    ("answer", "args", "wanted"),
+    [
+        ("[0, 0, 200, 100]", {"metric": "giou"}, 0),
+        ("[40, 40, 40, 40]", {"metric": "giou"}, 0),
+        ("[20, 20, 60, 60]", {"metric": "giou"}, 1),
+        ("[20, 20, 60, 55]", {"metric": "giou"}, 1),
+        ("[20, 20, 60, 40]", {"metric": "giou", "threshold": None}, 0.5),
+        ("[100, 70, 120, 90]", {"metric": "giou", "threshold": None}, 0),
+        ("[60, 60, 20, 20]", {"threshold": 0.0}, 0),
+        ("[-900, -900, 900, 900]", {"threshold": 0.0}, 0),
+    ],
+)
+def test_boxes_that_cover_nothing_or_everything(answer, args, wanted):
+    assert score("box", answer, PLACE, coordinates="original", **args) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("(20, 20)", 1),
+        ("x=20, y=20", 1),
+        ('{"point_2d": [20, 20], "label": "button 3"}', 1),
+        ("20 20", 1),
+        ("[20, 20, 60, 60]", 1),
+        ("[10, 10, 70, 70]", 1),
+        ("(20, 20), (80, 80)", 0),
+        ("20,20,20", 0),
+        ("[20, 20, 80]", 0),
+        ("[0, 0, 85, 85]", 0),
+        ("[60, 60, 20, 20]", 0),
+        ("(100, 80)", 0),
+    ],
+)
+def test_points(answer, wanted):
+    assert score("point_in_box", answer, PLACE, coordinates="original") == wanted
+
+
+def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
+    fence, box = "```json\n[[0, 0, 5, 5]]\n```", r"\boxed{[20, 20, 60, 60]}"
+    assert VERIFIERS["box"](Response(f"{fence} no, {box}"), PLACE, coordinates="original") == 1
+    assert VERIFIERS["box"](Response(f"{box} no, {fence}"), PLACE, coordinates="original") == 0
