@@ -163,3 +163,16 @@ def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
     fence, box = "```json\n[[0, 0, 5, 5]]\n```", r"\boxed{[20, 20, 60, 60]}"
     assert VERIFIERS["box"](Response(f"{fence} no, {box}"), PLACE, coordinates="original") == 1
     assert VERIFIERS["box"](Response(f"{box} no, {fence}"), PLACE, coordinates="original") == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "wanted"),
+    [
+        ("7", "The answer is 8. Earlier I had 7", 0),
+        ("8", "The answer is 8. Earlier I had 7", 1),
+        ("7", r"Earlier I had \boxed{7}, now \boxed{8}", 0),
+        (r"$\{1, 2\}$", r"The roots are \boxed{1} and \boxed{2}.", 1),
+    ],
+)
+def test_stated_mathematics_has_one_chance(gold, response, wanted):
+    assert VERIFIERS["math"](Response(response), example(gold), finding="stated") == wanted

@@ -99,11 +99,15 @@ def stated_answer(response: str) -> str | None:
     response = response.strip()[-TAIL:]
     if fields := JSON_ANSWER.findall(response):
         return fields[-1].strip('"').replace("\\\\", "\\").strip() or None
-    statements = list(STATEMENT.finditer(response))
-    if statements:
-        rest = response[statements[-1].end() :].strip()
-        if rest:
-            return rest.splitlines()[0].strip(" *")
+    if said := statement(response):
+        return said
     if 0 < len(response) <= SHORT and "\n" not in response:
         return response
     return None
+
+
+def statement(response: str) -> str:
+    """The rest of the line behind the last "the answer is"; empty where there is none."""
+    said = list(STATEMENT.finditer(response))
+    rest = response[said[-1].end() :].strip() if said else ""
+    return rest.splitlines()[0].strip(" *") if rest else ""

@@ -47,7 +47,8 @@ def plain(text: str) -> str:
     text = text.translate(SIGNS)
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
-    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄").replace("{,}", ","))
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
+    text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
     text = re.sub(r"\\([%&#])", r"\1", text.replace("＄", "$"))
     while (shorter := TEXT.sub(r" \1 ", text)) != text:

@@ -7,13 +7,24 @@ from decimal import Decimal
 from functools import lru_cache
 from logging import getLogger
 
-from vlm_sapo.rewards.answers import TAIL, BadGold, Finding, NoAnswer, boxed, find_answer, stated_answer
+from vlm_sapo.rewards.answers import (
+    TAIL,
+    BadGold,
+    Finding,
+    NoAnswer,
+    boxed,
+    find_answer,
+    stated_answer,
+    statement,
+)
 from vlm_sapo.rewards.latex import JOINED, SIGNS, amount, normalise, plain, roots
 from vlm_sapo.types import Example
 
 for _name in ("math_verify.parser", "math_verify.grader"):
     getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())  # the pool's
 MARKED = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|boxed", re.DOTALL)
+SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z])")
+PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 METRIC = {"mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ml", "l", "s", "min", "h"}
 """Units of which two that differ make two answers differ."""
 PRODUCT = re.compile(r"[abcxyz]+|[b-df-hj-np-tv-z]+|[A-DF-HJ-NP-TV-Z]{2}|[A-Za-z]")
@@ -42,8 +53,25 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
         return float(equal(find_answer(response), gold))
     if not response.strip():
         raise NoAnswer
-    answer, whole = stated_answer(response), response[-TAIL:]
-    return float((answer is not None and equal(answer, gold)) or same(whole, gold))
+    response = response[-TAIL:]
+    answer, boxes = _stated(response), boxed(response)
+    if answer and equal(answer, gold):
+        return 1.0
+    if answer and not PROSE.search(
+        normalise(answer)
+    ):  # an answer, no sentence about it, has no second chance
+        return float(len(boxes) > 1 and equal(", ".join(boxes), gold))
+    return float(same(response, gold))
+
+
+def _stated(response: str) -> str:
+    """The stated answer up to the end of its sentence; a number that is stated behind the last box instead of
+    that box."""
+    later = SENTENCE_END.split(statement(response.rpartition("boxed{")[2]))[0]
+    if amount(later)[0] is not None:
+        return later
+    answer = stated_answer(response) or ""
+    return answer if answer in boxed(response) else SENTENCE_END.split(answer)[0]
 
 
 def equal(answer: str, gold: str) -> bool:
