@@ -176,3 +176,76 @@ def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
 )
 def test_stated_mathematics_has_one_chance(gold, response, wanted):
     assert VERIFIERS["math"](Response(response), example(gold), finding="stated") == wanted
+
+
+COLORS = ["red", "green", "blue", "black"]
+TENS = ["10", "20", "30", "40"]
+
+
+@pytest.mark.parametrize(
+    ("options", "gold", "answer", "wanted"),
+    [
+        # a letter with another option behind it
+        (COLORS, "B", "B. red", 0),
+        (COLORS, "B", "B or C or D", 0),
+        (COLORS, "B", "B is wrong, C", 0),
+        (COLORS, "B", "B - C", 0),
+        (COLORS, "B", "B. It is red", 0),
+        (COLORS, "B", "B. not green", 0),
+        (TENS, "B", "B. 25", 0),
+        (TENS, "B", "B: 30", 0),
+        (TENS, "B", "B: 20", 1),
+        (TENS, "B", "B. 20.0", 1),
+        (TENS, "B", "B. 20 cm", 1),
+        (COLORS, "B", "B. green", 1),
+        (COLORS, "B", "B - green", 1),
+        (COLORS, "B", "B. It is green", 1),
+        (COLORS, "B", "B, because A leaf grows", 0),
+        (["4", "2"], "B", "2^2", 0),
+        # how a letter may be written
+        (COLORS, "B", "Option B", 1),
+        (COLORS, "B", "option b", 1),
+        (COLORS, "B", "Answer: B", 1),
+        (COLORS, "B", "The answer is B.", 1),
+        (COLORS, "B", "B?", 1),
+        (COLORS, "A,C", "AC", 1),
+        (COLORS, "AC", "A, C", 1),
+        (COLORS, "AC", "AB", 0),
+        (COLORS, "AC", "A", 0),
+        ([], "AC", "AC", 1),
+        # the letter of an option comes before the same letter as another's text
+        (["B", "C", "D"], "A", "B", 0),
+        (["B", "C", "D"], "A", "A", 1),
+        (["B", "C", "D"], "C", "D", 1),
+        (["AB", "AC", "BC"], "B", "AC", 1),
+    ],
+)
+def test_choices(options, gold, answer, wanted):
+    assert score("choice", answer, example(gold, choices=options)) == wanted
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"options": "[]", "question_type": "open"},
+        {"choices": "null"},
+        {"choices": "nan"},
+        {"choices": "None"},
+        {"choices": ""},
+        {"choices": "42"},
+        {"choices": []},
+        {"choices": float("nan")},
+        {"answer_type": "float", "precision": float("nan")},
+        {"answer_type": "float", "precision": ""},
+        {"answer_type": "float", "precision": "1.0"},
+        {"metric": "anls", "threshold": float("nan")},
+        {"metric": "anls", "threshold": ""},
+    ],
+)
+def test_columns_that_hold_nothing(columns):
+    assert score("auto", "42", example("42", **columns)) == 1
+    assert score("auto", "70", example("42", **columns)) == 0
+
+
+def test_options_by_letter():
+    assert score("choice", "green", example("B", options='{"A": "red", "B": "green"}')) == 1

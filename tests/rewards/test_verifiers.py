@@ -142,7 +142,7 @@ def test_stated_answer(response, answer):
         ("red", r"\text{red}", 1),
         ("red", r"\textbf{(A)}\ red", 1),
         ("red", "B", 0),
-        ("red", "B. red", 0),
+        ("red", "B. red", "no_answer"),
         ("red", "red or green", "no_answer"),
         ("red", "D", "no_answer"),
         ("C", "dark blue", 1),
