@@ -67,7 +67,7 @@ def marked_answer(response: str) -> str | None:
 
 def fenced_json(response: str) -> str | None:
     """The last code fence that is JSON, unless a marked answer comes after it; else None."""
-    for fence in reversed(list(re.finditer(r"```(?:json)?\s*(.*?)```", response, re.DOTALL))):
+    for fence in reversed(list(re.finditer(r"```(?:json)?(.*?)```", response, re.DOTALL))):
         try:
             json.loads(fence[1])
         except (ValueError, RecursionError):

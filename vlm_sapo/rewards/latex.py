@@ -32,7 +32,7 @@ DEGREES = r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z
 ONE_UNIT = rf"(?:(?:{UNITS}|{LETTERS})(?![A-Za-z]){POWER}|(?:{DEGREES})\s*[CF]?)"
 AMOUNT = re.compile(
     r"([-+]?)\s*[$€£¥]?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+,\d\d"
-    r"|\d+\.?\d*|\.\d+)"
+    r"|\d+(?:\.\d*)?|\.\d+)"
     rf"\s*({ONE_UNIT}(?:(?:\s*(?:/|\\cdot|\*|per\s)\s*|\s+){ONE_UNIT})*)?"
 )
 """A number and its unit; a decimal comma only before two decimals: `1,5` may be a list."""
@@ -48,7 +48,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
-    text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text)
+    text = re.sub(r" ?\{ ?, ?\} ?", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
     text = re.sub(r"\\([%&#])", r"\1", text.replace("＄", "$"))
     while (shorter := TEXT.sub(r" \1 ", text)) != text:

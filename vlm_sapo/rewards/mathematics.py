@@ -111,7 +111,7 @@ def value(text: str) -> float | None:
     except ValueError:
         pass
     found = [item for item in expressions(text) if not isinstance(item, str)]
-    if not found or not found[0].is_number or found[0].is_extended_real is not True:
+    if not found or not getattr(found[0], "is_number", False) or found[0].is_extended_real is not True:
         return None
     return float(found[0].evalf())
 

@@ -63,7 +63,7 @@ def read_number(text: str, *, percent: bool = True) -> float | None:
         return float(WORDS[word])
     if match := MIXED.match(text):
         sign, whole, top, bottom = match.groups()
-        value = float(f"{sign}1") * (int(whole) + int(top) / int(bottom)) if int(bottom) else None
+        value = float(f"{sign}1") * (float(whole) + float(top) / float(bottom)) if float(bottom) else None
     elif match := FRACTION.match(text):
         top, bottom = (_value(part, percent) for part in match.groups())
         value = top / bottom if bottom else None
