@@ -142,7 +142,7 @@ def test_stated_answer(response, answer):
         ("red", r"\text{red}", 1),
         ("red", r"\textbf{(A)}\ red", 1),
         ("red", "B", 0),
-        ("red", "B. red", 0),
+        ("red", "B. red", "no_answer"),
         ("red", "red or green", "no_answer"),
         ("red", "D", "no_answer"),
         ("C", "dark blue", 1),
@@ -265,9 +265,10 @@ def test_edit_distance():
 
 def test_short_finds_words_and_numbers():
     assert short(r"\boxed{about 60 Mbps}", example("60")) == 1
-    assert short(r"\boxed{Point A is it}", example("A")) == 1
-    assert short(r"\boxed{a point}", example("A")) == 0
-    assert short(r"\boxed{embryonic stage}", example("embryonic")) == 1
+    assert short(r"\boxed{Point A is it}", example("A"), finding="stated") == 1
+    assert short(r"\boxed{a point}", example("A"), finding="stated") == 0
+    assert short(r"\boxed{embryonic stage}", example("embryonic"), finding="stated") == 1
+    assert short(r"\boxed{embryonic stage}", example("embryonic")) == 0
     assert short(r"\boxed{1/4}", example("1/64")) == 0
     assert short(r"\boxed{1000 * 12 / 500 = 24}", example("1000")) == 0
     assert short(r"\boxed{1000 * 12 / 500 = $24}", example("24")) == 1

@@ -8,6 +8,7 @@ all of a response that is nothing but an answer.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Literal
 
@@ -64,20 +65,30 @@ def marked_answer(response: str) -> str | None:
     return tags[-1].strip() if tags else None
 
 
+def fenced_json(response: str) -> str | None:
+    """The last code fence that is JSON, unless a marked answer comes after it; else None."""
+    for fence in reversed(list(re.finditer(r"```(?:json)?(.*?)```", response, re.DOTALL))):
+        try:
+            json.loads(fence[1])
+        except (ValueError, RecursionError):
+            continue
+        return None if marked_answer(response[fence.end() :]) is not None else fence[1]
+    return None
+
+
 def boxed(text: str) -> list[str]:
-    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order."""
-    found, start, depth = [], -1, 0
+    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order; one that is never
+    closed doesn't hide those after it."""
+    found: list[tuple[int, int]] = []
+    opened: list[int] = []
     for match in re.finditer(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]", text):
-        if match[0] == "}":
-            depth -= depth > 0
-            if depth == 0 and start >= 0:
-                found.append(text[start : match.start()])
-                start = -1
-        elif start >= 0:
-            depth += 1
-        elif len(match[0]) > 1:
-            start, depth = match.end(), 1
-    return found
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            while found and found[-1][0] > start:
+                found.pop()
+            found.append((start, match.start()))
+    return [text[start:end] for start, end in found]
 
 
 def stated_answer(response: str) -> str | None:
@@ -88,11 +99,15 @@ def stated_answer(response: str) -> str | None:
     response = response.strip()[-TAIL:]
     if fields := JSON_ANSWER.findall(response):
         return fields[-1].strip('"').replace("\\\\", "\\").strip() or None
-    statements = list(STATEMENT.finditer(response))
-    if statements:
-        rest = response[statements[-1].end() :].strip()
-        if rest:
-            return rest.splitlines()[0].strip(" *")
+    if said := statement(response):
+        return said
     if 0 < len(response) <= SHORT and "\n" not in response:
         return response
     return None
+
+
+def statement(response: str) -> str:
+    """The rest of the line behind the last "the answer is"; empty where there is none."""
+    said = list(STATEMENT.finditer(response))
+    rest = response[said[-1].end() :].strip() if said else ""
+    return rest.splitlines()[0].strip(" *") if rest else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
 from vlm_sapo.types import Example, Response
 
 Box = tuple[float, float, float, float]
@@ -16,11 +15,15 @@ Coordinates = Literal["resized", "original", "thousand", "unit"]
 """Pixels of the picture as the model sees it (Qwen2.5-VL), pixels of the row's picture, 0 to 1000
 (Qwen3-VL), or 0 to 1."""
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
-SEPARATOR = r"[\s,;()\[\]<>|:\"'a-z_0-9]*?"
 FOUR = re.compile(
     rf"[\[(]\s*({NUMBER})\s*,\s*({NUMBER})\s*\)?\s*,\s*\(?\s*({NUMBER})\s*,\s*({NUMBER})\s*[\])]"
 )
-TWO = re.compile(rf"({NUMBER})\s*[,\s]\s*({NUMBER})")
+PAIR = re.compile(rf"[\[(]\s*({NUMBER})\s*[,\s]\s*({NUMBER})\s*[\])]")
+BARE = re.compile(rf"(?<![\w.]){NUMBER}")
+MARGIN = 0.1
+"""How far outside the picture, in shares of its sides, a box may reach."""
+LARGER = 4.0
+"""How much larger than the gold box a box may be that stands for a point."""
 
 
 def box(
@@ -36,21 +39,22 @@ def box(
     finding: Finding = "marked",
 ) -> float:
     """How well the answer's boxes cover the gold ones: intersection over union, or generalised IoU
-    (arXiv 1902.09630) brought to 0..1; 1.0 or 0.0 at the threshold, graded where that is null.
+    (arXiv 1902.09630), negative ones as 0; 1.0 or 0.0 at the threshold, graded where that is null.
 
-    Several boxes are matched by descending overlap; boxes too many or too few count as 0.
+    Several boxes are matched by descending overlap; boxes too many or too few count as 0, and so do those
+    without area or far outside the picture.
     """
     golds = [
         _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
     ]
-    text = _fenced(response) or find_answer(response, finding)
+    text = fenced_json(response) or find_answer(response, finding)
     given = [_to_share(four, layout, coordinates, response, example) for four in _fours(text)]
     if not given:
         raise NoAnswer
-    overlap = {"iou": iou, "giou": lambda one, other: (giou(one, other) + 1) / 2}[metric]
+    overlap = {"iou": iou, "giou": giou}[metric]
+    sound = [(i, one) for i, one in enumerate(given) if _is_sound(one)]
     pairs = sorted(
-        ((overlap(one, gold), i, j) for i, one in enumerate(given) for j, gold in enumerate(golds)),
-        reverse=True,
+        ((overlap(one, gold), i, j) for i, one in sound for j, gold in enumerate(golds)), reverse=True
     )
     taken: tuple[set[int], set[int]] = (set(), set())
     matched = 0.0
@@ -58,7 +62,7 @@ def box(
         if i not in taken[0] and j not in taken[1]:
             taken[0].add(i)
             taken[1].add(j)
-            matched += value if threshold is None else value >= threshold
+            matched += max(value, 0.0) if threshold is None else value >= threshold
     return matched / max(len(given), len(golds))
 
 
@@ -71,20 +75,44 @@ def point_in_box(
     gold_layout: Literal["xyxy", "xywh"] = "xyxy",
     finding: Finding = "marked",
 ) -> float:
-    """1.0 where the answer's one point (or the centre of its one box) lies in a gold box."""
+    """1.0 where the answer's one point lies in a gold box, or the centre of its one box that is not much
+    larger."""
     golds = [
         _to_share(four, gold_layout, gold_coordinates, response, example) for four in gold_boxes(example)
     ]
-    text = _fenced(response) or find_answer(response, finding)
+    text = fenced_json(response) or find_answer(response, finding)
     width, height = _frame(coordinates, response, example)
-    if fours := _fours(text):
-        points = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in fours]
-    else:
-        points = [(float(x), float(y)) for x, y in TWO.findall(text)]
-    if len(points) != 1:
+    x, y, area = _point(text)
+    x, y, area = x / width, y / height, area / (width * height)
+    return float(any(_holds(gold, x, y) and area <= LARGER * _area(gold) for gold in golds))
+
+
+def _point(text: str) -> tuple[float, float, float]:
+    """The text's one point, or the centre and the area of its one box; raises NoAnswer."""
+    numbers = [float(number) for number in BARE.findall(text)]
+    pairs = [(float(x), float(y)) for x, y in PAIR.findall(text)]
+    if not pairs and len(numbers) == 2:
+        pairs = [(numbers[0], numbers[1])]
+    if len(pairs) == 1:
+        return *pairs[0], 0.0
+    boxes = [] if pairs else _fours(text)
+    if len(boxes) != 1 or not _has_area(boxes[0]):
         raise NoAnswer
-    x, y = points[0][0] / width, points[0][1] / height
-    return float(any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in golds))
+    left, top, right, bottom = boxes[0]
+    return (left + right) / 2, (top + bottom) / 2, (right - left) * (bottom - top)
+
+
+def _holds(box: Box, x: float, y: float) -> bool:
+    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+
+
+def _is_sound(box: Box) -> bool:
+    """Whether a box has an area and lies in the picture, but for a margin."""
+    return _has_area(box) and min(box) >= -MARGIN and max(box) <= 1 + MARGIN
+
+
+def _has_area(box: Sequence[float]) -> bool:
+    return box[0] < box[2] and box[1] < box[3]
 
 
 def iou(one: Box, other: Box) -> float:
@@ -140,17 +168,6 @@ def in_coordinates(
     if args.get("layout", "xyxy") == "xyxy":
         return scaled
     return [(left, top, right - left, bottom - top) for left, top, right, bottom in scaled]
-
-
-def _fenced(response: str) -> str | None:
-    """The last code fence that is JSON, which is how Qwen-VL models write boxes."""
-    for fence in reversed(re.findall(r"```(?:json)?\s*(.*?)```", response, re.DOTALL)):
-        try:
-            json.loads(fence)
-        except (ValueError, RecursionError):
-            continue
-        return fence
-    return None
 
 
 def _to_share(four, layout: str, coordinates: Coordinates, response: Response, example: Example) -> Box:

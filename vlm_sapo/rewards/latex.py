@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 SIGNS = str.maketrans(
     {
@@ -11,15 +12,30 @@ SIGNS = str.maketrans(
         "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "±": r"\pm ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "²": "^{2}", "³":
         "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ",
+        "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ", "△": r"\triangle ",
     }
 )  # fmt: skip
 UNITS = (
     "square|sq|cubic|millimeters?|centimeters?|meters?|metres?|kilometers?|inches|inch|feet|foot|ft|yards?|miles?"
-    "|mm|cm|dm|km|kg|mg|ml|mL|m/s|km/h|mph|grams?|liters?|litres?|degrees?|deg|units?|seconds?|minutes?|hours?"
+    "|mm|cm|dm|km|kg|mg|ml|mL|mph|grams?|liters?|litres?|degrees?|deg|units?|seconds?|minutes?|hours?"
     "|days?|weeks?|years?|dollars?|cents?|points?|people|cups?|[\u4e00-\u9fff]+"
 )
-UNIT_WORDS = re.compile(rf"(?<![A-Za-z\\])(?:{UNITS})(?![A-Za-z])\.?(?:\s*\^\s*\{{?[23]\}}?)?")
+LETTERS = "m|s|g|h|hr|min|l|L|N|J|kJ|W|kW|V|A|K|Pa|kPa|Hz|kHz|MHz|eV|mol|rad"
+"""Units only behind a number or another unit: elsewhere they are symbols."""
+JOINED = re.compile(rf"\d(?:{LETTERS})(?![A-Za-z])")
+POWER = r"\.?(?:\s*\^\s*\{?\s*-?[1-3](?!\d)\s*\}?)?"
+UNIT_WORDS = re.compile(
+    rf"(?<![A-Za-z\\])(?:m/s(?:\^\{{?2\}}?)?|(?:{UNITS})(?![A-Za-z]){POWER}"
+    rf"(?:\s*(?:/|per)\s*(?:{UNITS}|{LETTERS}){POWER})?)(?![A-Za-z])"
+)
+DEGREES = r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z])|°"
+ONE_UNIT = rf"(?:(?:{UNITS}|{LETTERS})(?![A-Za-z]){POWER}|(?:{DEGREES})\s*[CF]?)"
+AMOUNT = re.compile(
+    r"([-+]?)\s*[$€£¥]?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+,\d\d"
+    r"|\d+(?:\.\d*)?|\.\d+)"
+    rf"\s*({ONE_UNIT}(?:(?:\s*(?:/|\\cdot|\*|per\s)\s*|\s+){ONE_UNIT})*)?"
+)
+"""A number and its unit; a decimal comma only before two decimals: `1,5` may be a list."""
 TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
@@ -31,8 +47,10 @@ def plain(text: str) -> str:
     text = text.translate(SIGNS)
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
+    text = re.sub(r" ?\{ ?, ?\} ?", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
-    text = re.sub(r"\\([%$&#])", r"\1", text)
+    text = re.sub(r"\\([%&#])", r"\1", text.replace("＄", "$"))
     while (shorter := TEXT.sub(r" \1 ", text)) != text:
         text = shorter
     return " ".join(text.split())
@@ -42,7 +60,8 @@ def normalise(text: str) -> str:
     """LaTeX in the spelling that math-verify reads: roots, fractions, degrees and constants written out,
     units gone. What is no LaTeX stays readable as such."""
     text = plain(text)
-    text = re.sub(r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z])|°", "", text)
+    text = re.sub(rf"{DEGREES}|[$€£¥]\s*(?=[\d.])", "", text)
+    text = re.sub(r"(?<![\d.,/^_}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = roots(text)
@@ -53,7 +72,17 @@ def normalise(text: str) -> str:
     )
     text = text.replace("**", "^")
     text = text.replace("*", r" \cdot ") if "\\" in text else text
-    return " ".join(text.split()).rstrip(".").strip()
+    return " ".join(text.split()).rstrip(".,;").strip()
+
+
+def amount(text: str) -> tuple[Decimal | None, str]:
+    """The number and the unit of a text that is nothing else; None and "" for any other one."""
+    match = AMOUNT.fullmatch(plain(text).strip("{} ").rstrip(".,; "))
+    if not match:
+        return None, ""
+    sign, number, unit = match.groups(default="")
+    number = re.sub(r"[ ,](?=\d{3}(?!\d))", "", number)
+    return Decimal(sign + number.replace(",", ".")), unit
 
 
 def _thousands(text: str) -> bool:

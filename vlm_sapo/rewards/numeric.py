@@ -34,25 +34,56 @@ WORDS = dict(
     )
 )
 CURRENCY = "$€£¥"
+SCALES = {
+    "dozen": 12.0,
+    "hundred": 1e2,
+    "thousand": 1e3,
+    "k": 1e3,
+    "million": 1e6,
+    "billion": 1e9,
+    "trillion": 1e12,
+}
+SCALE = re.compile(r"\s*\b(?i:dozen|hundred|thousand|million|billion|trillion)\b|k\b")
+MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)")
+UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=\bm))(?:\^\{?[23]\}?)")
+NO_UNIT = re.compile(
+    r"[\d=+*/^<>\\:;,|_]|(?:^|\s)-\s|\b(?:or|and|to|times|squared|cubed|plus|minus|half|"
+    + "|".join([*WORDS, *SCALES])
+    + r")\b",
+    re.IGNORECASE,
+)
 
 
 def read_number(text: str, *, percent: bool = True) -> float | None:
-    """The value of a text that is one number: thousands separators, fractions, percent (divided by 100 with
-    `percent`), currency signs, units behind it and the words up to twelve; None for anything else."""
-    text = plain(text).strip().strip("*").rstrip(".").strip()
+    """The value of a text that is one number: thousands separators, fractions, mixed numbers, percent
+    (divided by 100 with `percent`), currency signs, `x =` before it, thousand to trillion and units behind
+    it, and the words up to twelve; None for anything else."""
+    text = _spelled(text)
     if (word := text.casefold().strip(string.punctuation)) in WORDS:
         return float(WORDS[word])
-    text = re.sub(rf"^([-+]?)\s*[{re.escape(CURRENCY)}]\s*", r"\1", text)
-    for pattern in (FRACTION, NUMBER):
-        match = pattern.match(text)
-        if match:
-            if not _is_unit(text[match.end() :]):
-                return None
-            parts = [_value(part, percent) for part in (match.groups() or (match[0],))]
-            if len(parts) == 1:
-                return parts[0]
-            return parts[0] / parts[1] if parts[1] else None
-    return None
+    if match := MIXED.match(text):
+        sign, whole, top, bottom = match.groups()
+        value = float(f"{sign}1") * (float(whole) + float(top) / float(bottom)) if float(bottom) else None
+    elif match := FRACTION.match(text):
+        top, bottom = (_value(part, percent) for part in match.groups())
+        value = top / bottom if bottom else None
+    elif match := NUMBER.match(text):
+        value = _value(match[0], percent)
+    if not match or value is None:
+        return None
+    rest = text[match.end() :]
+    if scale := SCALE.match(rest):
+        value, rest = value * SCALES[scale[0].strip().casefold()], rest[scale.end() :]
+    return value if _is_unit(rest) else None
+
+
+def _spelled(text: str) -> str:
+    """The text with fractions as `1/2`, percent as `%`, and without what stands before the number."""
+    text = plain(text).strip().strip("*").rstrip(".").strip()
+    text = re.sub(r"^(?:[A-Za-z]\w{0,20}|\\[a-z]+)\s*=\s*", "", text)
+    text = re.sub(r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text).strip()
+    text = re.sub(r"(?<=\d)\s*(?:%|per\s?cent\b)", "%", text, flags=re.IGNORECASE)
+    return re.sub(rf"^([-+]?)\s*[{re.escape(CURRENCY)}]?\s*", r"\1", text)
 
 
 def _value(text: str, percent: bool) -> float:
@@ -61,9 +92,9 @@ def _value(text: str, percent: bool) -> float:
 
 
 def _is_unit(text: str) -> bool:
-    """Whether what follows a number is nothing, a unit or a noun: words without digits or operators."""
-    text = text.strip()
-    return len(text) <= 40 and not re.search(r"[\d=+*/^<>\\:;,]|\bor\b|\band\b", text.replace("/", "", 1))
+    """Whether what follows a number is nothing, a unit or a noun: words that are no numbers, no operators."""
+    text = UNIT_POWER.sub("", text.strip())
+    return len(text) <= 40 and not NO_UNIT.search(text.replace("/", "", 1))
 
 
 def number(
@@ -78,7 +109,7 @@ def number(
     """1.0 where the answer is within the absolute or the relative tolerance of the gold number, or equal to
     it when both are rounded to `precision` decimals. ChartQA's relaxed accuracy is `relative: 0.05`."""
     answer, gold = find_answer(response, finding), example.answer
-    percent = answer.strip().rstrip(".").endswith("%") and gold.strip().endswith("%")
+    percent = _spelled(answer).endswith("%") and _spelled(gold).endswith("%")
     wanted = read_number(gold, percent=not percent)
     if wanted is None:
         raise BadGold(f"the gold answer {gold!r} is not a number")
@@ -89,7 +120,7 @@ def number(
         raise NoAnswer
     if precision is not None:
         return float(round(given, precision) == round(wanted, precision))
-    allowed = max(absolute, relative * abs(wanted), 1e-9 * abs(wanted))
+    allowed = max(absolute, relative * abs(wanted), 0.0 if wanted.is_integer() else 1e-9 * abs(wanted))
     return float(abs(given - wanted) <= allowed)
 
 

@@ -8,11 +8,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
-from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.latex import plain
 from vlm_sapo.rewards.numeric import read_number
 from vlm_sapo.types import Example, Response
 
 PLAIN = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+FILLERS = {"a", "an", "the", "is", "are", "was", "were", "it", "it's", "its", "this", "that"}
+FILLERS |= {"these", "they", "answer", "final", "about", "approximately", "roughly"}
+"""Words that may stand around a short answer in training."""
+HEDGES = re.compile(r"\b(?:not|no|nor|neither|never|and|or)\b|n't", re.IGNORECASE)
 
 
 def golds(example: Example) -> list[str]:
@@ -30,31 +35,74 @@ def golds(example: Example) -> list[str]:
     return [text]
 
 
+def readings(answer: str) -> list[str]:
+    """The answer as it stands, and without LaTeX's commands around it."""
+    bare = plain(answer)
+    return [answer] if bare == answer else [answer, bare]
+
+
 def exact(response: str, example: Example, *, case: bool = False, finding: Finding = "marked") -> float:
-    """1.0 where the answer is one of the gold texts, by Unicode form, spaces and (unless `case`) case."""
-    answer = _squash(find_answer(response, finding), case)
-    return float(any(answer == _squash(gold, case) for gold in golds(example)))
+    """1.0 where the answer is one of the gold texts, by Unicode form, spaces (in a list all of them) and
+    (unless `case`) case."""
+    given = [_squash(reading, case) for reading in readings(find_answer(response, finding))]
+    wanted = [_squash(gold, case) for gold in golds(example)]
+    lists = {_tight(gold) for gold in wanted if gold.startswith("[")}
+    return float(any(answer in wanted or _tight(answer) in lists for answer in given))
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"\s+", "", text)
 
 
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """1.0 where the answer holds one of the gold texts as words, or the gold number to two decimals (MMMU's
-    open questions). Numbers count from the last side of an equation; a gold text of one letter must stand
-    there in its own case."""
+    """1.0 where the answer is one of the gold texts with at most filler words around it, or holds the gold
+    number to two decimals and no other number. Numbers count from the last side of an equation; a gold text
+    of one letter must stand there in its own case.
+
+    A stated answer may hold any other words and numbers too (MMMU's open questions); in training that would
+    reward listing everything."""
     answer = find_answer(response, finding)
-    words = f" {' '.join(_words(answer))} "
-    numbers = [float(found.replace(",", "")) for found in PLAIN.findall(answer.rpartition("=")[2])]
-    for gold in golds(example):
-        wanted = read_number(gold, percent=False)
-        if wanted is not None:
-            if any(round(number, 2) == round(wanted, 2) for number in numbers):
-                return 1.0
-            continue
-        text = f" {' '.join(_words(gold))} "
-        if text.strip() and (
-            text in words if len(gold.strip()) == 1 else text.casefold() in words.casefold()
-        ):
-            return 1.0
-    return 0.0
+    matches = _holds if finding == "stated" else _states
+    return float(any(matches(reading, gold) for reading in readings(answer) for gold in golds(example)))
+
+
+def _holds(answer: str, gold: str) -> bool:
+    """Whether the gold text or number stands anywhere in the answer."""
+    wanted = read_number(gold, percent=False)
+    if wanted is not None:
+        numbers = [float(found.replace(",", "")) for found in PLAIN.findall(answer.rpartition("=")[2])]
+        return any(round(number, 2) == round(wanted, 2) for number in numbers)
+    return _around(answer, gold) is not None
+
+
+def _states(answer: str, gold: str) -> bool:
+    """Whether the answer is the gold text or number and nothing else of weight."""
+    wanted = read_number(gold, percent=False)
+    if wanted is None:
+        around = _around(answer, gold)
+        return around is not None and FILLERS.issuperset(word.casefold() for word in around)
+    side = answer.rpartition("=")[2]
+    given, numbers = read_number(side, percent=False), list(PLAIN.finditer(side))
+    if given is None and len(numbers) == 1:
+        given = read_number(side[numbers[0].start() :], percent=False)
+    if given is None or HEDGES.search(answer):
+        return False
+    if abs(wanted) < 0.01:
+        return abs(given - wanted) <= 0.01 * abs(wanted)
+    return round(given, 2) == round(wanted, 2)
+
+
+def _around(answer: str, gold: str) -> list[str] | None:
+    """The words around the gold text in the answer; None where it doesn't stand there."""
+    words, wanted = _words(answer), _words(gold)
+    if len(gold.strip()) == 1:
+        same, sought = words, wanted
+    else:
+        same, sought = [word.casefold() for word in words], [word.casefold() for word in wanted]
+    for start in range(len(same) - len(sought) + 1) if sought else ():
+        if same[start : start + len(sought)] == sought:
+            return words[:start] + words[start + len(sought) :]
+    return None
 
 
 def _words(text: str) -> list[str]:
@@ -65,13 +113,13 @@ def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Fi
     """Average normalised Levenshtein similarity (Biten et al., 2019): the best over the gold texts of
     1 - distance / longer length, lower-cased and with single spaces; 0 where that distance is `threshold` or
     more."""
-    answer = _squash(find_answer(response, finding))
     best = 0.0
-    for gold in map(_squash, golds(example)):
-        longest = max(len(answer), len(gold))
-        limit = int(threshold * longest) + 1
-        distance = levenshtein(answer, gold, limit=limit) / longest if longest else 0.0
-        best = max(best, 1.0 - distance if distance < threshold else 0.0)
+    for answer in map(_squash, readings(find_answer(response, finding))):
+        for gold in map(_squash, golds(example)):
+            longest = max(len(answer), len(gold))
+            limit = int(threshold * longest) + 1
+            distance = levenshtein(answer, gold, limit=limit) / longest if longest else 0.0
+            best = max(best, 1.0 - distance if distance < threshold else 0.0)
     return best
 
 
@@ -84,14 +132,15 @@ def edit_distance(
 ) -> float:
     """1 - error rate (insertions, deletions and substitutions over the gold's length), at least 0; the best
     over the gold texts."""
-    answer = _squash(find_answer(response, finding), case=True)
     best = 0.0
-    for gold in golds(example):
-        wanted = _squash(gold, case=True)
-        one, other = (answer, wanted) if unit == "character" else (answer.split(), wanted.split())
-        if not other:
-            raise BadGold(f"the gold answer {gold!r} is empty")
-        best = max(best, 1 - levenshtein(one, other, limit=len(other)) / len(other))
+    for reading in readings(find_answer(response, finding)):
+        for gold in golds(example):
+            one, other = _squash(reading, case=True), _squash(gold, case=True)
+            if unit == "word":
+                one, other = one.split(), other.split()
+            if not other:
+                raise BadGold(f"the gold answer {gold!r} is empty")
+            best = max(best, 1 - levenshtein(one, other, limit=len(other)) / len(other))
     return best
 
 
@@ -117,7 +166,8 @@ def levenshtein(one: Sequence, other: Sequence, *, limit: int | None = None) -> 
 
 def json_fields(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """The share of the gold JSON object's fields that the answer's object has with the same value; texts are
-    compared without case and doubled spaces, numbers by value. The answer may stand in a code fence."""
+    compared without case and doubled spaces, numbers by value. The answer may stand in a code fence; of a
+    fence and a mark the last counts."""
     try:
         gold = json.loads(example.answer)
     except ValueError as error:
@@ -130,10 +180,8 @@ def json_fields(response: str, example: Example, *, finding: Finding = "marked")
 
 
 def _json_object(response: str, finding: Finding) -> dict:
-    fence = re.findall(r"```(?:json)?\s*(\{.*?\})\s*```", response, re.DOTALL)
-    text = fence[-1] if fence else find_answer(response, finding)
     try:
-        found = json.loads(text)
+        found = json.loads(fenced_json(response) or find_answer(response, finding))
     except (ValueError, RecursionError):
         raise NoAnswer from None
     if not isinstance(found, dict):
@@ -142,10 +190,14 @@ def _json_object(response: str, finding: Finding) -> dict:
 
 
 def _same(given, wanted) -> bool:
-    if isinstance(given, int | float) and isinstance(wanted, int | float):
-        return float(given) == float(wanted)
+    """Equal as JSON: numbers by value, a text and a number by their spelling; true is no number, null no
+    text."""
+    if given is None or wanted is None or isinstance(given, bool) or isinstance(wanted, bool):
+        return given is wanted
     if isinstance(given, str) or isinstance(wanted, str):
         return _squash(str(given)) == _squash(str(wanted))
+    if isinstance(given, list) and isinstance(wanted, list):
+        return len(given) == len(wanted) and all(map(_same, given, wanted))
     return given == wanted
 
 

@@ -5,8 +5,11 @@ They read the marked answer in training; with `finding: stated` also answers wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
+from math import isfinite
+from typing import Any
 
 from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards import boxes, text
@@ -39,18 +42,27 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
     if option_column(columns) or kind.startswith("multi"):
         return choice(response, example, finding=finding)
     if str(columns.get("metric") or "").lower() == "anls":
-        threshold = float(columns.get("threshold") or 0.5)
+        threshold = _held_number(columns, "threshold")
+        threshold = 0.5 if threshold is None else threshold
         return text.anls(response, example, threshold=threshold, finding=finding)
     if answer in NUMBERS and read_number(example.answer) is not None:
-        precision = columns.get("precision")
-        return number(
-            response, example, precision=None if precision is None else int(precision), finding=finding
-        )
+        precision = _held_number(columns, "precision")
+        decimals = None if precision is None else int(precision)
+        return number(response, example, precision=decimals, finding=finding)
     if answer == "short" or kind == "open":
         return text.short(response, example, finding=finding)
     if answer in TEXTS:
         return text.exact(response, example, finding=finding)
     return math(response, example, finding=finding)
+
+
+def _held_number(columns: Mapping[str, Any], name: str) -> float | None:
+    """The number in a column; None where it is empty or no finite number."""
+    try:
+        value = float(columns.get(name))
+    except (TypeError, ValueError):
+        return None
+    return value if isfinite(value) else None
 
 
 VERIFIERS = {
