@@ -244,7 +244,7 @@ def test_a_folder_of_other_settings_is_refused(run, model_folder):
     again, same = run(*options, "--limit", "4")
     assert again.exit_code == 0 and same == found
     other, _ = run(*options, "--limit", "5")
-    assert "another limit" in str(other.exception)
+    assert "differ in limit" in str(other.exception)
 
 
 @pytest.mark.parametrize(

@@ -212,9 +212,9 @@ def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
     wanted = json.loads(json.dumps(wanted))
     other = held.get(benchmark.name, wanted)
     differ = [name for name in wanted if other.get(name) != wanted[name]]
-    if differ:
+    if differ and SampleFile(folder.path, benchmark.name).done:
         raise ValueError(
-            f"--out ({folder.path}) holds samples of {benchmark.name} with another {', '.join(differ)}; "
+            f"--out ({folder.path}) holds samples of {benchmark.name} that differ in {', '.join(differ)}; "
             "give another folder, or remove that one"
         )
     folder.path.mkdir(parents=True, exist_ok=True)

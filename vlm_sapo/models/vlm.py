@@ -216,7 +216,9 @@ def check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or path.count("/") != 1:
-            raise ValueError(f"model.path ({path}) must be a model folder or a hub id; there is no such folder")
+            raise ValueError(
+                f"model.path ({path}) must be a model folder or a hub id; there is no such folder"
+            )
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path ({path}) must hold a model; config.json is missing from that folder")

@@ -102,19 +102,18 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
     }
 
 
-def task_metrics(groups: Sequence[Group], minibatches: int) -> Metrics:
-    """Reward by task, and each task's count in every mini-batch; empty where there is one task."""
+def task_metrics(drawn: Sequence[Group], groups: Sequence[Group], minibatches: int) -> Metrics:
+    """Reward of the `drawn` groups by task, and each task's count in every mini-batch of the trained
+    `groups`; empty where there is one task."""
     tasks = sorted({group.prompt.example.task for group in groups})
     if len(tasks) == 1:
         return {}
     metrics: Metrics = {}
     size = len(groups) // minibatches
     for task in tasks:
-        own = [group.prompt.example.task == task for group in groups]
-        scores = [
-            score.total for group in groups if group.prompt.example.task == task for score in group.scores
-        ]
+        scores = [s.total for group in drawn if group.prompt.example.task == task for s in group.scores]
         metrics[f"task/{task}/reward"] = sum(scores) / len(scores)
+        own = [group.prompt.example.task == task for group in groups]
         for index in range(minibatches):
             metrics[f"minibatch{index}/prompts/{task}"] = sum(own[index * size : (index + 1) * size])
     return metrics

@@ -1,8 +1,12 @@
 """Imported once, by the process that workers are forked from: the slow imports, and the parser's caches,
 which fill with the first expressions that it reads."""
 
-from vlm_sapo.rewards import pool  # noqa: F401
-from vlm_sapo.rewards.mathematics import equal
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its workers
+
+from vlm_sapo.rewards import pool  # noqa: E402, F401
+from vlm_sapo.rewards.mathematics import equal  # noqa: E402
 
 for answer, gold in (
     (r"\frac{1}{2}", "0.5"),

@@ -52,7 +52,7 @@ def loop(training: Training, steps: int) -> dict:
                         meter.close_minibatch(policy.step())
             core.progress.advance(step, time.perf_counter() - started)
             record = {"step": step, "lr": lr} | meter.record() | group_metrics(meter.groups, meter.seconds)
-            record |= task_metrics(groups, training.minibatches)
+            record |= task_metrics(meter.groups, groups, training.minibatches)
             core.folder.append("metrics.jsonl", record)
             training.log_rollouts(step, groups, advantages)
             show(step, headline(record))
