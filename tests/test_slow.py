@@ -36,18 +36,13 @@ def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
     work.mkdir()
     overrides = ["train.steps=2", "eval.data.args.size=24", "eval.samples=1", "run.dir=out"]
     code = "import vlm_sapo, sys; assert 'site' in vlm_sapo.__file__; from vlm_sapo.cli import main; main()"
-    output = run(
-        sys.executable,
-        "-c",
-        code,
-        "train",
-        "quickstart",
-        *overrides,
-        cwd=work,
-        PYTHONPATH=str(tmp_path / "site"),
-    )
+    command, site = (sys.executable, "-c", code), str(tmp_path / "site")
+    output = run(*command, "train", "quickstart", *overrides, cwd=work, PYTHONPATH=site)
     assert "held-out pass@1:" in output
     assert json.loads((work / "out/summary.json").read_text())["steps"] == 2
+    options = ("--model", "out/final", "--benchmark", "shapes", "--limit", "4", "--out", "results")
+    run(*command, "eval", *options, cwd=work, PYTHONPATH=site)
+    assert json.loads((work / "results/results.json").read_text())["shapes"]["n"] == 4
 
 
 def test_the_quick_start_learns(tmp_path):

@@ -28,8 +28,8 @@ from vlm_sapo.types import Example, Prompt, Sampling
 
 SHOWN = 5
 """Rows that an error names."""
-SMALLEST_GROUP = 5
-"""Breakdowns by a column with more values than this are left to results.json."""
+FEW = 8
+"""A breakdown with more values than this is left to results.json."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int
         held = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
         folder.replace("results.json", json.dumps(held | results, indent=2, ensure_ascii=False) + "\n")
     console.table(*table(results))
+    for line in breakdowns(results):
+        console.say(line)
     console.say(f"everything is in {out}")
     return results
 
@@ -130,7 +132,7 @@ def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, 
 
 
 def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """The results as a table: header and rows."""
+    """The results as a table: header and rows, without columns that no benchmark has."""
     header = [
         "benchmark",
         "n",
@@ -157,7 +159,19 @@ def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
                 _flat(result.get("metric", {})),
             ]
         )
-    return header, rows
+    used = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return [header[place] for place in used], [[row[place] for place in used] for row in rows]
+
+
+def breakdowns(results: dict[str, dict]) -> list[str]:
+    """A line for each short breakdown: pass@1 and number of problems by value."""
+    return [
+        f"{name} by {column}: "
+        + ", ".join(f"{value} {item['pass@1']:.3f} ({item['n']})" for value, item in values.items())
+        for name, result in results.items()
+        for column, values in result.get("by", {}).items()
+        if 1 < len(values) <= FEW
+    ]
 
 
 def _flat(metric: dict) -> str:
