@@ -49,6 +49,9 @@ def _boxes(row: dict, name: str) -> list[list[int]]:
 
 
 def _pictures(path: str) -> Iterator[dict]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
         if line.strip():
-            yield json.loads(line)
+            row = json.loads(line)
+            if not {"image", "objects", "split"} <= row.keys():
+                raise ValueError(f"{path}: a row has image, objects and split; this one has {', '.join(row)}")
+            yield row

@@ -17,8 +17,12 @@ QUESTIONS = {
 def rows(path: str) -> list[dict]:
     """A row for every field that a receipt has: the total is compared as a number, the others by ANLS."""
     made = []
-    for line in filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()):
+    for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
         receipt = json.loads(line)
+        if not QUESTIONS.keys() & receipt.keys():
+            raise ValueError(
+                f"{path}: a receipt has some of {', '.join(QUESTIONS)}; this row has {', '.join(receipt)}"
+            )
         for field in filter(receipt.get, QUESTIONS):
             how = {"answer_type": "float"} if field == "total" else {"metric": "anls"}
             made.append(

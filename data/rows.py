@@ -7,8 +7,9 @@ import re
 
 def answer_in_tags(row: dict) -> dict:
     """`answer` is what stands in the last answer tag of `solution`, or all of it without a tag."""
-    found = re.findall(r"<answer>(.*?)</answer>", row["solution"], re.DOTALL)
-    return row | {"answer": (found[-1] if found else row["solution"]).strip()}
+    held = str(row["solution"])
+    found = re.findall(r"<answer>(.*?)</answer>", held, re.DOTALL)
+    return row | {"answer": (found[-1] if found else held).strip()}
 
 
 def unboxed(row: dict) -> dict:

@@ -22,6 +22,10 @@ ConfigArgument = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to override.")]
 
 
+ANY_LENGTH = ["train.steps=1"]
+"""What only looks at rows needs no length of training."""
+
+
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train a model by reinforcement learning."""
@@ -64,7 +68,7 @@ def doctor(
     from vlm_sapo.config import TrainConfig
     from vlm_sapo.configfile import load
 
-    parsed = load(TrainConfig, config, overrides or [])
+    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     _quieten()
     from vlm_sapo.planning.command import doctor_command
 
@@ -130,7 +134,7 @@ def evaluate(
         ((model is None) == (responses is None), "give --model, or --responses with recorded ones"),
         (
             data and len(names) > 1,
-            f"--data ({data}) is for one benchmark; write NAME=FILE,NAME=FILE for several",
+            f"--data ({data}) is for one benchmark; for several write --benchmark NAME=FILE,NAME=FILE",
         ),
         (engine != "hf", f"--engine ({engine}) must be hf; vLLM is not built in yet"),
         (on_error not in ("stop", "skip"), f"--on-error ({on_error}) must be stop or skip"),
@@ -141,6 +145,12 @@ def evaluate(
     ):
         if wrong:
             raise ValueError(message)
+    if data:
+        names = [f"{names[0]}={data}"]
+    from vlm_sapo.evaluation.benchmarks import read_definition
+
+    for name in names:
+        read_definition(name)  # before the heavy imports
     _quieten()
     from vlm_sapo.evaluation.command import Settings, eval_command
 
@@ -157,7 +167,7 @@ def evaluate(
         limit=limit,
         on_error=on_error,
     )
-    eval_command(settings, [f"{names[0]}={data}"] if data else names, out, batch)
+    eval_command(settings, names, out, batch)
 
 
 @app.command()
@@ -186,7 +196,7 @@ def filter_rows(
     from vlm_sapo.config import TrainConfig
     from vlm_sapo.configfile import load
 
-    parsed = load(TrainConfig, config, overrides or [])
+    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     try:
         low, high = map(float, keep.split(".."))
     except ValueError:

@@ -107,6 +107,16 @@ class Reward(Section):
         return self
 
     @property
+    def measured(self) -> str:
+        """The label of the first part that reads the gold answer."""
+        reading = [
+            place
+            for place, part in enumerate(self.parts)
+            if part.name not in ("format", "length", "language")
+        ]
+        return self.labels[reading[0] if reading else 0]
+
+    @property
     def labels(self) -> list[str]:
         return [part.label or part.name.rpartition(":")[2] for part in self.parts]
 
@@ -225,7 +235,7 @@ class Eval(Section):
     """Held-out rows. Where they say nothing else, `system`, `template` and `verifier` are those of `data`."""
     benchmarks: list[str] = []
     """Benchmarks to evaluate on besides, each `NAME` or `NAME=FILE` with the benchmark's rows in a local
-    file; eval/README.md lists them."""
+    file; eval/README.md lists them. Their responses may be as long as the benchmark's definition says."""
     limit: Positive | None = None
     """Use the first so many problems of each benchmark."""
     every: Count = 0
@@ -235,7 +245,7 @@ class Eval(Section):
     temperature: NotNegative = 1.0
     """Sampling temperature of the evaluation; 0 takes the likeliest token."""
     part: str | None = None
-    """Reward part that is measured; null for the first one."""
+    """Reward part that is measured; null for the first one that reads the gold answer."""
 
 
 class Checkpoint(Section):

@@ -27,10 +27,24 @@ class Verifier(Section):
     """Its keyword arguments."""
 
 
+def joined(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given over the recipe's fields, mappings joined at every depth; another verifier brings its own
+    arguments."""
+    made = recipe | given
+    for name in recipe.keys() & given.keys():
+        old, new = recipe[name], given[name]
+        other = isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
+        if isinstance(old, dict) and isinstance(new, dict) and not other:
+            made[name] = joined(old, new)
+    return made
+
+
 class Source(Section):
     recipe: str | None = None
     """Name of a shipped recipe (`data/README.md` lists them) or a YAML file with the fields below; what is
-    given beside it comes before, and null takes a field back."""
+    given beside it comes before, and null takes a field back. The stored config holds the result."""
+    name: str | None = None
+    """What the logs call these rows; by default the recipe's or the source's name."""
     source: str | None = None
     """Hub id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the rows."""
     subset: str | None = None
@@ -61,16 +75,11 @@ class Source(Section):
         """The recipe's fields under the given ones; mappings are joined."""
         if not isinstance(value, dict):
             return value
-        recipe = {}
+        given = {name: item for name, item in value.items() if name != "recipe"}
         if value.get("recipe"):
-            recipe = read_mapping(find(str(value["recipe"]), "data", field="recipe"))
-        joined = {
-            name: recipe[name] | given
-            for name, given in value.items()
-            if isinstance(given, dict) and isinstance(recipe.get(name), dict)
-        }
-        merged = recipe | value | joined
-        return {name: item for name, item in merged.items() if item is not None}
+            path = find(str(value["recipe"]), "data", field="recipe")
+            given = joined({"name": path.stem, **read_mapping(path)}, given)
+        return {name: item for name, item in given.items() if item is not None}
 
     @model_validator(mode="after")
     def _has_problem(self):
@@ -81,7 +90,7 @@ class Source(Section):
     @property
     def task(self) -> str:
         """What the logs call these rows."""
-        return self.recipe or str(self.source)
+        return self.name or str(self.source)
 
 
 class Rows(Source):
@@ -101,12 +110,6 @@ class Rows(Source):
 class Task(Rows):
     share: Rate
     """Share of this task in every mini-batch; shares are divided by their sum."""
-    name: str | None = None
-    """Name of the task in the logs; the recipe or the source by default."""
-
-    @property
-    def task(self) -> str:
-        return self.name or super().task
 
 
 class Benchmark(Rows):

@@ -83,6 +83,8 @@ class Sampling:
     temperature: float
     """0 takes the likeliest token."""
     seed: int
+    places: tuple[int, ...] = ()
+    """What the draws of each prompt depend on beside the seed; by default the prompts' order."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def find(name: str, folder: str, *, field: str) -> Path:
     same = [path for stem, path in known.items() if _key(stem) == _key(name.removesuffix(".yaml"))]
     if same:
         return same[0]
-    raise ValueError(f"{field} ({name}) must be a file or one of the shipped ones: {', '.join(known)}")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"{field} ({name}) must be a file or a shipped one; {hint}There are {', '.join(known)}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -12,7 +12,12 @@ MARK = re.compile(r"<image ?(\d*)>")
 def mathvision(row: dict) -> dict:
     """Options below the question; the one merged picture at the first of the marks."""
     problem = _one_picture(row["question"])
-    return row | {"problem": problem + _lettered(row["options"]), "question_type": _kind(row["options"])}
+    options = row.get("options") or []
+    return row | {
+        "problem": problem + _lettered(options),
+        "options": options,
+        "question_type": _kind(options),
+    }
 
 
 def mathvista(row: dict) -> dict:
@@ -60,6 +65,7 @@ def dynamath(row: dict) -> dict:
         "'solution' and 'short answer'. The 'solution' key can contain detailed steps needed to solve the "
         f"question, and the 'short answer' key should provide a concise response, {wanted}.",
         "question_type": "multi_choice" if kind == "multiple choice" else "free_form",
+        "precision": 3 if kind == "float" else None,
         "level": row.get("level", row.get("knowledge_level")),
     }
 
@@ -118,7 +124,7 @@ def olympiadbench(row: dict) -> dict:
 
 def answer_in_tags(row: dict) -> dict:
     """`answer` is what stands in the answer tag of `solution`, or all of it."""
-    held = row.get("solution") or row["answer"]
+    held = str(row.get("solution") or row["answer"])
     found = re.findall(r"<answer>(.*?)</answer>", held, re.DOTALL)
     return row | {"answer": (found[-1] if found else held).strip()}
 

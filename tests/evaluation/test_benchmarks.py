@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tests.conftest import ROOT, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.dataconfig import Benchmark
-from vlm_sapo.evaluation.benchmarks import build_benchmark, read_definition
+from vlm_sapo.evaluation.benchmarks import build_benchmark, build_benchmarks, read_definition
 from vlm_sapo.evaluation.metrics import versions, we_math, worst_case
 from vlm_sapo.plugins import resolve
 
@@ -82,10 +82,15 @@ def test_names_variants_and_files():
     assert read_definition("MathVision:testmini")[1].split == "testmini"
     assert read_definition("we-math")[0] == "wemath"
     assert read_definition("mmmu_pro:vision")[1].subset == "vision"
-    title, definition = read_definition("bccd=a/b.jsonl")
-    assert title == "bccd" and definition.args == {"path": "a/b.jsonl"} and definition.split == "test"
-    with pytest.raises(ValueError, match="mathvista"):
+    file = str(ROOT / "data/README.md")
+    title, definition = read_definition(f"bccd={file}")
+    assert title == "bccd" and definition.args == {"path": file} and definition.split == "test"
+    with pytest.raises(ValueError, match="did you mean mathvista"):
         read_definition("mathvist")
+    with pytest.raises(ValueError, match="no.jsonl.* there is none"):
+        read_definition("bccd=no.jsonl")
+    with pytest.raises(ValueError, match="two benchmarks of one name"):
+        build_benchmarks(["shapes", "shapes"])
 
 
 @pytest.fixture
@@ -226,7 +231,7 @@ def test_a_rows_faults_are_named_before_anything_is_generated(run, tmp_path, mod
     result, _ = run(
         "--model", str(model_folder()), "--benchmark", "mmk12", "--data", str(tmp_path / "no.jsonl")
     )
-    assert "no such file" in str(result.exception)
+    assert "there is none" in str(result.exception)
 
 
 def test_a_marked_picture_that_is_missing_is_named(tmp_path):
@@ -292,12 +297,12 @@ def test_we_maths_four_ways():
 
 
 def test_worst_case_and_versions():
-    rows = [
-        {"id": "1", "scores": [1.0, 0.0]},
-        {"id": "1", "scores": [1.0, 1.0]},
-        {"id": "2", "scores": [0.0, 1.0]},
-    ]
-    assert worst_case(rows, "scores") == {"average": pytest.approx(2 / 3), "worst_case": 0.5, "questions": 2}
+    """Question 3 lacks a variant: it counts in the average alone."""
+    scores = {"1": ([1.0, 0.0], [1.0, 1.0]), "2": ([0.0, 1.0], [1.0, 1.0]), "3": ([1.0, 1.0],)}
+    rows = [{"id": name, "scores": row} for name, found in scores.items() for row in found]
+    found = worst_case(rows, "scores")
+    assert found["average"] == pytest.approx(0.8) and found["worst_case"] == 0.5
+    assert (found["questions"], found["variants"], found["incomplete_questions"]) == (2, 2, 1)
     rows = [
         {"columns": {"problem_version": v}, "scores": [s]} for v, s in (("a", 1.0), ("a", 0.0), ("b", 1.0))
     ]

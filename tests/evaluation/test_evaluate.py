@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import completion, example
-from vlm_sapo.evaluation import evaluate as module
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.rewards.pool import Reward
@@ -27,11 +26,11 @@ class Parrot:
     """An engine that answers the gold answer on the first of two responses and runs on at the second."""
 
     def __init__(self, stop_at=None):
-        self.seeds, self.stop_at = [], stop_at
+        self.places, self.stop_at = [], stop_at
 
     def generate(self, prompts, sampling):
-        self.seeds.append(sampling.seed)
-        if len(self.seeds) == self.stop_at:
+        self.places.append(sampling.places)
+        if len(self.places) == self.stop_at:
             raise KeyboardInterrupt
         return [[said("\\boxed{2}", "stop"), said("hmm", "length")] for _ in prompts]
 
@@ -47,49 +46,67 @@ def encode(row) -> Prompt:
     return Prompt(row, "", "", None, None, row.images, None, None)
 
 
-@pytest.fixture
-def small_batches(monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 2)
-
-
-def test_scores_are_means_over_samples_and_problems(reward, small_batches):
+def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     engine = Parrot()
     rows = [example(number, kind="a" if number else "b") for number in range(3)]
-    result, records = evaluate(engine, rows, encode, reward, DRAW, Measure("accuracy", by=("kind",)))
+    measure = Measure("accuracy", by=("kind",))
+    result, records = evaluate(
+        engine, rows, encode, reward, DRAW, measure, samples=SampleFile(tmp_path, "b"), batch=2
+    )
     assert result["pass@1"] == 0.5 and result["n"] == 3 and result["samples"] == 2
     assert result["pass@2"] == 1.0 and result["majority@2"] == 1.0 and result["no_answer"] == 0.5
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
-    assert len(set(engine.seeds)) == 2  # no two batches draw with the same seed
+    assert engine.places == [(0, 1), (2,)]  # what a problem's draws depend on is its row alone
 
 
-def test_an_interrupted_evaluation_goes_on(reward, small_batches, tmp_path):
+def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
+    """A line separator inside a response and a torn last line cost nothing but the torn line."""
     rows = [example(number) for number in (0, 1, 2, 4, 5)]
-    whole, _ = evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE)
-    first = Parrot(stop_at=3)
+    whole, _ = evaluate(
+        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "whole", "b"), batch=2
+    )
+    path = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(first, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path, "b"))
-    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["e0", "e1", "e2", "e4"]
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines)[:-20])  # a torn line: its batch is drawn again
+        evaluate(
+            Parrot(stop_at=3), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=2
+        )
+    lines = (path / "samples.jsonl").read_text().split("\n")
+    assert [json.loads(line)["id"] for line in lines if line] == ["e0", "e1", "e2", "e4"]
+    lines[0] = lines[0].replace("hmm", "h\u2028mm")
+    (path / "samples.jsonl").write_text("\n".join(lines)[:-20])
     second = Parrot()
-    result, records = evaluate(second, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path, "b"))
-    assert result == whole and second.seeds == [9, 11] and len(records) == 5
-    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["id"] for line in lines) == ["e0", "e1", "e2", "e4", "e5"]
-    assert (tmp_path / json.loads(lines[0])["pictures"][0]).is_file()
+    result, records = evaluate(
+        second, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=4
+    )
+    assert result == whole and second.places == [(3, 4)] and len(records) == 5
+    assert records[0]["responses"][1] == "h\u2028mm"
+    lines = (path / "samples.jsonl").read_text().split("\n")
+    assert sorted(json.loads(line)["id"] for line in lines if line) == ["e0", "e1", "e2", "e4", "e5"]
+    assert (path / json.loads(lines[0])["pictures"][0]).is_file()
 
 
-def test_an_unusable_row_stops_or_is_counted(reward):
+def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
     rows = [example(number) for number in range(5)]
     with pytest.raises(RowError, match="row e3"):
-        evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE)
-    result, records = evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE, skip=True)
+        evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "a", "b"))
+    result, records = evaluate(
+        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "c", "b"), skip=True
+    )
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
     with pytest.raises(ValueError, match="no usable row"):
-        evaluate(Parrot(), [example(3)], encode, reward, DRAW, MEASURE, skip=True)
+        evaluate(
+            Parrot(),
+            rows[3:4],
+            encode,
+            reward,
+            DRAW,
+            MEASURE,
+            samples=SampleFile(tmp_path / "d", "b"),
+            skip=True,
+        )
 
 
 def test_pass_at_k_has_no_bias():

@@ -86,7 +86,7 @@ def test_what_would_break_a_run_is_exit_code_1(case):
     assert result.exit_code == 1
     unreadable = findings["train.jsonl", "unreadable rows"]
     assert unreadable["count"] == 4 and unreadable["level"] == "breaks"
-    assert unreadable["rows"][0] == "number 12" and "missing.png" in unreadable["text"]
+    assert unreadable["rows"][0] == "r12" and "missing.png" in unreadable["text"]
     assert findings["train.jsonl", "prompts over the limit"]["rows"] == ["r16"]
     gold = findings["train.jsonl", "gold answers rejected"]
     assert gold["rows"] == ["r17"] and "none of the options" in gold["text"]
@@ -142,7 +142,7 @@ def test_pictures_of_the_evaluation_in_training(case):
     (case.folder / "bench.jsonl").write_text(json.dumps(row) + "\n")
     result, _, findings = case.run(against=f"mmk12={case.folder}/bench.jsonl")
     found = findings["train.jsonl", "pictures of held-out in training"]
-    assert found["rows"] == ["r3", "r4"] and "1 pairs with the same pixels, 1 nearly" in found["text"]
+    assert found["rows"] == ["r3", "r4"] and "1 with the same pixels, 1 nearly" in found["text"]
     assert findings["train.jsonl", "pictures of benchmark mmk12 in training"]["rows"] == ["r5"]
     assert result.exit_code == 0
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -46,7 +49,12 @@ def _open(source: Any, name: str) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
+    with suppress(
+        struct.error, TypeError, ValueError, KeyError, SyntaxError
+    ):  # an orientation nobody can read
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if not picture.has_transparency_data:
         return picture
     layer = picture.convert("RGBA")

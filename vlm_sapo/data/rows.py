@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
+
+from PIL.Image import Image
 
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
@@ -28,7 +31,7 @@ def open_rows(
     or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
     """
     if ":" in source and not Path(source).exists():
-        return resolve(source, field="data.source")(**(args or {}))
+        return _call(source, args or {})
     if args:
         raise ValueError("data.args must be empty unless data.source is 'file.py:function'; remove it")
     path = locate(source)
@@ -48,14 +51,34 @@ def open_rows(
     return _undecoded(_pick_split(rows, split, source))
 
 
+def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
+    """The rows that a function returns, or an error that names what it was given."""
+    function = resolve(source, field="data.source")
+    try:
+        signature(function).bind(**args)
+    except TypeError as error:
+        raise ValueError(
+            f"data.args ({dict(args)}) must fit {source}{signature(function)}; {error}"
+        ) from error
+    try:
+        return function(**args)
+    except OSError as error:
+        raise ValueError(f"data.args ({dict(args)}) must name a file that can be read; {error}") from error
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"data.source ({path}) must exist; there is no such file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise RowError(
+                        f"{path}, line {number}: a JSON object is needed; this is {type(row).__name__}"
+                    )
+                rows.append(row)
             except json.JSONDecodeError as error:
                 raise RowError(
                     f"{path}, line {number}: not valid JSON ({error}); mend or remove that line"
@@ -113,9 +136,10 @@ class ExampleSet(Sequence):
         self.common = {"task": task, "template": template, "system": system, "verifier": verifier}
         path = locate(name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
-        columns = dict(columns or {})
+        columns = self.named = dict(columns or {})
         keep = dict(keep or {})
         column = _first(columns.pop("split", "split"), rows[0] if len(rows) else {})
+        self.has_split = column is not None
         if split is not None and column is not None:
             keep.setdefault(column, split)
         self.indices = list(range(len(rows))) if not keep else _matching(rows, keep, name)
@@ -125,6 +149,9 @@ class ExampleSet(Sequence):
                 f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit"
             )
         first = self._row(0)
+        given = columns.get("images", ["images", "image"])
+        self.pictures = [given] if isinstance(given, str) else list(given)
+        """Columns that may hold pictures: of each row the first that does."""
         self.columns = _complete(columns, first, name)
 
     def __len__(self) -> int:
@@ -149,7 +176,11 @@ class ExampleSet(Sequence):
                 f"and the row {len(images)} pictures; "
                 "give one mark per picture, or none to put the pictures first"
             )
-        others = {name: value for name, value in row.items() if name != where.get("images")}
+        others = {
+            name: value
+            for name, value in row.items()
+            if name not in self.pictures and not holds_picture(value)
+        }
         text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
         return Example(
             id=key,
@@ -161,16 +192,28 @@ class ExampleSet(Sequence):
             **self.common,
         )
 
+    def key(self, index: int) -> str:
+        """A row's id, or its number, read without its pictures."""
+        names = self.named.get("id", "id")
+        column = _first(names, self.raw(index))
+        return str(self.raw(index)[column]) if column else str(self.indices[index])
+
     def raw(self, index: int) -> Row:
         """A row as the source holds it."""
         return self.rows[self.indices[index]]
 
     def _row(self, index: int) -> Row:
         row = self.raw(index)
-        return self.transform(row) if self.transform else row
+        try:
+            return self.transform(row) if self.transform else row
+        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+            raise RowError(
+                f"row {self.key(index)} of {self.name}: data.transform cannot read it ({error!r}); its "
+                f"columns are {', '.join(map(str, row))}"
+            ) from error
 
     def _images(self, row: Row, label: str) -> tuple:
-        column = self.columns.get("images")
+        column = next((name for name in self.pictures if row.get(name) not in (None, [])), None)
         value = row.get(column) if column else None
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]
         images = []
@@ -191,6 +234,12 @@ def _matching(rows: Sequence[Row], keep: Mapping[str, Any], name: str) -> list[i
         for index, row in enumerate(rows)
         if all(row.get(column) in values for column, values in wanted.items())
     ]
+
+
+def holds_picture(value: Any) -> bool:
+    """Whether a column's value is a picture or a list of them, as objects or as bytes."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(x, Image | bytes) or (isinstance(x, Mapping) and "bytes" in x) for x in items)
 
 
 def _first(names: str | Sequence[str], row: Row) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -106,7 +107,8 @@ class Mixture:
         quotas = dict.fromkeys(self.streams, 0)
         total = sum(self.drawn.values()) + count
         for _ in range(count):
-            task = max(self.shares, key=lambda task: self.shares[task] * total - self.drawn[task])
+            open_ = [task for task, share in self.shares.items() if quotas[task] < math.ceil(share * count)]
+            task = max(open_, key=lambda task: self.shares[task] * total - self.drawn[task])
             quotas[task] += 1
             self.drawn[task] += 1
         return quotas

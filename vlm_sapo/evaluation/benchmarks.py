@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -30,6 +31,8 @@ class Benchmark:
     """Reward parts: our verdict, and the authors' rule where there is one."""
     measure: Measure
     max_tokens: int
+    origin: dict
+    """The definition, and size and time of the local file behind it: what samples belong to."""
 
 
 def read_definition(name: str) -> tuple[str, cfg.Benchmark]:
@@ -47,8 +50,26 @@ def read_definition(name: str) -> tuple[str, cfg.Benchmark]:
         raise ValueError(f"{path}: {fields}") from error
     if variant:
         definition = definition.model_copy(update={definition.variant: variant})
+    if file and not Path(file).exists():
+        raise ValueError(f"the rows of {path.stem} ({file}) must be a file or folder; there is none")
     title = f"{path.stem}:{variant}" if variant else path.stem
     return title, definition.at(file) if file else definition
+
+
+def build_benchmarks(names: Sequence[str], *, limit: int | None = None) -> list[Benchmark]:
+    """The benchmarks asked for. Raises ValueError where two would be reported under one name."""
+    made = [build_benchmark(name, limit=limit) for name in names]
+    titles = [benchmark.name for benchmark in made]
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"two benchmarks of one name ({', '.join(titles)}); evaluate them one by one")
+    return made
+
+
+def stamp(path: str | None) -> list:
+    """Size and time of a file; empty for none."""
+    if not path or not Path(path).is_file():
+        return []
+    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
 
 
 def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
@@ -60,10 +81,16 @@ def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
     if definition.official:
         parts.append(definition.official.model_dump() | {"label": OFFICIAL})
     metric = definition.metric
+    examples = build_examples(definition, task=title)
+    file = name.partition("=")[2]
+    if file and ":" in name.partition("=")[0] and definition.variant == "split" and not examples.has_split:
+        raise ValueError(
+            f"{name}: {file} has no column that tells the split; give the split's own rows as NAME=FILE"
+        )
     return Benchmark(
         name=title,
         about=definition.about,
-        examples=build_examples(definition, task=title),
+        examples=examples,
         parts=parts,
         measure=Measure(
             part=VERDICT,
@@ -72,4 +99,5 @@ def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
             metric=resolve(metric, field="metric", builtin=METRICS) if metric else None,
         ),
         max_tokens=definition.max_tokens,
+        origin=definition.model_dump(mode="json") | {"file": stamp(file)},
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmark
+from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks, stamp
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM, load_vlm
@@ -28,6 +28,8 @@ from vlm_sapo.types import Example, Prompt, Sampling
 
 SHOWN = 5
 """Rows that an error names."""
+MANY = 0.1
+"""Share of responses from which the user is told that they were cut or state no answer."""
 FEW = 8
 """A breakdown with more values than this is left to results.json."""
 
@@ -57,12 +59,13 @@ class Source:
     encode_for: Callable[[int], Callable[[Example], Prompt]]
     """The encoder for responses of so many tokens."""
     samples: int
+    batch: int
 
 
 def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int) -> dict:
     """Evaluates on the named benchmarks one after the other; returns what `results.json` holds."""
     console = Console()
-    benchmarks = [build_benchmark(name, limit=settings.limit) for name in names]
+    benchmarks = build_benchmarks(names, limit=settings.limit)
     folder = RunFolder(out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, settings)
@@ -73,7 +76,11 @@ def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int
         try:
             results[benchmark.name] = _run(benchmark, source, settings, folder, console)
         except KeyboardInterrupt:
-            console.say(f"interrupted; what was graded is in {out}, and the same command goes on from there")
+            done = len(SampleFile(out, benchmark.name).done)
+            console.say(
+                f"interrupted; {done} of {len(benchmark.examples)} problems are graded in {out}, "
+                "and the same command goes on from there"
+            )
             raise
         held = json.loads((out / "results.json").read_text()) if (out / "results.json").is_file() else {}
         folder.replace("results.json", json.dumps(held | results, indent=2, ensure_ascii=False) + "\n")
@@ -92,11 +99,22 @@ def _run(
     samples = SampleFile(folder.path, benchmark.name)
     skip = settings.on_error == "skip"
     sampling = Sampling(source.samples, max_tokens, settings.temperature, settings.seed)
+    if isinstance(source.engine, Recorded):
+        known = {benchmark.examples.key(row) for row in range(len(benchmark.examples))}
+        if len(known) < len(benchmark.examples):
+            raise ValueError(
+                f"rows of {benchmark.name} share ids, so recorded responses cannot be told apart; give its "
+                "rows ids of their own"
+            )
+        if unknown := [name for name in source.engine.responses if name not in known]:
+            console.warn(
+                f"{len(unknown)} recorded ids are no rows of {benchmark.name}: {', '.join(unknown[:SHOWN])}"
+            )
     with closing(Reward(benchmark.parts)) as reward:
         if isinstance(encode, Encoder) and not samples.done:
             check(benchmark, encode, reward, skip=skip, console=console)
         total = len(benchmark.examples)
-        with console.progress(benchmark.name, total, sum(map(len, samples.done.values()))) as show:
+        with console.progress(benchmark.name, total, len(samples.done)) as show:
             result, records = evaluate(
                 source.engine,
                 benchmark.examples,
@@ -105,11 +123,29 @@ def _run(
                 sampling,
                 benchmark.measure,
                 samples=samples,
+                batch=source.batch,
                 skip=skip,
                 progress=lambda done: show(done, f"{done} problems graded"),
             )
     console.samples(records[:3])
-    return result | {"model": settings.model or settings.responses, "temperature": settings.temperature}
+    for caution in cautions(result, settings, max_tokens):
+        console.warn(f"{benchmark.name}: {caution}")
+    return result | {**vars(settings), "max_tokens": max_tokens, "samples": source.samples}
+
+
+def cautions(result: dict, settings: Settings, max_tokens: int) -> list[str]:
+    """What a reader of the numbers must know."""
+    found = []
+    if settings.limit:
+        found.append(f"only the first {settings.limit} problems were asked; that is not the benchmark")
+    if "skipped" in result:
+        found.append(f"{result['skipped']} problems were left out; that is not the whole benchmark")
+    if result.get("truncated", 0.0) > MANY:
+        share = f"{result['truncated']:.0%}"
+        found.append(f"{share} of the responses were cut at {max_tokens} tokens; raise --max-tokens")
+    if result["no_answer"] > MANY:
+        found.append(f"{result['no_answer']:.0%} of the responses state no answer")
+    return found
 
 
 def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, console: Console) -> None:
@@ -118,7 +154,8 @@ def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, 
     with console.progress(f"check {benchmark.name}", len(benchmark.examples), lines=2) as show:
         rows = inspect(benchmark.examples, encode, progress=lambda done: show(done, "rows looked at"))
     [verdict, *_] = benchmark.parts
-    rows = check_golds(rows, reward, verdict["label"], verdict["name"], verdict["args"])
+    if reward.parts[0].builtin:  # a user's function may want another form of an answer
+        rows = check_golds(rows, reward, verdict["label"], verdict["name"], verdict["args"])
     bad = [row.error or f"{row.example.label}: {row.gold}" for row in rows if row.error or row.gold]
     if not bad:
         return
@@ -184,7 +221,7 @@ def _flat(metric: dict) -> str:
 def _open_source(settings: Settings, batch: int) -> Source:
     if settings.responses:
         recorded = Recorded(Path(settings.responses))
-        return Source(recorded, lambda max_tokens: recorded.encode, min(settings.samples, recorded.samples))
+        return Source(recorded, lambda max_tokens: recorded.encode, recorded.samples, batch)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = str(locate(settings.model))
     vlm = load_vlm(path, dtype=settings.dtype, device=device, freeze=["vision", "merger", "language"])
@@ -193,7 +230,7 @@ def _open_source(settings: Settings, batch: int) -> Source:
     def encode_for(max_tokens: int) -> Encoder:
         return _encoder(vlm, settings, max_tokens)
 
-    return Source(HfEngine(vlm, prompts_per_batch=batch), encode_for, settings.samples)
+    return Source(HfEngine(vlm, prompts_per_batch=batch), encode_for, settings.samples, batch)
 
 
 def _encoder(vlm: VLM, settings: Settings, max_tokens: int) -> Encoder:
@@ -222,7 +259,7 @@ def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
     path = folder.path / "eval.yaml"
     held: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
     wanted = vars(settings) | {"weights": _weights(settings.model), "problems": len(benchmark.examples)}
-    wanted |= {"data": str(benchmark.examples[0].source), "parts": benchmark.parts}
+    wanted |= {"recorded": stamp(settings.responses), "definition": benchmark.origin}
     wanted = json.loads(json.dumps(wanted))
     other = held.get(benchmark.name, wanted)
     differ = [name for name in wanted if other.get(name) != wanted[name]]

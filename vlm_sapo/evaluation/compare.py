@@ -73,7 +73,7 @@ def read_samples(folder: Path) -> dict[str, dict[tuple, dict]]:
         hint = f"; give one of {', '.join(str(p.parent) for p in inside)}" if inside else ""
         raise ValueError(f"{folder} must hold samples.jsonl, as `vlm-sapo eval` writes it{hint}")
     found: dict[str, dict[tuple, dict]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         record = json.loads(line)
         record["folder"] = str(folder)
         found.setdefault(record["benchmark"], {})[(record["row"], record["id"])] = record
@@ -96,6 +96,7 @@ def _compare(name: str, pairs: list[tuple[dict, dict]]) -> Comparison:
     gain = second - first
     draws = np.random.default_rng(0).integers(0, len(gain), (RESAMPLES, len(gain)))
     low, high = np.quantile(gain[draws].mean(1), [0.025, 0.975])
+    gain[np.abs(gain) < 1e-9] = 0.0  # means of the same scores in another order
     wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
     order = np.argsort(gain, kind="stable")
     return Comparison(
@@ -115,8 +116,11 @@ def _compare(name: str, pairs: list[tuple[dict, dict]]) -> Comparison:
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of so many wins and losses where either is as likely; ties don't count."""
     n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+        for k in range(min(wins, losses) + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def page(comparisons: Sequence[Comparison], one: Path, other: Path) -> str:

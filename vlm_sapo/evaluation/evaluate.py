@@ -14,17 +14,15 @@ from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling, Score
 
-BATCH = 64
-"""Problems that are drawn, graded and written together; an interruption loses at most so many."""
 LONGEST = 200
 """Characters of a column that a sample keeps."""
 
 
 @dataclass
 class SampleFile:
-    """`samples.jsonl` of a folder: a line per problem, written batch by batch.
+    """`samples.jsonl` of a folder: a line per problem, written as batches are graded.
 
-    `done` holds the finished batches by their first problem; a batch that was cut off in writing is dropped.
+    `done` holds the finished problems by row; a line that was cut off in writing is dropped.
     """
 
     folder: Path
@@ -34,23 +32,18 @@ class SampleFile:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "samples.jsonl"
-        self.done: dict[int, list[dict]] = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
+        lines = list(filter(None, lines))
         whole = [record for record in map(_parsed, lines) if record is not None]
-        for record in whole:
-            if record["benchmark"] == self.name:
-                self.done.setdefault(record["batch"][0], []).append(record)
-        self.done = {start: batch for start, batch in self.done.items() if len(batch) == batch[0]["batch"][1]}
-        kept = [r for r in whole if r["benchmark"] != self.name or r["batch"][0] in self.done]
-        if len(kept) < len(lines):
-            self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self.done = {record["row"]: record for record in whole if record["benchmark"] == self.name}
+        if len(whole) < len(lines):
+            self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
 
-    def add(self, start: int, records: list[dict]) -> None:
-        """Writes a finished batch."""
-        records = [{"benchmark": self.name, **record, "batch": [start, len(records)]} for record in records]
+    def add(self, records: list[dict]) -> None:
+        """Writes the records of a batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, records)))
-        self.done[start] = records
+        self.done |= {record["row"]: record for record in records}
 
 
 def evaluate(
@@ -61,36 +54,29 @@ def evaluate(
     sampling: Sampling,
     measure: Measure,
     *,
-    samples: SampleFile | None = None,
+    samples: SampleFile,
+    batch: int = 16,
     skip: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[dict]]:
     """Draws `sampling.group` responses per problem and scores them; see `results.summarize` for the result.
 
-    With `samples`, every batch is written as it is graded and batches that are there already are not drawn
-    again: the draws of a problem depend on the seed and its place alone. With `skip`, unusable rows are
-    counted as `skipped` and left out; otherwise they raise RowError. Returns the result and one record per
-    problem.
+    `batch` problems are drawn, graded and written together; what `samples` holds already is not drawn again.
+    The draws of a problem depend on the seed and its row alone. With `skip`, unusable rows are counted as
+    `skipped` and left out; otherwise they raise RowError. Returns the result and one record per problem.
     """
-    records: list[dict] = []
-    for start in range(0, len(examples), BATCH):
-        if samples is None or start not in samples.done:
-            indices = range(start, min(start + BATCH, len(examples)))
-            rows, prompts = _prompts(examples, indices, encode, skip)
-            groups = engine.generate(prompts, replace(sampling, seed=sampling.seed + start))
-            scored = score_groups(reward, prompts, groups)
-            made = [
-                {"row": row} | _record(*item, measure)
-                for row, *item in zip(rows, prompts, groups, scored, strict=True)
-            ]
-            if samples is not None:
-                for record, prompt in zip(made, prompts, strict=True):
-                    record["pictures"] = keep_pictures(samples.folder, prompt.images)
-                samples.add(start, made)
-            records += made
-        else:
-            records += samples.done[start]
-        progress(len(records))
+    missing = [row for row in range(len(examples)) if row not in samples.done]
+    for start in range(0, len(missing), batch):
+        rows, prompts = _prompts(examples, missing[start : start + batch], encode, skip)
+        groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
+        scored = score_groups(reward, prompts, groups)
+        made = []
+        for row, prompt, drawn, scores in zip(rows, prompts, groups, scored, strict=True):
+            record = {"benchmark": samples.name, "row": row} | _record(prompt, drawn, scores, measure)
+            made.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
+        samples.add(made)
+        progress(len(samples.done))
+    records = [samples.done[row] for row in sorted(samples.done)]
     if not records:
         raise ValueError("no usable row is left to evaluate on; run with on_error stop to see why")
     left_out = len(examples) - len(records)
@@ -98,13 +84,13 @@ def evaluate(
 
 
 def _prompts(
-    examples: Sequence[Example], indices: range, encode: Callable, skip: bool
+    examples: Sequence[Example], rows: Sequence[int], encode: Callable, skip: bool
 ) -> tuple[list[int], list[Prompt]]:
-    """The usable rows among the indices, and their prompts."""
+    """The usable ones of the rows, and their prompts."""
     found: dict[int, Prompt] = {}
-    for index in indices:
+    for row in rows:
         try:
-            found[index] = encode(examples[index])
+            found[row] = encode(examples[row])
         except RowError:
             if not skip:
                 raise

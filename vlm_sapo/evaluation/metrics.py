@@ -25,9 +25,17 @@ def worst_case(records: list[dict], key: str) -> dict:
     found = defaultdict(list)
     for record in records:
         found[record["id"]].append(record[key])
-    worst = [np.mean([min(sample) for sample in zip(*rows, strict=True)]) for rows in found.values()]
+    variants = max(map(len, found.values()))
+    whole = [rows for rows in found.values() if len(rows) == variants]
+    worst = [np.mean([min(sample) for sample in zip(*rows, strict=True)]) for rows in whole]
     average = [np.mean(row) for rows in found.values() for row in rows]
-    return {"average": float(np.mean(average)), "worst_case": float(np.mean(worst)), "questions": len(found)}
+    return {
+        "average": float(np.mean(average)),
+        "worst_case": float(np.mean(worst)),
+        "questions": len(whole),
+        "variants": variants,
+        "incomplete_questions": len(found) - len(whole),
+    }
 
 
 def we_math(records: list[dict], key: str) -> dict:

@@ -113,6 +113,7 @@ class Encoder:
             raise RowError(
                 f"{example.label}: its prompt has {tokens} tokens, {image_tokens} of them for pictures, over "
                 + self.limit.format(self.max_tokens)
+                + (", or shorten the row: most of it is text" if image_tokens < tokens / 2 else "")
             )
 
 

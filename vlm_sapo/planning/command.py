@@ -8,16 +8,16 @@ from contextlib import closing
 from pathlib import Path
 
 from vlm_sapo.config import TrainConfig
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
-from vlm_sapo.evaluation.benchmarks import build_benchmark
+from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import load_outline
 from vlm_sapo.planning.doctor import RowSet, describe, diagnose, report
-from vlm_sapo.planning.inspect import check_golds, inspect
+from vlm_sapo.planning.inspect import Inspected, check_golds, inspect
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.types import Example
 
 
 def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
@@ -31,33 +31,26 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
         max_pixels=config.model.max_pixels,
         max_tokens=config.data.max_prompt_tokens,
     )
-    part = config.reward.parts[0]
-    if config.eval.part:
-        part = config.reward.parts[config.reward.labels.index(config.eval.part)]
+    label = config.eval.part or config.reward.measured
+    part = config.reward.parts[config.reward.labels.index(label)]
     spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
+    longest = config.rollout.max_tokens
     sets = [
-        _examine(task.task, build_examples(task), encode, spec, console, evaluated=False)
+        _examine(task.task, build_examples(task), encode, spec, longest, console, evaluated=False)
         for task in config.data.tasks
     ]
     if config.eval.data:
         examples = build_examples(config.eval.data, task="held-out")
-        sets.append(_examine("held-out", examples, encode, spec, console, evaluated=True))
-    for name in [*config.eval.benchmarks, *against]:
-        benchmark = build_benchmark(name, limit=config.eval.limit)
-        sets.append(
-            _examine(
-                f"benchmark {benchmark.name}",
-                benchmark.examples,
-                encode,
-                benchmark.parts[0],
-                console,
-                evaluated=True,
-            )
-        )
+        sets.append(_examine("held-out", examples, encode, spec, longest, console, evaluated=True))
+    for item in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
+        name, spec = f"benchmark {item.name}", item.parts[0]
+        sets.append(_examine(name, item.examples, encode, spec, item.max_tokens, console, evaluated=True))
+    for item in build_benchmarks(against):
+        rows = _inspect(f"pictures of {item.name}", item.examples, encode, console)
+        sets.append(RowSet(f"benchmark {item.name}", rows, evaluated=True, only_pictures=True))
     findings = diagnose(
         sets,
         context=vlm.context,
-        max_tokens=config.rollout.max_tokens,
         skip=config.data.on_error == "skip",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +60,25 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
 
 
 def _examine(
-    name: str, examples: Sequence[Example], encode: Encoder, spec: dict, console: Console, *, evaluated: bool
+    name: str,
+    examples: ExampleSet,
+    encode: Encoder,
+    spec: dict,
+    longest: int,
+    console: Console,
+    *,
+    evaluated: bool,
 ) -> RowSet:
-    with console.progress(f"examine {name}", len(examples), lines=2) as show:
-        rows = inspect(examples, encode, pictures=True, progress=lambda done: show(done, "rows"))
+    rows = _inspect(name, examples, encode, console)
     with closing(Reward([spec], on_error="zero")) as reward:
         [graded] = reward.parts
         rows = check_golds(rows, reward, spec["label"], spec["name"], spec["args"])
-    return RowSet(name, rows, evaluated, own_function=not graded.builtin)
+    return RowSet(name, rows, evaluated, max_tokens=longest, own_function=not graded.builtin)
+
+
+def _inspect(name: str, examples: ExampleSet, encode: Encoder, console: Console) -> list[Inspected]:
+    with console.progress(f"examine {name}", len(examples), lines=2) as show:
+        return inspect(examples, encode, pictures=True, progress=lambda done: show(done, "rows"))
 
 
 def _print(sets: Sequence[RowSet], findings, out: Path, console: Console) -> None:
@@ -102,7 +106,7 @@ def _print(sets: Sequence[RowSet], findings, out: Path, console: Console) -> Non
     for finding in findings:
         ids = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
         console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")
-        console.say(f"    {finding.text}")
+        console.say("\n".join(f"    {line}" for line in finding.text.splitlines()))
     breaks = sum(finding.level == "breaks" for finding in findings)
     verdict = f"{breaks} findings would break the run" if breaks else "nothing would break the run"
     console.say(f"{verdict}; {len(findings)} findings in all, in {out}")

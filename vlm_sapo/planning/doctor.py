@@ -15,6 +15,8 @@ from vlm_sapo.planning.inspect import Inspected
 
 WORST = 5
 """Rows that a finding names."""
+LISTED = 20
+"""Rows whose own error a finding gives."""
 SHRUNK = 3.0
 """Pictures whose sides lose more than this factor are worth a look: their small print is gone."""
 ONE_ANSWER = 0.5
@@ -22,7 +24,7 @@ ONE_ANSWER = 0.5
 MENTION = re.compile(
     r"\b(?:figure|diagram|image|picture|graph|chart|photo|as shown|table below)\b", re.IGNORECASE
 )
-GIVEN_AWAY = re.compile(r"\\boxed\s*\{|<answer>|\banswer\s*(?:is|:|=)\s*\S", re.IGNORECASE)
+GIVEN_AWAY = r"(?:\\boxed\s*\{{|<answer>|\banswer\s*(?:is|:|=))[\s$(*]*{}(?!\w)"
 CHOSEN = re.compile(r"^\(?[A-Za-z]\)?$|^(?:yes|no|true|false)$", re.IGNORECASE)
 
 
@@ -48,16 +50,20 @@ class RowSet:
     rows: list[Inspected]
     evaluated: bool
     """Whether they measure the model instead of training it."""
+    max_tokens: int = 0
+    """Longest response to them."""
+    only_pictures: bool = False
+    """Whether their pictures alone matter, since no run uses them."""
     own_function: bool = False
     """Whether a user's function grades them, whose form of an answer is not known."""
 
 
-def diagnose(sets: Sequence[RowSet], *, context: int, max_tokens: int, skip: bool) -> list[Finding]:
-    """Everything there is to say of the sets, the worst first. `context` is the model's, `max_tokens` the
-    longest response; with `skip`, rows that can't be used are left out by the run."""
+def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Finding]:
+    """Everything there is to say of the sets, the worst first. `context` is the model's; with `skip`, rows
+    that can't be used are left out by the run."""
     found = []
-    for rows in sets:
-        found += _unusable(rows, skip) + _over_context(rows, context - max_tokens) + _golds(rows)
+    for rows in (rows for rows in sets if not rows.only_pictures):
+        found += _unusable(rows, skip) + _over_context(rows, context - rows.max_tokens) + _golds(rows)
         found += _pictures(rows) + _prompts(rows) + _answers(rows) + _repeated(rows)
     trained = [rows for rows in sets if not rows.evaluated]
     for rows in trained:
@@ -71,7 +77,7 @@ def describe(rows: RowSet) -> dict[str, Any]:
     """Counts and percentiles of a set, for the table and the JSON file."""
     usable = [row for row in rows.rows if row.tokens and not row.error]
     tokens = np.array([row.tokens for row in rows.rows if row.tokens] or [0])
-    answers = Counter(row.example.answer.strip() for row in rows.rows if row.example)
+    answers = Counter(row.example.answer.strip() for row in usable)
     longest = sorted(rows.rows, key=lambda row: -row.tokens)[:WORST]
     [(answer, times)] = answers.most_common(1) or [("", 0)]
     return {
@@ -82,7 +88,7 @@ def describe(rows: RowSet) -> dict[str, Any]:
             name: int(np.percentile(tokens, q)) for name, q in (("p50", 50), ("p95", 95), ("max", 100))
         },
         "image_tokens_max": max((row.image_tokens for row in rows.rows), default=0),
-        "longest": {_id(row): row.tokens for row in longest if row.tokens},
+        "longest": {row.id: row.tokens for row in longest if row.tokens},
         "answers": len(answers),
         "most_frequent_answer": answer,
         "most_frequent_share": times / max(sum(answers.values()), 1),
@@ -97,14 +103,10 @@ def report(sets: Sequence[RowSet], findings: Sequence[Finding]) -> dict[str, Any
     }
 
 
-def _id(row: Inspected) -> str:
-    return row.example.id if row.example else f"number {row.index}"
-
-
 def _finding(level, name: str, where: str, rows: Sequence[Inspected], text: str) -> list[Finding]:
     if not rows:
         return []
-    return [Finding(level, name, where, len(rows), [_id(row) for row in rows[:WORST]], text)]
+    return [Finding(level, name, where, len(rows), [row.id for row in rows[:WORST]], text)]
 
 
 def _unusable(rows: RowSet, skip: bool) -> list[Finding]:
@@ -113,9 +115,15 @@ def _unusable(rows: RowSet, skip: bool) -> list[Finding]:
     all_bad = len(broken) + len(long) == len(rows.rows)
     level = "warning" if skip and not all_bad else "breaks"
     return [
-        *_finding(level, "unreadable rows", rows.name, broken, broken[0].error if broken else ""),
-        *_finding(level, "prompts over the limit", rows.name, long, long[0].error if long else ""),
+        *_finding(level, "unreadable rows", rows.name, broken, _each(broken)),
+        *_finding(level, "prompts over the limit", rows.name, long, _each(long)),
     ]
+
+
+def _each(rows: Sequence[Inspected]) -> str:
+    """What is wrong with each row, a line each."""
+    more = f"\n... and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    return "\n".join(row.error for row in rows[:LISTED]) + more
 
 
 def _over_context(rows: RowSet, room: int) -> list[Finding]:
@@ -171,8 +179,9 @@ def _factor(row: Inspected) -> float:
 
 
 def _prompts(rows: RowSet) -> list[Finding]:
-    told = [row for row in rows.rows if row.example and GIVEN_AWAY.search(row.example.problem)]
-    quoted = [row for row in rows.rows if row.example and row not in told and _quotes_answer(row)]
+    told = [row for row in rows.rows if row.example and _gives_away(row)]
+    numbers = {row.index for row in told}
+    quoted = [row for row in rows.rows if row.example and row.index not in numbers and _quotes_answer(row)]
     return [
         *_finding("warning", "answer in the prompt", rows.name, told, "the problem says what the answer is"),
         *_finding(
@@ -183,6 +192,11 @@ def _prompts(rows: RowSet) -> list[Finding]:
             "the gold answer stands word for word in the problem",
         ),
     ]
+
+
+def _gives_away(row: Inspected) -> bool:
+    pattern = GIVEN_AWAY.format(re.escape(row.example.answer.strip()))
+    return re.search(pattern, row.example.problem, re.IGNORECASE) is not None
 
 
 def _quotes_answer(row: Inspected) -> bool:
@@ -218,7 +232,7 @@ def _repeated(rows: RowSet) -> list[Finding]:
             "note",
             "rows repeated",
             rows.name,
-            [row for group in groups if group not in unlike for row in group],
+            [row for group in groups if len({row.example.answer for row in group}) == 1 for row in group],
             "same picture, problem and answer",
         ),
         *_finding(
@@ -234,9 +248,7 @@ def _repeated(rows: RowSet) -> list[Finding]:
 def _leaked(rows: RowSet, measured: RowSet) -> list[Finding]:
     pairs = matches(rows.rows, measured.rows)
     same = sum(kind == "same" for _, _, kind in pairs)
-    leaked = list({row.index: row for row, _, _ in pairs}.values())
-    named = "; ".join(f"{_id(a)} and {_id(b)} ({kind})" for a, b, kind in pairs[:WORST])
-    text = (
-        f"{same} pairs with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
-    )
+    leaked = [row for row, _, _ in pairs]
+    named = "; ".join(f"{a.id} and {b.id} ({kind})" for a, b, kind in pairs[:WORST])
+    text = f"{same} with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
     return _finding("warning", f"pictures of {measured.name} in training", rows.name, leaked, text)

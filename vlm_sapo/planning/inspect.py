@@ -13,6 +13,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.answers import Ungraded
 from vlm_sapo.rewards.golds import right, wrong
@@ -37,10 +38,8 @@ class Print:
     thumbnail: np.ndarray
     """[SIDE * SIDE] float32 greys, centred and of length 1; zeros for a picture of one colour."""
 
-    @property
-    def blank(self) -> bool:
-        """Whether the picture has one colour only."""
-        return not self.thumbnail.any()
+    blank: bool
+    """Whether the picture has one colour only."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Inspected:
     """A row, without its pixels."""
 
     index: int
+    id: str
     example: Example | None
     """With picture sizes in place of pictures; None where the row could not be read."""
     error: str = ""
@@ -63,7 +63,7 @@ class Inspected:
 
 
 def inspect(
-    examples: Sequence[Example],
+    examples: ExampleSet,
     encode: Encoder,
     *,
     pictures: bool = False,
@@ -96,16 +96,17 @@ def _ahead(pool: ThreadPoolExecutor, call: Callable, count: int) -> Iterator[Ins
 
 
 def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures: bool) -> Inspected:
+    key = examples.key(index)
     try:
         example = examples[index]
     except RowError as error:
-        return Inspected(index, None, str(error))
+        return Inspected(index, key, None, str(error))
     light = replace(example, images=tuple(PictureSize(image.size) for image in example.images))
     prints = tuple(map(fingerprint, example.images)) if pictures else ()
     try:
         prompt = unlimited(example)
     except RowError as error:
-        return Inspected(index, light, str(error), prints=prints)
+        return Inspected(index, key, light, str(error), prints=prints)
     tokens, image_tokens = encode.count(prompt.ids)
     error = ""
     try:
@@ -113,7 +114,7 @@ def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures
     except RowError as problem:
         error = str(problem)
     sizes = tuple(image.size for image in prompt.images)
-    return Inspected(index, light, error, tokens, image_tokens, sizes, prints)
+    return Inspected(index, key, light, error, tokens, image_tokens, sizes, prints)
 
 
 def fingerprint(picture: Image.Image) -> Print:
@@ -126,7 +127,8 @@ def fingerprint(picture: Image.Image) -> Print:
     return Print(
         exact=hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest(),
         perceptual=int(str(imagehash.phash(grey)), 16),
-        thumbnail=centred / length if length > SIDE else np.zeros_like(centred),
+        thumbnail=centred / max(length, 1e-9),
+        blank=all(low == high for low, high in rgb.getextrema()),
     )
 
 

@@ -63,7 +63,7 @@ class RunFolder:
         if not path.is_file():
             return []
         records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

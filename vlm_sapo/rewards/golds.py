@@ -26,7 +26,7 @@ def right(example: Example, name: str, args: Mapping[str, Any], resized: tuple =
     if name in PLACES:
         found = in_coordinates(gold_boxes(example), example, resized, args)
         answer = json.dumps([[round(side, 6) for side in box] for box in found])
-    elif name.rpartition(":")[2] in LISTED or example.columns.get("metric") == "anls":
+    elif _by_text(example, name):
         answer = golds(example)[0]
     elif name == "json_fields":
         return Response(answer, resized=resized)
@@ -52,9 +52,14 @@ def wrong(example: Example, name: str, args: Mapping[str, Any], resized: tuple =
         answer = next(
             (string.ascii_uppercase[index] for index in range(count) if index not in chosen), answer
         )
-    elif number is not None:
-        answer = f"{number * 2 + 7:g}"
+    elif number is not None and not _by_text(example, name):
+        answer = f"{abs(number) * 2 + 7:g}"
     return Response(f"\\boxed{{{answer}}}", resized=resized)
+
+
+def _by_text(example: Example, name: str) -> bool:
+    """Whether the verifier compares texts, of which the gold answer may list several."""
+    return name.rpartition(":")[2] in LISTED or example.columns.get("metric") == "anls"
 
 
 def own_verifier(example: Example, name: str, args: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from vlm_sapo.types import Example
 
 for _name in ("math_verify.parser", "math_verify.grader"):
     getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())  # the pool's
-MARKED = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|boxed", re.DOTALL)
+MARKED = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|\\boxed\s*\{", re.DOTALL)
 SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z])")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 METRIC = {"mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ml", "l", "s", "min", "h"}

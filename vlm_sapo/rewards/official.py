@@ -60,7 +60,8 @@ def dynamath(response: str, example: Example) -> float:
     answer, gold = find_answer(response, "stated").strip(), example.answer.strip()
     kind = str(example.columns.get("answer_type"))
     if kind == "multiple choice":
-        return float(answer.strip("(). ")[:1].upper() == gold.upper())
+        letter = re.match(r"\(?([A-Za-z])(?![A-Za-z])", answer)
+        return float(letter is not None and letter[1].upper() == gold.upper())
     if kind in ("float", "int"):
         given, wanted = _number(answer), _number(gold)
         return float(given is not None and wanted is not None and abs(given - wanted) <= 0.001 + 1e-12)

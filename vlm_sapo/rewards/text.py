@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
 from vlm_sapo.rewards.latex import plain
@@ -24,10 +25,7 @@ def golds(example: Example) -> list[str]:
     """The accepted answers: the texts of a JSON list, or the answer itself. Raises BadGold when empty."""
     text = example.answer.strip()
     if text.startswith("["):
-        try:
-            listed = json.loads(text)
-        except ValueError:
-            listed = None
+        listed = _listed(text)
         if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
             return listed
     if not text:
@@ -39,6 +37,16 @@ def readings(answer: str) -> list[str]:
     """The answer as it stands, and without LaTeX's commands around it."""
     bare = plain(answer)
     return [answer] if bare == answer else [answer, bare]
+
+
+def _listed(text: str) -> Any:
+    """The value of a JSON list, or of a Python list in a text, as MMMU stores one."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError):
+            continue
+    return None
 
 
 def exact(response: str, example: Example, *, case: bool = False, finding: Finding = "marked") -> float:

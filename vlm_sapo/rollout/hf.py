@@ -39,7 +39,7 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
-        uniforms = [_uniforms(sampling, index) for index in range(len(prompts))]
+        uniforms = [_uniforms(sampling, place) for place in sampling.places or range(len(prompts))]
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         groups: list[list[Completion]] = []
@@ -159,7 +159,7 @@ def sample(
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
 
-def _uniforms(sampling: Sampling, index: int) -> torch.Tensor:
+def _uniforms(sampling: Sampling, place: int) -> torch.Tensor:
     """The random numbers of one prompt's group, [G, max_tokens]."""
-    generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + index) % 2**63)
+    generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + place) % 2**63)
     return torch.rand(sampling.group, sampling.max_tokens, generator=generator, dtype=torch.float64)

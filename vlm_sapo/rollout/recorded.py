@@ -25,16 +25,18 @@ class Recorded:
         if not path.is_file():
             raise ValueError(f"--responses ({path}) must be a file of JSON lines; there is none")
         self.responses: dict[str, list[str]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                given = row.get("responses") or [row["response"]]
-                self.responses.setdefault(str(row["id"]), []).extend(map(str, given))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: a JSON object with id and response is needed ({error!r})"
-                ) from error
-        self.samples = min(map(len, self.responses.values()), default=0)
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                name, texts = _read(path, number, line)
+                self.responses.setdefault(name, []).extend(texts)
+        counts = {name: len(texts) for name, texts in self.responses.items()}
+        if len(set(counts.values())) != 1:
+            few, many = min(counts, key=counts.get, default=""), max(counts, key=counts.get, default="")
+            raise ValueError(
+                f"--responses ({path}) must hold equally many responses for every id; it has "
+                f"{counts.get(few, 0)} for {few!r} and {counts.get(many, 0)} for {many!r}"
+            )
+        [self.samples] = set(counts.values())
 
     def encode(self, example: Example) -> Prompt:
         """Raises RowError where nothing was recorded for the row."""
@@ -62,3 +64,17 @@ class Recorded:
             ]
             for prompt in prompts
         ]
+
+
+def _read(path: Path, number: int, line: str) -> tuple[str, list[str]]:
+    """Id and responses of a line."""
+    try:
+        row = json.loads(line)
+        texts = row["responses"] if "responses" in row else [row["response"]]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a response must be a text, responses a list of texts")
+        return str(row["id"]), texts
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number}: a JSON object with id and response is needed ({error!r})"
+        ) from error

@@ -16,7 +16,7 @@ from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.configfile import dump
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
-from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmark
+from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
@@ -203,10 +203,18 @@ def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Pa
     found: dict[str, Callable[[Path], tuple]] = {}
 
     def run(name: str, examples, reward: Reward, measure: Measure, sampling: Sampling, folder: Path):
-        with console.progress(f"evaluate {name}", len(examples)) as show:
-            samples = SampleFile(folder, name)
+        with console.progress(f"evaluate {name}", len(examples), lines=4) as show:
             return evaluate(
-                engine, examples, encode, reward, sampling, measure, samples=samples, skip=skip, progress=show
+                engine,
+                examples,
+                encode,
+                reward,
+                sampling,
+                measure,
+                samples=SampleFile(folder, name),
+                batch=config.rollout.prompts_per_batch,
+                skip=skip,
+                progress=lambda done: show(done, "problems"),
             )
 
     def run_benchmark(benchmark: Benchmark, folder: Path):
@@ -216,10 +224,9 @@ def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Pa
 
     if config.eval.data is not None:
         examples = build_examples(config.eval.data, task=HELD_OUT)
-        measure = Measure(config.eval.part or reward.parts[0].label)
+        measure = Measure(config.eval.part or config.reward.measured)
         found[HELD_OUT] = partial(run, HELD_OUT, examples, reward, measure, draw)
-    for name in config.eval.benchmarks:
-        benchmark = build_benchmark(name, limit=config.eval.limit)
+    for benchmark in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
         found[benchmark.name] = partial(run_benchmark, benchmark)
     return found
 

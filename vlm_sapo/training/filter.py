@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vlm_sapo import config as cfg
 from vlm_sapo.data.images import decode
-from vlm_sapo.data.rows import ExampleSet
+from vlm_sapo.data.rows import ExampleSet, holds_picture
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
@@ -38,7 +37,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch)
     sampling = Sampling(samples, config.rollout.max_tokens, config.rollout.temperature, config.run.seed)
-    measure = Measure(config.eval.part or config.reward.labels[0])
+    measure = Measure(config.eval.part or config.reward.measured)
     claim(out, config, samples)
     overrides = []
     with closing(build_reward(config.reward)) as reward:
@@ -54,10 +53,11 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
                     sampling,
                     measure,
                     samples=file,
+                    batch=config.rollout.prompts_per_batch,
                     skip=config.data.on_error == "skip",
                     progress=lambda done: show(done, "rows sampled"),
                 )
-            target = out / f"{Path(task.task.partition(':')[0]).stem}.jsonl"
+            target = out / (f"kept_{number}.jsonl" if config.data.mixture else "kept.jsonl")
             kept = write_kept(target, examples, records, keep)
             console.table(*histogram(records, keep))
             console.say(f"{task.task}: kept {kept} of {len(records)} rows in {target}")
@@ -89,7 +89,10 @@ def write_kept(
     low, high = keep
     kept = [record for record in records if low <= pass_rate(record) <= high]
     lines = [
-        json.dumps(_portable(examples.raw(record["row"]), examples, path) | {"pass_rate": pass_rate(record)})
+        json.dumps(
+            _portable(examples.raw(record["row"]), examples, path) | {"pass_rate": pass_rate(record)},
+            default=str,
+        )
         for record in kept
     ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -117,20 +120,15 @@ def histogram(
 
 def _portable(row: Mapping[str, Any], examples: ExampleSet, path: Path) -> dict[str, Any]:
     """A row as JSON holds it: pictures that are files by their path, others written beside the rows."""
-    column = examples.columns.get("images")
     made = {}
     for name, value in row.items():
         items = value if isinstance(value, list) else [value]
-        if name == column or any(_is_picture(item) for item in items):
+        if name in examples.pictures or holds_picture(value):
             paths = [_picture_path(item, examples.folder, path) for item in items if item is not None]
             made[name] = paths if isinstance(value, list) else (paths or [None])[0]
         else:
             made[name] = value
     return made
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, Image.Image | bytes) or (isinstance(value, Mapping) and "bytes" in value)
 
 
 def _picture_path(value: Any, folder: Path, path: Path) -> str:

@@ -25,6 +25,8 @@ from vlm_sapo.types import Example, Group, Prompt, Sampling
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
 
+MANY = 0.25
+"""Share of responses cut or without an answer from which an evaluation says so."""
 HELD_OUT = "held-out"
 """Name of the evaluation on `eval.data`."""
 
@@ -61,6 +63,11 @@ class Evaluator:
             f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
             f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
         )
+        if result["truncated"] > MANY or result["no_answer"] > MANY:
+            self.console.warn(
+                f"{result['truncated']:.0%} of these responses were cut at the length limit, "
+                f"{result['no_answer']:.0%} state no answer"
+            )
         self.console.samples(records[:3])
 
 

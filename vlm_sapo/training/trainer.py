@@ -100,12 +100,13 @@ def advantages_of(training: Training, group: Group) -> torch.Tensor:
 
 def headline(record: dict) -> str:
     """The numbers of a step that matter most, for the console."""
+    cut = f" ({record['response/truncated']:.0%} cut)" if record["response/truncated"] >= 0.05 else ""
     trained = (
         f"entropy {record['policy/entropy']:.3f}  effective update {record['policy/effective_update']:.3f}"
         if "policy/effective_update" in record
         else "no group with variance"
     )
     return (
-        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}  {trained}  "
+        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}{cut}  {trained}  "
         f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
     )
