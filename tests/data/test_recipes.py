@@ -124,3 +124,15 @@ def test_a_mixture_of_real_tasks():
         640,
         480,
     )
+
+
+def test_mappings_are_joined_at_every_depth(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "source: a.jsonl\nverifier: {name: box, args: {threshold: 0.7, coordinates: resized}}\nargs: {a: 1}\n"
+    )
+    recipe = {"recipe": str(tmp_path / "r.yaml")}
+    rows = Rows(**recipe, verifier={"args": {"coordinates": "thousand"}})
+    assert rows.verifier.args == {"threshold": 0.7, "coordinates": "thousand"} and rows.task == "r"
+    assert Rows(**recipe, verifier={"name": "count"}).verifier.args == {}
+    without = Rows(**recipe, args=None)
+    assert without.args == {} and Rows.model_validate(without.model_dump()) == without

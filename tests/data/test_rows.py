@@ -5,9 +5,12 @@ import io
 import json
 
 import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import picture
+from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.types import RowError
 
@@ -138,3 +141,47 @@ def test_missing_sources_and_splits(tmp_path):
 def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no rows left; check data.split, data.filter"):
         examples(tmp_path, [{"problem": "p", "answer": "1"}], keep={"answer": "2"})
+
+
+def test_the_first_picture_column_that_holds_one_counts_in_each_row(tmp_path):
+    picture().save(tmp_path / "p.png")
+    rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": 2, "image": "p.png"}]
+    rows.append({"problem": "c", "answer": 3, "images": ["p.png", "p.png"], "image": None, "mask": b"bytes"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "mask"}) + "\n" for row in rows))
+    made = ExampleSet(open_rows(str(path)), name=str(path))
+    assert [len(row.images) for row in made] == [0, 1, 2]
+    assert "mask" not in ExampleSet(rows, name=str(path))[2].columns
+
+
+def test_lines_are_ended_by_line_feeds_alone_and_hold_objects(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "a\u2028b", "answer": "\u0085"}, ensure_ascii=False) + "\n")
+    assert open_rows(str(path))[0]["problem"] == "a\u2028b"
+    path.write_text("{}\nnull\n")
+    with pytest.raises(ValueError, match="line 2: a JSON object"):
+        open_rows(str(path))
+
+
+def test_a_transform_that_fails_names_row_and_columns(tmp_path):
+    rows = [{"id": "a", "problem": "p", "answer": "1"}, {"id": "b", "problem": "p"}]
+    made = ExampleSet(rows, name="r.jsonl", transform=lambda row: row | {"answer": row["answer"][0]})
+    with pytest.raises(ValueError, match="row b of r.jsonl.*KeyError.*columns are id, problem"):
+        made[1]
+
+
+def test_odd_pictures(tmp_path):
+    """16 bits are scaled, and an orientation that nobody can read is left alone."""
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    grey = np.asarray(decode("deep.png", tmp_path))
+    assert abs(grey.mean() - 127.5) < 2 and grey.max() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(tmp_path / "e.jpg", exif=exif)
+    data = (tmp_path / "e.jpg").read_bytes()
+    place = data.index(b"Exif") + 10
+    for byte in range(place, place + 20):
+        torn = bytearray(data)
+        torn[byte] = 0xFF
+        assert decode(bytes(torn), tmp_path).size in ((48, 48),)

@@ -307,3 +307,124 @@ def test_worst_case_and_versions():
         {"columns": {"problem_version": v}, "scores": [s]} for v, s in (("a", 1.0), ("a", 0.0), ("b", 1.0))
     ]
     assert versions(rows, "scores")["mean_of_versions"] == 0.75
+
+
+def graded(run, tmp_path, rows: list[dict], answers: dict, *options, benchmark="mmk12", out="out"):
+    lines = [json.dumps({"image": None} | row) + "\n" for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    data = str(tmp_path / "rows.jsonl")
+    return run(
+        "--responses",
+        recorded(tmp_path, answers),
+        "--benchmark",
+        benchmark,
+        "--data",
+        data,
+        *options,
+        out=out,
+    )
+
+
+def test_other_data_or_responses_need_another_folder(run, tmp_path):
+    rows = [{"id": n, "question": "?", "answer": str(n)} for n in range(3)]
+    right = {n: rf"\boxed{{{n}}}" for n in range(3)}
+    _, found = graded(run, tmp_path, rows, right)
+    assert found["mmk12"]["pass@1"] == 1.0
+    result, _ = graded(run, tmp_path, rows, dict.fromkeys(range(3), "none"))
+    assert "differ in" in str(result.exception) and "recorded" in str(result.exception)
+    changed = [row | {"answer": "9"} for row in rows]
+    result, _ = graded(run, tmp_path, changed, right)
+    assert "definition" in str(result.exception)
+    _, found = graded(run, tmp_path, changed, right, out="other")
+    assert found["mmk12"]["pass@1"] == 0.0
+
+
+def test_recorded_responses_are_counted_and_told_apart(run, tmp_path):
+    rows = [{"id": n, "question": "?", "answer": str(n), "image": None} for n in range(2)]
+    both = {"id": 0, "responses": [r"\boxed{0}", "x"]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--benchmark", "mmk12", "--data", str(tmp_path / "rows.jsonl"))
+    for second, words in (
+        ({"id": 1, "response": "y"}, "equally many"),
+        ({"id": 1, "responses": "yy"}, "list of texts"),
+        ({"id": 1, "response": None}, "list of texts"),
+    ):
+        (tmp_path / "r.jsonl").write_text(json.dumps(both) + "\n" + json.dumps(second) + "\n")
+        result, _ = run("--responses", str(tmp_path / "r.jsonl"), *options)
+        assert words in str(result.exception)
+    lines = [both, {"id": 1, "responses": ["a", "b"]}, {"id": "nobody", "responses": ["a", "b"]}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result, found = run("--responses", str(tmp_path / "r.jsonl"), *options)
+    assert found["mmk12"]["pass@1"] == 0.25 and found["mmk12"]["samples"] == 2 and "nobody" in result.output
+    rows.append(rows[0])
+    result, _ = graded(run, tmp_path, rows, {0: "a", 1: "b"}, out="shared")
+    assert "share ids" in str(result.exception)
+
+
+def test_golds_and_answers_in_their_sources_own_form(run, tmp_path):
+    rows = [
+        {"id": "1", "question": "?", "options": "[]", "answer": "['24/7', '3.429']", "question_type": "open"},
+        {
+            "id": "2",
+            "question": "?",
+            "options": "['a', 'b']",
+            "answer": "B",
+            "question_type": "multiple-choice",
+        },
+    ]
+    _, found = graded(run, tmp_path, rows, {"1": "3.429", "2": "B"}, benchmark="mmmu")
+    assert found["mmmu"]["pass@1"] == found["mmmu"]["official"]["pass@1"] == 1.0
+    rows = [
+        {
+            "id": "1",
+            "question": "?",
+            "answer": "0.6666667",
+            "answer_type": "float",
+            "subject": "s",
+            "level": "l",
+        },
+        {
+            "id": "2",
+            "question": "?",
+            "answer": "D",
+            "answer_type": "multiple choice",
+            "subject": "s",
+            "level": "l",
+        },
+    ]
+    answers = {"1": '{"short answer": "0.667"}', "2": '{"short answer": "Decreasing"}'}
+    _, found = graded(run, tmp_path, rows, answers, benchmark="dynamath", out="d")
+    assert found["dynamath"]["pass@1"] == found["dynamath"]["official"]["pass@1"] == 0.5
+
+
+def test_a_users_own_verifier_is_not_held_to_boxed_answers(run, tmp_path, model_folder):
+    (tmp_path / "mine.py").write_text(
+        "def f(response, example):\n    return float(example.images[0].getpixel((0, 0))[0] > 9)\n"
+    )
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "?", "answer": "x", "image": "a.png"}) + "\n")
+    definition = f"about: mine\nsource: {tmp_path}/rows.jsonl\nverifier: {{name: '{tmp_path}/mine.py:f'}}\nmax_tokens: 4\n"
+    (tmp_path / "mine.yaml").write_text(definition)
+    result, found = run("--model", str(model_folder()), "--benchmark", str(tmp_path / "mine.yaml"))
+    assert result.exit_code == 0 and found["mine"]["pass@1"] == 1.0
+
+
+def test_a_variant_of_a_file_that_cannot_tell_it_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"id": "1", "question": "?", "answer": "3", "image": None}) + "\n"
+    )
+    with pytest.raises(ValueError, match="no column that tells the split"):
+        build_benchmark(f"mathvision:testmini={tmp_path}/rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["mathvista", "wemath", "chartqa", "mathverse", "clevr_count"])
+def test_rows_of_another_set_are_named(name, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "r7", "other": 1}) + "\n")
+    with pytest.raises(ValueError, match="r7|other"):
+        build_benchmark(f"{name}={tmp_path}/rows.jsonl")
+
+
+@pytest.mark.parametrize(("name", "words"), [("sroie", "path"), ("bccd", "path")])
+def test_a_source_without_its_file_is_named(name, words):
+    with pytest.raises(ValueError, match=words):
+        build_benchmark(name)

@@ -39,10 +39,17 @@ def test_wins_losses_and_changed_pictures(tmp_path):
     assert "How &lt;many&gt;?" in page and "says 1.0" in page
 
 
+def test_the_same_scores_in_another_order_are_no_loss(tmp_path):
+    one = write(tmp_path / "a", {"1": [0.1, 0.2, 0.3]})
+    [found] = compare_command(one, write(tmp_path / "b", {"1": [0.3, 0.2, 0.1]}), tmp_path / "page.html")
+    assert (found.wins, found.losses) == (0, 0) and not found.changed
+
+
 def test_the_sign_test_is_the_binomials():
     """8 wins and 2 losses: 2 (1 + 10 + 45) / 1024."""
     assert sign_test(8, 2) == pytest.approx(112 / 1024)
     assert sign_test(0, 0) == sign_test(3, 3) == 1.0
+    assert sign_test(10_000, 10_001) == pytest.approx(1.0)
 
 
 def test_folders_that_share_nothing_are_named(tmp_path):

@@ -147,6 +147,33 @@ def test_pictures_of_the_evaluation_in_training(case):
     assert result.exit_code == 0
 
 
+def test_no_false_alarms(case):
+    """Instructions, layout rewards, thin lines, the gold -7, benchmarks that no run uses."""
+    case.add(12, answer="-7", problem="Put your final answer in \\boxed{}. The answer is a whole number.")
+    case.add(13, problem="Give it in <answer> </answer> tags.")
+    thin = Image.new("RGB", (3000, 3000), "white")
+    ImageDraw.Draw(thin).polygon([(300, 2700), (1500, 300), (2700, 2700)], outline="black", width=1)
+    thin.save(case.folder / "thin.png")
+    case.add(14, image="thin.png")
+    (case.folder / "bench.jsonl").write_text(
+        json.dumps({"question": "long " * 3000, "answer": "1", "image": None}) + "\n"
+    )
+    reward = {"parts": [{"name": "format", "weight": 0.1}, {"name": "auto"}], "workers": 1}
+    result, _, findings = case.run(
+        "data.max_prompt_tokens=4000", against=f"mmk12={case.folder}/bench.jsonl", reward=reward
+    )
+    assert result.exit_code == 0
+    assert {name for _, name in findings} <= {"pictures much reduced"}
+
+
+def test_a_benchmark_is_held_against_its_own_length(case):
+    (case.folder / "bm.yaml").write_text(
+        f"about: b\nsource: {case.folder}/train.jsonl\nmax_tokens: 100000\nverifier: {{name: auto}}\n"
+    )
+    result, _, findings = case.run(f"eval.benchmarks=[{case.folder}/bm.yaml]", "eval.limit=2")
+    assert result.exit_code == 1 and findings["benchmark bm", "over the context"]["count"] == 2
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="the real rows are not here")
 def test_real_rows(case):
     """A figure of Geometry3K's training split is nearly one of its test split."""

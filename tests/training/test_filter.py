@@ -44,7 +44,7 @@ def test_rows_that_are_solved_sometimes_are_kept_and_trained_on(settings, tmp_pa
     assert result.exit_code == 0, result.exception
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     rates = {record["id"]: sum(record["scores"]) / 4 for record in samples}
-    rows = [json.loads(line) for line in (out / "shapes.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
     assert len(samples) == 30 and rows
     assert {row["id"]: row["pass_rate"] for row in rows} == {
         k: v for k, v in rates.items() if 0.05 <= v <= 0.9
@@ -55,7 +55,7 @@ def test_rows_that_are_solved_sometimes_are_kept_and_trained_on(settings, tmp_pa
         app, [*command[:-4], "--keep", "0..1", "--out", str(out)]
     )  # no new samples needed
     assert again.exit_code == 0 and (out / "samples.jsonl").read_text() == before
-    assert len((out / "shapes.jsonl").read_text().splitlines()) == 30
+    assert len((out / "kept.jsonl").read_text().splitlines()) == 30
     [line] = [line for line in result.output.splitlines() if line.startswith("train on them")]
     overrides = line.rpartition(": ")[2].split()
     loaded = configfile.load(cfg.TrainConfig, config, overrides)

@@ -149,6 +149,8 @@ class ExampleSet(Sequence):
                 f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit"
             )
         first = self._row(0)
+        if isinstance(rows, list):  # of JSON lines, which need not have all columns
+            first = dict.fromkeys(name for row in rows for name in row) | dict(first)
         given = columns.get("images", ["images", "image"])
         self.pictures = [given] if isinstance(given, str) else list(given)
         """Columns that may hold pictures: of each row the first that does."""
