@@ -52,6 +52,17 @@ def test_the_sign_test_is_the_binomials():
     assert sign_test(10_000, 10_001) == pytest.approx(1.0)
 
 
+def test_what_is_not_alike_is_said(tmp_path, capsys):
+    one = write(tmp_path / "a", {"1": [0.0], "2": [1.0]})
+    other = write(tmp_path / "b", {"1": [1.0]})
+    (one / "eval.yaml").write_text("b: {model: x, max_tokens: 8, samples: 1}")
+    (other / "eval.yaml").write_text("b: {model: y, max_tokens: 99, samples: 1}")
+    compare_command(one, other, tmp_path / "page.html")
+    for text in (capsys.readouterr().out, (tmp_path / "page.html").read_text()):
+        assert "1 problems are in both, of 2 in A and 1 in B" in text and "max_tokens 8 and 99" in text
+        assert "model x" not in text
+
+
 def test_folders_that_share_nothing_are_named(tmp_path):
     one, other = write(tmp_path / "a", {"1": [1.0]}), write(tmp_path / "b", {"1": [1.0]}, "other")
     result = CliRunner().invoke(app, ["compare", str(one), str(other)])

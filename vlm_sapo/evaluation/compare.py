@@ -12,11 +12,14 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from vlm_sapo.evaluation.results import RESAMPLES
 from vlm_sapo.reporting.console import Console
 
 HEADER = ["benchmark", "problems", "A", "B", "B - A", "95 % interval", "wins", "losses", "sign test p"]
+OWN = ("model", "responses", "weights", "recorded", "definition", "on_error", "dtype")
+"""Settings in which two evaluations are meant to differ, or that say nothing to a reader."""
 SHOWN = 200
 """Changed problems that the page holds."""
 SAMPLES = 4
@@ -50,14 +53,17 @@ def compare_command(one: Path, other: Path, out: Path) -> list[Comparison]:
     """Compares two folders of `vlm-sapo eval`, or of a training run's `evaluations/`; prints and writes a
     page."""
     console = Console()
-    comparisons = compare(read_samples(one), read_samples(other))
+    first, second = read_samples(one), read_samples(other)
+    comparisons, said = compare(first, second), notes(one, other, first, second)
     if not comparisons:
         raise ValueError(
             f"RUN_A ({one}) and RUN_B ({other}) must share problems of a benchmark; they share none"
         )
     console.table(HEADER, [_cells(item) for item in comparisons])
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(comparisons, one, other), encoding="utf-8")
+    out.write_text(page(comparisons, one, other, said), encoding="utf-8")
+    for note in said:
+        console.warn(note)
     for item in comparisons:
         for first, second in item.changed[:5]:
             console.say(f"    {item.benchmark} {first['id']}: {_mean(first):.2f} to {_mean(second):.2f}")
@@ -123,8 +129,33 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def page(comparisons: Sequence[Comparison], one: Path, other: Path) -> str:
+def notes(one: Path, other: Path, first: dict[str, dict], second: dict[str, dict]) -> list[str]:
+    """What makes two folders less than alike: benchmarks and problems of one alone, other settings."""
+    said = []
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name, {}), second.get(name, {})
+        if not a or not b:
+            said.append(f"{name} is only in {'A' if a else 'B'}")
+        elif a.keys() != b.keys():
+            said.append(
+                f"{name}: {len(a.keys() & b.keys())} problems are in both, of {len(a)} in A and {len(b)} in B"
+            )
+    held = [_settings(folder) for folder in (one, other)]
+    for name in held[0].keys() & held[1].keys():
+        a, b = held[0][name], held[1][name]
+        differ = [f"{key} {a[key]} and {b.get(key)}" for key in a if key not in OWN and a[key] != b.get(key)]
+        said += [f"{name}: A and B differ in {', '.join(differ)}"] if differ else []
+    return said
+
+
+def _settings(folder: Path) -> dict[str, dict]:
+    path = folder / "eval.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def page(comparisons: Sequence[Comparison], one: Path, other: Path, said: Sequence[str] = ()) -> str:
     """One HTML file without anything outside it."""
+    remarks = "".join(f"<p>Note: {escape(note)}</p>" for note in said)
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(item)) + "</tr>"
         for item in comparisons
@@ -136,7 +167,8 @@ def page(comparisons: Sequence[Comparison], one: Path, other: Path) -> str:
     return (
         f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{STYLE}</style>"
         "<h1>Comparison</h1>"
-        f"<p>A: {escape(str(one))}<br>B: {escape(str(other))}</p><table><tr>{head}</tr>{rows}</table>"
+        f"<p>A: {escape(str(one))}<br>B: {escape(str(other))}</p>{remarks}"
+        f"<table><tr>{head}</tr>{rows}</table>"
         f"<h2>Changed verdicts, B's losses first</h2>{sections}{more}\n"
     )
 
