@@ -33,9 +33,9 @@ def joined(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     made = recipe | given
     for name in recipe.keys() & given.keys():
         old, new = recipe[name], given[name]
-        other = isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
-        if isinstance(old, dict) and isinstance(new, dict) and not other:
-            made[name] = joined(old, new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            other = name == "verifier" and new.get("name", old["name"]) != old["name"]
+            made[name] = new if other else joined(old, new)
     return made
 
 

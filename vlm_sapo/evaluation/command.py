@@ -136,7 +136,7 @@ def _run(
 def cautions(result: dict, settings: Settings, max_tokens: int) -> list[str]:
     """What a reader of the numbers must know."""
     found = []
-    if settings.limit:
+    if settings.limit == result["n"] + result.get("skipped", 0):
         found.append(f"only the first {settings.limit} problems were asked; that is not the benchmark")
     if "skipped" in result:
         found.append(f"{result['skipped']} problems were left out; that is not the whole benchmark")
