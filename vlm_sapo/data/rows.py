@@ -162,7 +162,7 @@ class ExampleSet(Sequence):
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
         where = self.columns
-        key = str(row[where["id"]]) if where.get("id") in row else str(self.indices[index])
+        key = self._name(row, index)
         label = f"row {key} of {self.name}"
         problem, answer = row.get(where["problem"]), row.get(where["answer"])
         for field, value in (("problem", problem), ("answer", answer)):
@@ -196,9 +196,14 @@ class ExampleSet(Sequence):
 
     def key(self, index: int) -> str:
         """A row's id, or its number, read without its pictures."""
-        names = self.named.get("id", "id")
-        column = _first(names, self.raw(index))
-        return str(self.raw(index)[column]) if column else str(self.indices[index])
+        try:
+            return self._name(self._row(index), index)
+        except RowError:
+            return self._name(self.raw(index), index)
+
+    def _name(self, row: Row, index: int) -> str:
+        column = _first(self.named.get("id", "id"), row)
+        return str(row[column]) if column else str(self.indices[index])
 
     def raw(self, index: int) -> Row:
         """A row as the source holds it."""
@@ -210,7 +215,7 @@ class ExampleSet(Sequence):
             return self.transform(row) if self.transform else row
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             raise RowError(
-                f"row {self.key(index)} of {self.name}: data.transform cannot read it ({error!r}); its "
+                f"row {self._name(row, index)} of {self.name}: data.transform cannot read it ({error!r}); its "
                 f"columns are {', '.join(map(str, row))}"
             ) from error
 
