@@ -87,6 +87,12 @@ def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
     assert (path / json.loads(lines[0])["pictures"][0]).is_file()
 
 
+def test_a_whole_last_line_without_its_end_is_kept_apart(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"benchmark": "b", "row": 0}')
+    SampleFile(tmp_path, "b").add([{"benchmark": "b", "row": 1}])
+    assert sorted(SampleFile(tmp_path, "b").done) == [0, 1]
+
+
 def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
     rows = [example(number) for number in range(5)]
     with pytest.raises(RowError, match="row e3"):

@@ -32,11 +32,11 @@ class SampleFile:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "samples.jsonl"
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
-        lines = list(filter(None, lines))
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        lines = list(filter(None, text.split("\n")))
         whole = [record for record in map(_parsed, lines) if record is not None]
         self.done = {record["row"]: record for record in whole if record["benchmark"] == self.name}
-        if len(whole) < len(lines):
+        if len(whole) < len(lines) or not text.endswith("\n"):
             self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
 
     def add(self, records: list[dict]) -> None:
