@@ -6,8 +6,9 @@ import re
 
 
 def answer_in_tags(row: dict) -> dict:
-    """`answer` is what stands in the last answer tag of `solution`, or all of it without a tag."""
-    held = str(row["solution"])
+    """`answer` is what stands in the last answer tag of `solution` (of `answer` where there is none), or all
+    of it without a tag."""
+    held = str(row.get("solution") or row["answer"])
     found = re.findall(r"<answer>(.*?)</answer>", held, re.DOTALL)
     return row | {"answer": (found[-1] if found else held).strip()}
 
@@ -25,6 +26,9 @@ def first_label(row: dict) -> dict:
 
 
 def last_sentence(row: dict) -> dict:
-    """FormalGeo7k restates the figure in the text; only the question is left, so the picture is needed."""
+    """FormalGeo7k restates the figure in the text; only the question is left, so the picture is needed. Rows
+    of other releases are as they should be."""
+    if "problem_text_en" not in row:
+        return row
     sentences = re.split(r"(?<=[.?!])\s+", row["problem_text_en"].strip())
     return row | {"problem_text_en": sentences[-1]}

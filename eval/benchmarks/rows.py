@@ -70,15 +70,6 @@ def dynamath(row: dict) -> dict:
     }
 
 
-def last_sentence(row: dict) -> dict:
-    """Geometry3K; where the rows are FormalGeo7k's, whose text restates the figure, only the question of
-    it."""
-    if "problem_text_en" not in row:
-        return row
-    sentences = re.split(r"(?<=[.?!])\s+", row["problem_text_en"].strip())
-    return row | {"problem_text_en": sentences[-1]}
-
-
 def mmmu(row: dict) -> dict:
     """Pictures at their marks, in the marks' order; options below; the instruction by type."""
     problem, images = _pictures(str(row["question"]), row, _listed(row["options"]))
@@ -120,13 +111,6 @@ def olympiadbench(row: dict) -> dict:
         "answer": ", ".join(answers) if isinstance(answers, list) else str(answers),
         "images": row.get("images") or images,
     }
-
-
-def answer_in_tags(row: dict) -> dict:
-    """`answer` is what stands in the answer tag of `solution`, or all of it."""
-    held = str(row.get("solution") or row["answer"])
-    found = re.findall(r"<answer>(.*?)</answer>", held, re.DOTALL)
-    return row | {"answer": (found[-1] if found else held).strip()}
 
 
 def chartqa(row: dict) -> dict:
