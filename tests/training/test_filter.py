@@ -1,6 +1,8 @@
 """Sampling the training rows, keeping those worth training on, and training on them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,7 +57,11 @@ def test_rows_that_are_solved_sometimes_are_kept_and_trained_on(settings, tmp_pa
         app, [*command[:-4], "--keep", "0..1", "--out", str(out)]
     )  # no new samples needed
     assert again.exit_code == 0 and (out / "samples.jsonl").read_text() == before
-    assert len((out / "kept.jsonl").read_text().splitlines()) == 30
+    assert (
+        len((out / "kept.jsonl").read_text().splitlines())
+        == len(list((out / "kept_pictures").iterdir()))
+        == 30
+    )
     [line] = [line for line in result.output.splitlines() if line.startswith("train on them")]
     overrides = line.rpartition(": ")[2].split()
     loaded = configfile.load(cfg.TrainConfig, config, overrides)
@@ -68,6 +74,10 @@ def test_another_config_or_range_is_refused(settings, tmp_path):
     assert CliRunner().invoke(app, base).exit_code == 0
     result = CliRunner().invoke(app, [*base, "rollout.max_tokens=4"])
     assert "another config" in str(result.exception)
+    weights = next(Path(yaml.safe_load(Path(config).read_text())["model"]["path"]).glob("*.safetensors"))
+    os.utime(weights)  # another model under the same name
+    result = CliRunner().invoke(app, base)
+    assert "another config, model" in str(result.exception)
     result = CliRunner().invoke(app, [*base, "--keep", "0.9..0.1"])
     assert "two rates" in str(result.exception)
 

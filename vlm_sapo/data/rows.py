@@ -215,8 +215,8 @@ class ExampleSet(Sequence):
             return self.transform(row) if self.transform else row
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             raise RowError(
-                f"row {self._name(row, index)} of {self.name}: data.transform cannot read it ({error!r}); its "
-                f"columns are {', '.join(map(str, row))}"
+                f"row {self._name(row, index)} of {self.name}: data.transform cannot read it ({error!r}); "
+                f"its columns are {', '.join(map(str, row))}"
             ) from error
 
     def _images(self, row: Row, label: str) -> tuple:

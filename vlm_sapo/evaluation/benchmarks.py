@@ -12,6 +12,7 @@ from vlm_sapo import dataconfig as cfg
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.metrics import METRICS
 from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.evaluation.stamps import stamp
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example
 from vlm_sapo.yamlfile import find, read_mapping
@@ -63,13 +64,6 @@ def build_benchmarks(names: Sequence[str], *, limit: int | None = None) -> list[
     if len(set(titles)) < len(titles):
         raise ValueError(f"two benchmarks of one name ({', '.join(titles)}); evaluate them one by one")
     return made
-
-
-def stamp(path: str | None) -> list:
-    """Size and time of a file; empty for none."""
-    if not path or not Path(path).is_file():
-        return []
-    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
 
 
 def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import yaml
 
-from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks, stamp
+from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.stamps import stamp, weights
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM, load_vlm
 from vlm_sapo.planning.inspect import check_golds, inspect
@@ -258,7 +259,7 @@ def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
     were drawn with other settings."""
     path = folder.path / "eval.yaml"
     held: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    wanted = vars(settings) | {"weights": _weights(settings.model), "problems": len(benchmark.examples)}
+    wanted = vars(settings) | {"weights": weights(settings.model), "problems": len(benchmark.examples)}
     wanted |= {"recorded": stamp(settings.responses), "definition": benchmark.origin}
     wanted = json.loads(json.dumps(wanted))
     other = held.get(benchmark.name, wanted)
@@ -270,12 +271,3 @@ def _claim(folder: RunFolder, benchmark: Benchmark, settings: Settings) -> None:
         )
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.replace("eval.yaml", yaml.safe_dump(held | {benchmark.name: wanted}, sort_keys=False))
-
-
-def _weights(model: str | None) -> list:
-    """Size and time of the files that hold a local model's weights: another model under the same name
-    differs."""
-    if model is None or not locate(model).is_dir():
-        return []
-    files = sorted(locate(model).glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

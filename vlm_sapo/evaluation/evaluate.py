@@ -36,7 +36,7 @@ class SampleFile:
         lines = list(filter(None, text.split("\n")))
         whole = [record for record in map(_parsed, lines) if record is not None]
         self.done = {record["row"]: record for record in whole if record["benchmark"] == self.name}
-        if len(whole) < len(lines) or not text.endswith("\n"):
+        if len(whole) < len(lines) or not text.endswith("\n" if text else ""):
             self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
 
     def add(self, records: list[dict]) -> None:

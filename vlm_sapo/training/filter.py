@@ -18,6 +18,7 @@ from vlm_sapo.data.rows import ExampleSet, holds_picture
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.evaluation.stamps import stamp, weights
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
@@ -27,9 +28,9 @@ from vlm_sapo.types import Sampling
 
 
 def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, float], out: Path) -> None:
-    """Samples every training row, writes `samples.jsonl` with all responses and, per task, `TASK.jsonl` with
-    the rows whose pass rate is within `keep`, both ends included. The same command goes on after an
-    interruption."""
+    """Samples every training row, writes `samples.jsonl` with all responses and `kept.jsonl` (`kept_0.jsonl`,
+    ... by task of a mixture) with the rows whose pass rate is within `keep`, both ends included. The same
+    command goes on after an interruption."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = str(locate(config.model.path))
@@ -69,10 +70,22 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
 def claim(out: Path, config: cfg.TrainConfig, samples: int) -> None:
     """Notes in the folder what is sampled there, or raises ValueError where that was something else."""
     parts = config.model_dump(mode="json", include={"model", "data", "rollout", "reward"})
-    wanted = json.dumps(parts | {"samples": samples, "seed": config.run.seed}, indent=2)
+    files = [stamp(task.args.get("path") or locate(task.source)) for task in config.data.tasks]
+    wanted = json.dumps(
+        parts
+        | {
+            "samples": samples,
+            "seed": config.run.seed,
+            "weights": weights(config.model.path),
+            "files": files,
+        },
+        indent=2,
+    )
     path = out / "filter.json"
     if path.is_file() and path.read_text() != wanted:
-        raise ValueError(f"--out ({out}) holds samples of another config or number; give another folder")
+        raise ValueError(
+            f"--out ({out}) holds samples of another config, model, data or number; give another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(wanted)
 
@@ -90,7 +103,7 @@ def write_kept(
     kept = [record for record in records if low <= pass_rate(record) <= high]
     lines = [
         json.dumps(
-            _portable(examples.raw(record["row"]), examples, path) | {"pass_rate": pass_rate(record)},
+            _portable(record["row"], examples, path) | {"pass_rate": pass_rate(record)},
             default=str,
         )
         for record in kept
@@ -118,24 +131,28 @@ def histogram(
     return ["pass rate", "rows"], [[name, str(counts[name])] for name in names]
 
 
-def _portable(row: Mapping[str, Any], examples: ExampleSet, path: Path) -> dict[str, Any]:
+def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
     """A row as JSON holds it: pictures that are files by their path, others written beside the rows."""
     made = {}
-    for name, value in row.items():
+    for name, value in examples.raw(number).items():
         items = value if isinstance(value, list) else [value]
         if name in examples.pictures or holds_picture(value):
-            paths = [_picture_path(item, examples.folder, path) for item in items if item is not None]
+            target = path.parent / f"{path.stem}_pictures" / f"{number}_{name}"
+            paths = [
+                _picture_path(item, examples.folder, target.with_name(f"{target.name}_{place}.png"))
+                for place, item in enumerate(items)
+                if item is not None
+            ]
             made[name] = paths if isinstance(value, list) else (paths or [None])[0]
         else:
             made[name] = value
     return made
 
 
-def _picture_path(value: Any, folder: Path, path: Path) -> str:
+def _picture_path(value: Any, folder: Path, target: Path) -> str:
+    """Where a picture's file is; one that is no file is written to `target`."""
     if isinstance(value, str) and not value.startswith("data:"):
         return str((folder / value).resolve())
-    target = path.parent / f"{path.stem}_pictures"
-    target.mkdir(exist_ok=True)
-    number = len(list(target.iterdir()))
-    decode(value, folder).save(target / f"{number}.png")
-    return str((target / f"{number}.png").resolve())
+    target.parent.mkdir(exist_ok=True)
+    decode(value, folder).save(target)
+    return str(target.resolve())
