@@ -166,6 +166,14 @@ def test_no_false_alarms(case):
     assert {name for _, name in findings} <= {"pictures much reduced"}
 
 
+def test_pictures_that_could_not_be_compared_are_named(case):
+    row = {"id": "b1", "question": "Why?", "answer": "1", "image": "gone.png"}
+    (case.folder / "bench.jsonl").write_text(json.dumps(row) + "\n")
+    result, _, findings = case.run(against=f"mmk12={case.folder}/bench.jsonl")
+    found = findings["benchmark mmk12", "pictures not compared"]
+    assert result.exit_code == 0 and found["rows"] == ["b1"] and "gone.png" in found["text"]
+
+
 def test_a_benchmark_is_held_against_its_own_length(case):
     (case.folder / "bm.yaml").write_text(
         f"about: b\nsource: {case.folder}/train.jsonl\nmax_tokens: 100000\nverifier: {{name: auto}}\n"

@@ -65,6 +65,9 @@ def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Findin
     for rows in (rows for rows in sets if not rows.only_pictures):
         found += _unusable(rows, skip) + _over_context(rows, context - rows.max_tokens) + _golds(rows)
         found += _pictures(rows) + _prompts(rows) + _answers(rows) + _repeated(rows)
+    for rows in (rows for rows in sets if rows.only_pictures):
+        unread = [row for row in rows.rows if row.error and not row.prints]
+        found += _finding("warning", "pictures not compared", rows.name, unread, _each(unread))
     trained = [rows for rows in sets if not rows.evaluated]
     for rows in trained:
         for other in (rows for rows in sets if rows.evaluated):
@@ -129,11 +132,10 @@ def _each(rows: Sequence[Inspected]) -> str:
 def _over_context(rows: RowSet, room: int) -> list[Finding]:
     long = sorted((row for row in rows.rows if row.tokens > room), key=lambda row: -row.tokens)
     text = (
-        f"prompt and longest response exceed the model's context; {room} tokens are left for a prompt, lower "
+        f"a response of {rows.max_tokens} tokens leaves {room} of the model's context for a prompt; lower "
+        "model.max_pixels, or the longest response: rollout.max_tokens, or a benchmark's max_tokens"
     )
-    return _finding(
-        "breaks", "over the context", rows.name, long, text + "rollout.max_tokens or model.max_pixels"
-    )
+    return _finding("breaks", "over the context", rows.name, long, text)
 
 
 def _golds(rows: RowSet) -> list[Finding]:

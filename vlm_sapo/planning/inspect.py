@@ -37,7 +37,6 @@ class Print:
     """64-bit perceptual hash."""
     thumbnail: np.ndarray
     """[SIDE * SIDE] float32 greys, centred and of length 1; zeros for a picture of one colour."""
-
     blank: bool
     """Whether the picture has one colour only."""
 

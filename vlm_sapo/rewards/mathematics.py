@@ -57,9 +57,7 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
     answer, boxes = _stated(response), boxed(response)
     if answer and equal(answer, gold):
         return 1.0
-    if answer and not PROSE.search(
-        normalise(answer)
-    ):  # an answer, no sentence about it, has no second chance
+    if answer and not PROSE.search(normalise(answer)):  # only a sentence about it has a second chance
         return float(len(boxes) > 1 and equal(", ".join(boxes), gold))
     return float(same(response, gold))
 
@@ -110,8 +108,10 @@ def value(text: str) -> float | None:
         return float(text)
     except ValueError:
         pass
+    from sympy import Expr
+
     found = [item for item in expressions(text) if not isinstance(item, str)]
-    if not found or not getattr(found[0], "is_number", False) or found[0].is_extended_real is not True:
+    if not found or not isinstance(found[0], Expr) or not found[0].is_number or not found[0].is_extended_real:
         return None
     return float(found[0].evalf())
 
