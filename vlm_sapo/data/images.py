@@ -49,9 +49,8 @@ def _open(source: Any, name: str) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    with suppress(
-        struct.error, TypeError, ValueError, KeyError, SyntaxError
-    ):  # an orientation nobody can read
+    # Metadata that cannot be read fails in many ways inside Pillow, and leaves the picture as it is.
+    with suppress(struct.error, AttributeError, TypeError, ValueError, KeyError, SyntaxError):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))

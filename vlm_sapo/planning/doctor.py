@@ -66,7 +66,7 @@ def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Findin
         found += _unusable(rows, skip) + _over_context(rows, context - rows.max_tokens) + _golds(rows)
         found += _pictures(rows) + _prompts(rows) + _answers(rows) + _repeated(rows)
     for rows in (rows for rows in sets if rows.only_pictures):
-        unread = [row for row in rows.rows if row.error and not row.prints]
+        unread = [row for row in rows.rows if row.example is None]
         found += _finding("warning", "pictures not compared", rows.name, unread, _each(unread))
     trained = [rows for rows in sets if not rows.evaluated]
     for rows in trained:
