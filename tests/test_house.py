@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig"},
+    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"planning.inspect", "planning.duplicates", "planning.doctor"},

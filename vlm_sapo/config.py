@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
+from vlm_sapo.rolloutconfig import Rollout
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,22 +42,6 @@ class Model(Section):
     """Smallest area of a resized picture, in pixels; null for the processor's own."""
     max_pixels: Positive | None = None
     """Largest area of a resized picture, in pixels; null for the processor's own."""
-
-
-class Rollout(Section):
-    engine: Literal["hf"] = "hf"
-    """What draws the responses: `hf` uses the policy itself."""
-    group: Annotated[int, Field(ge=2)] = 8
-    """Responses per prompt."""
-    max_tokens: Positive = 1024
-    """Longest response."""
-    temperature: Rate = 1.0
-    """Sampling temperature; log-probs everywhere are of logits divided by it."""
-    prompts_per_batch: Positive = 16
-    """Prompts that are generated from at the same time; lower it when generation runs out of memory."""
-    resample: Count = 0
-    """Rounds in which groups whose responses all scored alike are replaced by groups of further prompts of
-    the same task (DAPO's dynamic sampling); what is alike after the last round stays."""
 
 
 class RewardPart(Section):
@@ -151,6 +136,17 @@ class Cispo(Section):
     """Largest weight of a token: an absolute ratio, not 1 + epsilon."""
 
 
+class Correction(Section):
+    type: Literal["truncated", "masked"]
+    """What becomes of importance weights over `high`: set to it, or to 0 (as are those under `low`)."""
+    level: Literal["token", "sequence"] = "token"
+    """Weight of each token, or the product of a response's weights for all of its tokens."""
+    low: NotNegative = 0.0
+    """Smallest weight that `masked` lets count."""
+    high: Rate = 2.0
+    """Largest weight."""
+
+
 class Algo(Section):
     objective: Annotated[Sapo | Grpo | Gspo | Cispo, Field(discriminator="type")] = Sapo()
     """What a token's importance ratio and advantage contribute."""
@@ -162,6 +158,9 @@ class Algo(Section):
     """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`."""
     kl: NotNegative = 0.0
     """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
+    correction: Correction | None = None
+    """Corrects for the engine's log-probs not being the policy's: each token's loss is weighed by policy over
+    engine before the update, as a constant outside the gate. Needs old log-probs from the policy."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss and of its denominator."""
 
@@ -209,9 +208,10 @@ class Train(Optim):
     """Prompts (groups) per step."""
     minibatches: Positive = 4
     """Optimizer updates per step; with 1 every ratio is 1 and all objectives are the same."""
-    old_logprobs: Literal["rollout", "policy"] = "rollout"
-    """Where the log-probs before the update come from: the engine's, if the start of the run shows that they
-    agree with the policy's, or a pass of the policy. The first update's own pass always gives its own."""
+    old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
+    """Where the log-probs before the update come from: a pass of the policy (`recompute`), the engine
+    (`rollout`), or the engine if the start of the run shows that its log-probs agree with the policy's to
+    rounding (`auto`). On policy the first update's own pass gives its own."""
 
     @model_validator(mode="after")
     def _divides(self):
@@ -244,6 +244,12 @@ class Eval(Section):
     """Responses per problem; pass@1 is their mean."""
     temperature: NotNegative = 1.0
     """Sampling temperature of the evaluation; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: Count = 0
+    """Sample from the so many likeliest tokens; 0 for all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample from tokens at least this share as likely as the likeliest."""
     part: str | None = None
     """Reward part that is measured; null for the first one that reads the gold answer."""
 
@@ -290,6 +296,11 @@ class TrainConfig(Section):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
+        if self.algo.correction and self.train.old_logprobs == "rollout":
+            raise ValueError(
+                "algo.correction weighs the policy's old log-probs against the engine's, and "
+                "train.old_logprobs (rollout) makes them the same; set train.old_logprobs=recompute"
+            )
         if self.eval.part is not None and self.eval.part not in self.reward.labels:
             raise ValueError(
                 f"eval.part ({self.eval.part}) must be one of the reward's parts: "

@@ -13,6 +13,8 @@ from vlm_sapo.config import Section
 from vlm_sapo.yamlfile import find, parse, read_mapping
 
 T = TypeVar("T", bound=Section)
+VARIANTS = ("sapo", "grpo", "gspo", "cispo", "hf", "vllm", "vllm_server")
+"""Values of `type`, which pydantic puts between a section and its fields."""
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
@@ -60,7 +62,7 @@ def _item(values: list, index: str, override: str) -> Any:
 
 def _explain(kind: type[Section], item: dict) -> str:
     """One sentence for one of pydantic's errors."""
-    location = [part for part in item["loc"] if part not in ("sapo", "grpo", "gspo", "cispo")]
+    location = [part for part in item["loc"] if part not in VARIANTS]
     field = ".".join(map(str, location)) or "config"
     if item["type"] == "extra_forbidden":
         valid = _fields_at(kind, item["loc"][:-1])

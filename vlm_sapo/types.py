@@ -33,6 +33,8 @@ class Example:
     answer: str
     images: tuple[Image, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    row: int = 0
+    """Its place in its data set."""
     source: str = ""
     """The file, folder or hub id that the row comes from."""
     task: str = ""
@@ -85,6 +87,17 @@ class Sampling:
     seed: int
     places: tuple[int, ...] = ()
     """What the draws of each prompt depend on beside the seed; by default the prompts' order."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from the so many likeliest tokens; 0 for all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as likely as the likeliest."""
+
+    def seed_of(self, number: int) -> int:
+        """Seed of a prompt's group, from its place or its number in the order; below 2 ** 62."""
+        place = self.places[number] if self.places else number
+        return (self.seed * 1_000_003 + place) % 2**62
 
 
 @dataclass(frozen=True)

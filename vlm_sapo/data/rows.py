@@ -190,6 +190,7 @@ class ExampleSet(Sequence):
             answer=text,
             images=images,
             columns=others,
+            row=index,
             source=self.name,
             **self.common,
         )

@@ -49,6 +49,10 @@ class PromptStream:
                     raise
         return prompts
 
+    def prompt(self, row: int) -> Prompt:
+        """The prompt of a row, out of turn."""
+        return self.encode(self.examples[row])
+
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.examples))
         if self._order[0] != epoch:

@@ -59,7 +59,7 @@ class Shape:
     layers: int = 3
     vision_layers: int = 2
     heads: int = 4
-    head_dim: int = 24
+    head_dim: int = 32
     patch: int = 8
     max_pixels: int = 64 * 64
     init_std: float = 0.08

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import revert_weight_conversion
 
-from vlm_sapo.models import attention
+from vlm_sapo.models import adapters, attention
 from vlm_sapo.models.vision import Features, Vision
+from vlm_sapo.types import Prompt
 
 PARTS = {
     "vision": ("visual.",),
@@ -27,7 +29,8 @@ class VLM(nn.Module):
     """Model and processor of one checkpoint.
 
     `banned` are the ids of image, video and vision start/end tokens: no engine may sample them, and every
-    log-softmax of the trainer leaves them out. `stops` are the ids that end a response.
+    log-softmax of the trainer leaves them out. `stops` are the ids that end a response. `version` counts the
+    updates of the weights, so that an engine knows whether it has the present ones.
     """
 
     def __init__(self, model: nn.Module, processor, *, vision_cache: int = 2**32):
@@ -43,6 +46,7 @@ class VLM(nn.Module):
         ]
         self.stops = stop_ids(model, processor)
         self.vision = Vision(model, budget=vision_cache)
+        self.version = 0
 
     @property
     def tokenizer(self):
@@ -118,6 +122,17 @@ class VLM(nn.Module):
         )
         return positions[:, 0]
 
+    def unexpanded(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids with one image token for each picture, as an engine with a processor wants them."""
+        merge = self.model.config.vision_config.spatial_merge_size**2
+        sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
+        ids, kept, image = prompt.ids.tolist(), [], self.model.config.image_token_id
+        place = 0
+        while place < len(ids):
+            kept.append(ids[place])
+            place += sizes.pop(0) if ids[place] == image else 1
+        return kept
+
     def freeze(self, parts: list[str]) -> None:
         """Switches gradients off for the named parts (keys of PARTS)."""
         for name, parameter in self.model.named_parameters():
@@ -129,6 +144,15 @@ class VLM(nn.Module):
         """Makes the patch embedding the matrix product that it is."""
         embedding = self.model.model.visual.patch_embed
         embedding.proj = PatchProjection(embedding.proj)
+
+    def weights(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The weights as a checkpoint names and lays them out, adapters merged; views where nothing has to be
+        computed."""
+        named = dict(self.model.named_parameters())
+        merged = adapters.merged(self.model) if any(".lora_" in name for name in named) else named
+        weights = {name: weight.detach() for name, weight in merged.items()}
+        weights = revert_weight_conversion(self.model, weights)
+        return {name: weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
 
     def save(self, folder: Path) -> None:
         """Writes weights, configs, tokenizer and processor so that transformers' Auto classes load them."""

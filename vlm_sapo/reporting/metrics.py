@@ -13,9 +13,9 @@ from vlm_sapo.algo import diagnostics, objectives
 from vlm_sapo.types import Group
 
 Metrics = dict[str, float]
-Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Metrics]
-"""(logprobs, old, advantages, mask) of a mini-batch, [N, T] but advantages [N, 1], to metrics of its
-objective."""
+Describe = Callable[..., Metrics]
+"""(logprobs, old, advantages, mask, sampled) of a mini-batch, [N, T], to metrics of its objective; sampled is
+None where the engine's log-probs are the old ones."""
 
 
 class StepMeter:
@@ -25,11 +25,9 @@ class StepMeter:
         self.describe = describe
         self.seconds: dict[str, float] = defaultdict(float)
         self.minibatches: list[Metrics] = []
-        self.groups: list[Group] = []
-        """All groups of the step, those too that were replaced."""
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._loss = 0.0
-        self._has_reference = False
+        self._has_reference = self._has_sampled = False
         self._start = time.perf_counter()
 
     @contextmanager
@@ -39,12 +37,13 @@ class StepMeter:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def add(self, loss: float, logprobs, entropies, *, old, reference, advantages, mask) -> None:
-        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` may be None."""
+    def add(self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled) -> None:
+        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None."""
         self._loss += loss
         kl = torch.zeros_like(logprobs) if reference is None else objectives.k3(logprobs, reference)
-        self._has_reference = reference is not None
-        tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, mask)
+        self._has_reference, self._has_sampled = reference is not None, sampled is not None
+        engine = old if sampled is None else sampled
+        tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, engine, mask)
         self._parts.append(tuple(tensor.detach().cpu() for tensor in tensors))
 
     def close_minibatch(self, grad_norm: float) -> None:
@@ -54,17 +53,19 @@ class StepMeter:
             [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in part]
             for part in self._parts
         ]
-        logprobs, entropies, old, advantages, kl, mask = map(torch.cat, zip(*padded, strict=True))
+        logprobs, entropies, old, advantages, kl, engine, mask = map(torch.cat, zip(*padded, strict=True))
         metrics = diagnostics.ratio_metrics(logprobs, old, mask)
         metrics |= diagnostics.clip_metrics(logprobs, old, advantages, mask)
-        metrics |= self.describe(logprobs, old, advantages, mask) if self.describe else {}
+        sampled = engine if self._has_sampled else None
+        metrics |= self.describe(logprobs, old, advantages, mask, sampled) if self.describe else {}
         metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": self._loss}
         metrics |= {"kl_reference": float(kl[mask].mean())} if self._has_reference else {}
         self.minibatches.append(metrics)
         self._parts, self._loss = [], 0.0
 
-    def record(self) -> Metrics:
-        """`loss`, `policy/<metric>` over the mini-batches, `minibatch<k>/<metric>`, `time/<name>`."""
+    def record(self, seconds: Mapping[str, float] | None = None) -> Metrics:
+        """`loss`, `policy/<metric>` over the mini-batches, `minibatch<k>/<metric>`, `time/<name>`, also of
+        further `seconds` by name."""
         record: Metrics = {}
         for name in self.minibatches[0] if self.minibatches else ():
             values = [metrics[name] for metrics in self.minibatches if name in metrics]
@@ -73,13 +74,17 @@ class StepMeter:
         record = {"loss": record.pop("policy/loss", 0.0)} | record
         for index, metrics in enumerate(self.minibatches):
             record |= {f"minibatch{index}/{name}": value for name, value in metrics.items()}
-        record |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        record |= {f"time/{name}": value for name, value in (self.seconds | dict(seconds or {})).items()}
         record["time/step"] = time.perf_counter() - self._start
         return record
 
 
-def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metrics:
-    """Rewards (by part), lengths and shares of the drawn groups; `seconds` are the step's times by name."""
+def group_metrics(
+    groups: Sequence[Group], replaced: Sequence[Group], seconds: Mapping[str, float], *, behind: int
+) -> Metrics:
+    """Rewards (by part), lengths and shares of all groups that were drawn; `seconds` are the times by name,
+    `behind` the updates of the weights since."""
+    groups = [*groups, *replaced]
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
     lengths = [len(completion.ids) for completion in completions]
@@ -93,6 +98,7 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
     return metrics | {
         "reward/zero_variance": sum(group.flat for group in groups) / len(groups),
         "rollout/groups": len(groups),
+        "rollout/updates_behind": behind,
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
         "response/truncated": sum(completion.finish == "length" for completion in completions)
@@ -102,9 +108,10 @@ def group_metrics(groups: Sequence[Group], seconds: Mapping[str, float]) -> Metr
     }
 
 
-def task_metrics(drawn: Sequence[Group], groups: Sequence[Group], minibatches: int) -> Metrics:
-    """Reward of the `drawn` groups by task, and each task's count in every mini-batch of the trained
+def task_metrics(groups: Sequence[Group], replaced: Sequence[Group], minibatches: int) -> Metrics:
+    """Reward of all groups that were drawn by task, and each task's count in every mini-batch of the trained
     `groups`; empty where there is one task."""
+    drawn = [*groups, *replaced]
     tasks = sorted({group.prompt.example.task for group in groups})
     if len(tasks) == 1:
         return {}

@@ -10,7 +10,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from vlm_sapo.models.attention import Branched, Prefix, Segments
 from vlm_sapo.models.vlm import VLM
@@ -39,7 +46,7 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
-        uniforms = [_uniforms(sampling, place) for place in sampling.places or range(len(prompts))]
+        uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         groups: list[list[Completion]] = []
@@ -54,12 +61,12 @@ class HfEngine:
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
         logits, prefix = self._prefill(prompts)
         starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        ids, logprobs = self._decode(logits, prefix, starts, uniforms, sampling.temperature)
+        ids, logprobs = self._decode(logits, prefix, starts, uniforms, sampling)
         completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group)
         return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
 
     @torch.inference_mode()
-    def _decode(self, logits, prefix: Prefix, starts, uniforms, temperature: float):
+    def _decode(self, logits, prefix: Prefix, starts, uniforms, sampling: Sampling):
         """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
         positions [B] and random numbers [B, G, max_tokens]."""
         group, device = uniforms.shape[1], self.vlm.device
@@ -74,7 +81,7 @@ class HfEngine:
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         stride, last = GPU_STRIDE if device.type == "cuda" else 1, uniforms.shape[1] - 1
         for step in range(last + 1):
-            tokens, drawn = sample(logits, uniforms[branch, step], temperature)
+            tokens, drawn = sample(cut(logits, sampling), uniforms[branch, step], sampling.temperature)
             ids[branch, step] = torch.where(running, tokens, -1)
             logprobs[branch, step] = torch.where(running, drawn, 0.0)
             running = running & ~torch.isin(tokens, stops)
@@ -142,6 +149,17 @@ def compact(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows[:, None] * running.shape[1] + columns).flatten(), rows
 
 
+def cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits [A, V] with the tokens that top_p, top_k and min_p leave out at minus infinity."""
+    if sampling.temperature == 0 or (sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 0, 0.0):
+        return logits
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p > 0 else []
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return LogitsProcessorList(warpers)(None, logits) * sampling.temperature
+
+
 def sample(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +177,7 @@ def sample(
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
 
-def _uniforms(sampling: Sampling, place: int) -> torch.Tensor:
+def _uniforms(sampling: Sampling, number: int) -> torch.Tensor:
     """The random numbers of one prompt's group, [G, max_tokens]."""
-    generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + place) % 2**63)
+    generator = torch.Generator().manual_seed(sampling.seed_of(number))
     return torch.rand(sampling.group, sampling.max_tokens, generator=generator, dtype=torch.float64)

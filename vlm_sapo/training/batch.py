@@ -36,6 +36,7 @@ class MicroBatch:
             "reference": self.reference,
             "advantages": self.advantages,
             "mask": self.mask,
+            "sampled": None if self.old is self.sampled else self.sampled,
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -26,11 +26,13 @@ from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training, write_rollouts
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
@@ -60,7 +62,9 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         minibatch=train.prompts_per_step // train.minibatches,
         kl=algo.kl,
         temperature=rollout.temperature,
-        reuse_sampled=train.old_logprobs == "rollout",
+        reuse_sampled=train.old_logprobs != "recompute" and algo.correction is None,
+        sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
+        prompts_per_step=train.prompts_per_step,
     )
     split = partial(
         minibatches,
@@ -69,9 +73,13 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         mask_truncated=algo.mask_truncated,
         keep_flat=algo.kl > 0,
     )
+    choose = train.old_logprobs == "auto" and algo.correction is None
+    checks = [SelfCheck(core.policy, console, budget=train.tokens_per_microbatch, choose=choose)]
+    if rollout.engine.type != "hf":
+        checks.append(build_parity(config, core))
     return Training(
         core=core,
-        check=SelfCheck(core.policy, console, budget=train.tokens_per_microbatch),
+        checks=checks,
         advantage=ADVANTAGES[algo.advantage],
         loss=build_loss(
             algo.objective.model_dump(),
@@ -79,19 +87,41 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
             reduction=algo.reduction,
             kl=algo.kl,
             max_tokens=rollout.max_tokens,
+            correction=algo.correction.model_dump() if algo.correction else None,
         ),
         split=split,
-        sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
-        prompts_per_step=train.prompts_per_step,
         minibatches=train.minibatches,
-        resample=rollout.resample,
         log_rollouts=partial(write_rollouts, core.folder, config.log.rollouts),
     )
 
 
 def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Core:
     """Everything that `sft` needs."""
-    return _build_core(config, folder, console, minibatch=config.train.rows_per_step)
+    rows = config.train.rows_per_step
+    sampling = Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed)
+    return _build_core(config, folder, console, minibatch=rows, sampling=sampling, prompts_per_step=rows)
+
+
+def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
+    """The comparison of the run's engine with its policy."""
+    rollouts = core.rollouts.rollouts if isinstance(core.rollouts, Ahead) else core.rollouts
+    dtype = engine_dtype(config.rollout.engine, default_dtype(config))
+    return Parity(
+        core.policy,
+        rollouts.engine,
+        core.rollouts,
+        core.encode,
+        core.console,
+        sampling=rollouts.sampling,
+        tolerance=config.rollout.tolerance or allowed(core.policy, dtype),
+        every=config.rollout.check_every,
+        budget=config.train.tokens_per_microbatch,
+    )
+
+
+def default_dtype(config: cfg.TrainConfig | cfg.SftConfig) -> str:
+    """Type of an engine's weights that computes as the trainer does."""
+    return "bfloat16" if config.train.precision == "bf16" else config.model.dtype
 
 
 def _build_core(
@@ -100,6 +130,8 @@ def _build_core(
     console: Console,
     *,
     minibatch: int,
+    sampling: Sampling,
+    prompts_per_step: int,
     kl: float = 0.0,
     temperature: float = 1.0,
     reuse_sampled: bool = False,
@@ -113,7 +145,8 @@ def _build_core(
             f"this version trains in one process; the launcher started {accelerator.num_processes}, start one"
         )
     found = checkpoint.latest(folder.path / "checkpoints")
-    vlm = _load(config.model, str(found or locate(config.model.path)), accelerator, config.model.freeze)
+    path = str(found or locate(config.model.path))
+    vlm = _load(config.model, path, accelerator, config.model.freeze)
     reference = None
     if kl:
         everything = ["vision", "merger", "language"]
@@ -137,26 +170,51 @@ def _build_core(
         layout=_layout(train.layout, vlm, console),
         reuse_sampled=reuse_sampled,
     )
-    engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch, autocast=accelerator.autocast)
-    progress = checkpoint.restore(found, policy) if found else checkpoint.Progress()
-    stream.restore(progress.stream)
+    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    rollout = config.rollout
+    engine = build_engine(
+        rollout.engine,
+        vlm,
+        path,
+        longest=longest_row(config, benchmarks, vlm),
+        dtype=default_dtype(config),
+        prompts_per_batch=rollout.prompts_per_batch,
+        warn=console.warn,
+        folder=folder.path / "weights",
+        autocast=accelerator.autocast,
+    )
+    rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, rollout.resample)
+    rollouts = Ahead(rollouts, last=train.steps) if rollout.ahead else rollouts
+    progress = checkpoint.Progress()
+    if found:
+        progress, state = checkpoint.restore(found, policy)
+        rollouts.restore(state)
     folder.rewind(progress.step)
     console.say(_banner(config, vlm, stream, accelerator, found))
+
+    def ready() -> None:
+        rollouts.settle()
+        engine.sync(vlm)
+
+    measures = _measures(config, engine, encode, reward, console, benchmarks)
     return Core(
         folder=folder,
         console=console,
         policy=policy,
         stream=stream,
         encode=encode,
-        evaluator=Evaluator(
-            _measures(config, engine, encode, reward, console), config.eval.every, folder, console
-        ),
+        evaluator=Evaluator(measures, config.eval.every, folder, console, ready),
         progress=progress,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
-        engine=engine,
-        reward=reward,
+        rollouts=rollouts,
     )
+
+
+def longest_row(config: cfg.TrainConfig | cfg.SftConfig, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:
+    """The most tokens of a prompt and its response."""
+    responses = max([config.rollout.max_tokens, *(benchmark.max_tokens for benchmark in benchmarks)])
+    return int(min(config.data.max_prompt_tokens + responses, vlm.context))
 
 
 def build_reward(reward: cfg.Reward) -> Reward:
@@ -196,9 +254,18 @@ def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
-def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Path], tuple]]:
+def _measures(config, engine, encode, reward, console, benchmarks) -> dict[str, Callable[[Path], tuple]]:
     """By name, functions that evaluate into a folder: `held-out` on `eval.data`, and the benchmarks."""
-    draw = Sampling(config.eval.samples, config.rollout.max_tokens, config.eval.temperature, EVAL_SEED)
+    draw = Sampling(
+        config.eval.samples,
+        config.rollout.max_tokens,
+        config.eval.temperature,
+        EVAL_SEED,
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
+        min_p=config.eval.min_p,
+    )
+    batch = problems_at_once(config.rollout.engine, config.rollout.prompts_per_batch)
     skip = config.data.on_error == "skip"
     found: dict[str, Callable[[Path], tuple]] = {}
 
@@ -212,7 +279,7 @@ def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Pa
                 sampling,
                 measure,
                 samples=SampleFile(folder, name),
-                batch=config.rollout.prompts_per_batch,
+                batch=batch,
                 skip=skip,
                 progress=lambda done: show(done, "problems"),
             )
@@ -226,7 +293,7 @@ def _measures(config, engine, encode, reward, console) -> dict[str, Callable[[Pa
         examples = build_examples(config.eval.data, task=HELD_OUT)
         measure = Measure(config.eval.part or config.reward.measured)
         found[HELD_OUT] = partial(run, HELD_OUT, examples, reward, measure, draw)
-    for benchmark in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
+    for benchmark in benchmarks:
         found[benchmark.name] = partial(run_benchmark, benchmark)
     return found
 

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,25 +19,28 @@ NAME = re.compile(r"step_(\d+)")
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, seconds spent, and the stream's own state."""
+    """Where a run stands: steps done, seconds spent, and updates of the weights."""
 
     step: int = 0
     seconds: float = 0.0
-    stream: dict = field(default_factory=dict)
+    updates: int = 0
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done; it took so long."""
         self.step, self.seconds = step, self.seconds + seconds
 
 
-def save(folder: Path, policy: Policy, progress: Progress, *, keep: int) -> Path:
-    """Writes `step_<n>` (model, processor, optimizer, progress) and removes all but the newest `keep`."""
+def save(folder: Path, policy: Policy, progress: Progress, rollouts: dict[str, Any], *, keep: int) -> Path:
+    """Writes `step_<n>` (model, processor, optimizer, progress, state of the rollouts) and removes all but
+    the newest `keep`."""
     target = folder / f"step_{progress.step:06d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     policy.save(partial)
     torch.save(policy.optimizer.state_dict(), partial / "optimizer.pt")
+    torch.save(rollouts, partial / "rollouts.pt")
+    progress.updates = policy.vlm.version
     (partial / "progress.json").write_text(json.dumps(asdict(progress)))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
@@ -51,11 +55,19 @@ def latest(folder: Path) -> Path | None:
     return folder / f"step_{max(steps):06d}" if steps else None
 
 
-def restore(path: Path, policy: Policy) -> Progress:
-    """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood."""
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, or None."""
+    return max(_checkpoints(folder), default=None)
+
+
+def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
+    """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood, and
+    the state of the rollouts."""
     state = torch.load(path / "optimizer.pt", map_location=policy.accelerator.device, weights_only=True)
     policy.optimizer.load_state_dict(state)
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    progress = Progress(**json.loads((path / "progress.json").read_text()))
+    policy.vlm.version = progress.updates
+    return progress, torch.load(path / "rollouts.pt", weights_only=True)
 
 
 def _checkpoints(folder: Path) -> list[int]:

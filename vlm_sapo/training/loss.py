@@ -6,14 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from vlm_sapo.algo.correction import CORRECTIONS, correction_metrics, importance, mismatch_metrics
 from vlm_sapo.algo.diagnostics import Objective, gate_metrics, update_metrics
 from vlm_sapo.algo.objectives import OBJECTIVES, k3
 from vlm_sapo.algo.ratios import RATIOS
 from vlm_sapo.algo.reductions import REDUCTIONS
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
+
+Correct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,41 @@ class PolicyLoss:
     kl: float = 0.0
     gate: dict[str, float] | None = None
     """SAPO's temperatures, where the objective is SAPO."""
+    correct: Correct | None = None
+    """Weights against the engine's distribution: the importance weights, and what is left of them."""
 
     def __call__(self, logprobs: torch.Tensor, micro: MicroBatch, minibatch: MiniBatch) -> torch.Tensor:
         """The micro-batch's share of the mini-batch's loss; logprobs [N, T]."""
         losses = self.objective(self.ratio(logprobs, micro.old, micro.mask), micro.advantages)
+        if self.correct is not None:
+            losses = losses * self.correct(micro.old, micro.sampled, micro.mask)[1]
         if micro.reference is not None:
             losses = losses + self.kl * k3(logprobs, micro.reference)
         return self.reduce(losses, micro.mask, **minibatch.denominators)
 
-    def describe(self, logprobs, old, advantages, mask) -> dict[str, float]:
-        """Metrics of the objective on a whole mini-batch, all [N, T]."""
+    def describe(self, logprobs, old, advantages, mask, sampled) -> dict[str, float]:
+        """Metrics of the objective on a whole mini-batch, all [N, T]; `sampled` is None where the engine's
+        log-probs are the old ones."""
         metrics = update_metrics(self.objective, self.ratio(logprobs, old, mask), advantages, mask)
         if self.gate is not None:
             metrics |= gate_metrics(logprobs, old, advantages, mask, **self.gate)
+        if sampled is not None:
+            metrics |= mismatch_metrics(old, sampled, mask)
+        if sampled is not None and self.correct is not None:
+            metrics |= correction_metrics(*self.correct(old, sampled, mask), mask)
         return metrics
 
 
 def build_loss(
-    objective: dict[str, float], *, ratio: str, reduction: str, kl: float, max_tokens: int
+    objective: dict[str, float],
+    *,
+    ratio: str,
+    reduction: str,
+    kl: float,
+    max_tokens: int,
+    correction: dict[str, Any] | None = None,
 ) -> PolicyLoss:
-    """`objective` is the fields of the config's objective section, `type` among them."""
+    """`objective` and `correction` are the fields of the config's sections, `type` among them."""
     parameters = {name: value for name, value in objective.items() if name != "type"}
     return PolicyLoss(
         objective=partial(OBJECTIVES[objective["type"]], **parameters),
@@ -54,4 +73,12 @@ def build_loss(
         reduce=partial(REDUCTIONS[reduction], max_tokens=max_tokens),
         kl=kl,
         gate=parameters if objective["type"] == "sapo" else None,
+        correct=None if correction is None else partial(_correct, **correction),
     )
+
+
+def _correct(
+    policy: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, *, type: str, level: str, **bounds
+):
+    weights = importance(policy, engine, mask, level=level).detach()
+    return weights, CORRECTIONS[type](weights, **bounds)

@@ -27,7 +27,8 @@ class Policy:
     """Log-probs, gradients and updates of one model; `reference` is a frozen model for the KL term.
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
-    old ones; otherwise the old ones are computed, except for the first update, whose own pass gives them.
+    old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
+    neither: its own pass gives them.
     """
 
     def __init__(
@@ -72,13 +73,15 @@ class Policy:
         return logprobs, entropies
 
     @torch.no_grad()
-    def score(self, minibatches: list[MiniBatch]) -> None:
-        """Fills in old and reference log-probs where they will be needed, before any update."""
+    def score(self, minibatches: list[MiniBatch], *, fresh: bool = True) -> None:
+        """Fills in old and reference log-probs where they will be needed, before any update. `fresh` says
+        that the present weights drew the responses."""
         trained = [minibatch for minibatch in minibatches if minibatch.micros]
         for minibatch in trained:
             for micro in minibatch.micros:
                 self._move(micro)
-                if minibatch is not trained[0]:
+                own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
+                if not own_pass:
                     micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
                 if self.reference is not None:
                     inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
@@ -100,6 +103,7 @@ class Policy:
         norm = self.accelerator.clip_grad_norm_(self.forward_pass.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.vlm.version += 1
         return float(norm)
 
     def set_step(self, step: int) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +16,13 @@ from vlm_sapo.data.stream import Mixture
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
-from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Example, Group, Prompt, Sampling
+from vlm_sapo.training.rollouts import Drawn, Rollouts
+from vlm_sapo.types import Example, Group, Prompt
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
@@ -41,6 +43,8 @@ class Evaluator:
     every: int
     folder: RunFolder
     console: Console
+    ready: Callable[[], None]
+    """Gives the engine the present weights."""
 
     def at(self, step: int, *, last: int) -> None:
         """Evaluates before the first step, every so many steps and after the last one, once each."""
@@ -53,6 +57,7 @@ class Evaluator:
             shutil.rmtree(folder, ignore_errors=True)
         for name, run in self.measures.items():
             if (step, name) not in done:
+                self.ready()
                 result, records = run(folder)
                 self.folder.append("evaluations.jsonl", {"step": step, "name": name} | result)
                 self._say(f"{name} pass@1 after {step} steps", result, records)
@@ -84,22 +89,37 @@ class Core:
     progress: checkpoint.Progress
     checkpoint_every: int
     keep: int
-    engine: RolloutEngine
-    reward: Reward
+    rollouts: Rollouts
 
     def close(self) -> None:
         """Ends what runs beside this process."""
-        self.engine.close()
-        self.reward.close()
+        self.rollouts.close()
+
+    @contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """Writes a checkpoint of the finished steps where the block, which begins the next one, fails."""
+        try:
+            yield
+        except Exception as error:
+            done = self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step
+            if done:
+                state = {"stream": error.before} if isinstance(error, ParityError) else self.rollouts.state()
+                self.save_checkpoint(state)
+                self.console.say(f"a checkpoint after {self.progress.step} steps is in {self._checkpoints}")
+            raise
 
     def checkpoint_if_due(self, step: int) -> None:
         """Writes a checkpoint after every so many steps."""
         if self.checkpoint_every and step % self.checkpoint_every == 0:
-            self.save_checkpoint()
+            self.save_checkpoint(self.rollouts.state())
 
-    def save_checkpoint(self) -> None:
-        self.progress.stream = self.stream.state()
-        checkpoint.save(self.folder.path / "checkpoints", self.policy, self.progress, keep=self.keep)
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint with this state of the rollouts."""
+        checkpoint.save(self._checkpoints, self.policy, self.progress, state, keep=self.keep)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder.path / "checkpoints"
 
     def finish(self, steps: int) -> dict:
         """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
@@ -126,22 +146,18 @@ class Training:
     """What the loop of `train` works with."""
 
     core: Core
-    check: Callable[[list[Group]], None]
+    checks: Sequence[Callable[[int, Drawn], dict[str, float]]]
+    """Look at a step's groups before anything is trained on them; they return metrics."""
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
     split: Callable[..., list[MiniBatch]]
     """(groups, advantages, layout=...) to mini-batches."""
-    sampling: Sampling
-    prompts_per_step: int
     minibatches: int
-    resample: int
-    """Rounds in which groups without variance are drawn anew."""
     log_rollouts: Callable[[int, list[Group], list[torch.Tensor]], None]
 
-    def sampling_at(self, step: int, attempt: int = 0) -> Sampling:
-        """Each step, and each round of drawing anew, has a seed of its own, so a resumed run draws what the
-        whole one would have."""
-        return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step + 500_000_003 * attempt)
+    def check(self, step: int, drawn: Drawn) -> dict[str, float]:
+        """All checks."""
+        return {name: value for check in self.checks for name, value in check(step, drawn).items()}
 
 
 def write_rollouts(

@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 from vlm_sapo.models.layout import Layout, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.types import Group
 
 
@@ -35,20 +36,23 @@ tenth of the narrowest clipping band (GSPO's 3e-4) on a sequence's mean."""
 class SelfCheck:
     """Runs once, on the first group it is given; afterwards a call does nothing.
 
-    Where the shared layout disagrees with the plain one, the policy falls back to the plain one; where the
-    engine's log-probs disagree with the policy's, old log-probs are recomputed. Both say so.
+    Where the shared layout disagrees with the plain one, the policy falls back to the plain one; with
+    `choose`, old log-probs are recomputed where the engine's disagree with the policy's. Both say so.
     """
 
-    def __init__(self, policy: Policy, console: Console, *, budget: int):
-        self.policy, self.console, self.budget, self.done = policy, console, budget, False
+    def __init__(self, policy: Policy, console: Console, *, budget: int, choose: bool):
+        self.policy, self.console, self.budget, self.choose = policy, console, budget, choose
+        self.done = False
 
-    def __call__(self, groups: list[Group]) -> None:
+    def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
         if self.done:
-            return
+            return {}
         self.done = True
-        group = groups[0]
+        group = drawn.groups[0]
         logprobs = self._compare_layouts(group)
-        self._compare_sampled(logprobs, torch.cat([item.logprobs for item in group.completions]))
+        if self.choose:
+            self._choose(logprobs, torch.cat([item.logprobs for item in group.completions]))
+        return {}
 
     def _compare_layouts(self, group: Group) -> torch.Tensor:
         policy = self.policy
@@ -85,9 +89,7 @@ class SelfCheck:
         policy.layout = Plain()
         return plain
 
-    def _compare_sampled(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
-        if not self.policy.reuse_sampled:
-            return
+    def _choose(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
         worst = float((logprobs - sampled).abs().max())
         if worst <= SAMPLED:
             self.console.say(

@@ -10,10 +10,9 @@ import torch
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
-from vlm_sapo.rewards.pool import score_groups
 from vlm_sapo.training.build import build_training, open_folder
 from vlm_sapo.training.run import FINISHED, Training
-from vlm_sapo.types import Group, Prompt, Sampling
+from vlm_sapo.types import Group
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
@@ -36,12 +35,14 @@ def loop(training: Training, steps: int) -> dict:
         for step in range(core.progress.step + 1, steps + 1):
             started, meter = time.perf_counter(), StepMeter(training.loss.describe)
             lr = policy.set_step(step - 1)
-            groups = draw(training, step, meter)
-            training.check(groups)
-            advantages = [advantages_of(training, group) for group in groups]
-            batch = training.split(groups, advantages, layout=policy.layout)
+            with meter.time("draw"), core.rescuing():
+                drawn = core.rollouts(step, policy.vlm)
+                checked = training.check(step, drawn)
+            behind = policy.vlm.version - drawn.version
+            advantages = [advantages_of(training, group) for group in drawn.groups]
+            batch = training.split(drawn.groups, advantages, layout=policy.layout)
             with meter.time("old_logprobs"):
-                policy.score(batch)
+                policy.score(batch, fresh=behind == 0)
             with meter.time("update"):
                 for minibatch in batch:
                     for micro in minibatch.micros:
@@ -51,46 +52,15 @@ def loop(training: Training, steps: int) -> dict:
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
             core.progress.advance(step, time.perf_counter() - started)
-            record = {"step": step, "lr": lr} | meter.record() | group_metrics(meter.groups, meter.seconds)
-            record |= task_metrics(meter.groups, groups, training.minibatches)
+            record = {"step": step, "lr": lr} | meter.record(drawn.seconds) | checked
+            record |= group_metrics(drawn.groups, drawn.replaced, drawn.seconds, behind=behind)
+            record |= task_metrics(drawn.groups, drawn.replaced, training.minibatches)
             core.folder.append("metrics.jsonl", record)
-            training.log_rollouts(step, groups, advantages)
+            training.log_rollouts(step, drawn.groups, advantages)
             show(step, headline(record))
             core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step)
     return core.finish(steps)
-
-
-def draw(training: Training, step: int, meter: StepMeter) -> list[Group]:
-    """The step's groups. Those without variance are drawn anew, from other prompts of their task, as often as
-    `rollout.resample` allows."""
-    with meter.time("data"):
-        prompts = training.core.stream.take(training.prompts_per_step)
-    groups = respond(training, prompts, training.sampling_at(step), meter)
-    for attempt in range(1, training.resample + 1):
-        flat = [place for place, group in enumerate(groups) if group.flat]
-        with meter.time("data"):
-            prompts = training.core.stream.replace([groups[place].prompt for place in flat])
-        drawn = respond(training, prompts, training.sampling_at(step, attempt), meter)
-        for place, group in zip(flat, drawn, strict=True):
-            groups[place] = group
-    return groups
-
-
-def respond(training: Training, prompts: list[Prompt], sampling: Sampling, meter: StepMeter) -> list[Group]:
-    """Groups of the prompts: responses from the engine, scores from the reward."""
-    core = training.core
-    with meter.time("rollout"):
-        core.engine.sync(core.policy.vlm)
-        responses = core.engine.generate(prompts, sampling)
-    with meter.time("reward"):
-        scores = score_groups(core.reward, prompts, responses)
-    groups = [
-        Group(prompt, tuple(drawn), tuple(scored))
-        for prompt, drawn, scored in zip(prompts, responses, scores, strict=True)
-    ]
-    meter.groups += groups
-    return groups
 
 
 def advantages_of(training: Training, group: Group) -> torch.Tensor:

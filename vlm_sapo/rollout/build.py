@@ -1,0 +1,80 @@
+"""Builds the engine that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.server import Server
+from vlm_sapo.rollout.servers import VllmServers
+from vlm_sapo.rollout.transfer import Folder, Nccl
+from vlm_sapo.rollout.vllm import VllmEngine
+from vlm_sapo.rolloutconfig import Engine, Vllm, VllmServer
+
+AT_ONCE = 256
+"""Problems that an evaluation hands to vLLM at the same time; it batches them itself."""
+
+
+def problems_at_once(engine: Engine, prompts_per_batch: int) -> int:
+    """How many problems an evaluation draws, grades and writes together."""
+    return prompts_per_batch if engine.type == "hf" else max(AT_ONCE, prompts_per_batch)
+
+
+def engine_dtype(engine: Engine, default: str) -> str:
+    """Type of the engine's weights, where `auto` stands for the default."""
+    return default if engine.type == "hf" or engine.dtype == "auto" else engine.dtype
+
+
+def build_engine(
+    engine: Engine,
+    vlm: VLM,
+    path: str,
+    *,
+    longest: int,
+    dtype: str,
+    prompts_per_batch: int,
+    warn: Callable[[str], None],
+    folder: Path | None = None,
+    autocast: Callable = nullcontext,
+) -> RolloutEngine:
+    """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
+
+    `dtype` is what `auto` stands for. `folder` is where weights for servers go unless the config names one;
+    without it servers keep the weights that they have.
+    """
+    dtype = engine_dtype(engine, dtype)
+    if isinstance(engine, Vllm):
+        return VllmEngine(
+            vlm,
+            path,
+            longest=longest,
+            dtype=dtype,
+            tensor_parallel=engine.tensor_parallel,
+            gpu_memory=engine.gpu_memory,
+            options=engine.options,
+        )
+    if isinstance(engine, VllmServer):
+        return VllmServers(
+            vlm,
+            [Server(url, timeout=engine.timeout) for url in engine.servers],
+            folder and _transfer(engine, folder, dtype),
+            longest=longest,
+            patience=engine.patience,
+            warn=warn,
+        )
+    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast)
+
+
+def _transfer(engine: VllmServer, folder: Path, dtype: str) -> Folder | Nccl:
+    kind: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
+        dtype
+    ]
+    if engine.weights == "nccl":
+        return Nccl(engine.address, dtype=kind)
+    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind)

@@ -1,0 +1,126 @@
+"""One vLLM server, as seen over HTTP: what it serves, responses, new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Any
+
+import httpx2 as httpx
+
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.types import Prompt, RowError
+
+MOST_BYTES = 64 * 2**20
+"""Largest size of a prompt's compressed pictures."""
+CONNECT = 10.0
+"""Seconds to reach a server."""
+CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
+START = "start it with `vlm-sapo serve`"
+
+
+class Unavailable(Exception):
+    """A server that doesn't answer now and may answer later, or a response that may be asked for again."""
+
+
+class Server:
+    """A server at `url` that may take `timeout` seconds for an answer."""
+
+    def __init__(self, url: str, *, timeout: float):
+        self.url, self.timeout = url.rstrip("/"), httpx.Timeout(timeout, connect=CONNECT)
+        self.version: str | None = None
+        """Name of the weights that it was given last; None where it has to be given some."""
+        self.rests_until = 0.0
+        """Time of the monotonic clock before which it is asked only if no other can be."""
+
+    async def generate(
+        self, client: httpx.AsyncClient, ids: list[int], prompt: Prompt, sampling: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Its answer to a prompt: `prompt_token_ids` and `choices`."""
+        body = {"token_ids": ids, "return_token_ids": True, "sampling_params": sampling}
+        if prompt.images:
+            urls = await asyncio.to_thread(picture_urls, prompt)
+            body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
+        return await self.call(client, "inference/v1/generate", body, about=prompt.example.label)
+
+    async def model(self, client: httpx.AsyncClient) -> dict[str, Any]:
+        """What it serves: `root`, the checkpoint's path, and `max_model_len`."""
+        return (await self.call(client, "v1/models"))["data"][0]
+
+    async def load(self, client: httpx.AsyncClient, folder: str) -> None:
+        """Makes it read new weights from a folder."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        await self.call(client, "collective_rpc", body, about=f"weights in {folder}")
+
+    async def adopt(self, client: httpx.AsyncClient, version: str) -> None:
+        """Drops what it computed with older weights, and names the new ones."""
+        for cache in CACHES:
+            answer = await self.call(client, cache, {})
+            if answer.get("success") is False:
+                raise Unavailable("it still holds what it computed with the old weights")
+        await self.call(client, "update_weight_version", {"new_version": version})
+        self.version = version
+
+    async def call(
+        self, client: httpx.AsyncClient, route: str, body: dict[str, Any] | None = None, *, about: str = ""
+    ) -> dict[str, Any]:
+        """POSTs a body, or GETs where there is none. Raises Unavailable where another try may help, and
+        RolloutError where it won't."""
+        method, url = "GET" if body is None else "POST", f"{self.url}/{route}"
+        try:
+            response = await client.request(method, url, json=body, timeout=self.timeout)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise RolloutError(
+                f"rollout.engine.servers ({self.url}) must be an address such as http://127.0.0.1:8000; "
+                f"{error}"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise Unavailable(f"no answer in time ({type(error).__name__})") from error
+        except httpx.TransportError as error:
+            raise Unavailable(str(error) or type(error).__name__) from error
+        return self._read(response, route, about)
+
+    def _read(self, response: httpx.Response, route: str, about: str) -> dict[str, Any]:
+        said = f"{self.url}/{route} answered {response.status_code} ({_reason(response)})"
+        if response.status_code in (408, 425, 429) or response.status_code >= 500:
+            raise Unavailable(said)
+        if response.status_code in (403, 404, 405):
+            raise RolloutError(f"{said}; the server lacks what training needs: {START}, vLLM 0.32 or newer")
+        if response.status_code == 401:
+            raise RolloutError(f"{said}; it wants an API key, which is not supported; start it without one")
+        if response.status_code >= 400:
+            raise RolloutError(f"{about}: {said}" if about else said)
+        try:
+            return response.json() if response.content else {}
+        except json.JSONDecodeError as error:
+            raise Unavailable(f"{said}: its answer was cut off") from error
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])[:400]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:400]
+
+
+def picture_urls(prompt: Prompt) -> list[str]:
+    """The resized pictures as data URLs of PNG files: smaller than their pixels and nothing lost.
+
+    Raises RowError where they are too large to send.
+    """
+    urls = []
+    for picture in prompt.images:
+        file = io.BytesIO()
+        picture.save(file, "PNG", compress_level=1)
+        urls.append(f"data:image/png;base64,{base64.b64encode(file.getbuffer()).decode()}")
+    size = sum(map(len, urls))
+    if size > MOST_BYTES:
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in prompt.images)
+        raise RowError(
+            f"{prompt.example.label}: its pictures ({sizes}) take {size / 2**20:.0f} MB to send to a "
+            "server, over "
+            f"{MOST_BYTES / 2**20:.0f}; lower model.max_pixels"
+        )
+    return urls

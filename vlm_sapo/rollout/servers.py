@@ -1,0 +1,205 @@
+"""vLLM servers as one engine: prompts are spread over them, and what one can't do another does.
+
+A prompt travels once with its pictures and comes back as a whole group. Each response names the weights that
+it was drawn with; one that names others is thrown away and its server given the present ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.server import START, Server, Unavailable
+from vlm_sapo.rollout.transfer import Transfer
+from vlm_sapo.rollout.wire import Incomplete, check_ids, complete, question
+from vlm_sapo.types import Completion, Prompt, Sampling
+
+T = TypeVar("T")
+AT_ONCE = 64
+"""Prompts that a server has at the same time."""
+REST = 5.0
+"""Seconds that a server which failed is asked only if there is no other."""
+PAUSE = 0.25
+"""Seconds before the second try; each further pause is twice as long, up to REST."""
+
+
+class VllmServers:
+    """Generates on servers that serve the checkpoint which `vlm` was loaded from.
+
+    `transfer` brings them weights; without one they keep theirs, as evaluation wants. `longest` is the most
+    tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        servers: Sequence[Server],
+        transfer: Transfer | None,
+        *,
+        longest: int,
+        patience: float,
+        warn: Callable[[str], None],
+    ):
+        self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
+        self.patience, self.warn = patience, warn
+        self.name = uuid.uuid4().hex[:8]
+        self.staged: int | None = None
+        self.version: str | None = None
+        self.running: asyncio.Task | None = None
+        self._run(self._meet(longest))
+
+    def sync(self, vlm: VLM) -> None:
+        """See RolloutEngine. A server that can't be reached now gets the weights when it comes back."""
+        if self.transfer is None or self.staged == vlm.version:
+            return
+        version = f"{self.name}-{vlm.version}"
+        self.transfer.stage(vlm, version)
+        self.staged, self.version = vlm.version, version
+        self._run(self._send_all())
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """See RolloutEngine."""
+        return self._run(self._draw(prompts, sampling))
+
+    def close(self) -> None:
+        """Breaks off what is being drawn; the servers go on."""
+        if self.running is not None:
+            self.running.get_loop().call_soon_threadsafe(self.running.cancel)
+        if self.transfer is not None:
+            self.transfer.close()
+
+    def _run(self, work: Awaitable[T]) -> T:
+        async def main() -> T:
+            self.running = asyncio.current_task()
+            self.locks = {server.url: asyncio.Lock() for server in self.servers}
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(limits=limits, trust_env=False) as self.client:
+                return await work
+
+        try:
+            return asyncio.run(main())
+        except asyncio.CancelledError as error:
+            raise RolloutError("the engine was closed while it drew responses") from error
+        finally:
+            self.running = None
+
+    async def _meet(self, longest: int) -> None:
+        """Waits for every server and checks what it serves."""
+        for server in self.servers:
+            model = await self._try([server], lambda server: server.model(self.client), "at the start")
+            if model["max_model_len"] < longest:
+                raise RolloutError(
+                    f"{server.url} takes {model['max_model_len']} tokens in all, and a prompt and its "
+                    "response may "
+                    f"have {longest}; {START}, or with --max-model-len {longest}"
+                )
+
+    async def _send_all(self) -> None:
+        found = await asyncio.gather(*map(self._provide, self.servers), return_exceptions=True)
+        failures = [
+            (server, item) for server, item in zip(self.servers, found, strict=True) if item is not None
+        ]
+        for server, error in failures:
+            if not isinstance(error, Unavailable):
+                raise error
+            self._rest(server, error)
+        if len(failures) == len(self.servers):
+            await self._try(self.servers, self._provide, "with new weights")
+
+    async def _provide(self, server: Server) -> None:
+        """Sees to it that a server has the present weights."""
+        async with self.locks[server.url]:
+            if self.transfer is not None and server.version != self.version:
+                server.version = None
+                await self.transfer.send(self.client, server)
+                await server.adopt(self.client, self.version)
+
+    async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        places = asyncio.Semaphore(AT_ONCE * len(self.servers))
+
+        async def one(number: int, prompt: Prompt) -> list[Completion]:
+            ids, asked = question(self.vlm, prompt, sampling, number)
+
+            async def ask(server: Server) -> list[Completion]:
+                await self._provide(server)
+                answer = await server.generate(self.client, ids, prompt, asked)
+                return self._read(server, prompt, answer, sampling)
+
+            async with places:
+                order = [
+                    self.servers[(number + step) % len(self.servers)] for step in range(len(self.servers))
+                ]
+                return await self._try(order, ask, f"for {prompt.example.label}")
+
+        tasks = [asyncio.create_task(one(*item)) for item in enumerate(prompts)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _read(
+        self, server: Server, prompt: Prompt, answer: dict[str, Any], sampling: Sampling
+    ) -> list[Completion]:
+        drawn_with = {
+            span["version"] for choice in answer["choices"] for span in choice["weight_versions"] or ()
+        }
+        if self.version is not None and drawn_with - {self.version}:
+            if server.version == self.version:
+                server.version = None
+            raise Unavailable(
+                f"it drew with the weights {', '.join(sorted(drawn_with))} and not with {self.version}: it "
+                "was "
+                "started anew, or another run gives it weights"
+            )
+        check_ids(self.vlm, prompt, answer["prompt_token_ids"])
+        answers = [
+            (
+                choice["token_ids"],
+                [item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
+                choice["finish_reason"],
+            )
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+        try:
+            return complete(self.vlm, prompt, answers, sampling)
+        except Incomplete as error:
+            raise Unavailable(str(error)) from error
+
+    async def _try(self, servers: Sequence[Server], act: Callable[[Server], Awaitable[T]], about: str) -> T:
+        """The first success on any of the servers. Raises RolloutError when patience has run out."""
+        given_up: float | None = None
+        for attempt in itertools.count():
+            server = self._choose(servers, attempt)
+            try:
+                return await act(server)
+            except Unavailable as error:
+                self._rest(server, error)
+                given_up = given_up or time.monotonic() + self.patience
+                if time.monotonic() >= given_up and attempt + 1 >= len(servers):
+                    names = ", ".join(server.url for server in servers)
+                    raise RolloutError(
+                        f"no server of {names} answered {about} within {self.patience:g} s: {error}. "
+                        f"Look at its log; {START}, and the same command goes on from the last checkpoint"
+                    ) from error
+                await asyncio.sleep(min(PAUSE * 2**attempt, REST))
+        raise AssertionError
+
+    def _choose(self, servers: Sequence[Server], attempt: int) -> Server:
+        """The next server in turn that isn't resting; where all are, the next one."""
+        turn = [servers[(attempt + step) % len(servers)] for step in range(len(servers))]
+        now = time.monotonic()
+        return next((server for server in turn if server.rests_until <= now), turn[0])
+
+    def _rest(self, server: Server, error: Unavailable) -> None:
+        if server.rests_until <= time.monotonic():
+            self.warn(f"{server.url}: {error}; trying again")
+        server.rests_until = time.monotonic() + REST

@@ -1,0 +1,140 @@
+"""vLLM in this process. Where both use the same GPU it sleeps whenever it doesn't generate."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.wire import ENGINE_ARGUMENTS, check_ids, complete, question
+from vlm_sapo.types import Completion, Prompt, Sampling
+
+PICTURES = 16
+"""Pictures of one prompt that the engine is ready for, unless its options say otherwise."""
+
+
+class VllmEngine:
+    """Generates with vLLM's `LLM` from the checkpoint at `path`, and takes new weights from the live model.
+
+    `vlm` is the model that prompts are encoded for, `longest` the most tokens of a prompt and its response.
+    With one GPU weights are handed over as they are, with several through a folder that is soon removed.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        path: str,
+        *,
+        longest: int,
+        dtype: str,
+        tensor_parallel: int = 1,
+        gpu_memory: float = 0.4,
+        options: dict[str, Any] | None = None,
+    ):
+        self.vlm, self.tensor_parallel = vlm, tensor_parallel
+        self.version: int | None = None
+        self.asleep: set[str] = set()
+        if tensor_parallel == 1:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can't be handed to another process
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise RolloutError(
+                f"rollout.engine (vllm) needs the package vllm, and it cannot be imported ({error}); "
+                "install vlm-sapo[vllm]"
+            ) from error
+        self.sleeps = torch.cuda.is_available()
+        arguments = {
+            "model": path,
+            "dtype": dtype,
+            "max_model_len": longest,
+            "tensor_parallel_size": tensor_parallel,
+            "enable_sleep_mode": self.sleeps,
+            "limit_mm_per_prompt": {"image": PICTURES, "video": 0},
+        }
+        arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else {}
+        self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
+        self._sleep()
+
+    def sync(self, vlm: VLM) -> None:
+        """See RolloutEngine."""
+        if self.version == vlm.version:
+            return
+        self._wake("weights")
+        if self.tensor_parallel == 1:
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(vlm.weights().items())}
+            )
+        else:
+            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory()) as folder:
+                weights = {name: weight.contiguous() for name, weight in vlm.weights().items()}
+                save_file(weights, Path(folder) / "model.safetensors")
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        if not self.asleep and not self.llm.reset_prefix_cache():
+            raise RolloutError("vLLM kept what it computed with the old weights; please report this")
+        self.version = vlm.version
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """See RolloutEngine."""
+        from vllm import SamplingParams
+
+        self._wake("weights", "kv_cache")
+        requests, parameters = [], []
+        for number, prompt in enumerate(prompts):
+            ids, asked = question(self.vlm, prompt, sampling, number)
+            pictures = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
+            requests.append({"prompt_token_ids": ids} | pictures)
+            parameters.append(SamplingParams(**asked))
+        try:
+            results = self.llm.generate(requests, parameters, use_tqdm=False)
+        except ValueError as error:
+            rows = ", ".join(prompt.example.label for prompt in prompts[:3])
+            raise RolloutError(
+                f"vLLM refused a prompt of {rows} or one of those after it: {error}"
+            ) from error
+        groups = []
+        for prompt, result in zip(prompts, results, strict=True):
+            check_ids(self.vlm, prompt, list(result.prompt_token_ids))
+            groups.append(complete(self.vlm, prompt, [_answer(item) for item in result.outputs], sampling))
+        self._sleep()
+        return groups
+
+    def close(self) -> None:
+        """Ends the engine and gives its memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _wake(self, *parts: str) -> None:
+        if wanted := [part for part in parts if part in self.asleep]:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds and doesn't use
+            self.llm.wake_up(tags=wanted)
+            self.asleep -= set(wanted)
+
+    def _sleep(self) -> None:
+        """Weights go to host memory, so that the next responses need no other weights."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
+
+
+def _answer(output: Any) -> tuple[list[int], list[float], str]:
+    ids = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
+    return ids, logprobs, output.finish_reason
+
+
+def _memory() -> str | None:
+    """A folder in memory, where the system has one."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

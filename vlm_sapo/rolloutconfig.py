@@ -1,0 +1,105 @@
+"""The section that says what draws responses, and how; each engine has fields of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vlm_sapo.dataconfig import Count, NotNegative, Positive, Rate, Section
+
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class HfEngine(Section):
+    type: Literal["hf"] = "hf"
+
+
+class Vllm(Section):
+    type: Literal["vllm"]
+    tensor_parallel: Positive = 1
+    """GPUs that share the engine's copy of the model."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the GPU's memory that the engine takes while it generates; it gives it back to train."""
+    dtype: Precision = "auto"
+    """Type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else `model.dtype`."""
+    options: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM`, such as `enforce_eager` or `max_num_seqs`."""
+
+
+class VllmServer(Section):
+    type: Literal["vllm_server"]
+    servers: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
+    """Addresses of servers that `vlm-sapo serve` started, or `vllm serve` with the same options."""
+    weights: Literal["folder", "nccl"] = "folder"
+    """How new weights reach the servers: by a safetensors folder that both sides see, or from GPU to GPU."""
+    folder: str | None = None
+    """Where that folder is made; null for the run's own. The servers must see it under the same path."""
+    address: str = "127.0.0.1"
+    """With `nccl`: the address under which the servers reach this machine."""
+    dtype: Precision = "auto"
+    """Type of the weights that are sent; `auto` is bfloat16 with `train.precision: bf16`, else
+    `model.dtype`."""
+    timeout: Rate = 600.0
+    """Seconds that a server may take for one prompt's responses, or for new weights."""
+    patience: NotNegative = 120.0
+    """Seconds that a request is tried again on all servers before the run stops."""
+
+
+Engine = Annotated[HfEngine | Vllm | VllmServer, Field(discriminator="type")]
+UNSAMPLED = ("top_p", "top_k", "min_p")
+"""Ways to cut the distribution off that training refuses."""
+
+
+class Rollout(Section):
+    engine: Engine = HfEngine()
+    """What draws the responses: `hf` uses the policy itself, `vllm` an engine in this process, `vllm_server`
+    servers. `engine: NAME` is short for `engine: {type: NAME}`."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt."""
+    max_tokens: Positive = 1024
+    """Longest response."""
+    temperature: Rate = 1.0
+    """Sampling temperature; log-probs everywhere are of logits divided by it."""
+    prompts_per_batch: Positive = 16
+    """Prompts that `hf` generates from at the same time; lower it when generation runs out of memory."""
+    resample: Count = 0
+    """Rounds in which groups whose responses all scored alike are replaced by groups of further prompts of
+    the same task (DAPO's dynamic sampling); what is alike after the last round stays."""
+    check_every: Positive = 50
+    """Steps between two comparisons of a vLLM engine's log-probs with the trainer's; the first step and the
+    second always have one."""
+    tolerance: Rate | None = None
+    """Mean absolute difference of those log-probs from which the run stops; null for 1e-4 where both sides
+    compute in float32, else .05."""
+    ahead: Literal[0, 1] = 0
+    """1 lets servers draw the next step's responses while this step trains, from weights one step older."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if cut := [name for name in UNSAMPLED if name in value]:
+            raise ValueError(
+                f"{cut[0]} ({value[cut[0]]}) cuts the distribution off, so the ratio of the policy to what "
+                "was "
+                f"sampled is biased; remove it, and set eval.{cut[0]} for evaluations"
+            )
+        engine = value.get("engine")
+        return value | {"engine": {"type": engine}} if isinstance(engine, str) else value
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _hf_by_default(cls, value: Any) -> Any:
+        return {"type": "hf"} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _ahead_needs_servers(self):
+        if self.ahead and self.engine.type != "vllm_server":
+            raise ValueError(
+                f"ahead ({self.ahead}) needs engine.type=vllm_server: {self.engine.type} shares this "
+                "process's "
+                "device, which trains meanwhile"
+            )
+        return self

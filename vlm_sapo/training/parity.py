@@ -1,0 +1,302 @@
+"""Engine against trainer: do both give the same log-probs to the responses that the engine drew?
+
+[K] tokens of some groups' responses, in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.rollout.engine import RolloutEngine, RolloutError
+from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.rollouts import Drawn, Rollouts
+from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
+
+Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
+GROUPS = 2
+"""Groups of a step that are compared."""
+PROBE = 32
+"""Longest response, in tokens, of what is drawn for a comparison alone."""
+UNIQUE = itertools.count(1)
+"""Versions of weights that are no update's; their negatives are used."""
+NOISE = 0.3
+"""Of a tensor's own deviation, in the test of the way that weights take: enough to change any log-prob."""
+
+
+class ParityError(RolloutError):
+    """Engine and trainer disagree. `before` is the stream's state before the responses were drawn."""
+
+    def __init__(self, message: str, before: dict):
+        super().__init__(message)
+        self.before = before
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Engine's minus trainer's log-probs over some response tokens."""
+
+    tokens: int
+    maximum: float
+    mean: float
+    p50: float
+    p99: float
+    bias: float
+    """Mean of the signed difference."""
+    correlation: float
+    first: float
+    """Mean over the first tokens of the responses."""
+
+    @classmethod
+    def of(cls, engine: torch.Tensor, trainer: torch.Tensor, first: torch.Tensor) -> Difference:
+        """From [K] log-probs; `first` [K] marks the first tokens."""
+        signed = (engine - trainer).double()
+        gap = signed.abs()
+        p50, p99 = torch.quantile(gap, gap.new_tensor([0.5, 0.99])).tolist()
+        varied = len(gap) > 1 and float(engine.std()) > 0 and float(trainer.std()) > 0
+        return cls(
+            tokens=len(gap),
+            maximum=float(gap.max()),
+            mean=float(gap.mean()),
+            p50=p50,
+            p99=p99,
+            bias=float(signed.mean()),
+            correlation=float(torch.corrcoef(torch.stack([engine, trainer]))[0, 1]) if varied else 1.0,
+            first=float(gap[first].mean()),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"mean {self.mean:.1e}, p99 {self.p99:.1e}, max {self.maximum:.1e}, correlation "
+            f"{self.correlation:.6f}, on {self.tokens} tokens"
+        )
+
+
+def allowed(policy: Policy, engine_dtype: str) -> float:
+    """Mean absolute difference that rounding explains."""
+    model = policy.vlm.model
+    full = policy.accelerator.mixed_precision == "no" and model.dtype == torch.float32
+    return 1e-4 if full and engine_dtype == "float32" else 0.05
+
+
+class Comparison:
+    """Groups' log-probs by the engine, and by the trainer's pass under various assumptions."""
+
+    def __init__(self, policy: Policy, pairs: Pairs, *, budget: int):
+        self.policy, self.pairs, self.budget = policy, pairs, budget
+        self.engine = torch.cat([item.logprobs for _, completions in pairs for item in completions])
+        lengths = [len(item.ids) for _, completions in pairs for item in completions]
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        self.first = torch.zeros(len(self.engine), dtype=torch.bool).index_fill(0, starts, True)
+
+    def against(self, trainer: torch.Tensor) -> Difference:
+        return Difference.of(self.engine, trainer, self.first)
+
+    @torch.no_grad()
+    def trainer(self, run: Callable | None = None) -> torch.Tensor:
+        """[K] log-probs of the trainer, or of another pass."""
+        run, layout = run or self.policy.forward_pass, self.policy.layout
+        sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        for parts in layout.pack(sizes, self.budget):
+            groups = [
+                (self.pairs[group][0], [self.pairs[group][1][place].ids for place in places])
+                for group, places in parts
+            ]
+            with self.policy.accelerator.autocast():
+                logprobs, _ = run(layout.inputs(groups).to(self.policy.accelerator.device))
+            keys = [(group, place) for group, places in parts for place in places]
+            for key, row in zip(keys, logprobs.cpu(), strict=True):
+                found[key] = row[: len(self.pairs[key[0]][1][key[1]].ids)].float()
+        return torch.cat([found[key] for key in sorted(found)])
+
+    def at_temperature_one(self) -> torch.Tensor:
+        """[K] log-probs as they would be before the temperature."""
+        return self.trainer(Pass(self.policy.vlm))
+
+    def without_bans(self) -> torch.Tensor:
+        """[K] log-probs as they would be with the banned tokens in the distribution."""
+        vlm = self.policy.vlm
+        banned, vlm.banned = vlm.banned, []
+        try:
+            return self.trainer()
+        finally:
+            vlm.banned = banned
+
+
+class Parity:
+    """Compares after the first sync, after the first one that brings new weights, and every so many steps.
+
+    What was drawn with the present weights is compared as it is; else a few responses are drawn for it. The
+    first call also changes the weights for a moment and sees that the engine follows. Raises ParityError.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: RolloutEngine,
+        rollouts: Rollouts,
+        encode: Callable[[Example], Prompt],
+        console: Console,
+        *,
+        sampling: Sampling,
+        tolerance: float,
+        every: int,
+        budget: int,
+    ):
+        self.policy, self.engine, self.rollouts, self.encode = policy, engine, rollouts, encode
+        self.console, self.tolerance, self.every, self.budget = console, tolerance, every, budget
+        self.sampling = replace(sampling, group=2, max_tokens=min(sampling.max_tokens, PROBE))
+        self.calls = 0
+
+    def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
+        """Metrics of the comparison, empty where none was due."""
+        self.calls += 1
+        if self.calls > 2 and step % self.every:
+            return {}
+        self.rollouts.settle()
+        examples = [group.prompt.example for group in drawn.groups[:GROUPS]]
+        if self.calls == 1:
+            self._check_sync(examples, drawn)
+        if drawn.version == self.policy.vlm.version:
+            pairs = [(group.prompt, group.completions) for group in drawn.groups[:GROUPS]]
+        else:
+            pairs = self.probe(examples)
+        comparison = Comparison(self.policy, pairs, budget=self.budget)
+        found = comparison.against(comparison.trainer())
+        if not found.mean <= self.tolerance:
+            causes = self.explain(comparison, found, examples)
+            raise ParityError(self._disagrees(found, causes, step), drawn.before)
+        self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
+        return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
+
+    def probe(self, examples: Sequence[Example]) -> Pairs:
+        """Responses to the examples, drawn from the present weights."""
+        prompts = [self.encode(example) for example in examples]  # anew: no picture's features are kept
+        self.engine.sync(self.policy.vlm)
+        return list(zip(prompts, self.engine.generate(prompts, self.sampling), strict=True))
+
+    def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> tuple:
+        """Changes the weights of the kinds (all by default) for a moment: how the engine's log-probs then
+        differ from the changed trainer's, and from the unchanged one's."""
+        with perturbed(self.policy.vlm, kinds):
+            pairs = self.probe(examples)
+            comparison = Comparison(self.policy, pairs, budget=self.budget)
+            changed = comparison.against(comparison.trainer())
+        fresh = [(self.encode(prompt.example), items) for prompt, items in pairs]
+        unchanged = Comparison(self.policy, fresh, budget=self.budget)
+        return changed, unchanged.against(unchanged.trainer())
+
+    def stuck(self, examples: Sequence[Example]) -> list[str]:
+        """Kinds of weights that do not reach the engine."""
+        kinds = list(kinds_of(self.policy.vlm))
+        return [kind for kind in kinds if not self.follow(examples, [kind])[0].mean <= self.tolerance]
+
+    def _check_sync(self, examples: Sequence[Example], drawn: Drawn) -> None:
+        changed, unchanged = self.follow(examples)
+        if changed.mean <= self.tolerance:
+            self.console.say(f"changed weights reach the engine: {changed}")
+            if unchanged.mean < 10 * self.tolerance:
+                self.console.warn(f"but unchanged ones would hardly tell themselves apart: {unchanged}")
+            self.engine.sync(self.policy.vlm)
+            return
+        if unchanged.mean <= self.tolerance:
+            cause = "weights: new weights do not reach the engine; it still answers with the old ones"
+        else:
+            cause = f"weights: of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
+        raise ParityError(self._disagrees(changed, [cause], None), drawn.before)
+
+    def explain(self, comparison: Comparison, found: Difference, examples: Sequence[Example]) -> list[str]:
+        """Which of the usual causes fit, each tried out."""
+        causes = []
+        if comparison.against(comparison.at_temperature_one()).mean <= self.tolerance:
+            causes.append(
+                "temperature: the engine's log-probs are those before the temperature; it must run with "
+                "logprobs_mode processed_logprobs, as `vlm-sapo serve` sets it"
+            )
+        if comparison.against(comparison.without_bans()).mean <= self.tolerance:
+            causes.append(
+                "banned mass: the engine's log-probs include the vision tokens that the trainer bans; it "
+                "must "
+                "run with logprobs_mode processed_logprobs"
+            )
+        if not causes and self._agrees_after_another_sync(examples):
+            causes.append("weights: the last update did not reach the engine, another one did")
+        if not causes and any(example.images for example in examples):
+            bare = [
+                replace(example, images=(), problem=example.problem.replace(MARK, "")) for example in examples
+            ]
+            if self._agrees(bare):
+                causes.append(
+                    "pictures: rows without pictures agree; the engine's image processor gives other "
+                    "pixels or "
+                    "another size than the trainer's"
+                )
+        if not causes and found.first <= self.tolerance:
+            causes.append("positions: first tokens agree, later ones do not")
+        if not causes and found.correlation > 0.95:
+            causes.append(
+                "dtype: differences are small and without pattern, as rounding makes them; compare the "
+                "engine's "
+                "dtype with train.precision, or raise rollout.tolerance"
+            )
+        return causes or ["none of the usual causes fits; `vlm-sapo check` tells more"]
+
+    def _agrees(self, examples: Sequence[Example]) -> bool:
+        comparison = Comparison(self.policy, self.probe(examples), budget=self.budget)
+        return comparison.against(comparison.trainer()).mean <= self.tolerance
+
+    def _agrees_after_another_sync(self, examples: Sequence[Example]) -> bool:
+        vlm = self.policy.vlm
+        version, vlm.version = vlm.version, -next(UNIQUE)
+        try:
+            return self._agrees(examples)
+        finally:
+            vlm.version = version
+
+    def _disagrees(self, found: Difference, causes: Sequence[str], step: int | None) -> str:
+        when = "with changed weights" if step is None else f"at step {step}"
+        return (
+            f"engine and trainer disagree {when}: log-probs differ by {found}; allowed is a mean of "
+            f"{self.tolerance:g} (rollout.tolerance). Likely cause: {'; '.join(causes)}"
+        )
+
+
+def kinds_of(vlm: VLM) -> dict[str, str]:
+    """Kinds of parameters, their names without numbers, each with the first of the kind."""
+    kinds: dict[str, str] = {}
+    for name, parameter in vlm.model.named_parameters():
+        if ".lora_" not in name and parameter.numel() > 1:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), name)
+    return kinds
+
+
+@contextmanager
+def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
+    """Adds noise to one parameter of each kind, and takes it back exactly."""
+    chosen = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
+    parameters = dict(vlm.model.named_parameters())
+    saved = {name: parameters[name].detach().to("cpu", copy=True) for name in chosen}
+    generator = torch.Generator().manual_seed(0)
+    version = vlm.version
+    try:
+        with torch.no_grad():
+            for name in chosen:
+                noise = torch.randn(parameters[name].shape, generator=generator)
+                size = NOISE * saved[name].float().std().clamp(min=0.01)
+                parameters[name] += (noise * size).to(parameters[name])
+        vlm.version = -next(UNIQUE)
+        yield
+    finally:
+        with torch.no_grad():
+            for name in chosen:
+                parameters[name].copy_(saved[name])
+        vlm.version = version

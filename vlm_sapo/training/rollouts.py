@@ -1,0 +1,209 @@
+"""Where a step's groups come from: drawn when they are wanted, or while the step before trains."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from vlm_sapo.data.stream import Mixture
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rewards.pool import Reward, score_groups
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
+
+
+@dataclass
+class Drawn:
+    """The groups of a step."""
+
+    groups: list[Group]
+    """Those that are trained on, in the order of the mini-batches."""
+    version: int
+    """`VLM.version` of the weights that drew them."""
+    before: dict[str, Any]
+    """The stream's state before."""
+    replaced: list[Group] = field(default_factory=list)
+    """Groups without variance that others were drawn for."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Durations of the parts, by name."""
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Adds the block's duration."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+class Rollouts(Protocol):
+    """Gives each step its groups."""
+
+    def __call__(self, step: int, vlm: VLM) -> Drawn:
+        """The groups of a step. Afterwards the engine has the present weights. Where it raises, the state is
+        the one before."""
+
+    def settle(self) -> None:
+        """Waits until the engine is free."""
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on after the steps that were given out: tensors and plain values."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class OnDemand:
+    """Draws from the present weights.
+
+    Groups without variance are drawn anew, from other prompts of their task, up to `resample` times.
+    """
+
+    stream: Mixture
+    engine: RolloutEngine
+    reward: Reward
+    sampling: Sampling
+    prompts_per_step: int
+    resample: int = 0
+
+    def __call__(self, step: int, vlm: VLM) -> Drawn:
+        started = time.perf_counter()
+        self.engine.sync(vlm)
+        waited = time.perf_counter() - started
+        drawn = self.draw(step, vlm.version)
+        drawn.seconds["sync"] = waited
+        return drawn
+
+    def draw(self, step: int, version: int) -> Drawn:
+        """The groups of a step from the weights that the engine has."""
+        drawn = Drawn([], version, self.stream.state())
+        try:
+            with drawn.time("data"):
+                prompts = self.stream.take(self.prompts_per_step)
+            drawn.groups = self._respond(prompts, self.sampling_at(step), drawn)
+            for attempt in range(1, self.resample + 1):
+                flat = [place for place, group in enumerate(drawn.groups) if group.flat]
+                with drawn.time("data"):
+                    prompts = self.stream.replace([drawn.groups[place].prompt for place in flat])
+                further = self._respond(prompts, self.sampling_at(step, attempt), drawn)
+                for place, group in zip(flat, further, strict=True):
+                    drawn.replaced.append(drawn.groups[place])
+                    drawn.groups[place] = group
+        except BaseException:
+            self.stream.restore(drawn.before)
+            raise
+        return drawn
+
+    def sampling_at(self, step: int, attempt: int = 0) -> Sampling:
+        """Each step, and each round of drawing anew, has a seed of its own, so a resumed run draws what the
+        whole one would have."""
+        return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step + 500_000_003 * attempt)
+
+    def _respond(self, prompts: list[Prompt], sampling: Sampling, drawn: Drawn) -> list[Group]:
+        with drawn.time("rollout"):
+            responses = self.engine.generate(prompts, sampling)
+        with drawn.time("reward"):
+            scores = score_groups(self.reward, prompts, responses)
+        return [
+            Group(prompt, tuple(given), tuple(scored))
+            for prompt, given, scored in zip(prompts, responses, scores, strict=True)
+        ]
+
+    def settle(self) -> None:
+        """Nothing goes on in between."""
+
+    def state(self) -> dict[str, Any]:
+        return {"stream": self.stream.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stream.restore(state["stream"])
+
+    def close(self) -> None:
+        self.engine.close()
+        self.reward.close()
+
+
+class Ahead:
+    """Draws the groups of the next step in the background, from the weights that this step begins with.
+
+    So every step but the first trains on responses of weights one step older; the order of the data and the
+    draws' seeds are those of OnDemand. What was drawn and not yet given out is part of the state.
+    """
+
+    def __init__(self, rollouts: OnDemand, *, last: int):
+        self.rollouts, self.last = rollouts, last
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self.pending: Future[Drawn] | None = None
+
+    def __call__(self, step: int, vlm: VLM) -> Drawn:
+        self.settle()
+        started = time.perf_counter()
+        self.rollouts.engine.sync(vlm)
+        waited = time.perf_counter() - started
+        drawn = self.rollouts.draw(step, vlm.version) if self.pending is None else self.pending.result()
+        drawn.seconds["sync"] = waited
+        more = step < self.last
+        self.pending = self.worker.submit(self.rollouts.draw, step + 1, vlm.version) if more else None
+        return drawn
+
+    def settle(self) -> None:
+        if self.pending is not None:
+            self.pending.exception()
+
+    def state(self) -> dict[str, Any]:
+        self.settle()
+        failed = self.pending is None or self.pending.exception() is not None
+        return self.rollouts.state() | ({} if failed else {"pending": pack(self.pending.result())})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.rollouts.restore(state)
+        if "pending" in state:
+            self.pending = Future()
+            self.pending.set_result(unpack(state["pending"], self.rollouts.stream))
+
+    def close(self) -> None:
+        self.rollouts.close()
+        self.worker.shutdown(cancel_futures=True)
+
+
+def pack(drawn: Drawn) -> dict[str, Any]:
+    """Groups as tensors and plain values; a prompt is its row."""
+
+    def one(group: Group) -> dict[str, Any]:
+        return {
+            "task": group.prompt.example.task,
+            "row": group.prompt.example.row,
+            "completions": [vars(completion) for completion in group.completions],
+            "scores": [asdict(score) for score in group.scores],
+        }
+
+    return {
+        "version": drawn.version,
+        "before": drawn.before,
+        "groups": [one(group) for group in drawn.groups],
+        "replaced": [one(group) for group in drawn.replaced],
+        "seconds": dict(drawn.seconds),
+    }
+
+
+def unpack(packed: dict[str, Any], stream: Mixture) -> Drawn:
+    """What `pack` packed, with the rows read again."""
+
+    def one(item: dict[str, Any]) -> Group:
+        prompt = stream.streams[item["task"]].prompt(item["row"])
+        completions = tuple(Completion(**completion) for completion in item["completions"])
+        return Group(prompt, completions, tuple(Score(**score) for score in item["scores"]))
+
+    return Drawn(
+        groups=[one(item) for item in packed["groups"]],
+        version=packed["version"],
+        before=packed["before"],
+        replaced=[one(item) for item in packed["replaced"]],
+        seconds=defaultdict(float, packed["seconds"]),
+    )
