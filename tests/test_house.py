@@ -15,10 +15,19 @@ LAYERS = [
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"planning.inspect", "planning.duplicates", "planning.doctor"},
-    {"evaluation", "training.policy", "training.batch", "training.checkpoint", "training.loss"},
+    {
+        "evaluation",
+        "training.policy",
+        "training.batch",
+        "training.checkpoint",
+        "training.loss",
+        "training.rollouts",
+        "training.parity",
+        "training.selfcheck",
+    },
     {"planning.command", "training.run"},
     {"training.build"},
-    {"training.trainer", "training.sft", "training.filter"},
+    {"training.trainer", "training.sft", "training.filter", "planning.check", "planning.serve"},
     {"cli"},
 ]
 OWNERS = {

@@ -108,12 +108,18 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="The one benchmark's rows from a local file.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Responses per problem; pass@1 is their mean.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems only.")] = None,
-    engine: Annotated[str, typer.Option(help="What draws responses: hf.")] = "hf",
+    engine: Annotated[str, typer.Option(help="What draws responses: hf, vllm or vllm_server.")] = "hf",
+    engine_args: Annotated[
+        str, typer.Option(help="Fields of rollout.engine, as a YAML mapping; docs/rollouts.md.")
+    ] = "{}",
     out: Annotated[Path, typer.Option(help="Folder for results.json and samples.jsonl.")] = Path("runs/eval"),
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="0 takes the likeliest token, as by default for one sample; else 1."),
     ] = None,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 for all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from tokens so likely.")] = 0.0,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest response; else the benchmark's.")
     ] = None,
@@ -136,7 +142,6 @@ def evaluate(
             data and len(names) > 1,
             f"--data ({data}) is for one benchmark; for several write --benchmark NAME=FILE,NAME=FILE",
         ),
-        (engine != "hf", f"--engine ({engine}) must be hf; vLLM is not built in yet"),
         (on_error not in ("stop", "skip"), f"--on-error ({on_error}) must be stop or skip"),
         (
             dtype not in ("float32", "bfloat16", "float16"),
@@ -151,6 +156,7 @@ def evaluate(
 
     for name in names:
         read_definition(name)  # before the heavy imports
+    drawing = _engine(engine, engine_args)
     _quieten()
     from vlm_sapo.evaluation.command import Settings, eval_command
 
@@ -166,8 +172,12 @@ def evaluate(
         dtype=dtype,
         limit=limit,
         on_error=on_error,
+        engine=engine,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
     )
-    eval_command(settings, names, out, batch)
+    eval_command(settings, names, out, batch, drawing)
 
 
 @app.command()
@@ -209,6 +219,26 @@ def filter_rows(
     filter_command(parsed, samples=samples, keep=(low, high), out=out)
 
 
+@app.command()
+def serve(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    extra: Annotated[str, typer.Option(help="Further options of vllm serve, as one text.")] = "",
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command and don't run it.")] = False,
+) -> None:
+    """Print and run the `vllm serve` that a config with rollout.engine=vllm_server trains with."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+
+    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
+    _quieten()
+    from vlm_sapo.planning.serve import serve_command
+
+    serve_command(parsed, host=host, port=port, extra=extra, only_print=only_print)
+
+
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
@@ -230,6 +260,19 @@ def new_model(
     texts = resolve(corpus, field="--corpus")()
     parameters = build(folder, family=family, corpus=texts, shape=SHAPES[size], seed=seed)
     typer.echo(f"{folder}: {family}, {parameters:,} parameters")
+
+
+def _engine(name: str, args: str):
+    """The engine section of a name and a YAML mapping; alone on its GPU, it may take most of it."""
+    from vlm_sapo.configfile import check
+    from vlm_sapo.rolloutconfig import Rollout
+    from vlm_sapo.yamlfile import parse
+
+    fields = parse(args)
+    if not isinstance(fields, dict):
+        raise ValueError(f"--engine-args ({args}) must be a YAML mapping such as '{{tensor_parallel: 2}}'")
+    alone = {"gpu_memory": 0.9} if name == "vllm" else {}
+    return check(Rollout, {"engine": {"type": name} | alone | fields}).engine
 
 
 def _quieten() -> None:

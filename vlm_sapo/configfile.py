@@ -25,6 +25,11 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
     values = read_mapping(find(name, "configs", field="CONFIG"))
     for override in overrides:
         _override(values, override)
+    return check(kind, values)
+
+
+def check(kind: type[T], values: dict) -> T:
+    """A section from plain values. Raises ValueError with one line per problem."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

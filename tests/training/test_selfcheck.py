@@ -7,6 +7,7 @@ import torch
 from tests.training.test_batch import draw_groups, make_policy
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.training.selfcheck import SelfCheck
 
 REWARDS = [[1, 0, 0, 1]]
@@ -25,7 +26,8 @@ class Shifted(SharedPrefix):
 
 
 def check(policy, groups, budget=10**6):
-    SelfCheck(policy, Console(), budget=budget)(groups)
+    check = SelfCheck(policy, Console(), budget=budget, choose=policy.reuse_sampled)
+    assert check(1, Drawn(groups, policy.vlm.version, {})) == {}
 
 
 def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):

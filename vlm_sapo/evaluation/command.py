@@ -9,28 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.stamps import stamp, weights
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.vlm import VLM, load_vlm
+from vlm_sapo.models.vlm import VLM
 from vlm_sapo.planning.inspect import check_golds, inspect
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rollout.build import open_model, problems_at_once
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.recorded import Recorded
+from vlm_sapo.rolloutconfig import Engine
 from vlm_sapo.types import Example, Prompt, Sampling
 
 SHOWN = 5
 """Rows that an error names."""
 MANY = 0.1
 """Share of responses from which the user is told that they were cut or state no answer."""
+PROMPT = 16_384
+"""Tokens of the longest prompt that a vLLM engine is prepared for."""
 FEW = 8
 """A breakdown with more values than this is left to results.json."""
 
@@ -50,6 +52,10 @@ class Settings:
     dtype: str
     limit: int | None
     on_error: str
+    engine: str = "hf"
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,21 @@ class Source:
     batch: int
 
 
-def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int) -> dict:
+def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int, engine: Engine) -> dict:
     """Evaluates on the named benchmarks one after the other; returns what `results.json` holds."""
     console = Console()
     benchmarks = build_benchmarks(names, limit=settings.limit)
     folder = RunFolder(out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, settings)
-    source = _open_source(settings, batch)
-    results = {}
+    responses = max(settings.max_tokens or benchmark.max_tokens for benchmark in benchmarks)
+    source = _open_source(settings, batch, engine, responses, console)
+    with closing(source.engine):
+        return _run_all(benchmarks, source, settings, folder, console)
+
+
+def _run_all(benchmarks: Sequence[Benchmark], source: Source, settings, folder: RunFolder, console) -> dict:
+    results, out = {}, folder.path
     for benchmark in benchmarks:
         console.say(f"{benchmark.name}: {benchmark.about}")
         try:
@@ -99,7 +111,15 @@ def _run(
     encode = source.encode_for(max_tokens)
     samples = SampleFile(folder.path, benchmark.name)
     skip = settings.on_error == "skip"
-    sampling = Sampling(source.samples, max_tokens, settings.temperature, settings.seed)
+    sampling = Sampling(
+        source.samples,
+        max_tokens,
+        settings.temperature,
+        settings.seed,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+    )
     if isinstance(source.engine, Recorded):
         known = {benchmark.examples.key(row) for row in range(len(benchmark.examples))}
         if len(known) < len(benchmark.examples):
@@ -219,30 +239,36 @@ def _flat(metric: dict) -> str:
     )
 
 
-def _open_source(settings: Settings, batch: int) -> Source:
+def _open_source(settings: Settings, batch: int, engine: Engine, responses: int, console: Console) -> Source:
     if settings.responses:
         recorded = Recorded(Path(settings.responses))
         return Source(recorded, lambda max_tokens: recorded.encode, recorded.samples, batch)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = str(locate(settings.model))
-    vlm = load_vlm(path, dtype=settings.dtype, device=device, freeze=["vision", "merger", "language"])
-    vlm.eval()
+    longest = None if engine.type == "hf" else responses + PROMPT
+    vlm, drawing = open_model(
+        engine,
+        str(locate(settings.model)),
+        dtype=settings.dtype,
+        longest=longest,
+        prompts_per_batch=batch,
+        warn=console.warn,
+    )
 
     def encode_for(max_tokens: int) -> Encoder:
-        return _encoder(vlm, settings, max_tokens)
+        return _encoder(vlm, settings, max_tokens, min(longest or vlm.context, vlm.context))
 
-    return Source(HfEngine(vlm, prompts_per_batch=batch), encode_for, settings.samples, batch)
+    return Source(drawing, encode_for, settings.samples, problems_at_once(engine, batch))
 
 
-def _encoder(vlm: VLM, settings: Settings, max_tokens: int) -> Encoder:
-    room = vlm.context - max_tokens
+def _encoder(vlm: VLM, settings: Settings, max_tokens: int, context: int) -> Encoder:
+    room = context - max_tokens
     if room <= 0:
         raise ValueError(
             f"--max-tokens ({max_tokens}) must leave room for a prompt in the model's context of "
             f"{vlm.context} tokens; lower it"
         )
     limit = (
-        f"what the model's context of {vlm.context} leaves beside --max-tokens {max_tokens}; "
+        f"what the {'model' if context == vlm.context else 'engine'}'s context of {context} tokens leaves "
+        f"beside --max-tokens {max_tokens}; "
         "lower --max-tokens or --max-pixels"
     )
     return Encoder(

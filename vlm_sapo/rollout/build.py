@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.vlm import VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.server import Server
@@ -69,6 +69,35 @@ def build_engine(
             warn=warn,
         )
     return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast)
+
+
+def open_model(
+    engine: Engine,
+    path: str,
+    *,
+    dtype: str,
+    longest: int | None,
+    prompts_per_batch: int,
+    warn: Callable[[str], None],
+) -> tuple[VLM, RolloutEngine]:
+    """A model that is not trained, and its engine. vLLM holds the weights itself, so that of the model only
+    what prompts need is loaded. `longest` is None for the model's whole context."""
+    if engine.type == "hf":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        vlm = load_vlm(path, dtype=dtype, device=device, freeze=["vision", "merger", "language"])
+        vlm.eval()
+    else:
+        vlm = load_outline(path)
+    longest = vlm.context if longest is None else min(longest, vlm.context)
+    return vlm, build_engine(
+        engine,
+        vlm,
+        path,
+        longest=longest,
+        dtype=dtype,
+        prompts_per_batch=prompts_per_batch,
+        warn=warn,
+    )
 
 
 def _transfer(engine: VllmServer, folder: Path, dtype: str) -> Folder | Nccl:

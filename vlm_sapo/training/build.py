@@ -61,7 +61,6 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         console,
         minibatch=train.prompts_per_step // train.minibatches,
         kl=algo.kl,
-        temperature=rollout.temperature,
         reuse_sampled=train.old_logprobs != "recompute" and algo.correction is None,
         sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         prompts_per_step=train.prompts_per_step,
@@ -104,15 +103,13 @@ def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Cor
 
 def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
     """The comparison of the run's engine with its policy."""
-    rollouts = core.rollouts.rollouts if isinstance(core.rollouts, Ahead) else core.rollouts
     dtype = engine_dtype(config.rollout.engine, default_dtype(config))
     return Parity(
         core.policy,
-        rollouts.engine,
         core.rollouts,
         core.encode,
         core.console,
-        sampling=rollouts.sampling,
+        sampling=core.rollouts.sampling,
         tolerance=config.rollout.tolerance or allowed(core.policy, dtype),
         every=config.rollout.check_every,
         budget=config.train.tokens_per_microbatch,
@@ -133,13 +130,11 @@ def _build_core(
     sampling: Sampling,
     prompts_per_step: int,
     kl: float = 0.0,
-    temperature: float = 1.0,
     reuse_sampled: bool = False,
 ) -> Core:
     reward = build_reward(config.reward)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
-    train = config.train
-    accelerator = Accelerator(mixed_precision=train.precision)
+    accelerator = Accelerator(mixed_precision=config.train.precision)
     if accelerator.num_processes > 1:
         raise ValueError(
             f"this version trains in one process; the launcher started {accelerator.num_processes}, start one"
@@ -147,15 +142,51 @@ def _build_core(
     found = checkpoint.latest(folder.path / "checkpoints")
     path = str(found or locate(config.model.path))
     vlm = _load(config.model, path, accelerator, config.model.freeze)
-    reference = None
-    if kl:
-        everything = ["vision", "merger", "language"]
-        reference = _load(config.model, str(locate(config.model.path)), accelerator, everything)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch)
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
-    policy = Policy(
+    policy = _build_policy(config, vlm, accelerator, console, sampling.temperature, kl, reuse_sampled)
+    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    engine = build_engine(
+        config.rollout.engine,
+        vlm,
+        path,
+        longest=longest_row(config, benchmarks, vlm),
+        dtype=default_dtype(config),
+        prompts_per_batch=config.rollout.prompts_per_batch,
+        warn=console.warn,
+        folder=folder.path / "weights",
+        autocast=accelerator.autocast,
+    )
+    rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
+    rollouts = Ahead(rollouts, last=config.train.steps) if config.rollout.ahead else rollouts
+    progress, state = checkpoint.restore(found, policy) if found else (checkpoint.Progress(), None)
+    if state is not None:
+        rollouts.restore(state)
+    folder.rewind(progress.step)
+    console.say(_banner(config, vlm, stream, accelerator, found))
+    measures = _measures(config, engine, encode, reward, console, benchmarks)
+    return Core(
+        folder=folder,
+        console=console,
+        policy=policy,
+        stream=stream,
+        encode=encode,
+        evaluator=Evaluator(measures, config.eval.every, folder, console, partial(_ready, rollouts, vlm)),
+        progress=progress,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        rollouts=rollouts,
+    )
+
+
+def _build_policy(config, vlm, accelerator, console, temperature, kl, reuse_sampled) -> Policy:
+    train, reference = config.train, None
+    if kl:
+        everything = ["vision", "merger", "language"]
+        reference = _load(config.model, str(locate(config.model.path)), accelerator, everything)
+    return Policy(
         vlm,
         accelerator,
         total_steps=train.steps,
@@ -170,45 +201,12 @@ def _build_core(
         layout=_layout(train.layout, vlm, console),
         reuse_sampled=reuse_sampled,
     )
-    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
-    rollout = config.rollout
-    engine = build_engine(
-        rollout.engine,
-        vlm,
-        path,
-        longest=longest_row(config, benchmarks, vlm),
-        dtype=default_dtype(config),
-        prompts_per_batch=rollout.prompts_per_batch,
-        warn=console.warn,
-        folder=folder.path / "weights",
-        autocast=accelerator.autocast,
-    )
-    rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, rollout.resample)
-    rollouts = Ahead(rollouts, last=train.steps) if rollout.ahead else rollouts
-    progress = checkpoint.Progress()
-    if found:
-        progress, state = checkpoint.restore(found, policy)
-        rollouts.restore(state)
-    folder.rewind(progress.step)
-    console.say(_banner(config, vlm, stream, accelerator, found))
 
-    def ready() -> None:
-        rollouts.settle()
-        engine.sync(vlm)
 
-    measures = _measures(config, engine, encode, reward, console, benchmarks)
-    return Core(
-        folder=folder,
-        console=console,
-        policy=policy,
-        stream=stream,
-        encode=encode,
-        evaluator=Evaluator(measures, config.eval.every, folder, console, ready),
-        progress=progress,
-        checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
-        rollouts=rollouts,
-    )
+def _ready(rollouts: OnDemand | Ahead, vlm: VLM) -> None:
+    """Gives the engine the present weights, when it is free."""
+    rollouts.settle()
+    rollouts.engine.sync(vlm)
 
 
 def longest_row(config: cfg.TrainConfig | cfg.SftConfig, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vlm_sapo import config as cfg
 from vlm_sapo.data.images import decode
@@ -19,10 +18,9 @@ from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.stamps import stamp, weights
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.build import open_model, problems_at_once
 from vlm_sapo.training.build import build_encoder, build_reward
 from vlm_sapo.types import Sampling
 
@@ -32,16 +30,21 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
     ... by task of a mixture) with the rows whose pass rate is within `keep`, both ends included. The same
     command goes on after an interruption."""
     console = Console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = str(locate(config.model.path))
-    vlm = load_vlm(path, dtype=config.model.dtype, device=device, freeze=["vision", "merger", "language"])
+    rollout = config.rollout
+    vlm, engine = open_model(
+        rollout.engine,
+        str(locate(config.model.path)),
+        dtype=config.model.dtype,
+        longest=config.data.max_prompt_tokens + rollout.max_tokens,
+        prompts_per_batch=rollout.prompts_per_batch,
+        warn=console.warn,
+    )
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
-    engine = HfEngine(vlm, prompts_per_batch=config.rollout.prompts_per_batch)
     sampling = Sampling(samples, config.rollout.max_tokens, config.rollout.temperature, config.run.seed)
     measure = Measure(config.eval.part or config.reward.measured)
     claim(out, config, samples)
     overrides = []
-    with closing(build_reward(config.reward)) as reward:
+    with closing(engine), closing(build_reward(config.reward)) as reward:
         for number, task in enumerate(config.data.tasks):
             examples = build_examples(task)
             file = SampleFile(out, task.task)
@@ -54,7 +57,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
                     sampling,
                     measure,
                     samples=file,
-                    batch=config.rollout.prompts_per_batch,
+                    batch=problems_at_once(rollout.engine, rollout.prompts_per_batch),
                     skip=config.data.on_error == "skip",
                     progress=lambda done: show(done, "rows sampled"),
                 )

@@ -16,7 +16,7 @@ import torch
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.engine import RolloutEngine, RolloutError
+from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
@@ -142,7 +142,6 @@ class Parity:
     def __init__(
         self,
         policy: Policy,
-        engine: RolloutEngine,
         rollouts: Rollouts,
         encode: Callable[[Example], Prompt],
         console: Console,
@@ -152,7 +151,8 @@ class Parity:
         every: int,
         budget: int,
     ):
-        self.policy, self.engine, self.rollouts, self.encode = policy, engine, rollouts, encode
+        self.policy, self.rollouts, self.encode = policy, rollouts, encode
+        self.engine = rollouts.engine
         self.console, self.tolerance, self.every, self.budget = console, tolerance, every, budget
         self.sampling = replace(sampling, group=2, max_tokens=min(sampling.max_tokens, PROBE))
         self.calls = 0

@@ -43,6 +43,9 @@ class Drawn:
 class Rollouts(Protocol):
     """Gives each step its groups."""
 
+    engine: RolloutEngine
+    sampling: Sampling
+
     def __call__(self, step: int, vlm: VLM) -> Drawn:
         """The groups of a step. Afterwards the engine has the present weights. Where it raises, the state is
         the one before."""
@@ -138,13 +141,14 @@ class Ahead:
 
     def __init__(self, rollouts: OnDemand, *, last: int):
         self.rollouts, self.last = rollouts, last
+        self.engine, self.sampling = rollouts.engine, rollouts.sampling
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self.pending: Future[Drawn] | None = None
 
     def __call__(self, step: int, vlm: VLM) -> Drawn:
         self.settle()
         started = time.perf_counter()
-        self.rollouts.engine.sync(vlm)
+        self.engine.sync(vlm)
         waited = time.perf_counter() - started
         drawn = self.rollouts.draw(step, vlm.version) if self.pending is None else self.pending.result()
         drawn.seconds["sync"] = waited

@@ -1,0 +1,243 @@
+"""The same contract for every engine: hf, vllm in this process, and vllm serve over HTTP.
+
+hf runs with the default tests; the others where vLLM is installed (`make test-vllm`).
+"""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import httpx2 as httpx
+import pytest
+import torch
+
+from tests.conftest import CORPUS, ROOT, example
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.tiny import Shape, new_model
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.build import build_engine
+from vlm_sapo.rolloutconfig import Rollout
+from vlm_sapo.types import Sampling
+
+SHAPE = Shape(hidden=64, layers=2, vision_layers=2, heads=2, head_dim=32, patch=16, max_pixels=256 * 256)
+LONGEST = 512
+SAMPLING = Sampling(4, 12, 0.8, seed=5)
+TRAINED = ROOT / "data/shapes/cold_start"
+SETTINGS = [
+    "hf-qwen3_vl",
+    "hf-qwen2_5_vl",
+    "hf-trained",
+    *(
+        pytest.param(f"{engine}-{model}", marks=pytest.mark.vllm)
+        for engine in ("vllm", "vllm_server")
+        for model in ("qwen3_vl", "qwen2_5_vl", "trained")
+    ),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(path, port: int, log):
+    """`vlm-sapo serve` on loopback, as a user starts it."""
+    config = log.with_suffix(".yaml")
+    config.write_text(
+        f"model: {{path: {path}}}\ndata: {{source: data/shapes.py:rows, max_prompt_tokens: {LONGEST - 64}}}\n"
+        "rollout: {max_tokens: 64}\nreward: auto\ntrain: {steps: 1}\n"
+    )
+    command = [sys.executable, "-m", "vlm_sapo.cli", "serve", str(config), "--port", str(port)]
+    command += ["--extra", "--enforce-eager --max-num-seqs 64"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    process = subprocess.Popen(
+        command, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return process
+        except httpx.TransportError:
+            time.sleep(1)
+    stop(process)
+    raise AssertionError(f"no server: {log.read_text()[-3000:]}")
+
+
+def stop(process) -> None:
+    process.terminate()
+    process.wait(60)
+
+
+@dataclasses.dataclass
+class Setting:
+    name: str
+    folder: object
+    vlm: object
+    encoder: Encoder
+    engine: object
+
+    def draw(self, counts=(1, 2, 0), **options):
+        prompts = [self.encoder(example(number, pictures=count)) for number, count in enumerate(counts)]
+        return prompts, self.engine.generate(prompts, dataclasses.replace(SAMPLING, **options))
+
+    @property
+    def rounding(self):
+        """What float32 may differ by; the trained model's logits are ten times as large as a fresh one's."""
+        return 5e-5 if self.name.endswith("trained") else 1e-5
+
+    @torch.no_grad()
+    def differences(self, prompts, groups, temperature=0.8):
+        """|engine - trainer| of every response token, by an own plain pass."""
+        found = []
+        for prompt, completions in zip(prompts, groups, strict=True):
+            inputs = Plain().inputs([(prompt, [item.ids for item in completions])])
+            logprobs, _ = Pass(self.vlm, temperature=temperature)(inputs)
+            found += [
+                (row[: len(item.ids)] - item.logprobs).abs()
+                for row, item in zip(logprobs, completions, strict=True)
+            ]
+        return torch.cat(found)
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def setting(request, tmp_path_factory):
+    kind, name = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    path = TRAINED
+    if name != "trained":
+        path = folder / "model"
+        new_model(path, family=name, corpus=CORPUS, shape=SHAPE)
+    vlm = load_vlm(str(path))
+    process = None
+    engine = {"type": kind}
+    if kind == "vllm_server":
+        port = free_port()
+        process = start_server(path, port, folder / "server.log")
+        engine |= {"servers": [f"http://127.0.0.1:{port}"], "timeout": 60, "patience": 5}
+    if kind == "vllm":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        engine |= {"options": {"enforce_eager": True, "max_num_seqs": 64}}
+    built = build_engine(
+        Rollout.model_validate({"engine": engine}).engine,
+        vlm,
+        str(path),
+        longest=LONGEST,
+        dtype="float32",
+        prompts_per_batch=8,
+        warn=print,
+        folder=folder / "weights",
+    )
+    try:
+        with closing(built):
+            built.sync(vlm)
+            yield Setting(request.param, folder, vlm, Encoder(vlm), built)
+    finally:
+        if process is not None:
+            stop(process)
+
+
+def ids_of(groups):
+    return [item.ids.tolist() for completions in groups for item in completions]
+
+
+def test_each_prompt_gets_its_group_with_the_trainers_logprobs(setting):
+    prompts, groups = setting.draw()
+    assert [len(completions) for completions in groups] == [4, 4, 4]
+    assert all(item.logprobs.dtype == torch.float32 for completions in groups for item in completions)
+    assert setting.differences(prompts, groups).max() < setting.rounding
+
+
+def test_stop_reasons_and_lengths(setting):
+    _, groups = setting.draw(temperature=2.0, group=16)
+    finishes = set()
+    for item in (item for completions in groups for item in completions):
+        ids = item.ids.tolist()
+        finishes.add(item.finish)
+        assert len(ids) == len(item.logprobs) <= 12
+        assert not set(ids[:-1]) & set(setting.vlm.stops)
+        assert item.finish == ("stop" if ids[-1] in setting.vlm.stops else "length")
+        assert item.finish == "stop" or len(ids) == 12
+        assert item.text == setting.vlm.tokenizer.decode(ids, skip_special_tokens=True)
+    assert finishes == {"stop", "length"} or setting.name.endswith("trained")
+
+
+def test_draws_repeat_by_seed_and_differ_within_and_between_groups(setting):
+    _, once = setting.draw(temperature=1.5)
+    _, again = setting.draw(temperature=1.5)
+    _, other = setting.draw(temperature=1.5, seed=6)
+    assert ids_of(once) == ids_of(again) != ids_of(other)
+    same = [setting.encoder(example(0))] * 3
+    groups = setting.engine.generate(same, Sampling(4, 12, 1.5, seed=5))
+    drawn = [tuple(ids) for ids in ids_of(groups)]
+    assert len(set(drawn)) > 8, "neighbouring prompts share their random numbers"
+
+
+def test_places_decide_the_draws_and_not_the_order(setting):
+    prompts, groups = setting.draw(places=(7, 8, 9), temperature=1.5)
+    alone = setting.engine.generate(prompts[2:], Sampling(4, 12, 1.5, seed=5, places=(9,)))
+    assert ids_of(alone) == ids_of(groups[2:])
+
+
+def test_the_coldest_draw_is_greedy(setting):
+    _, groups = setting.draw(temperature=0.0)
+    for completions in groups:
+        assert len(completions) == 4 and len({tuple(item.ids.tolist()) for item in completions}) == 1
+        assert not completions[0].logprobs.any()
+
+
+def test_evaluation_may_cut_the_distribution_off(setting):
+    _, cold = setting.draw(temperature=0.0)
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        _, groups = setting.draw(temperature=1.5, **cut)
+        assert ids_of(groups) == ids_of(cold), cut
+
+
+def test_new_weights_and_old_pictures(setting):
+    """The pictures and prompts are those of before, so anything kept from the old weights would show."""
+    before = ids_of(setting.draw()[1])
+    saved = {name: parameter.detach().clone() for name, parameter in setting.vlm.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in setting.vlm.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        setting.vlm.version += 1
+        setting.engine.sync(setting.vlm)
+        prompts, groups = setting.draw()
+        assert setting.differences(prompts, groups).max() < setting.rounding
+        assert ids_of(groups) != before
+    with torch.no_grad():
+        for name, parameter in setting.vlm.named_parameters():
+            parameter.copy_(saved[name])
+    setting.vlm.version += 1
+    setting.engine.sync(setting.vlm)
+    assert ids_of(setting.draw()[1]) == before
+
+
+def test_vision_tokens_are_never_drawn_and_cost_no_mass(setting):
+    """Makes the banned tokens the likeliest by far."""
+    head = setting.vlm.model.lm_head.weight
+    saved = head.detach().clone()
+    with torch.no_grad():
+        head[setting.vlm.banned] = 20 * head[10:11]
+    setting.vlm.version += 1
+    setting.engine.sync(setting.vlm)
+    prompts, groups = setting.draw(group=8)
+    unbanned, setting.vlm.banned = setting.vlm.banned, []
+    mass = setting.differences(prompts, groups).max()
+    setting.vlm.banned = unbanned
+    assert mass > 0.5, "the bans make no difference here, so this would test nothing"
+    assert not set(sum(ids_of(groups), [])) & set(setting.vlm.banned)
+    assert setting.differences(prompts, groups).max() < 1e-4
+    with torch.no_grad():
+        head.copy_(saved)
+    setting.vlm.version += 1
+    setting.engine.sync(setting.vlm)

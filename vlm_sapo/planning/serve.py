@@ -1,0 +1,73 @@
+"""What `vlm-sapo serve` does: prints and runs the `vllm serve` that a config's training can work with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.models.vlm import load_outline
+from vlm_sapo.plugins import locate
+from vlm_sapo.rollout.build import engine_dtype
+from vlm_sapo.rollout.vllm import PICTURES
+from vlm_sapo.rollout.wire import ENGINE_ARGUMENTS
+from vlm_sapo.training.build import default_dtype, longest_row
+
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+"""Opens the routes for new weights and for dropping caches."""
+
+
+def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only_print: bool) -> None:
+    """Replaces this process by the server, after printing the command."""
+    command = build_command(config, host=host, port=port, extra=extra)
+    variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    print(f"{variables} {shlex.join(command)}", flush=True)
+    if only_print:
+        return
+    check_port(host, port)
+    beside = Path(sys.executable).parent / "vllm"
+    program = str(beside) if beside.is_file() else shutil.which("vllm")
+    if program is None:
+        raise ValueError(
+            "vllm is not installed here; install vlm-sapo[vllm], or run the printed command where it is"
+        )
+    os.execve(program, command, os.environ | ENVIRONMENT)
+
+
+def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> list[str]:
+    """The words of the command."""
+    path = str(locate(config.model.path))
+    engine = config.rollout.engine
+    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    options = {
+        "host": host,
+        "port": port,
+        "dtype": engine_dtype(engine, default_dtype(config)),
+        "max-model-len": longest_row(config, benchmarks, load_outline(path)),
+        "limit-mm-per-prompt": {"image": PICTURES, "video": 0},
+        **{name.replace("_", "-"): value for name, value in ENGINE_ARGUMENTS.items()},
+    }
+    if engine.type == "vllm_server" and engine.weights == "nccl":
+        options["weight-transfer-config"] = {"backend": "nccl"}
+    words = ["vllm", "serve", path, "--enable-scale-out"]
+    for name, value in options.items():
+        words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words + shlex.split(extra)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ValueError where something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"--port ({port}) of {host} cannot be used ({error}); choose another one"
+            ) from error
