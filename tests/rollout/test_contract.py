@@ -55,7 +55,7 @@ def start_server(path, port: int, log):
         "rollout: {max_tokens: 64}\nreward: auto\ntrain: {steps: 1}\n"
     )
     command = [sys.executable, "-m", "vlm_sapo.cli", "serve", str(config), "--port", str(port)]
-    command += ["--extra", "--enforce-eager --max-num-seqs 64"]
+    command += ["--extra", "--max-num-seqs 64"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     process = subprocess.Popen(
         command, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment
@@ -124,7 +124,7 @@ def setting(request, tmp_path_factory):
         engine |= {"servers": [f"http://127.0.0.1:{port}"], "timeout": 60, "patience": 5}
     if kind == "vllm":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-        engine |= {"options": {"enforce_eager": True, "max_num_seqs": 64}}
+        engine |= {"options": {"max_num_seqs": 64}}
     built = build_engine(
         Rollout.model_validate({"engine": engine}).engine,
         vlm,

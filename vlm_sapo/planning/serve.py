@@ -10,13 +10,15 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.vlm import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.rollout.vllm import PICTURES
-from vlm_sapo.rollout.wire import ENGINE_ARGUMENTS
+from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS
 from vlm_sapo.training.build import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -26,6 +28,7 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only_print: bool) -> None:
     """Replaces this process by the server, after printing the command."""
     command = build_command(config, host=host, port=port, extra=extra)
+    os.environ.pop("VLLM_LOGGING_LEVEL", None)  # a server's own lines are wanted
     variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     print(f"{variables} {shlex.join(command)}", flush=True)
     if only_print:
@@ -51,13 +54,18 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> l
         "dtype": engine_dtype(engine, default_dtype(config)),
         "max-model-len": longest_row(config, benchmarks, load_outline(path)),
         "limit-mm-per-prompt": {"image": PICTURES, "video": 0},
-        **{name.replace("_", "-"): value for name, value in ENGINE_ARGUMENTS.items()},
+        **ENGINE_ARGUMENTS,
     }
     if engine.type == "vllm_server" and engine.weights == "nccl":
         options["weight-transfer-config"] = {"backend": "nccl"}
+    options |= {} if torch.cuda.is_available() else CPU_ARGUMENTS
     words = ["vllm", "serve", path, "--enable-scale-out"]
     for name, value in options.items():
-        words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words + shlex.split(extra)
 
 

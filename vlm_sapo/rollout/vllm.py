@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.wire import ENGINE_ARGUMENTS, check_ids, complete, question
+from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS, check_ids, complete, question
 from vlm_sapo.types import Completion, Prompt, Sampling
 
 PICTURES = 16
@@ -59,7 +59,7 @@ class VllmEngine:
             "enable_sleep_mode": self.sleeps,
             "limit_mm_per_prompt": {"image": PICTURES, "video": 0},
         }
-        arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else {}
+        arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
         self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
         self._sleep()
 

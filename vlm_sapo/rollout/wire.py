@@ -21,6 +21,12 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "mm_processor_kwargs": {"do_resize": False},  # pictures arrive in their final size
 }
 
+CPU_ARGUMENTS: dict[str, Any] = {
+    "enable_chunked_prefill": False,  # a prompt read in parts rewinds its generator, which a CPU's cannot
+    "enforce_eager": True,
+}
+"""Further ones where there is no GPU, as in tests."""
+
 
 class Incomplete(RolloutError):
     """An answer that lacks something; another try may have it."""
