@@ -220,6 +220,25 @@ def filter_rows(
 
 
 @app.command()
+def check(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Responses per row.")] = 4,
+) -> None:
+    """Let engine and trainer read the same rows: where do they differ? Exit code 1 where they do."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+
+    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
+    _quieten()
+    from vlm_sapo.planning.check import check_command
+
+    if not check_command(parsed, rows=rows, samples=samples):
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(
     config: ConfigArgument,
     overrides: Overrides = None,

@@ -1,0 +1,129 @@
+"""What `vlm-sapo check` does: lets engine and trainer read the same rows and prints where they differ."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.training.build import build_parity, build_training
+from vlm_sapo.training.parity import Comparison, Difference, Pairs, Parity
+from vlm_sapo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the table; `fine` is None where there is nothing to judge."""
+
+    what: str
+    found: str
+    fine: bool | None = None
+
+
+def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
+    """Prints the table and returns whether engine and trainer agree."""
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="check_") as folder:
+        training = build_training(config, RunFolder(Path(folder)), console)
+        core = training.core
+        with closing(core):
+            parity = build_parity(config, core)
+            prompts = core.stream.take(rows)
+            findings = list(examine(parity, prompts, samples, config.rollout.max_tokens))
+    marks = {True: "ok", False: "FAILS", None: ""}
+    console.table(["check", "found", ""], [[item.what, item.found, marks[item.fine]] for item in findings])
+    failed = [item for item in findings if item.fine is False]
+    verdict = f"{len(failed)} checks fail" if failed else "engine and trainer agree"
+    console.say(f"{config.rollout.engine.type} on {rows} rows with {samples} responses each: {verdict}")
+    return not failed
+
+
+def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens: int) -> Iterator[Finding]:
+    """The findings, one after the other; what can't be looked at after a failure is left out."""
+    vlm, engine = parity.policy.vlm, parity.engine
+    try:
+        engine.sync(vlm)
+        sampling = replace(parity.sampling, group=samples, max_tokens=max_tokens)
+        started = time.perf_counter()
+        drawn = engine.generate(list(prompts), sampling)
+    except RolloutError as error:
+        yield Finding("prompts read alike", str(error), False)
+        return
+    seconds = time.perf_counter() - started
+    pairs: Pairs = list(zip(prompts, drawn, strict=True))
+    image = vlm.model.config.image_token_id
+    tokens = sum(int((prompt.ids == image).sum()) for prompt in prompts)
+    pictures = sum(len(prompt.images) for prompt in prompts)
+    yield Finding("prompt ids equal", f"{sum(len(prompt.ids) for prompt in prompts)} tokens", True)
+    yield Finding("picture grids equal", f"{pictures} pictures, {tokens} image tokens", True)
+    yield from compare(parity, pairs)
+    yield from look_at_bans(parity, pairs)
+    yield from look_at_sync(parity, prompts)
+    count = sum(len(item.ids) for items in drawn for item in items)
+    yield Finding("speed", f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second")
+
+
+def compare(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
+    """Log-prob differences over all rows, and over those with and without pictures where there are both."""
+    parts = {
+        "log-probs": pairs,
+        "log-probs, rows with pictures": [pair for pair in pairs if pair[0].images],
+        "log-probs, rows without": [pair for pair in pairs if not pair[0].images],
+    }
+    mixed = all(parts.values())
+    for name, part in parts.items():
+        if name == "log-probs" or mixed:
+            comparison = Comparison(parity.policy, part, budget=parity.budget)
+            found = comparison.against(comparison.trainer())
+            fine = found.mean <= parity.tolerance
+            yield Finding(name, describe(found), fine)
+            if name == "log-probs" and not fine:
+                causes = parity.explain(comparison, found, [prompt.example for prompt, _ in pairs[:2]])
+                yield from (Finding("likely cause", cause, False) for cause in causes)
+
+
+def describe(found: Difference) -> str:
+    """All figures of a difference."""
+    return (
+        f"max {found.maximum:.1e}, mean {found.mean:.1e}, p50 {found.p50:.1e}, p99 {found.p99:.1e}, "
+        f"correlation {found.correlation:.6f} ({found.tokens} tokens)"
+    )
+
+
+def look_at_bans(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
+    """Whether the engine leaves banned tokens out of its distribution."""
+    vlm = parity.policy.vlm
+    drawn = sum(int(item.ids.eq(token).sum()) for _, items in pairs for item in items for token in vlm.banned)
+    comparison = Comparison(parity.policy, pairs, budget=parity.budget)
+    banned, unbanned = comparison.trainer(), comparison.without_bans()
+    mass = float((1 - (unbanned - banned).exp()).clamp(min=0).mean())
+    leaks = comparison.against(unbanned).mean < comparison.against(banned).mean and mass > parity.tolerance
+    yield Finding(
+        "banned tokens",
+        f"{drawn} drawn; without the ban they would have {mass:.1e} of the probability",
+        not drawn and not leaks,
+    )
+
+
+def look_at_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
+    """Whether changed weights reach the engine, and how long that takes."""
+    examples = [prompt.example for prompt in prompts[:2]]
+    changed, unchanged = parity.follow(examples)
+    fine = changed.mean <= parity.tolerance
+    yield Finding(
+        "changed weights arrive",
+        f"mean {changed.mean:.1e} from the changed trainer, {unchanged.mean:.1e} from the unchanged one",
+        fine,
+    )
+    if not fine:
+        yield Finding("do not arrive", ", ".join(parity.stuck(examples)) or "none by itself", False)
+    started = time.perf_counter()
+    parity.engine.sync(parity.policy.vlm)
+    yield Finding("weight sync", f"{time.perf_counter() - started:.2f} s")
