@@ -28,7 +28,7 @@ PROBE = 32
 """Longest response, in tokens, of what is drawn for a comparison alone."""
 UNIQUE = itertools.count(1)
 """Versions of weights that are no update's; their negatives are used."""
-NOISE = 0.3
+NOISE = 0.5
 """Of a tensor's own deviation, in the test of the way that weights take: enough to change any log-prob."""
 
 
@@ -197,12 +197,20 @@ class Parity:
 
     def stuck(self, examples: Sequence[Example]) -> list[str]:
         """Kinds of weights that do not reach the engine."""
-        kinds = list(kinds_of(self.policy.vlm))
-        return [kind for kind in kinds if not self.follow(examples, [kind])[0].mean <= self.tolerance]
+        found = {kind: self.follow(examples, [kind]) for kind in kinds_of(self.policy.vlm)}
+        return [
+            kind
+            for kind, (changed, unchanged) in found.items()
+            if changed.mean > max(unchanged.mean, self.tolerance)
+        ]
+
+    def arrived(self, changed: Difference, unchanged: Difference) -> bool:
+        """Whether the engine followed. A model so changed rounds more than a trained one."""
+        return changed.mean <= max(self.tolerance, unchanged.mean / 10)
 
     def _check_sync(self, examples: Sequence[Example], drawn: Drawn) -> None:
         changed, unchanged = self.follow(examples)
-        if changed.mean <= self.tolerance:
+        if self.arrived(changed, unchanged):
             self.console.say(f"changed weights reach the engine: {changed}")
             if unchanged.mean < 10 * self.tolerance:
                 self.console.warn(f"but unchanged ones would hardly tell themselves apart: {unchanged}")
