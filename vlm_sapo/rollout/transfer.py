@@ -31,7 +31,7 @@ class Folder:
     next one is there, for servers that come back."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype):
-        self.folder, self.dtype = folder.resolve(), dtype
+        self.folder, self.dtype, self.made = folder.resolve(), dtype, not folder.exists()
         self.current: Path | None = None
 
     def stage(self, vlm: VLM, version: str) -> None:
@@ -49,7 +49,7 @@ class Folder:
 
     def close(self) -> None:
         self._remove()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        if self.made and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _remove(self) -> None:

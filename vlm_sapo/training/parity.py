@@ -164,8 +164,6 @@ class Parity:
             return {}
         self.rollouts.settle()
         examples = [group.prompt.example for group in drawn.groups[:GROUPS]]
-        if self.calls == 1:
-            self._check_sync(examples, drawn)
         if drawn.version == self.policy.vlm.version:
             pairs = [(group.prompt, group.completions) for group in drawn.groups[:GROUPS]]
         else:
@@ -176,6 +174,8 @@ class Parity:
             causes = self.explain(comparison, found, examples)
             raise ParityError(self._disagrees(found, causes, step), drawn.before)
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
+        if self.calls == 1:
+            self._check_sync(examples, drawn)
         return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
 
     def probe(self, examples: Sequence[Example]) -> Pairs:

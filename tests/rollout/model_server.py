@@ -1,0 +1,135 @@
+"""A server on loopback that speaks the routes of vLLM that training uses, with a real model behind them.
+
+It makes the faults that a real server can't be told to make: `fault(route, body)` may return an answer to send
+instead, a status to fail with, or HANG_UP, or may wait. The real one is tested in test_contract.py.
+"""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import example
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.types import Prompt, Sampling
+
+HANG_UP = object()
+CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
+
+
+class ModelServer:
+    """Serves the model at `path` until `close`; `restart` comes back at the same port with the first weights."""
+
+    def __init__(self, path, *, port: int = 0, max_model_len: int = 4096):
+        self.path, self.max_model_len = path, max_model_len
+        self.fault = lambda route, body: None
+        self.requests: list[tuple[str, dict]] = []
+        self.open(port)
+
+    def open(self, port: int) -> None:
+        self.vlm = load_vlm(str(self.path))
+        self.encoder = Encoder(self.vlm)
+        self.version, self.lock = "default", threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self, None)
+
+            def do_POST(self):
+                server.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}"))
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def restart(self) -> None:
+        self.close()
+        self.open(self.port)
+
+    def answer(self, handler, body) -> None:
+        route = handler.path.strip("/")
+        self.requests.append((route, body))
+        made = self.fault(route, body)
+        if made is HANG_UP:
+            handler.connection.close()
+            return
+        status = made if isinstance(made, int) else 200
+        if made is None:
+            made = self.act(route, body)
+        text = json.dumps(made if status == 200 else {"error": {"message": "made by the test"}}).encode()
+        try:
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(text)))
+            handler.end_headers()
+            handler.wfile.write(text)
+        except OSError:
+            pass  # the client went away
+
+    def act(self, route: str, body: dict):
+        if route == "v1/models":
+            return {"data": [{"root": str(self.path), "max_model_len": self.max_model_len}]}
+        if route == "collective_rpc":
+            state = load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
+            missing, unexpected = self.vlm.model.load_state_dict(state, strict=False)
+            assert not unexpected and missing in ([], ["lm_head.weight"])
+            self.vlm.version += 1
+            return {}
+        if route == "update_weight_version":
+            self.version = body["new_version"]
+            return {}
+        if route in CACHES:
+            return {"success": True}
+        assert route == "inference/v1/generate", route
+        with self.lock:
+            return self.generate(body)
+
+    def generate(self, body: dict):
+        asked, prompt = body["sampling_params"], self.prompt(body)
+        assert set(map(int, asked["logit_bias"])) == set(self.vlm.banned)
+        sampling = Sampling(asked["n"], asked["max_tokens"], asked["temperature"], asked["seed"])
+        [completions] = HfEngine(self.vlm, prompts_per_batch=1).generate([prompt], sampling)
+        return {
+            "prompt_token_ids": prompt.ids.tolist(),
+            "choices": [
+                {
+                    "index": index,
+                    "token_ids": item.ids.tolist(),
+                    "logprobs": {"content": [{"logprob": value} for value in item.logprobs.tolist()]},
+                    "finish_reason": item.finish,
+                    "weight_versions": [{"version": self.version, "start": 0, "end": len(item.ids)}],
+                }
+                for index, item in enumerate(completions)
+            ],
+        }
+
+    def prompt(self, body: dict) -> Prompt:
+        """What its processor makes of ids with one token per picture."""
+        urls = [part["url"] for part in body.get("content_parts", ())]
+        images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+        text = self.vlm.tokenizer.decode(body["token_ids"])
+        encoded = self.vlm.processor(text=[text], images=images or None, do_resize=False, return_tensors="pt")
+        ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
+        assert torch.equal(ids[ids != self.vlm.model.config.image_token_id], self.bare(body["token_ids"]))
+        positions = self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid)
+        return Prompt(example(), text, "", ids, positions, tuple(images), encoded.get("pixel_values"), grid)
+
+    def bare(self, ids: list[int]) -> torch.Tensor:
+        kept = torch.tensor(ids)
+        return kept[kept != self.vlm.model.config.image_token_id]

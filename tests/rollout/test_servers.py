@@ -1,0 +1,273 @@
+"""Servers that fail: what the engine does then, and what it says."""
+
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+
+from tests.conftest import example
+from tests.rollout.model_server import HANG_UP, ModelServer
+from vlm_sapo.rollout.build import build_engine
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.wire import SPREAD
+from vlm_sapo.rolloutconfig import Rollout
+from vlm_sapo.types import RowError, Sampling
+
+SAMPLING = Sampling(3, 8, 1.0, seed=2)
+
+
+@pytest.fixture
+def servers(model_folder):
+    made = [ModelServer(model_folder()) for _ in range(2)]
+    yield made
+    for server in made:
+        server.close()
+
+
+class Told:
+    """What the user is warned of."""
+
+    def __init__(self):
+        self.lines = []
+
+    def __call__(self, line):
+        self.lines.append(line)
+
+
+def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn=print):
+    section = {"type": "vllm_server", "servers": [server.url for server in servers]}
+    engine = Rollout.model_validate({"engine": section | {"patience": patience, "timeout": timeout}}).engine
+    return build_engine(
+        engine,
+        vlm,
+        "",
+        longest=longest,
+        dtype="float32",
+        prompts_per_batch=4,
+        warn=warn,
+        folder=folder / "weights",
+    )
+
+
+def ids_of(groups):
+    return [[item.ids.tolist() for item in completions] for completions in groups]
+
+
+@pytest.fixture
+def prompts(encoder):
+    return [encoder(example(number, pictures=number % 3)) for number in range(6)]
+
+
+def expected(vlm, prompts):
+    """What a server draws: its seeds are those of single prompts."""
+    return [
+        HfEngine(vlm, prompts_per_batch=1).generate([prompt], Sampling(3, 8, 1.0, seed))[0]
+        for prompt, seed in zip(
+            prompts, (SAMPLING.seed_of(n) * SPREAD % 2**62 for n in range(9)), strict=False
+        )
+    ]
+
+
+def test_prompts_are_spread_and_come_back_in_order(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        engine.sync(vlm)
+        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+    for server in servers:
+        bodies = [body for route, body in server.requests if route == "inference/v1/generate"]
+        assert len(bodies) == 3
+        assert all(len(body.get("content_parts", [])) <= 2 for body in bodies)
+    assert not list(tmp_path.iterdir()), "weights were left behind"
+
+
+def test_weights_go_to_each_server_once_for_each_version(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        for _ in range(2):
+            with torch.no_grad():
+                for parameter in vlm.parameters():
+                    parameter += 0.05
+            vlm.version += 1
+            engine.sync(vlm)
+            engine.sync(vlm)
+            assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+    for server in servers:
+        routes = [route for route, _ in server.requests]
+        assert routes.count("collective_rpc") == 2
+        assert [routes.count(name) for name in ("reset_prefix_cache", "reset_encoder_cache")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [503, HANG_UP, "late", "fewer", "cut", "aborted", "no logprobs"],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_a_server_fails_at_is_asked_again(vlm, servers, prompts, tmp_path, fault):
+    """Once for each prompt that the first server gets."""
+    told, failed = Told(), set()
+
+    def fail(route, body):
+        key = str(body and body.get("token_ids"))
+        if route != "inference/v1/generate" or key in failed:
+            return None
+        failed.add(key)
+        if fault == "late":
+            return time.sleep(3)
+        if isinstance(fault, str):
+            answer = servers[0].act(route, body)
+            if fault == "fewer":
+                answer["choices"].pop()
+            if fault == "cut":
+                answer["choices"][1]["token_ids"].pop()
+            if fault == "aborted":
+                answer["choices"][1]["finish_reason"] = "abort"
+            if fault == "no logprobs":
+                answer["choices"][1]["logprobs"] = None
+            return answer
+        return fault
+
+    servers[0].fault = fail
+    timeout = 1.0 if fault == "late" else 20.0
+    with closing(build(vlm, servers, tmp_path, timeout=timeout, patience=10, warn=told)) as engine:
+        engine.sync(vlm)
+        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+    assert failed and servers[0].url in told.lines[0]
+
+
+def test_a_server_that_dies_leaves_its_work_to_the_others(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        engine.sync(vlm)
+        servers[0].close()
+        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+        vlm.version += 1
+        engine.sync(vlm)
+        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+        servers[0].open(servers[0].port)
+
+
+def test_a_server_that_starts_anew_gets_the_present_weights(vlm, servers, prompts, tmp_path):
+    """Its answers with the checkpoint's weights are thrown away."""
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter += 0.05
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        engine.sync(vlm)
+        wanted = ids_of(expected(vlm, prompts))
+        assert ids_of(engine.generate(prompts, SAMPLING)) == wanted
+        servers[1].restart()
+        assert ids_of(engine.generate(prompts, SAMPLING)) == wanted
+
+
+def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
+    told = Told()
+    one = build(vlm, servers[:1], tmp_path / "one", patience=1.0, warn=told)
+    with closing(one):
+        one.sync(vlm)
+
+        def other_run(route, body):
+            servers[0].version = "another-7"
+
+        servers[0].fault = other_run
+        with pytest.raises(RolloutError, match="another-7.*another run gives it weights"):
+            one.generate(prompts[:1], SAMPLING)
+
+
+def test_no_server_at_all_is_a_sentence(vlm, servers, tmp_path):
+    for server in servers:
+        server.close()
+    with pytest.raises(RolloutError, match=r"no server of http.* within 1 s.*vlm-sapo serve"):
+        build(vlm, servers[:1], tmp_path, patience=1.0)
+    for server in servers:
+        server.open(server.port)
+
+
+def test_servers_that_die_while_drawing_stop_the_run_with_the_row(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers, tmp_path, patience=1.0)) as engine:
+        engine.sync(vlm)
+        for server in servers:
+            server.fault = lambda route, body: HANG_UP
+        with pytest.raises(RolloutError, match="no server of .* answered for row e"):
+            engine.generate(prompts, SAMPLING)
+
+
+def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers[:1], tmp_path, patience=60.0)) as engine:
+        engine.sync(vlm)
+        for status, words in (
+            (400, "row e1: .*made by the test"),
+            (403, "lacks what training needs.*vlm-sapo serve"),
+            (404, "lacks what training needs.*vlm-sapo serve"),
+            (401, "API key"),
+        ):
+            servers[0].fault = lambda route, body, status=status: status
+            with pytest.raises(RolloutError, match=words):
+                engine.generate(prompts[1:2], SAMPLING)
+
+
+def test_a_server_that_reads_other_prompts_is_caught(vlm, servers, prompts, tmp_path):
+    """As one does that resizes pictures itself."""
+
+    def resized(route, body):
+        if route != "inference/v1/generate":
+            return None
+        answer = servers[0].act(route, body)
+        answer["prompt_token_ids"] += [vlm.model.config.image_token_id] * 5
+        return answer
+
+    servers[0].fault = resized
+    with closing(build(vlm, servers[:1], tmp_path)) as engine:
+        engine.sync(vlm)
+        with pytest.raises(RolloutError, match="row e1: the engine read .* tokens.*do_resize"):
+            engine.generate(prompts[1:2], SAMPLING)
+
+
+def test_a_banned_token_is_an_error_and_not_a_sample(vlm, servers, prompts, tmp_path):
+    def unbanned(route, body):
+        if route != "inference/v1/generate":
+            return None
+        answer = servers[0].act(route, body)
+        answer["choices"][0]["token_ids"][0] = vlm.banned[0]
+        return answer
+
+    servers[0].fault = unbanned
+    with closing(build(vlm, servers[:1], tmp_path)) as engine:
+        engine.sync(vlm)
+        with pytest.raises(RolloutError, match="which is banned"):
+            engine.generate(prompts[:1], SAMPLING)
+
+
+def test_a_short_context_is_refused_at_the_start(vlm, model_folder, tmp_path):
+    server = ModelServer(model_folder(), max_model_len=100)
+    with pytest.raises(RolloutError, match="takes 100 tokens .* 512.*--max-model-len 512"):
+        build(vlm, [server], tmp_path)
+    server.close()
+
+
+def test_pictures_over_the_limit_name_the_row(vlm, servers, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sapo.rollout.server.MOST_BYTES", 100)
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        engine.sync(vlm)
+        with pytest.raises(RowError, match=r"row e1.*pictures \(48x48\).*lower model.max_pixels"):
+            engine.generate(prompts[:2], SAMPLING)
+
+
+def test_closing_breaks_off_what_is_being_drawn(vlm, servers, prompts, tmp_path):
+    engine = build(vlm, servers, tmp_path, timeout=60.0)
+    engine.sync(vlm)
+    for server in servers:
+        server.fault = lambda route, body: time.sleep(20)
+    found = []
+
+    def draw():
+        try:
+            engine.generate(prompts, SAMPLING)
+        except RolloutError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    time.sleep(0.5)
+    engine.close()
+    thread.join(5)
+    assert not thread.is_alive() and "closed" in str(found[0])
