@@ -174,7 +174,9 @@ def test_the_disturbance_leaves_nothing_behind(model_folder):
     saved = {name: value.detach().clone() for name, value in vlm.model.named_parameters()}
     version = vlm.version
     with perturbed(vlm):
-        changed = {name for name, value in vlm.model.named_parameters() if not torch.equal(value, saved[name])}
+        changed = {
+            name for name, value in vlm.model.named_parameters() if not torch.equal(value, saved[name])
+        }
         assert vlm.version != version
     assert changed == set(kinds_of(vlm).values()) and len(changed) > 20
     assert vlm.version == version

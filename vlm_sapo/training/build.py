@@ -72,7 +72,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         mask_truncated=algo.mask_truncated,
         keep_flat=algo.kl > 0,
     )
-    choose = train.old_logprobs == "auto" and algo.correction is None
+    choose = train.old_logprobs == "auto" and algo.correction is None and not core.progress.step
     checks = [SelfCheck(core.policy, console, budget=train.tokens_per_microbatch, choose=choose)]
     if rollout.engine.type != "hf":
         checks.append(build_parity(config, core))

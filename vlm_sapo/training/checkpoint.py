@@ -24,6 +24,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     updates: int = 0
+    reuse_sampled: bool = False
+    """Whether the engine's log-probs serve as old ones; decided at the start of the run."""
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done; it took so long."""
@@ -40,7 +42,7 @@ def save(folder: Path, policy: Policy, progress: Progress, rollouts: dict[str, A
     policy.save(partial)
     torch.save(policy.optimizer.state_dict(), partial / "optimizer.pt")
     torch.save(rollouts, partial / "rollouts.pt")
-    progress.updates = policy.vlm.version
+    progress.updates, progress.reuse_sampled = policy.vlm.version, policy.reuse_sampled
     (partial / "progress.json").write_text(json.dumps(asdict(progress)))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
@@ -66,7 +68,7 @@ def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
     state = torch.load(path / "optimizer.pt", map_location=policy.accelerator.device, weights_only=True)
     policy.optimizer.load_state_dict(state)
     progress = Progress(**json.loads((path / "progress.json").read_text()))
-    policy.vlm.version = progress.updates
+    policy.vlm.version, policy.reuse_sampled = progress.updates, progress.reuse_sampled
     return progress, torch.load(path / "rollouts.pt", weights_only=True)
 
 

@@ -1,0 +1,160 @@
+"""Runs on servers: synchronous and one step ahead, resumed, and after servers failed."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from tests.rollout.model_server import HANG_UP, ModelServer
+from vlm_sapo import config as cfg
+from vlm_sapo import configfile
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.training.trainer import train
+
+STEPS = 4
+
+
+@pytest.fixture
+def server(model_folder):
+    made = ModelServer(model_folder())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def settings(model_folder, tmp_path, server):
+    (tmp_path / "reward.py").write_text("def even(response, example):\n    return float(len(response) % 2)\n")
+
+    def make(name, *overrides):
+        engine = {"type": "vllm_server", "servers": [server.url], "patience": 1.0, "timeout": 20.0}
+        values = {
+            "run": {"dir": str(tmp_path / name)},
+            "model": {"path": str(model_folder())},
+            "data": {"source": "data/shapes.py:rows", "args": {"size": 20}, "max_prompt_tokens": 256},
+            "rollout": {"group": 4, "max_tokens": 8, "engine": engine, "ahead": 1},
+            "reward": {"parts": [{"name": f"{tmp_path}/reward.py:even"}], "workers": 1},
+            "train": {"steps": STEPS, "lr": 1e-2, "prompts_per_step": 4, "minibatches": 2},
+            "log": {"rollouts": 4},
+            "checkpoint": {"every": 2},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return configfile.load(cfg.TrainConfig, str(path), list(overrides))
+
+    return make
+
+
+def rows(folder, name="metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def numbers(folder) -> list[dict]:
+    """The metrics but for durations, and for the comparisons that a resumed run makes more often."""
+    apart = re.compile("time/|parity/|rollout/tokens_per_second")
+    return [{name: value for name, value in row.items() if not apart.match(name)} for row in rows(folder)]
+
+
+def asked(folder) -> list[list[str]]:
+    """The rows of each step."""
+    found = rows(folder, "rollouts.jsonl")
+    return [[row["id"] for row in found if row["step"] == step] for step in range(1, STEPS + 1)]
+
+
+def test_ahead_keeps_the_order_of_the_data_and_counts_how_old_its_weights_are(settings, tmp_path):
+    train(settings("ahead"))
+    train(settings("same", "rollout.ahead=0"))
+    assert asked(tmp_path / "ahead") == asked(tmp_path / "same")
+    behind = [row["rollout/updates_behind"] for row in rows(tmp_path / "ahead")]
+    assert behind[0] == 0 and all(0 < count <= 2 for count in behind[1:])
+    assert not any(row["rollout/updates_behind"] for row in rows(tmp_path / "same"))
+    first, second = rows(tmp_path / "ahead")[:2]
+    assert first["minibatch0/ratio_max"] == 1.0 != second["minibatch0/ratio_max"], "staleness is in the ratio"
+    ahead, same = numbers(tmp_path / "ahead"), numbers(tmp_path / "same")
+    assert ahead[0] == same[0] and ahead[1] != same[1]
+
+
+def test_what_ahead_draws_is_from_the_weights_a_step_before(settings, tmp_path, server):
+    """The server saw its requests and new weights in this order."""
+    train(settings("run", "eval.every=0"))
+    routes = [route for route, _ in server.requests if route in ("collective_rpc", "inference/v1/generate")]
+    order = "".join("W" if route == "collective_rpc" else "g" for route in routes)
+    one = "W" + "gggg" + "gggg" + "WggW"  # drawn, the next drawn, changed weights tried and taken back
+    two = "W" + "gggg" + "gg"  # new weights, the next drawn, a few for the comparison
+    assert order == one + two + "W" + "gggg" + "W"
+
+
+def test_evaluations_in_between_change_nothing(settings, tmp_path, server):
+    held_out = "eval.data={source: 'data/shapes.py:rows', args: {split: test, size: 6}}"
+    train(settings("plain"))
+    train(settings("measured", held_out, "eval.every=1"))
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "measured")
+    assert len(rows(tmp_path / "measured", "evaluations.jsonl")) == STEPS + 1
+    final = load_vlm(str(tmp_path / "measured/final"))
+    for own, served in zip(final.parameters(), server.vlm.parameters(), strict=True):
+        assert torch.equal(own, served), "the last evaluation was not of the last weights"
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
+    options = ("rollout.resample=1",)
+    train(settings("whole", *options))
+    from vlm_sapo.training import trainer
+
+    def stop(record):
+        if record["step"] == 3:
+            raise Stopped
+        return ""
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(trainer, "headline", stop)
+        train(settings("resumed", *options))
+    train(settings("resumed", *options))
+    assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")
+    assert asked(tmp_path / "resumed") == asked(tmp_path / "whole")
+    whole, resumed = (
+        torch.load(tmp_path / name / "checkpoints/step_000004/optimizer.pt", weights_only=True)
+        for name in ("whole", "resumed")
+    )
+    for index, state in whole["state"].items():
+        assert torch.equal(state["exp_avg"], resumed["state"][index]["exp_avg"])
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path, server, ahead, capsys):
+    """It dies in step 3, after which no checkpoint is due, and comes back with its first weights."""
+    options = (f"rollout.ahead={ahead}", "checkpoint.every=0")
+    train(settings("whole", *options))
+
+    def die_later(route, body):
+        steps = rows(tmp_path / "broken") if (tmp_path / "broken/metrics.jsonl").exists() else []
+        return HANG_UP if len(steps) >= 2 else None
+
+    server.fault = die_later
+    with pytest.raises(RolloutError, match="no server of .* answered"):
+        train(settings("broken", *options))
+    assert "a checkpoint after" in capsys.readouterr().out
+    saved = {path.name for path in (tmp_path / "broken/checkpoints").iterdir()}
+    assert saved <= {"step_000002", "step_000003"} and len(saved) == 1
+    server.fault = lambda route, body: None
+    server.restart()
+    train(settings("broken", *options))
+    assert asked(tmp_path / "broken") == asked(tmp_path / "whole"), "a row was lost or used twice"
+    assert numbers(tmp_path / "broken")[:2] == numbers(tmp_path / "whole")[:2]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "masked"])
+def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
+    correction = f"algo.correction={{type: {kind}, level: token, low: 0.5, high: 1.05}}"
+    train(settings("run", correction))
+    first, *later = rows(tmp_path / "run")
+    assert abs(first["minibatch0/correction_mean"] - 1) < 1e-5 and first["minibatch0/correction_cut"] == 0
+    assert any(row["minibatch0/correction_cut"] > 0 for row in later)
+    assert all(0 < row["policy/correction_ess"] <= 1 + 1e-6 for row in later)
+    assert all(row["minibatch0/ratio_max"] == 1.0 for row in later), "old log-probs are the policy's own"
+    assert all(row["minibatch0/mismatch_mean"] > 1e-3 for row in later)
