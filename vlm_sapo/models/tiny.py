@@ -21,6 +21,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from vlm_sapo.models.vlm import save_model
+
 PROCESSORS = {
     "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
@@ -118,7 +120,7 @@ def new_model(
     stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config.eos_token_id = stop
     model.generation_config.pad_token_id = stop[1]
-    model.save_pretrained(folder)
+    save_model(model, folder)
     return model.num_parameters()
 
 
@@ -181,7 +183,8 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "initializer_range": shape.init_std,
     }
     if family == "qwen3_vl_moe":
-        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": shape.hidden}
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * shape.hidden}
+        text |= {"norm_topk_prob": True}  # as in real checkpoints; transformers takes it for granted
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
     return AutoConfig.for_model(
         family,

@@ -146,17 +146,13 @@ class VLM(nn.Module):
         embedding.proj = PatchProjection(embedding.proj)
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """The weights as a checkpoint names and lays them out, adapters merged; views where nothing has to be
-        computed."""
-        named = dict(self.model.named_parameters())
-        merged = adapters.merged(self.model) if any(".lora_" in name for name in named) else named
-        weights = {name: weight.detach() for name, weight in merged.items()}
-        weights = revert_weight_conversion(self.model, weights)
-        return {name: weight if dtype is None else weight.to(dtype) for name, weight in weights.items()}
+        """The weights as a published checkpoint has them; see `stored_weights`."""
+        found = stored_weights(self.model)
+        return {name: weight if dtype is None else weight.to(dtype) for name, weight in found.items()}
 
     def save(self, folder: Path) -> None:
         """Writes weights, configs, tokenizer and processor so that transformers' Auto classes load them."""
-        self.model.save_pretrained(folder)
+        save_model(self.model, folder)
         self.processor.save_pretrained(folder)
 
 
@@ -173,6 +169,32 @@ class PatchProjection(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """[N, C, T, P, P] patches to [N, E]."""
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def stored_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as published checkpoints name and lay them out, adapters merged; views where nothing has to
+    be computed.
+
+    Experts' matrices are [E, in, out] there. transformers holds them as [E, out, in], takes both when it
+    loads, and saves them as it holds them, which vLLM does not take.
+    """
+    named = dict(model.named_parameters())
+    held = adapters.merged(model) if any(".lora_" in name for name in named) else named
+    held = {name: weight.detach() for name, weight in held.items()}
+    return {
+        name: weight.transpose(1, 2)
+        if name.endswith(EXPERTS) and weight.shape == held[name].shape
+        else weight
+        for name, weight in revert_weight_conversion(model, held).items()
+    }
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Writes config and weights, in a form that both transformers and vLLM load."""
+    model.save_pretrained(folder, state_dict=stored_weights(model), save_original_format=False)
 
 
 def stop_ids(model: nn.Module, processor) -> list[int]:

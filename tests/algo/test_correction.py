@@ -1,0 +1,88 @@
+"""Importance weights between engine and policy, worked out by hand in float64."""
+
+import math
+
+import pytest
+import torch
+
+from vlm_sapo.algo.correction import (
+    correction_metrics,
+    importance,
+    masked,
+    mismatch_metrics,
+    truncated,
+)
+from vlm_sapo.algo.objectives import sapo
+from vlm_sapo.training.batch import MicroBatch, MiniBatch
+from vlm_sapo.training.loss import build_loss
+
+LOG2 = math.log(2)
+POLICY = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, float("nan")]], dtype=torch.float64)
+ENGINE = torch.tensor([[-1.0 - LOG2, -2.0, -3.0 + 2 * LOG2], [-1.0 + LOG2, -1.0, 0.0]], dtype=torch.float64)
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def test_token_weights():
+    found = importance(POLICY, ENGINE, MASK, level="token")
+    torch.testing.assert_close(found, torch.tensor([[2.0, 1.0, 0.25], [0.5, 1.0, 1.0]], dtype=torch.float64))
+
+
+def test_sequence_weights_are_products_and_not_means():
+    found = importance(POLICY, ENGINE, MASK, level="sequence")
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]], dtype=torch.float64))
+
+
+def test_far_off_log_probs_do_not_overflow():
+    far = torch.tensor([[0.0, -1e4]])
+    found = importance(far, far.flip(1), torch.ones(1, 2, dtype=torch.bool), level="token")
+    assert torch.isfinite(found).all() and found[0, 0] > 1e8 > 1e-8 > found[0, 1]
+
+
+def test_truncated_and_masked():
+    weights = torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0])
+    assert truncated(weights, low=0.5, high=2.0).tolist() == [0.25, 0.5, 1.0, 2.0, 2.0]
+    assert masked(weights, low=0.5, high=2.0).tolist() == [0.0, 0.5, 1.0, 2.0, 0.0]
+
+
+def test_metrics():
+    found = mismatch_metrics(POLICY, ENGINE, MASK)
+    gaps = torch.tensor([LOG2, 0.0, -2 * LOG2, -LOG2, 0.0])
+    assert found["mismatch_mean"] == pytest.approx(4 * LOG2 / 5)
+    assert found["mismatch_max"] == pytest.approx(2 * LOG2)
+    assert found["mismatch_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()))
+    weights = importance(POLICY, ENGINE, MASK, level="token")
+    kept = masked(weights, low=0.5, high=1.5)
+    found = correction_metrics(weights, kept, MASK)
+    assert found["correction_mean"] == pytest.approx((0 + 1 + 0 + 0.5 + 1) / 5)
+    assert found["correction_cut"] == pytest.approx(2 / 5)
+    assert found["correction_ess"] == pytest.approx(2.5**2 / 2.25 / 5)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "masked"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_weight_stands_outside_the_gate_and_has_no_gradient(kind, level):
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 5)
+    old, sampled, new = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    old, sampled = new + 0.1 * old, new + 0.3 * sampled
+    new.requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [3], [4]])
+    advantages = torch.tensor([[1.0], [-0.5], [0.7]], dtype=torch.float64)
+    micro = MicroBatch([], advantages, mask, sampled, old=old)
+    loss = build_loss(
+        {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
+        ratio="token",
+        reduction="sequence_mean",
+        kl=0.0,
+        max_tokens=5,
+        correction={"type": kind, "level": level, "low": 0.5, "high": 1.5},
+    )
+    loss(new, micro, MiniBatch([micro], 3, 12)).backward()
+    gap = old - sampled
+    weight = (torch.where(mask, gap, 0).sum(-1, keepdim=True) if level == "sequence" else gap).exp()
+    weight = weight.clamp(max=1.5) if kind == "truncated" else weight * ((weight >= 0.5) & (weight <= 1.5))
+    leaf = (new.detach() - old).requires_grad_()
+    sapo(leaf, advantages, tau_pos=1.0, tau_neg=1.05).sum().backward()
+    expected = torch.where(mask, weight * leaf.grad / mask.sum(-1, keepdim=True) / 3, 0.0)
+    torch.testing.assert_close(new.grad, expected)
+    assert new.grad.abs().max() > 0

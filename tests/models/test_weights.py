@@ -1,0 +1,76 @@
+"""Weights as checkpoints have them: names, layout, adapters, and what comes back from a folder."""
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
+
+from tests.conftest import FAMILIES, example
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.vlm import load_vlm
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_holds_its_weights_and_comes_back(model_folder, tmp_path, family):
+    vlm = load_vlm(str(model_folder(family)))
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter += torch.randn_like(parameter)
+    vlm.save(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    weights = vlm.weights()
+    assert set(stored) == set(weights) == set(load_file(model_folder(family) / "model.safetensors"))
+    assert all(torch.equal(stored[name], weights[name]) for name in stored)
+    back = load_vlm(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(vlm.parameters(), back.parameters(), strict=True))
+
+
+def test_experts_lie_as_in_published_checkpoints(model_folder):
+    """Qwen3-VL-30B-A3B: gate_up_proj [experts, hidden, 2 x width], down_proj [experts, width, hidden]."""
+    vlm = load_vlm(str(model_folder("qwen3_vl_moe")))
+    text = vlm.model.config.text_config
+    experts, hidden, width = text.num_experts, text.hidden_size, text.moe_intermediate_size
+    stored = load_file(model_folder("qwen3_vl_moe") / "model.safetensors")
+    layer = "model.language_model.layers.0.mlp.experts"
+    assert stored[f"{layer}.gate_up_proj"].shape == (experts, hidden, 2 * width)
+    assert stored[f"{layer}.down_proj"].shape == (experts, width, hidden)
+
+
+def test_adapters_are_merged(model_folder, tmp_path):
+    folder = str(model_folder())
+    vlm = load_vlm(folder)
+    bare = vlm.weights()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
+    inject_adapter_in_model(config, vlm.model)
+    merged = vlm.weights()
+    assert set(merged) == set(bare)
+    changed = {name.split(".")[-2] for name in bare if not torch.equal(bare[name], merged[name])}
+    assert changed == {"q_proj", "down_proj", "qkv"}
+    vlm.save(tmp_path)
+    prompt = Encoder(vlm)(example(pictures=2))
+    inputs = Plain().inputs([(prompt, [torch.tensor([10, 20, 30])])])
+    with torch.no_grad():
+        with_adapters, _ = Pass(vlm)(inputs)
+        from_folder, _ = Pass(load_vlm(str(tmp_path)))(inputs)
+        without, _ = Pass(load_vlm(folder))(inputs)
+    torch.testing.assert_close(with_adapters, from_folder, atol=1e-5, rtol=0)
+    assert (with_adapters - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_another_type(vlm, dtype):
+    assert {weight.dtype for weight in vlm.weights(dtype).values()} == {dtype}
+    same = vlm.weights(torch.float32)["model.language_model.norm.weight"]
+    assert (
+        same.data_ptr() == dict(vlm.model.named_parameters())["model.language_model.norm.weight"].data_ptr()
+    )
+
+
+def test_an_engine_gets_one_token_for_each_picture(vlm, encoder):
+    for pictures in (0, 1, 2, 3):
+        prompt = encoder(example(pictures=pictures))
+        ids = vlm.unexpanded(prompt)
+        assert ids == vlm.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        assert ids.count(vlm.model.config.image_token_id) == pictures

@@ -1,0 +1,167 @@
+"""The real commands with the real vLLM, in its own environment (`make test-vllm`)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.rollout.test_contract import free_port, start_server, stop
+
+pytestmark = pytest.mark.vllm
+COLD_START = ROOT / "data/shapes/cold_start"
+ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def command(*words, check=True):
+    found = subprocess.run(
+        [sys.executable, "-m", "vlm_sapo.cli", *map(str, words)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert not check or found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return found
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_quick_start_learns_with_vllm_as_with_hf(tmp_path):
+    """Seven of its forty steps; the held-out rate is within a few points of the other engine's."""
+    reached = {}
+    for engine in ("hf", "vllm"):
+        folder = tmp_path / engine
+        options = ("train.steps=7", "eval.every=0", f"run.dir={folder}")
+        said = command("train", "quickstart", f"rollout.engine={engine}", *options).stdout
+        summary = json.loads((folder / "summary.json").read_text())
+        reached[engine] = summary["eval_before"]["pass@1"], summary["eval_after"]["pass@1"]
+    assert "changed weights reach the engine" in said and "step 2: engine and trainer agree" in said
+    for before, after in reached.values():
+        assert before < 0.65 and after > 0.85
+    first = rows(tmp_path / "vllm/metrics.jsonl")[0]
+    assert first["parity/mean"] < 1e-5 and first["minibatch0/ratio_max"] == 1.0
+
+
+def test_check_prints_its_table_and_agrees():
+    said = command("check", "quickstart", "rollout.engine=vllm").stdout
+    for words in (
+        "prompt ids equal",
+        "picture grids equal",
+        "log-probs",
+        "banned tokens",
+        "changed weights arrive",
+    ):
+        [line] = [line for line in said.splitlines() if line.startswith(words)]
+        assert " ok " in line
+    assert "engine and trainer agree" in said
+
+
+def test_check_finds_an_engine_at_another_type():
+    found = command(
+        "check",
+        "quickstart",
+        "rollout.engine={type: vllm, dtype: bfloat16}",
+        "rollout.tolerance=1e-4",
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "FAILS" in found.stdout and "dtype: " in found.stdout
+
+
+def test_eval_with_vllm_is_eval_with_hf(tmp_path):
+    """At temperature 0 both engines give the same answers."""
+    benchmark = tmp_path / "shapes.yaml"
+    benchmark.write_text(
+        "about: drawn shapes\nsource: data/shapes.py:rows\nargs: {split: test, size: 24}\n"
+        "verifier: {name: auto}\nmax_tokens: 48\n"
+    )
+    answers = {}
+    for engine in ("hf", "vllm"):
+        out = tmp_path / engine
+        command("eval", "--model", COLD_START, "--benchmark", benchmark, "--engine", engine, "--out", out)
+        answers[engine] = [row["responses"] for row in rows(out / "samples.jsonl")]
+    assert len(answers["hf"]) == 24
+    assert sum(a == b for a, b in zip(*answers.values(), strict=True)) >= 23, "one may lie on a knife's edge"
+
+
+def test_a_server_is_killed_in_the_middle(tmp_path):
+    """Of two, one is killed; the run goes on with the other. Then that one is killed as well; the run stops with
+    a checkpoint, and goes on from it when a server is there again."""
+    ports = [free_port(), free_port()]
+    servers = [start_server(COLD_START, port, tmp_path / f"{port}.log") for port in ports]
+    urls = ", ".join(f"'http://127.0.0.1:{port}'" for port in ports)
+    engine = f"rollout.engine={{type: vllm_server, servers: [{urls}], patience: 2, timeout: 60}}"
+    words = ["train", "quickstart", engine, "rollout.ahead=1", "checkpoint.every=0", "train.steps=12"]
+    words += [
+        "eval.every=0",
+        "eval.data.args.size=24",
+        f"run.dir={tmp_path}/run",
+        "data.max_prompt_tokens=256",
+    ]
+    log = (tmp_path / "run.log").open("w")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "vlm_sapo.cli", *words], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
+    )
+    try:
+        wait_for_step(tmp_path / "run", 3, run)
+        kill(servers[0])
+        wait_for_step(tmp_path / "run", 6, run)
+        kill(servers[1])
+        assert run.wait(120) == 1
+        said = (tmp_path / "run.log").read_text()
+        assert "error: no server of" in said and "a checkpoint after" in said
+        done = len(rows(tmp_path / "run/metrics.jsonl"))
+        assert (tmp_path / f"run/checkpoints/step_{done:06d}").is_dir()
+        servers.append(start_server(COLD_START, ports[1], tmp_path / "again.log"))
+        command(*words)
+    finally:
+        for process in servers:
+            kill(process)
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert found[-1]["reward/mean"] > 0.85
+    drawn = [row["id"] for row in rows(tmp_path / "run/rollouts.jsonl")][::8]
+    assert len(set(drawn)) == len(drawn), "a row was drawn twice"
+
+
+def wait_for_step(folder, step, run):
+    path = folder / "metrics.jsonl"
+    while not path.is_file() or len(rows(path)) < step:
+        assert run.poll() is None, "the run ended early"
+        time.sleep(0.2)
+
+
+def kill(process):
+    """The server and the engine that it started, at once."""
+    if process.poll() is None:
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        process.send_signal(signal.SIGKILL)
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        process.wait(30)
+
+
+def test_a_port_that_is_taken_is_a_sentence(tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        found = command("serve", "quickstart", "--port", taken.getsockname()[1], check=False)
+    assert found.returncode == 1 and "cannot be used" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_servers_stop_when_they_are_told_to(tmp_path):
+    process = start_server(COLD_START, free_port(), tmp_path / "server.log")
+    stop(process)
+    assert process.returncode is not None
