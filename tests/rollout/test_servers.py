@@ -239,7 +239,7 @@ def test_a_banned_token_is_an_error_and_not_a_sample(vlm, servers, prompts, tmp_
 
 def test_a_short_context_is_refused_at_the_start(vlm, model_folder, tmp_path):
     server = ModelServer(model_folder(), max_model_len=100)
-    with pytest.raises(RolloutError, match="takes 100 tokens .* 512.*--max-model-len 512"):
+    with pytest.raises(ValueError, match="takes 100 tokens .* 512.*--max-model-len 512"):
         build(vlm, [server], tmp_path)
     server.close()
 

@@ -62,7 +62,7 @@ class Copy(HfEngine):
         logprobs, _ = Pass(self.vlm, temperature)(inputs)
         self.vlm.banned = banned
         generator = torch.Generator().manual_seed(0)
-        size = {"rounding": 0.02, "nonsense": 3.0}.get(self.fault, 0.0)
+        size = {"rounding": 0.01, "nonsense": 3.0}.get(self.fault, 0.0)
         return [
             replace(
                 item,

@@ -41,12 +41,11 @@ class Console:
         self.rich.print(f"[bold yellow]warning:[/] {escape(text)}")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """A table, the first column on the left, the others on the right but the last."""
+        """A table, the first column on the left, the others on the right but the last, which may wrap."""
         table = Table(box=None, pad_edge=False, padding=(0, 2))
+        last = len(header) - 1
         for number, name in enumerate(header):
-            table.add_column(
-                name, justify="left" if number in (0, len(header) - 1) else "right", no_wrap=True
-            )
+            table.add_column(name, justify="left" if number in (0, last) else "right", no_wrap=number < last)
         for row in rows:
             table.add_row(*map(escape, row))
         self.rich.print(table)

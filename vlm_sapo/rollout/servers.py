@@ -92,15 +92,23 @@ class VllmServers:
             self.running = None
 
     async def _meet(self, longest: int) -> None:
-        """Waits for every server and checks what it serves."""
-        for server in self.servers:
+        """Waits for the servers and checks what they serve. One that doesn't answer may come later."""
+
+        async def meet(server: Server) -> None:
             model = await self._try([server], lambda server: server.model(self.client), "at the start")
             if model["max_model_len"] < longest:
-                raise RolloutError(
+                raise ValueError(
                     f"{server.url} takes {model['max_model_len']} tokens in all, and a prompt and its "
-                    "response may "
-                    f"have {longest}; {START}, or with --max-model-len {longest}"
+                    "response "
+                    f"may have {longest}; {START}, or with --max-model-len {longest}"
                 )
+
+        found = await asyncio.gather(*map(meet, self.servers), return_exceptions=True)
+        failures = [error for error in found if error is not None]
+        for error in failures:
+            if len(failures) == len(self.servers) or not isinstance(error, RolloutError):
+                raise error
+            self.warn(f"{error}. The run begins without it")
 
     async def _send_all(self) -> None:
         found = await asyncio.gather(*map(self._provide, self.servers), return_exceptions=True)

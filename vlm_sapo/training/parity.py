@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,8 +101,9 @@ class Comparison:
         return Difference.of(self.engine, trainer, self.first)
 
     @torch.no_grad()
-    def trainer(self, run: Callable | None = None) -> torch.Tensor:
-        """[K] log-probs of the trainer, or of another pass."""
+    def trainer(self, run: Callable | None = None, autocast: Callable | None = None) -> torch.Tensor:
+        """[K] log-probs of the trainer, or of another pass or precision."""
+        autocast = autocast or self.policy.accelerator.autocast
         run, layout = run or self.policy.forward_pass, self.policy.layout
         sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
         found: dict[tuple[int, int], torch.Tensor] = {}
@@ -111,7 +112,7 @@ class Comparison:
                 (self.pairs[group][0], [self.pairs[group][1][place].ids for place in places])
                 for group, places in parts
             ]
-            with self.policy.accelerator.autocast():
+            with autocast():
                 logprobs, _ = run(layout.inputs(groups).to(self.policy.accelerator.device))
             keys = [(group, place) for group, places in parts for place in places]
             for key, row in zip(keys, logprobs.cpu(), strict=True):
@@ -121,6 +122,16 @@ class Comparison:
     def at_temperature_one(self) -> torch.Tensor:
         """[K] log-probs as they would be before the temperature."""
         return self.trainer(Pass(self.policy.vlm))
+
+    def rounding(self) -> float:
+        """Mean difference that computing in bfloat16 makes by itself."""
+        device = self.policy.accelerator.device.type
+        run = Pass(self.policy.vlm, self.policy.temperature)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            rounded = self.trainer(run, autocast=nullcontext)
+        with torch.autocast(device, enabled=False):
+            exact = self.trainer(run, autocast=nullcontext)
+        return float((rounded - exact).abs().mean())
 
     def without_bans(self) -> torch.Tensor:
         """[K] log-probs as they would be with the banned tokens in the distribution."""
@@ -248,14 +259,14 @@ class Parity:
                     "pixels or "
                     "another size than the trainer's"
                 )
+        rounding = comparison.rounding()
+        if not causes and found.mean <= 4 * rounding:
+            causes.append(
+                f"dtype: rounding to bfloat16 alone makes a mean of {rounding:.1e} here; compare the "
+                "engine's dtype with train.precision, or raise rollout.tolerance"
+            )
         if not causes and found.first <= self.tolerance:
             causes.append("positions: first tokens agree, later ones do not")
-        if not causes and found.correlation > 0.95:
-            causes.append(
-                "dtype: differences are small and without pattern, as rounding makes them; compare the "
-                "engine's "
-                "dtype with train.precision, or raise rollout.tolerance"
-            )
         return causes or ["none of the usual causes fits; `vlm-sapo check` tells more"]
 
     def _agrees(self, examples: Sequence[Example]) -> bool:

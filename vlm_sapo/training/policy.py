@@ -49,6 +49,7 @@ class Policy:
         reuse_sampled: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
+        self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not trained:
