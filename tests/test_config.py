@@ -78,6 +78,36 @@ def test_mistakes_are_sentences(load, override, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rollout.top_p=0.9"], "top_p (0.9) cuts the distribution off"),
+        (["rollout.top_k=20"], "set eval.top_k for evaluations"),
+        (["rollout.min_p=0.1"], "remove it"),
+        (["rollout.ahead=1"], "needs engine.type=vllm_server"),
+        (["rollout.engine=vllm", "rollout.ahead=1"], "vllm shares this process's device"),
+        (["rollout.engine=vlm"], "'hf', 'vllm', 'vllm_server'"),
+        (["rollout.engine.servers=[a]"], "rollout.engine.servers is not a field"),
+        (["rollout.engine={type: vllm, server: 1}"], "rollout.engine.server is not a field"),
+        (["rollout.engine=vllm", "rollout.engine.gpu_memory=.5"], "write engine.type=vllm"),
+        (["algo.correction={type: truncated}", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
+        (["algo.correction={type: clipped}"], "'truncated' or 'masked'"),
+    ],
+)
+def test_mistakes_about_engines_are_sentences(load, overrides, sentence):
+    with pytest.raises(ValueError) as error:
+        load(overrides)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["hf", "vllm", "vllm_server"])
+def test_an_engine_by_its_name_alone(load, name):
+    assert load([f"rollout.engine={name}"]) == load([f"rollout.engine.type={name}"])
+    assert (
+        load(["rollout.engine.type=vllm", "rollout.engine.gpu_memory=0.3"]).rollout.engine.gpu_memory == 0.3
+    )
+
+
 @pytest.mark.parametrize("short", ["math", "[{name: math}]", "{parts: math}"])
 def test_short_forms_of_a_reward(load, short):
     assert [part.name for part in load([f"reward={short}"]).reward.parts] == ["math"]

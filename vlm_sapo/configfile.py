@@ -50,7 +50,11 @@ def _override(values: dict, override: str) -> None:
     for name in path:
         node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
-            raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
+            raise ValueError(
+                f"override ({override}) must name a field, and {name} is {node!r} by now; where that is "
+                "short "
+                f"for its type, write {name}.type={node}"
+            )
     value = parse(text) if text else None
     if isinstance(node, list):
         _item(node, last, override)

@@ -84,6 +84,7 @@ class Server:
 
     def _read(self, response: httpx.Response, route: str, about: str) -> dict[str, Any]:
         said = f"{self.url}/{route} answered {response.status_code} ({_reason(response)})"
+        said = f"{about}: {said}" if about else said
         if response.status_code in (408, 425, 429) or response.status_code >= 500:
             raise Unavailable(said)
         if response.status_code in (403, 404, 405):
@@ -91,7 +92,7 @@ class Server:
         if response.status_code == 401:
             raise RolloutError(f"{said}; it wants an API key, which is not supported; start it without one")
         if response.status_code >= 400:
-            raise RolloutError(f"{about}: {said}" if about else said)
+            raise RolloutError(said)
         try:
             return response.json() if response.content else {}
         except json.JSONDecodeError as error:

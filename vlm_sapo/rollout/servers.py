@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -54,6 +55,7 @@ class VllmServers:
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
+        self.closed = False
         self._run(self._meet(longest))
 
     def sync(self, vlm: VLM) -> None:
@@ -71,13 +73,19 @@ class VllmServers:
 
     def close(self) -> None:
         """Breaks off what is being drawn; the servers go on."""
-        if self.running is not None:
-            self.running.get_loop().call_soon_threadsafe(self.running.cancel)
+        self.closed = True
+        running = self.running
+        if running is not None:
+            with suppress(RuntimeError):  # its loop may have ended meanwhile
+                running.get_loop().call_soon_threadsafe(running.cancel)
         if self.transfer is not None:
             self.transfer.close()
 
-    def _run(self, work: Awaitable[T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         async def main() -> T:
+            if self.closed:
+                work.close()
+                raise asyncio.CancelledError
             self.running = asyncio.current_task()
             self.locks = {server.url: asyncio.Lock() for server in self.servers}
             limits = httpx.Limits(max_connections=None)
@@ -158,7 +166,7 @@ class VllmServers:
         self, server: Server, prompt: Prompt, answer: dict[str, Any], sampling: Sampling
     ) -> list[Completion]:
         drawn_with = {
-            span["version"] for choice in answer["choices"] for span in choice["weight_versions"] or ()
+            span["version"] for choice in answer["choices"] for span in choice.get("weight_versions") or ()
         }
         if self.version is not None and drawn_with - {self.version}:
             if server.version == self.version:

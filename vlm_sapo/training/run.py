@@ -97,7 +97,7 @@ class Core:
 
     @contextmanager
     def rescuing(self) -> Iterator[None]:
-        """Writes a checkpoint of the finished steps where the block, which begins the next one, fails."""
+        """Writes a checkpoint of the finished steps where the block, which lies between two, fails."""
         try:
             yield
         except Exception as error:

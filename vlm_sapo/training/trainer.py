@@ -58,7 +58,8 @@ def loop(training: Training, steps: int) -> dict:
             core.folder.append("metrics.jsonl", record)
             training.log_rollouts(step, drawn.groups, advantages)
             show(step, headline(record))
-            core.evaluator.at(step, last=steps)
+            with core.rescuing():
+                core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step)
     return core.finish(steps)
 
