@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model. The defaults make the quick start's: about 0.9 million parameters."""
+    """Sizes of a model. The defaults make the quick start's: about a million parameters."""
 
     hidden: int = 96
     layers: int = 3
