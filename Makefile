@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-vllm lint coldstart bench bench-gpu clean
+.PHONY: setup quickstart test test-slow test-vllm check-gpu lint coldstart bench bench-gpu clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -34,6 +34,17 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# Needs a GPU: vLLM against the trainer on a model of Qwen3-VL-2B's size with random weights, in bfloat16.
+check-gpu: .venv-gpu/installed
+	.venv-gpu/bin/vlm-sapo new-model runs/check_gpu --size 2b
+	.venv-gpu/bin/vlm-sapo check quickstart model.path=runs/check_gpu model.dtype=bfloat16 train.precision=bf16 \
+		model.min_pixels=262144 rollout.engine=vllm rollout.max_tokens=256 --rows 16 --samples 8
+
+.venv-gpu/installed: pyproject.toml setup
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	VIRTUAL_ENV=$(CURDIR)/.venv-gpu $(BIN)/uv pip install --quiet --editable '.[test,vllm]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --line-length 110 .
@@ -58,4 +69,4 @@ bench-gpu: setup .venv-trl/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-trl .venv-vllm runs dist build
+	rm -rf .venv .venv-trl .venv-vllm .venv-gpu runs dist build

@@ -53,7 +53,7 @@ def test_commands_are_valid(command):
     assert program == "vlm-sapo"
     options = {option for option in rest if option.startswith("--")}
     assert all(option in CliRunner().invoke(app, [verb, "--help"]).output for option in options)
-    if verb in ("train", "sft", "doctor", "filter"):
+    if verb in ("train", "sft", "doctor", "filter", "check", "serve"):
         kind = cfg.SftConfig if verb == "sft" else cfg.TrainConfig
         positional = rest[: next((i for i, word in enumerate(rest) if word in options), len(rest))]
         configfile.load(kind, positional[0], positional[1:])

@@ -12,6 +12,7 @@ from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.trainer import train
 
 STEPS = 4
@@ -146,6 +147,32 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path
     train(settings("broken", *options))
     assert asked(tmp_path / "broken") == asked(tmp_path / "whole"), "a row was lost or used twice"
     assert numbers(tmp_path / "broken")[:2] == numbers(tmp_path / "whole")[:2]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server, ahead, capsys):
+    """From step 3 on its log-probs are nonsense. Its responses of that step are not trained on."""
+    options = (f"rollout.ahead={ahead}", "checkpoint.every=0", "rollout.check_every=1")
+    train(settings("whole", *options))
+
+    def nonsense(route, body):
+        steps = rows(tmp_path / "broken") if (tmp_path / "broken/metrics.jsonl").exists() else []
+        if route != "inference/v1/generate" or len(steps) < 2:
+            return None
+        answer = server.act(route, body)
+        for number, item in enumerate(answer["choices"][0]["logprobs"]["content"]):
+            item["logprob"] -= 3.0 * (number % 3)
+        return answer
+
+    server.fault = nonsense
+    with pytest.raises(ParityError, match="disagree at step 3: .*Likely cause: positions"):
+        train(settings("broken", *options))
+    assert "a checkpoint after" in capsys.readouterr().out
+    server.fault = lambda route, body: None
+    train(settings("broken", *options))
+    assert asked(tmp_path / "broken") == asked(tmp_path / "whole")
+    if not ahead:
+        assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "masked"])

@@ -112,7 +112,7 @@ class Run:
             Group(prompt, tuple(items), tuple(Score(0.0, {}) for _ in items))
             for prompt, items in zip(prompts, drawn, strict=True)
         ]
-        found = self.parity(number, Drawn(groups, self.policy.vlm.version, {"here": number}))
+        found = self.parity(number, Drawn(groups, self.policy.vlm.version, {}))
         with torch.no_grad():
             for parameter in self.policy.vlm.parameters():
                 parameter *= 1.1
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_named(model_folder, fault, words):
     run = Run(model_folder, fault)
     with pytest.raises(ParityError, match=words) as caught:
         run.step(1)
-    assert caught.value.before == {"here": 1} and "rollout.tolerance" in str(caught.value)
+    assert "rollout.tolerance" in str(caught.value)
 
 
 def test_an_update_that_got_lost_is_caught_at_the_second_step(model_folder):

@@ -33,11 +33,7 @@ NOISE = 0.5
 
 
 class ParityError(RolloutError):
-    """Engine and trainer disagree. `before` is the stream's state before the responses were drawn."""
-
-    def __init__(self, message: str, before: dict):
-        super().__init__(message)
-        self.before = before
+    """Engine and trainer disagree."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +179,10 @@ class Parity:
         found = comparison.against(comparison.trainer())
         if not found.mean <= self.tolerance:
             causes = self.explain(comparison, found, examples)
-            raise ParityError(self._disagrees(found, causes, step), drawn.before)
+            raise ParityError(self._disagrees(found, causes, step))
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
         if self.calls == 1:
-            self._check_sync(examples, drawn)
+            self._check_sync(examples)
         return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
 
     def probe(self, examples: Sequence[Example]) -> Pairs:
@@ -219,7 +215,7 @@ class Parity:
         """Whether the engine followed. A model so changed rounds more than a trained one."""
         return changed.mean <= max(self.tolerance, unchanged.mean / 10)
 
-    def _check_sync(self, examples: Sequence[Example], drawn: Drawn) -> None:
+    def _check_sync(self, examples: Sequence[Example]) -> None:
         changed, unchanged = self.follow(examples)
         if self.arrived(changed, unchanged):
             self.console.say(f"changed weights reach the engine: {changed}")
@@ -231,7 +227,7 @@ class Parity:
             cause = "weights: new weights do not reach the engine; it still answers with the old ones"
         else:
             cause = f"weights: of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
-        raise ParityError(self._disagrees(changed, [cause], None), drawn.before)
+        raise ParityError(self._disagrees(changed, [cause], None))
 
     def explain(self, comparison: Comparison, found: Difference, examples: Sequence[Example]) -> list[str]:
         """Which of the usual causes fit, each tried out."""

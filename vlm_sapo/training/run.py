@@ -19,7 +19,6 @@ from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.loss import PolicyLoss
-from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import Example, Group, Prompt
@@ -96,14 +95,14 @@ class Core:
         self.rollouts.close()
 
     @contextmanager
-    def rescuing(self) -> Iterator[None]:
-        """Writes a checkpoint of the finished steps where the block, which lies between two, fails."""
+    def rescuing(self, drawn: Drawn | None = None) -> Iterator[None]:
+        """Writes a checkpoint of the finished steps where the block, which lies between two, fails. `drawn`
+        was given out and not trained on, and is drawn anew when the run goes on."""
         try:
             yield
-        except Exception as error:
-            done = self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step
-            if done:
-                state = {"stream": error.before} if isinstance(error, ParityError) else self.rollouts.state()
+        except Exception:
+            if self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step:
+                state = self.rollouts.state() if drawn is None else {"stream": drawn.before}
                 self.save_checkpoint(state)
                 self.console.say(f"a checkpoint after {self.progress.step} steps is in {self._checkpoints}")
             raise

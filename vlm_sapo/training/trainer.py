@@ -37,6 +37,7 @@ def loop(training: Training, steps: int) -> dict:
             lr = policy.set_step(step - 1)
             with meter.time("draw"), core.rescuing():
                 drawn = core.rollouts(step, policy.vlm)
+            with meter.time("check"), core.rescuing(drawn):
                 checked = training.check(step, drawn)
             behind = policy.vlm.version - drawn.version
             advantages = [advantages_of(training, group) for group in drawn.groups]
