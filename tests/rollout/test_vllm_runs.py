@@ -151,16 +151,6 @@ def kill(process):
         process.wait(30)
 
 
-def test_a_port_that_is_taken_is_a_sentence(tmp_path):
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        found = command("serve", "quickstart", "--port", taken.getsockname()[1], check=False)
-    assert found.returncode == 1 and "cannot be used" in found.stderr and "Traceback" not in found.stderr
-
-
 def test_servers_stop_when_they_are_told_to(tmp_path):
     process = start_server(COLD_START, free_port(), tmp_path / "server.log")
     stop(process)

@@ -65,9 +65,11 @@ def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens:
     pictures = sum(len(prompt.images) for prompt in prompts)
     yield Finding("prompt ids equal", f"{sum(len(prompt.ids) for prompt in prompts)} tokens", True)
     yield Finding("picture grids equal", f"{pictures} pictures, {tokens} image tokens", True)
-    yield from compare(parity, pairs)
+    compared = list(compare(parity, pairs))
+    yield from compared
     yield from look_at_bans(parity, pairs)
-    yield from look_at_sync(parity, prompts)
+    if all(finding.fine for finding in compared):  # else changed weights would differ as well
+        yield from look_at_sync(parity, prompts)
     count = sum(len(item.ids) for items in drawn for item in items)
     yield Finding("speed", f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second")
 
@@ -125,7 +127,7 @@ def look_at_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]
         fine,
     )
     if not fine:
-        yield Finding("do not arrive", ", ".join(parity.stuck(examples)) or "none by itself", False)
+        yield Finding("likely cause", parity.missing(examples, unchanged), False)
     started = time.perf_counter()
     parity.engine.sync(parity.policy.vlm)
     yield Finding("weight sync", f"{time.perf_counter() - started:.2f} s")

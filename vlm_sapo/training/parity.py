@@ -223,11 +223,15 @@ class Parity:
                 self.console.warn(f"but unchanged ones would hardly tell themselves apart: {unchanged}")
             self.engine.sync(self.policy.vlm)
             return
-        if unchanged.mean <= self.tolerance:
-            cause = "weights: new weights do not reach the engine; it still answers with the old ones"
-        else:
-            cause = f"weights: of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
+        cause = f"weights: {self.missing(examples, unchanged)}"
         raise ParityError(self._disagrees(changed, [cause], None))
+
+    def missing(self, examples: Sequence[Example], unchanged: Difference) -> str:
+        """What of changed weights does not reach the engine, which differs so much from the unchanged "
+        "ones."""
+        if unchanged.mean <= self.tolerance:
+            return "new weights do not reach the engine; it still answers with the old ones"
+        return f"of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
 
     def explain(self, comparison: Comparison, found: Difference, examples: Sequence[Example]) -> list[str]:
         """Which of the usual causes fit, each tried out."""

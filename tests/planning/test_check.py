@@ -1,0 +1,141 @@
+"""`vlm-sapo check` and `vlm-sapo serve`, as a user runs them."""
+
+import shlex
+import socket
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.rollout.model_server import ModelServer
+from vlm_sapo.cli import app
+from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.logprobs import Pass
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{path: {model_folder()}}}\n"
+        "data: {source: 'data/shapes.py:rows', args: {size: 20}, max_prompt_tokens: 200}\n"
+        "rollout: {group: 2, max_tokens: 8}\nreward: {parts: [{name: auto}], workers: 1}\ntrain: {steps: 1}\n"
+    )
+
+    def command(verb, *words):
+        return CliRunner().invoke(app, [verb, str(config), *map(str, words)])
+
+    return command
+
+
+@pytest.fixture
+def server(model_folder):
+    made = ModelServer(model_folder())
+    yield made
+    made.close()
+
+
+def lines(result):
+    """The table: what was checked, to the verdict and the figures."""
+    found = {}
+    for line in result.output.splitlines():
+        name, _, rest = line.partition("   ")
+        found[name.strip()] = rest.split()
+    return found
+
+
+def served(server):
+    return f"rollout.engine={{type: vllm_server, servers: ['{server.url}'], patience: 1, timeout: 20}}"
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm_server"])
+def test_engines_that_agree(run, server, tmp_path, kind):
+    engine = "rollout.engine=hf" if kind == "hf" else served(server)
+    result = run("check", engine, "--rows", 3, "--samples", 2)
+    assert result.exit_code == 0, result.output
+    table = lines(result)
+    checks = (
+        "prompt ids equal",
+        "picture grids equal",
+        "log-probs",
+        "banned tokens",
+        "changed weights arrive",
+    )
+    assert all(table[name][0] == "ok" for name in checks)
+    assert "speed" in table and "weight sync" in table
+    assert f"{kind} on 3 rows with 2 responses each: engine and trainer agree" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_engine_that_leaves_the_temperature_out(run, server):
+    """As a server does that was started without --logprobs-mode processed_logprobs."""
+
+    def raw(route, body):
+        if route != "inference/v1/generate":
+            return None
+        answer, prompt = server.act(route, body), server.prompt(body)
+        for choice in answer["choices"]:
+            inputs = Plain().inputs([(prompt, [torch.tensor(choice["token_ids"])])])
+            with torch.no_grad():
+                logprobs, _ = Pass(server.vlm)(inputs)
+            choice["logprobs"]["content"] = [{"logprob": value} for value in logprobs[0].tolist()]
+        return answer
+
+    server.fault = raw
+    result = run("check", served(server), "rollout.temperature=0.7")
+    assert result.exit_code == 1
+    assert lines(result)["log-probs"][0] == "FAILS" and "temperature: " in result.output
+
+
+def test_an_engine_that_does_not_take_weights(run, server):
+    server.fault = lambda route, body: {} if route == "collective_rpc" else None
+    result = run("check", served(server))
+    assert result.exit_code == 1
+    table = lines(result)
+    assert table["log-probs"][0] == "ok" and table["changed weights arrive"][0] == "FAILS"
+    assert "new weights do not reach the engine" in result.output
+
+
+def test_an_engine_that_reads_other_prompts(run, server, model_folder):
+    def resized(route, body):
+        if route == "inference/v1/generate":
+            answer = server.act(route, body)
+            return answer | {"prompt_token_ids": answer["prompt_token_ids"][:-1]}
+        return None
+
+    server.fault = resized
+    result = run("check", served(server))
+    assert result.exit_code == 1
+    assert lines(result)["prompts read alike"][0] == "FAILS" and "row train-" in result.output
+
+
+def test_serve_prints_what_training_needs(run):
+    result = run(
+        "serve", "rollout.engine=vllm_server", "--port", 8123, "--print", "--extra", "--max-num-seqs 7"
+    )
+    assert result.exit_code == 0, result.output
+    variable, *words = shlex.split(result.output.strip().splitlines()[-1])
+    assert variable == "VLLM_SERVER_DEV_MODE=1" and words[:2] == ["vllm", "serve"]
+    options = dict(zip(words[3:], words[4:], strict=False))
+    assert options["--logprobs-mode"] == "processed_logprobs" and options["--generation-config"] == "vllm"
+    assert options["--mm-processor-kwargs"] == '{"do_resize": false}' and "--enable-scale-out" in words
+    assert (
+        options["--port"] == "8123" and options["--host"] == "127.0.0.1" and options["--dtype"] == "float32"
+    )
+    assert options["--max-model-len"] == "208" and words[-2:] == ["--max-num-seqs", "7"]
+    assert "--weight-transfer-config" not in words
+    nccl = run(
+        "serve", "rollout.engine={type: vllm_server, weights: nccl}", "train.precision=bf16", "--print"
+    )
+    assert (
+        '--weight-transfer-config \'{"backend": "nccl"}\'' in nccl.output
+        and "--dtype bfloat16" in nccl.output
+    )
+
+
+def test_a_port_that_is_taken_is_a_sentence(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", "--port", taken.getsockname()[1])
+    assert "cannot be used" in str(result.exception) and "choose another one" in str(result.exception)
