@@ -117,7 +117,7 @@ def evaluate(
         float | None,
         typer.Option(min=0, help="0 takes the likeliest token, as by default for one sample; else 1."),
     ] = None,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Sample from so much probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 for all.")] = 0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from tokens so likely.")] = 0.0,
     max_tokens: Annotated[
@@ -172,7 +172,7 @@ def evaluate(
         dtype=dtype,
         limit=limit,
         on_error=on_error,
-        engine=engine,
+        engine=engine if engine_args == "{}" else f"{engine} {engine_args}",
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,

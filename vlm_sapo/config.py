@@ -146,6 +146,14 @@ class Correction(Section):
     high: Rate = 2.0
     """Largest weight."""
 
+    @model_validator(mode="after")
+    def _bounds(self):
+        if self.type == "truncated" and "low" in self.model_fields_set:
+            raise ValueError(f"low ({self.low}) has no part in type truncated; remove it, or set type=masked")
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be under high ({self.high})")
+        return self
+
 
 class Algo(Section):
     objective: Annotated[Sapo | Grpo | Gspo | Cispo, Field(discriminator="type")] = Sapo()
@@ -163,6 +171,11 @@ class Algo(Section):
     engine before the update, as a constant outside the gate. Needs old log-probs from the policy."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss and of its denominator."""
+
+    @field_validator("objective", "correction", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
 
     @field_validator("objective", mode="before")
     @classmethod

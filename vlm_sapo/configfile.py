@@ -13,6 +13,8 @@ from vlm_sapo.config import Section
 from vlm_sapo.yamlfile import find, parse, read_mapping
 
 T = TypeVar("T", bound=Section)
+TYPED = ("engine", "objective", "correction")
+"""Sections that their type alone may stand for."""
 VARIANTS = ("sapo", "grpo", "gspo", "cispo", "hf", "vllm", "vllm_server")
 """Values of `type`, which pydantic puts between a section and its fields."""
 
@@ -48,13 +50,11 @@ def _override(values: dict, override: str) -> None:
     *path, last = key.split(".")
     node = values
     for name in path:
+        if name in TYPED and isinstance(node, dict) and isinstance(node.get(name), str):
+            node[name] = {"type": node[name]}
         node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
-            raise ValueError(
-                f"override ({override}) must name a field, and {name} is {node!r} by now; where that is "
-                "short "
-                f"for its type, write {name}.type={node}"
-            )
+            raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
     value = parse(text) if text else None
     if isinstance(node, list):
         _item(node, last, override)
@@ -80,6 +80,11 @@ def _explain(kind: type[Section], item: dict) -> str:
         return f"{field} is not a field; {hint} Fields there: {', '.join(valid)}"
     if item["type"] == "missing":
         return f"{field} is missing; add it to the config file or to the command line as {field}=..."
+    if item["type"] == "union_tag_invalid":
+        tags = item["ctx"]["expected_tags"].replace("'", "").split(", ")
+        close = difflib.get_close_matches(item["ctx"]["tag"], tags, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{field}.type ({item['ctx']['tag']}) must be one of {', '.join(tags)}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{field}: {message}" if field != "config" else message

@@ -41,9 +41,20 @@ class VllmServer(Section):
     """Type of the weights that are sent; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
     timeout: Rate = 600.0
-    """Seconds that a server may take for one prompt's responses, or for new weights."""
+    """Seconds that a server may take for one prompt's responses, waiting for others included, or for new
+    weights."""
     patience: NotNegative = 120.0
     """Seconds that a request is tried again on all servers before the run stops."""
+
+    @field_validator("servers", mode="before")
+    @classmethod
+    def _addresses(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list):
+            for address in value:
+                if not str(address).startswith(("http://", "https://")):
+                    raise ValueError(f"{address} must be an address such as http://127.0.0.1:8000")
+        return value
 
 
 Engine = Annotated[HfEngine | Vllm | VllmServer, Field(discriminator="type")]

@@ -258,7 +258,10 @@ def test_a_folder_of_other_settings_is_refused(run, model_folder):
     [
         (("--benchmark", "shapes"), "give --model"),
         (("--benchmark", "a,b", "--data", "c", "--model", "m"), "for one benchmark"),
-        (("--benchmark", "shapes", "--model", "m", "--engine", "vlm"), "'hf', 'vllm', 'vllm_server'"),
+        (
+            ("--benchmark", "shapes", "--model", "m", "--engine", "vlm"),
+            "must be one of hf, vllm, vllm_server",
+        ),
         (
             ("--benchmark", "shapes", "--model", "m", "--engine", "vllm", "--engine-args", "{tensor: 2}"),
             "did you mean engine.tensor_parallel",

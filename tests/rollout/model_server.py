@@ -64,7 +64,7 @@ class ModelServer:
         self.open(self.port)
 
     def answer(self, handler, body) -> None:
-        route = handler.path.strip("/")
+        route = handler.path.strip("/").partition("?")[0]
         self.requests.append((route, body))
         made = self.fault(route, body)
         if made is HANG_UP:

@@ -43,7 +43,7 @@ def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn
     return build_engine(
         engine,
         vlm,
-        "",
+        str(servers[0].path),
         longest=longest,
         dtype="float32",
         prompts_per_batch=4,
@@ -173,6 +173,57 @@ def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
             one.generate(prompts[:1], SAMPLING)
 
 
+def test_an_answer_that_does_not_name_its_weights_is_not_used(vlm, servers, prompts, tmp_path):
+    def nameless(route, body):
+        if route != "inference/v1/generate":
+            return None
+        answer = servers[0].act(route, body)
+        for choice in answer["choices"]:
+            choice["weight_versions"] = None
+        return answer
+
+    servers[0].fault = nameless
+    with closing(build(vlm, servers[:1], tmp_path, patience=0.5)) as engine:
+        engine.sync(vlm)
+        with pytest.raises(RolloutError, match="drew with the weights None"):
+            engine.generate(prompts[:1], SAMPLING)
+
+
+def test_while_weights_are_loaded_no_response_bears_a_whole_name(vlm, servers, prompts, tmp_path):
+    seen = []
+
+    def watch(route, body):
+        if route == "collective_rpc":
+            seen.append(servers[0].version)
+
+    servers[0].fault = watch
+    with closing(build(vlm, servers[:1], tmp_path)) as engine:
+        engine.sync(vlm)
+    assert seen and seen[0].startswith("loading-")
+
+
+def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, prompts, tmp_path):
+    section = {"type": "vllm_server", "servers": [servers[0].url], "patience": 1.0}
+    told = Told()
+    engine = build_engine(
+        Rollout.model_validate({"engine": section}).engine,
+        vlm,
+        "/models/another",
+        longest=512,
+        dtype="float32",
+        prompts_per_batch=4,
+        warn=told,
+    )
+    with closing(engine):
+        assert "serves" in told.lines[0] and "/models/another" in told.lines[0]
+        assert ids_of(engine.generate(prompts[:2], SAMPLING)) == ids_of(expected(vlm, prompts[:2]))
+        servers[0].version = "finished-run-40"
+        with pytest.raises(
+            RolloutError, match="finished-run-40, which a training run gave it.*start it anew"
+        ):
+            engine.generate(prompts[:2], SAMPLING)
+
+
 def test_no_server_at_all_is_a_sentence(vlm, servers, tmp_path):
     for server in servers:
         server.close()
@@ -196,8 +247,8 @@ def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp
         engine.sync(vlm)
         for status, words in (
             (400, "row e1: .*made by the test"),
-            (403, "lacks what training needs.*vlm-sapo serve"),
-            (404, "lacks what training needs.*vlm-sapo serve"),
+            (403, "lacks an option that training needs.*vlm-sapo serve"),
+            (404, "without VLLM_SERVER_DEV_MODE=1.*vlm-sapo serve"),
             (401, "API key"),
         ):
             servers[0].fault = lambda route, body, status=status: status

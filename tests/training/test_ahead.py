@@ -82,7 +82,7 @@ def test_what_ahead_draws_is_from_the_weights_a_step_before(settings, tmp_path, 
     train(settings("run", "eval.every=0"))
     routes = [route for route, _ in server.requests if route in ("collective_rpc", "inference/v1/generate")]
     order = "".join("W" if route == "collective_rpc" else "g" for route in routes)
-    one = "W" + "gggg" + "gggg" + "WggW"  # drawn, the next drawn, changed weights tried and taken back
+    one = "W" + "gggg" + "gggg" + "Wgg"  # drawn, the next drawn, changed weights tried
     two = "W" + "gggg" + "gg"  # new weights, the next drawn, a few for the comparison
     assert order == one + two + "W" + "gggg" + "W"
 
@@ -175,9 +175,36 @@ def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server
         assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
 
 
+def test_each_of_many_servers_is_compared(settings, model_folder, server):
+    """The third one's log-probs are those of another temperature, say."""
+    more = [ModelServer(model_folder()) for _ in range(2)]
+
+    def off(route, body):
+        if route != "inference/v1/generate":
+            return None
+        answer = more[1].act(route, body)
+        for choice in answer["choices"]:
+            for item in choice["logprobs"]["content"]:
+                item["logprob"] -= 2.0
+        return answer
+
+    more[1].fault = off
+    urls = ", ".join(f"'{item.url}'" for item in (server, *more))
+    with pytest.raises(ParityError, match=f"of {more[1].url} alone the mean is 2"):
+        train(settings("run", f"rollout.engine.servers=[{urls}]"))
+    for item in more:
+        item.close()
+
+
+def test_uncorrected_staleness_is_told(settings, capsys):
+    train(settings("run", "train.old_logprobs=recompute", "train.steps=1"))
+    assert "nothing in the loss knows that older weights drew" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["truncated", "masked"])
 def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
-    correction = f"algo.correction={{type: {kind}, level: token, low: 0.5, high: 1.05}}"
+    low = ", low: 0.5" if kind == "masked" else ""
+    correction = f"algo.correction={{type: {kind}, level: token, high: 1.05{low}}}"
     train(settings("run", correction))
     first, *later = rows(tmp_path / "run")
     assert abs(first["minibatch0/correction_mean"] - 1) < 1e-5 and first["minibatch0/correction_cut"] == 0

@@ -31,7 +31,7 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
     """Prints the table and returns whether engine and trainer agree."""
     console = Console()
     with tempfile.TemporaryDirectory(prefix="check_") as folder:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
+        config = in_folder(config, folder)
         training = build_training(config, RunFolder(Path(folder)), console)
         core = training.core
         with closing(core):
@@ -44,6 +44,18 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
     verdict = f"{len(failed)} checks fail" if failed else "engine and trainer agree"
     console.say(f"{config.rollout.engine.type} on {rows} rows with {samples} responses each: {verdict}")
     return not failed
+
+
+def in_folder(config: TrainConfig, folder: str) -> TrainConfig:
+    """The config with its run in that folder; weights for servers stay where the run itself would put "
+    "them."""
+    rollout = config.rollout
+    if rollout.engine.type == "vllm_server" and rollout.engine.folder is None:
+        weights = str(config.run.folder / "weights")
+        engine = rollout.engine.model_copy(update={"folder": weights})
+        rollout = rollout.model_copy(update={"engine": engine})
+    run = config.run.model_copy(update={"dir": folder})
+    return config.model_copy(update={"run": run, "rollout": rollout})
 
 
 def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens: int) -> Iterator[Finding]:
@@ -86,8 +98,10 @@ def compare(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
         if name == "log-probs" or mixed:
             comparison = Comparison(parity.policy, part, budget=parity.budget)
             found = comparison.against(comparison.trainer())
-            fine = found.mean <= parity.tolerance
+            off = parity.off(comparison, comparison.trainer()) if name == "log-probs" else []
+            fine = found.mean <= parity.tolerance and not off
             yield Finding(name, describe(found), fine)
+            yield from (Finding("likely cause", line, False) for line in off)
             if name == "log-probs" and not fine:
                 causes = parity.explain(comparison, found, [prompt.example for prompt, _ in pairs[:2]])
                 yield from (Finding("likely cause", cause, False) for cause in causes)
@@ -118,16 +132,16 @@ def look_at_bans(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
 
 def look_at_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
     """Whether changed weights reach the engine, and how long that takes."""
-    examples = [prompt.example for prompt in prompts[:2]]
-    changed, unchanged = parity.follow(examples)
-    fine = parity.arrived(changed, unchanged)
+    examples = [prompt.example for prompt in prompts[: parity.groups]]
+    found = parity.follow(examples)
     yield Finding(
         "changed weights arrive",
-        f"mean {changed.mean:.1e} from the changed trainer, {unchanged.mean:.1e} from the unchanged one",
-        fine,
+        f"mean {found.changed.mean:.1e} from the changed trainer, {found.unchanged.mean:.1e} from the "
+        "unchanged",
+        found.arrived,
     )
-    if not fine:
-        yield Finding("likely cause", parity.missing(examples, unchanged), False)
+    if not found.arrived:
+        yield Finding("likely cause", parity.missing(examples, found.unchanged), False)
     started = time.perf_counter()
     parity.engine.sync(parity.policy.vlm)
     yield Finding("weight sync", f"{time.perf_counter() - started:.2f} s")

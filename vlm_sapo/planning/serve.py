@@ -31,6 +31,12 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
     os.environ.pop("VLLM_LOGGING_LEVEL", None)  # a server's own lines are wanted
     variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     print(f"{variables} {shlex.join(command)}", flush=True)
+    if config.rollout.engine.type != "vllm_server":
+        print(
+            f"note: this config has rollout.engine={config.rollout.engine.type}; train with "
+            f"rollout.engine=vllm_server rollout.engine.servers=http://{host}:{port}",
+            file=sys.stderr,
+        )
     if only_print:
         return
     check_port(host, port)

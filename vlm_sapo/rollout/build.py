@@ -64,6 +64,7 @@ def build_engine(
             vlm,
             [Server(url, timeout=engine.timeout) for url in engine.servers],
             folder and _transfer(engine, folder, dtype),
+            path=path,
             longest=longest,
             patience=engine.patience,
             warn=warn,
@@ -105,5 +106,5 @@ def _transfer(engine: VllmServer, folder: Path, dtype: str) -> Folder | Nccl:
         dtype
     ]
     if engine.weights == "nccl":
-        return Nccl(engine.address, dtype=kind)
+        return Nccl(engine.address, dtype=kind, timeout=engine.timeout)
     return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind)

@@ -17,7 +17,7 @@ MOST_BYTES = 64 * 2**20
 """Largest size of a prompt's compressed pictures."""
 CONNECT = 10.0
 """Seconds to reach a server."""
-CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
+CACHES = ("reset_prefix_cache?reset_running_requests=true", "reset_mm_cache", "reset_encoder_cache")
 START = "start it with `vlm-sapo serve`"
 
 
@@ -31,7 +31,9 @@ class Server:
     def __init__(self, url: str, *, timeout: float):
         self.url, self.timeout = url.rstrip("/"), httpx.Timeout(timeout, connect=CONNECT)
         self.version: str | None = None
-        """Name of the weights that it was given last; None where it has to be given some."""
+        """Name of the weights that it has; None where it has to be given some."""
+        self.given: str | None = None
+        """Name that it was given last."""
         self.rests_until = 0.0
         """Time of the monotonic clock before which it is asked only if no other can be."""
 
@@ -54,14 +56,17 @@ class Server:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         await self.call(client, "collective_rpc", body, about=f"weights in {folder}")
 
-    async def adopt(self, client: httpx.AsyncClient, version: str) -> None:
-        """Drops what it computed with older weights, and names the new ones."""
+    async def name(self, client: httpx.AsyncClient, version: str) -> None:
+        """Names its weights; every response tells that name."""
+        self.given = version
+        await self.call(client, "update_weight_version", {"new_version": version})
+
+    async def forget(self, client: httpx.AsyncClient) -> None:
+        """Drops what it computed with older weights."""
         for cache in CACHES:
             answer = await self.call(client, cache, {})
             if answer.get("success") is False:
                 raise Unavailable("it still holds what it computed with the old weights")
-        await self.call(client, "update_weight_version", {"new_version": version})
-        self.version = version
 
     async def call(
         self, client: httpx.AsyncClient, route: str, body: dict[str, Any] | None = None, *, about: str = ""
@@ -84,11 +89,16 @@ class Server:
 
     def _read(self, response: httpx.Response, route: str, about: str) -> dict[str, Any]:
         said = f"{self.url}/{route} answered {response.status_code} ({_reason(response)})"
+        if response.status_code in (404, 405):
+            raise RolloutError(
+                f"{said}: the server was started without VLLM_SERVER_DEV_MODE=1 or is older than vLLM "
+                f"0.32; {START}"
+            )
+        if response.status_code == 403:
+            raise RolloutError(f"{said}: it lacks an option that training needs; {START}")
         said = f"{about}: {said}" if about else said
         if response.status_code in (408, 425, 429) or response.status_code >= 500:
             raise Unavailable(said)
-        if response.status_code in (403, 404, 405):
-            raise RolloutError(f"{said}; the server lacks what training needs: {START}, vLLM 0.32 or newer")
         if response.status_code == 401:
             raise RolloutError(f"{said}; it wants an API key, which is not supported; start it without one")
         if response.status_code >= 400:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -26,6 +27,8 @@ from vlm_sapo.types import Completion, Prompt, Sampling
 T = TypeVar("T")
 AT_ONCE = 64
 """Prompts that a server has at the same time."""
+FRESH = "default"
+"""vLLM's name of the weights of the checkpoint."""
 REST = 5.0
 """Seconds that a server which failed is asked only if there is no other."""
 PAUSE = 0.25
@@ -35,7 +38,8 @@ PAUSE = 0.25
 class VllmServers:
     """Generates on servers that serve the checkpoint which `vlm` was loaded from.
 
-    `transfer` brings them weights; without one they keep theirs, as evaluation wants. `longest` is the most
+    `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
+    should be the one at `path`. `longest` is the most
     tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
     """
 
@@ -45,6 +49,7 @@ class VllmServers:
         servers: Sequence[Server],
         transfer: Transfer | None,
         *,
+        path: str,
         longest: int,
         patience: float,
         warn: Callable[[str], None],
@@ -56,7 +61,8 @@ class VllmServers:
         self.version: str | None = None
         self.running: asyncio.Task | None = None
         self.closed = False
-        self._run(self._meet(longest))
+        self.syncing = False
+        self._run(lambda: self._meet(path, longest))
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine. A server that can't be reached now gets the weights when it comes back."""
@@ -65,11 +71,15 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
-        self._run(self._send_all())
+        self.syncing = True
+        try:
+            self._run(self._send_all)
+        finally:
+            self.syncing = False
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
-        return self._run(self._draw(prompts, sampling))
+        return self._run(lambda: self._draw(prompts, sampling))
 
     def close(self) -> None:
         """Breaks off what is being drawn; the servers go on."""
@@ -81,16 +91,15 @@ class VllmServers:
         if self.transfer is not None:
             self.transfer.close()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async def main() -> T:
-            if self.closed:
-                work.close()
-                raise asyncio.CancelledError
             self.running = asyncio.current_task()
+            if self.closed:
+                raise asyncio.CancelledError
             self.locks = {server.url: asyncio.Lock() for server in self.servers}
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(limits=limits, trust_env=False) as self.client:
-                return await work
+                return await work()
 
         try:
             return asyncio.run(main())
@@ -99,7 +108,7 @@ class VllmServers:
         finally:
             self.running = None
 
-    async def _meet(self, longest: int) -> None:
+    async def _meet(self, path: str, longest: int) -> None:
         """Waits for the servers and checks what they serve. One that doesn't answer may come later."""
 
         async def meet(server: Server) -> None:
@@ -110,6 +119,9 @@ class VllmServers:
                     "response "
                     f"may have {longest}; {START}, or with --max-model-len {longest}"
                 )
+
+            if Path(model["root"]).name != Path(path).name:
+                self.warn(f"{server.url} serves {model['root']}, and the model here is {path}")
 
         found = await asyncio.gather(*map(meet, self.servers), return_exceptions=True)
         failures = [error for error in found if error is not None]
@@ -133,10 +145,16 @@ class VllmServers:
     async def _provide(self, server: Server) -> None:
         """Sees to it that a server has the present weights."""
         async with self.locks[server.url]:
-            if self.transfer is not None and server.version != self.version:
-                server.version = None
-                await self.transfer.send(self.client, server)
-                await server.adopt(self.client, self.version)
+            if self.transfer is None or server.version == self.version:
+                return
+            if self.transfer.live and not self.syncing:
+                raise Unavailable("it has other weights and gets the present ones before the next step")
+            server.version = None
+            await server.name(self.client, f"loading-{self.version}")  # no response may bear a whole name
+            await self.transfer.send(self.client, server)
+            await server.forget(self.client)
+            await server.name(self.client, self.version)
+            server.version = self.version
 
     async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         places = asyncio.Semaphore(AT_ONCE * len(self.servers))
@@ -165,15 +183,20 @@ class VllmServers:
     def _read(
         self, server: Server, prompt: Prompt, answer: dict[str, Any], sampling: Sampling
     ) -> list[Completion]:
-        drawn_with = {
-            span["version"] for choice in answer["choices"] for span in choice.get("weight_versions") or ()
-        }
-        if self.version is not None and drawn_with - {self.version}:
+        wanted = FRESH if self.transfer is None else self.version
+        spans = (choice.get("weight_versions") or [{}] for choice in answer["choices"])
+        names = {str(span.get("version")) for span in itertools.chain.from_iterable(spans)}
+        if names - {wanted}:
+            if self.transfer is None:
+                raise RolloutError(
+                    f"{server.url} has the weights {', '.join(sorted(names))}, which a training run gave "
+                    "it, and "
+                    f"not those of its checkpoint; start it anew"
+                )
             if server.version == self.version:
                 server.version = None
             raise Unavailable(
-                f"it drew with the weights {', '.join(sorted(drawn_with))} and not with {self.version}: it "
-                "was "
+                f"it drew with the weights {', '.join(sorted(names))} and not with {wanted}: it was "
                 "started anew, or another run gives it weights"
             )
         check_ids(self.vlm, prompt, answer["prompt_token_ids"])
@@ -206,7 +229,7 @@ class VllmServers:
                         f"no server of {names} answered {about} within {self.patience:g} s: {error}. "
                         f"Look at its log; {START}, and the same command goes on from the last checkpoint"
                     ) from error
-                await asyncio.sleep(min(PAUSE * 2**attempt, REST))
+                await asyncio.sleep(min(PAUSE * 2 ** min(attempt, 10), REST))
         raise AssertionError
 
     def _choose(self, servers: Sequence[Server], attempt: int) -> Server:
@@ -217,5 +240,5 @@ class VllmServers:
 
     def _rest(self, server: Server, error: Unavailable) -> None:
         if server.rests_until <= time.monotonic():
-            self.warn(f"{server.url}: {error}; trying again")
+            self.warn(f"{server.url}: {error}; trying again for up to {self.patience:g} s")
         server.rests_until = time.monotonic() + REST

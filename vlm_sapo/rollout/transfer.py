@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx2 as httpx
 import torch
@@ -19,6 +21,9 @@ from vlm_sapo.rollout.server import Server, Unavailable
 class Transfer(Protocol):
     """Brings weights to servers: `stage` once for each version of them, `send` once for each server."""
 
+    live: bool
+    """Whether `send` reads the live parameters, and must not run while they are trained."""
+
     def stage(self, vlm: VLM, version: str) -> None: ...
 
     async def send(self, client: httpx.AsyncClient, server: Server) -> None: ...
@@ -30,6 +35,8 @@ class Folder:
     """Writes a safetensors file into `folder`, which the servers see under the same path. It stays until the
     next one is there, for servers that come back."""
 
+    live = False
+
     def __init__(self, folder: Path, *, dtype: torch.dtype):
         self.folder, self.dtype, self.made = folder.resolve(), dtype, not folder.exists()
         self.current: Path | None = None
@@ -37,9 +44,10 @@ class Folder:
     def stage(self, vlm: VLM, version: str) -> None:
         target = self.folder / version
         partial = self.folder / f".{version}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = {name: weight.cpu().contiguous() for name, weight in vlm.weights(self.dtype).items()}
-        save_file(weights, partial / "model.safetensors")
+        weights = {name: weight.to("cpu", self.dtype) for name, weight in vlm.weights().items()}
+        save_file(contiguous(weights), partial / "model.safetensors")
         partial.rename(target)
         self._remove()
         self.current = target
@@ -58,29 +66,52 @@ class Folder:
             self.current = None
 
 
-class Nccl:
-    """Sends from GPU to GPU with vLLM's weight transfer; `address` is this machine's, as servers see it."""
+def contiguous(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them."""
+    return {name: weight.contiguous() for name, weight in weights.items()}
 
-    def __init__(self, address: str, *, dtype: torch.dtype):
-        self.address, self.dtype = address, dtype
-        self.weights: dict[str, torch.Tensor] = {}
-        self.senders: dict[str, object] = {}
+
+class Nccl:
+    """Sends the live parameters from GPU to GPU with vLLM's weight transfer; `address` is this machine's, as
+    servers see it. A server that doesn't bear the name of the weights it was given last gets a new group."""
+
+    live = True
+
+    def __init__(self, address: str, *, dtype: torch.dtype, timeout: float):
+        if not torch.cuda.is_available():
+            raise ValueError("rollout.engine.weights (nccl) needs a GPU in this process; use folder")
+        self.address, self.dtype, self.timeout = address, dtype, timeout
+        self.vlm: VLM | None = None
+        self.senders: dict[str, Any] = {}
 
     def stage(self, vlm: VLM, version: str) -> None:
-        self.weights = vlm.weights(self.dtype)
+        self.vlm = vlm
 
     async def send(self, client: httpx.AsyncClient, server: Server) -> None:
+        if (await server.call(client, "weight_info"))["weight_version"] != server.given:
+            self._drop(server)
         world = 1 + (await server.call(client, "get_world_size"))["world_size"]
-        try:
+
+        def work() -> None:
             if server.url not in self.senders:
-                self.senders[server.url] = await asyncio.to_thread(self._connect, server, world)
-            await asyncio.to_thread(self.senders[server.url].send_weights)
-        except (OSError, RuntimeError) as error:  # a server that starts anew knows nothing of the old group
-            self.senders.pop(server.url, None)
-            raise Unavailable(f"weights could not be sent by NCCL ({error})") from error
+                self.senders[server.url] = self._connect(server, world)
+            self.senders[server.url].send_weights()
+
+        try:
+            await asyncio.wait_for(in_daemon(work), self.timeout)
+        except (OSError, RuntimeError) as error:  # time-outs among them
+            self._drop(server)
+            raise Unavailable(f"weights could not be sent by NCCL ({error!r})") from error
 
     def close(self) -> None:
-        self.weights, self.senders = {}, {}
+        for sender in self.senders.values():
+            threading.Thread(target=sender.shutdown, daemon=True).start()
+        self.senders = {}
+
+    def _drop(self, server: Server) -> None:
+        """Forgets a group; to end it may wait for the other side for ever."""
+        if sender := self.senders.pop(server.url, None):
+            threading.Thread(target=sender.shutdown, daemon=True).start()
 
     def _connect(self, server: Server, world: int):
         from vllm.distributed.weight_transfer import (
@@ -91,18 +122,42 @@ class Nccl:
         )
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        transfer = self
+        vlm, dtype = self.vlm, self.dtype
 
         class Source(WeightSource):
             def metadata(self):
-                return [ParamMeta(name, item.dtype, item.shape) for name, item in transfer.weights.items()]
+                return [ParamMeta(name, dtype, tuple(item.shape)) for name, item in vlm.weights().items()]
 
             def __iter__(self):
-                return iter(transfer.weights.items())
+                for name, item in vlm.weights().items():
+                    yield name, item.to(dtype)
 
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         info = NCCLTrainerInitInfo(master_address=self.address, master_port=port, world_size=world, rank=0)
-        client = HTTPVLLMWeightSyncClient(server.url)
+        client = HTTPVLLMWeightSyncClient(server.url, timeout=self.timeout)
         return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
+
+
+def in_daemon(work: Callable[[], None]) -> asyncio.Future:
+    """Runs work that may hang for ever in a thread that the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(None)
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # whatever it is belongs to the one who waits
+            outcome: Exception | None = error
+        else:
+            outcome = None
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.transfer import contiguous
 from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS, check_ids, complete, question
 from vlm_sapo.types import Completion, Prompt, Sampling
 
@@ -38,7 +40,7 @@ class VllmEngine:
         gpu_memory: float = 0.4,
         options: dict[str, Any] | None = None,
     ):
-        self.vlm, self.tensor_parallel = vlm, tensor_parallel
+        self.vlm, self.tensor_parallel, self.dtype = vlm, tensor_parallel, getattr(torch, dtype)
         self.version: int | None = None
         self.asleep: set[str] = set()
         if tensor_parallel == 1:
@@ -73,9 +75,10 @@ class VllmEngine:
                 "reload_weights", kwargs={"weights_iterator": iter(vlm.weights().items())}
             )
         else:
-            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory()) as folder:
-                weights = {name: weight.contiguous() for name, weight in vlm.weights().items()}
-                save_file(weights, Path(folder) / "model.safetensors")
+            weights = {name: weight.to("cpu", self.dtype) for name, weight in vlm.weights().items()}
+            size = sum(weight.nbytes for weight in weights.values())
+            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory(size)) as folder:
+                save_file(contiguous(weights), Path(folder) / "model.safetensors")
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
@@ -85,9 +88,15 @@ class VllmEngine:
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
+        self._wake("weights", "kv_cache")
+        try:
+            return self._generate(prompts, sampling)
+        finally:
+            self._sleep()
+
+    def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         from vllm import SamplingParams
 
-        self._wake("weights", "kv_cache")
         requests, parameters = [], []
         for number, prompt in enumerate(prompts):
             ids, asked = question(self.vlm, prompt, sampling, number)
@@ -105,7 +114,6 @@ class VllmEngine:
         for prompt, result in zip(prompts, results, strict=True):
             check_ids(self.vlm, prompt, list(result.prompt_token_ids))
             groups.append(complete(self.vlm, prompt, [_answer(item) for item in result.outputs], sampling))
-        self._sleep()
         return groups
 
     def close(self) -> None:
@@ -135,6 +143,7 @@ def _answer(output: Any) -> tuple[list[int], list[float], str]:
     return ids, logprobs, output.finish_reason
 
 
-def _memory() -> str | None:
-    """A folder in memory, where the system has one."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+def _memory(size: int) -> str | None:
+    """A folder in memory with room for so many bytes, where the system has one."""
+    folder = Path("/dev/shm")
+    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > size else None

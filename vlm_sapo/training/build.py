@@ -73,7 +73,16 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         keep_flat=algo.kl > 0,
     )
     choose = train.old_logprobs == "auto" and algo.correction is None and not core.progress.step
-    checks = [SelfCheck(core.policy, console, budget=train.tokens_per_microbatch, choose=choose)]
+    uncorrected = bool(rollout.ahead) and algo.correction is None
+    checks = [
+        SelfCheck(
+            core.policy,
+            console,
+            budget=train.tokens_per_microbatch,
+            choose=choose,
+            uncorrected=uncorrected,
+        )
+    ]
     if rollout.engine.type != "hf":
         checks.append(build_parity(config, core))
     return Training(
@@ -103,7 +112,8 @@ def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Cor
 
 def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
     """The comparison of the run's engine with its policy."""
-    dtype = engine_dtype(config.rollout.engine, default_dtype(config))
+    engine = config.rollout.engine
+    dtype = engine_dtype(engine, default_dtype(config))
     return Parity(
         core.policy,
         core.rollouts,
@@ -113,6 +123,7 @@ def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
         tolerance=config.rollout.tolerance or allowed(core.policy, dtype),
         every=config.rollout.check_every,
         budget=config.train.tokens_per_microbatch,
+        places=engine.servers if engine.type == "vllm_server" else (),
     )
 
 

@@ -23,9 +23,11 @@ from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
 
 Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
 GROUPS = 2
-"""Groups of a step that are compared."""
+"""Groups of a step that are compared at least."""
 PROBE = 32
 """Longest response, in tokens, of what is drawn for a comparison alone."""
+COARSE = 1e-3
+"""A tolerance from which on rounding hides what changed weights alone would show."""
 UNIQUE = itertools.count(1)
 """Versions of weights that are no update's; their negatives are used."""
 NOISE = 0.5
@@ -76,6 +78,15 @@ class Difference:
         )
 
 
+@dataclass(frozen=True)
+class Followed:
+    """What an engine drew while weights were changed, against the changed trainer and the unchanged one."""
+
+    changed: Difference
+    unchanged: Difference
+    arrived: bool
+
+
 def allowed(policy: Policy, engine_dtype: str) -> float:
     """Mean absolute difference that rounding explains."""
     model = policy.vlm.model
@@ -95,6 +106,11 @@ class Comparison:
 
     def against(self, trainer: torch.Tensor) -> Difference:
         return Difference.of(self.engine, trainer, self.first)
+
+    def by_group(self, trainer: torch.Tensor) -> list[float]:
+        """Mean absolute difference of each group."""
+        sizes = [sum(len(item.ids) for item in items) for _, items in self.pairs]
+        return [float(gap.mean()) for gap in (self.engine - trainer).abs().split(sizes)]
 
     @torch.no_grad()
     def trainer(self, run: Callable | None = None, autocast: Callable | None = None) -> torch.Tensor:
@@ -157,11 +173,13 @@ class Parity:
         tolerance: float,
         every: int,
         budget: int,
+        places: Sequence[str] = (),
     ):
         self.policy, self.rollouts, self.encode = policy, rollouts, encode
         self.engine = rollouts.engine
         self.console, self.tolerance, self.every, self.budget = console, tolerance, every, budget
         self.sampling = replace(sampling, group=2, max_tokens=min(sampling.max_tokens, PROBE))
+        self.places, self.groups = places, max(GROUPS, len(places))
         self.calls = 0
 
     def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
@@ -170,20 +188,31 @@ class Parity:
         if self.calls > 2 and step % self.every:
             return {}
         self.rollouts.settle()
-        examples = [group.prompt.example for group in drawn.groups[:GROUPS]]
+        examples = [group.prompt.example for group in drawn.groups[: self.groups]]
         if drawn.version == self.policy.vlm.version:
-            pairs = [(group.prompt, group.completions) for group in drawn.groups[:GROUPS]]
+            pairs = [(group.prompt, group.completions) for group in drawn.groups[: self.groups]]
         else:
             pairs = self.probe(examples)
         comparison = Comparison(self.policy, pairs, budget=self.budget)
-        found = comparison.against(comparison.trainer())
-        if not found.mean <= self.tolerance:
-            causes = self.explain(comparison, found, examples)
+        trainer = comparison.trainer()
+        found = comparison.against(trainer)
+        off = self.off(comparison, trainer)
+        if off or not found.mean <= self.tolerance:
+            causes = [*off, *self.explain(comparison, found, examples)]
             raise ParityError(self._disagrees(found, causes, step))
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
         if self.calls == 1:
             self._check_sync(examples)
         return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
+
+    def off(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
+        """The servers whose own groups disagree; prompts go to them in turn."""
+        means = comparison.by_group(trainer)
+        return [
+            f"of {place} alone the mean is {mean:.1e}"
+            for place, mean in zip(self.places, means, strict=False)
+            if len(self.places) > 1 and not mean <= 2 * self.tolerance
+        ]
 
     def probe(self, examples: Sequence[Example]) -> Pairs:
         """Responses to the examples, drawn from the present weights."""
@@ -191,40 +220,41 @@ class Parity:
         self.engine.sync(self.policy.vlm)
         return list(zip(prompts, self.engine.generate(prompts, self.sampling), strict=True))
 
-    def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> tuple:
-        """Changes the weights of the kinds (all by default) for a moment: how the engine's log-probs then
-        differ from the changed trainer's, and from the unchanged one's."""
+    def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> Followed:
+        """Changes the weights of the kinds (all by default) for a moment and compares what the engine then
+        draws with the changed trainer and with the unchanged one."""
         with perturbed(self.policy.vlm, kinds):
             pairs = self.probe(examples)
             comparison = Comparison(self.policy, pairs, budget=self.budget)
-            changed = comparison.against(comparison.trainer())
+            trainer = comparison.trainer()
+            changed, worst = comparison.against(trainer), max(comparison.by_group(trainer))
+            rounding = comparison.rounding()
         fresh = [(self.encode(prompt.example), items) for prompt, items in pairs]
-        unchanged = Comparison(self.policy, fresh, budget=self.budget)
-        return changed, unchanged.against(unchanged.trainer())
+        comparison = Comparison(self.policy, fresh, budget=self.budget)
+        unchanged = comparison.against(comparison.trainer())
+        if self.tolerance < COARSE:
+            limit = 10 * self.tolerance
+        else:  # a model so changed rounds more than a trained one
+            limit = max(self.tolerance, 4 * rounding, unchanged.mean / 20)
+        return Followed(changed, unchanged, arrived=worst <= limit)
 
     def stuck(self, examples: Sequence[Example]) -> list[str]:
         """Kinds of weights that do not reach the engine."""
         found = {kind: self.follow(examples, [kind]) for kind in kinds_of(self.policy.vlm)}
         return [
             kind
-            for kind, (changed, unchanged) in found.items()
-            if changed.mean > max(unchanged.mean, self.tolerance)
+            for kind, item in found.items()
+            if not item.arrived and item.changed.mean > max(item.unchanged.mean, self.tolerance)
         ]
 
-    def arrived(self, changed: Difference, unchanged: Difference) -> bool:
-        """Whether the engine followed. A model so changed rounds more than a trained one."""
-        return changed.mean <= max(self.tolerance, unchanged.mean / 10)
-
     def _check_sync(self, examples: Sequence[Example]) -> None:
-        changed, unchanged = self.follow(examples)
-        if self.arrived(changed, unchanged):
-            self.console.say(f"changed weights reach the engine: {changed}")
-            if unchanged.mean < 10 * self.tolerance:
-                self.console.warn(f"but unchanged ones would hardly tell themselves apart: {unchanged}")
-            self.engine.sync(self.policy.vlm)
-            return
-        cause = f"weights: {self.missing(examples, unchanged)}"
-        raise ParityError(self._disagrees(changed, [cause], None))
+        found = self.follow(examples)
+        if not found.arrived:
+            cause = f"weights: {self.missing(examples, found.unchanged)}"
+            raise ParityError(self._disagrees(found.changed, [cause], None))
+        self.console.say(f"changed weights reach the engine: {found.changed}")
+        if found.unchanged.mean < 10 * self.tolerance:
+            self.console.warn(f"but unchanged ones would hardly tell themselves apart: {found.unchanged}")
 
     def missing(self, examples: Sequence[Example], unchanged: Difference) -> str:
         """What of changed weights does not reach the engine, which differs so much from the unchanged "
@@ -290,12 +320,13 @@ class Parity:
 
 
 def kinds_of(vlm: VLM) -> dict[str, str]:
-    """Kinds of parameters, their names without numbers, each with the first of the kind."""
-    kinds: dict[str, str] = {}
+    """Kinds of parameters, their names without numbers, each with one of the kind: the next one's is of the
+    next layer, so that all layers have a part."""
+    kinds: dict[str, list[str]] = {}
     for name, parameter in vlm.model.named_parameters():
         if ".lora_" not in name and parameter.numel() > 1:
-            kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), name)
-    return kinds
+            kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
+    return {kind: names[place % len(names)] for place, (kind, names) in enumerate(kinds.items())}
 
 
 @contextmanager
@@ -304,15 +335,15 @@ def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
     chosen = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
     parameters = dict(vlm.model.named_parameters())
     saved = {name: parameters[name].detach().to("cpu", copy=True) for name in chosen}
-    generator = torch.Generator().manual_seed(0)
-    version = vlm.version
+    number, version = next(UNIQUE), vlm.version
+    generator = torch.Generator().manual_seed(number)  # never the noise that an engine may still have
     try:
         with torch.no_grad():
             for name in chosen:
                 noise = torch.randn(parameters[name].shape, generator=generator)
                 size = NOISE * saved[name].float().std().clamp(min=0.01)
                 parameters[name] += (noise * size).to(parameters[name])
-        vlm.version = -next(UNIQUE)
+        vlm.version = -number
         yield
     finally:
         with torch.no_grad():

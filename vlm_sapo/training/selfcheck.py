@@ -38,10 +38,20 @@ class SelfCheck:
 
     Where the shared layout disagrees with the plain one, the policy falls back to the plain one; with
     `choose`, old log-probs are recomputed where the engine's disagree with the policy's. Both say so.
+    `uncorrected` says that responses are drawn by older weights and no correction is configured.
     """
 
-    def __init__(self, policy: Policy, console: Console, *, budget: int, choose: bool):
+    def __init__(
+        self,
+        policy: Policy,
+        console: Console,
+        *,
+        budget: int,
+        choose: bool,
+        uncorrected: bool = False,
+    ):
         self.policy, self.console, self.budget, self.choose = policy, console, budget, choose
+        self.uncorrected = uncorrected
         self.done = False
 
     def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
@@ -52,6 +62,12 @@ class SelfCheck:
         logprobs = self._compare_layouts(group)
         if self.choose:
             self._choose(logprobs, torch.cat([item.logprobs for item in group.completions]))
+        if self.uncorrected and not self.policy.reuse_sampled:
+            self.console.warn(
+                "with rollout.ahead and recomputed old log-probs nothing in the loss knows that older "
+                "weights "
+                "drew the responses; set train.old_logprobs=rollout, or algo.correction"
+            )
         return {}
 
     def _compare_layouts(self, group: Group) -> torch.Tensor:
