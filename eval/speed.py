@@ -158,11 +158,10 @@ def count_forward(training, config: TrainConfig) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vlm_sapo.reporting.metrics import StepMeter
-    from vlm_sapo.training.trainer import advantages_of, draw
+    from vlm_sapo.training.trainer import advantages_of
 
     policy = training.core.policy
-    groups = draw(training, config.train.steps, StepMeter())
+    groups = training.core.rollouts(config.train.steps, policy.vlm).groups
     batch = training.split(groups, [advantages_of(training, group) for group in groups], layout=policy.layout)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for minibatch in batch:
