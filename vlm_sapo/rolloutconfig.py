@@ -94,8 +94,7 @@ class Rollout(Section):
         if cut := [name for name in UNSAMPLED if name in value]:
             raise ValueError(
                 f"{cut[0]} ({value[cut[0]]}) cuts the distribution off, so the ratio of the policy to what "
-                "was "
-                f"sampled is biased; remove it, and set eval.{cut[0]} for evaluations"
+                f"was sampled is biased; remove it, and set eval.{cut[0]} for evaluations"
             )
         engine = value.get("engine")
         return value | {"engine": {"type": engine}} if isinstance(engine, str) else value
@@ -110,7 +109,6 @@ class Rollout(Section):
         if self.ahead and self.engine.type != "vllm_server":
             raise ValueError(
                 f"ahead ({self.ahead}) needs engine.type=vllm_server: {self.engine.type} shares this "
-                "process's "
-                "device, which trains meanwhile"
+                "process's device, which trains meanwhile"
             )
         return self

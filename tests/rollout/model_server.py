@@ -91,6 +91,8 @@ class ModelServer:
             assert not unexpected and missing in ([], ["lm_head.weight"])
             self.vlm.version += 1
             return {}
+        if route == "weight_info":
+            return {"weight_version": self.version}
         if route == "update_weight_version":
             self.version = body["new_version"]
             return {}

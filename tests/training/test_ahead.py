@@ -175,6 +175,24 @@ def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server
         assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
 
 
+def test_an_outage_in_a_comparison_changes_nothing(settings, tmp_path, server):
+    """A comparison asks for two responses, a step for four. What the step drew is in the checkpoint."""
+    train(settings("whole", "checkpoint.every=0"))
+    steps = tmp_path / "broken/metrics.jsonl"
+
+    def out(route, body):
+        probing = route == "inference/v1/generate" and body["sampling_params"]["n"] == 2
+        return HANG_UP if probing and steps.is_file() and len(rows(tmp_path / "broken")) == 1 else None
+
+    server.fault = out
+    with pytest.raises(RolloutError, match="no server of .* answered"):
+        train(settings("broken", "checkpoint.every=0"))
+    server.fault = lambda route, body: None
+    train(settings("broken", "checkpoint.every=0"))
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
+    assert asked(tmp_path / "broken") == asked(tmp_path / "whole")
+
+
 def test_each_of_many_servers_is_compared(settings, model_folder, server):
     """The third one's log-probs are those of another temperature, say."""
     more = [ModelServer(model_folder()) for _ in range(2)]

@@ -61,6 +61,10 @@ class Server:
         self.given = version
         await self.call(client, "update_weight_version", {"new_version": version})
 
+    async def weights(self, client: httpx.AsyncClient) -> str:
+        """The name of the weights that it has."""
+        return (await self.call(client, "weight_info"))["weight_version"]
+
     async def forget(self, client: httpx.AsyncClient) -> None:
         """Drops what it computed with older weights."""
         for cache in CACHES:
@@ -131,7 +135,6 @@ def picture_urls(prompt: Prompt) -> list[str]:
         sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in prompt.images)
         raise RowError(
             f"{prompt.example.label}: its pictures ({sizes}) take {size / 2**20:.0f} MB to send to a "
-            "server, over "
-            f"{MOST_BYTES / 2**20:.0f}; lower model.max_pixels"
+            f"server, over {MOST_BYTES / 2**20:.0f}; lower model.max_pixels"
         )
     return urls

@@ -39,8 +39,8 @@ class VllmServers:
     """Generates on servers that serve the checkpoint which `vlm` was loaded from.
 
     `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
-    should be the one at `path`. `longest` is the most
-    tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
+    should be the one at `path`. `longest` is the most tokens of a prompt and its response; what fails is
+    tried again for `patience` seconds; `warn` is told.
     """
 
     def __init__(
@@ -116,11 +116,9 @@ class VllmServers:
             if model["max_model_len"] < longest:
                 raise ValueError(
                     f"{server.url} takes {model['max_model_len']} tokens in all, and a prompt and its "
-                    "response "
-                    f"may have {longest}; {START}, or with --max-model-len {longest}"
+                    f"response may have {longest}; {START}, or with --max-model-len {longest}"
                 )
-
-            if Path(model["root"]).name != Path(path).name:
+            if self.transfer is None and Path(model["root"]).name != Path(path).name:
                 self.warn(f"{server.url} serves {model['root']}, and the model here is {path}")
 
         found = await asyncio.gather(*map(meet, self.servers), return_exceptions=True)
@@ -150,8 +148,9 @@ class VllmServers:
             if self.transfer.live and not self.syncing:
                 raise Unavailable("it has other weights and gets the present ones before the next step")
             server.version = None
+            known = server.given is not None and await server.weights(self.client) == server.given
             await server.name(self.client, f"loading-{self.version}")  # no response may bear a whole name
-            await self.transfer.send(self.client, server)
+            await self.transfer.send(self.client, server, known=known)
             await server.forget(self.client)
             await server.name(self.client, self.version)
             server.version = self.version
@@ -190,8 +189,7 @@ class VllmServers:
             if self.transfer is None:
                 raise RolloutError(
                     f"{server.url} has the weights {', '.join(sorted(names))}, which a training run gave "
-                    "it, and "
-                    f"not those of its checkpoint; start it anew"
+                    "it, and not those of its checkpoint; start it anew"
                 )
             if server.version == self.version:
                 server.version = None

@@ -19,14 +19,15 @@ from vlm_sapo.rollout.server import Server, Unavailable
 
 
 class Transfer(Protocol):
-    """Brings weights to servers: `stage` once for each version of them, `send` once for each server."""
+    """Brings weights to servers: `stage` once for each version of them, `send` once for each server. `known`
+    says that the server still has the weights that it was given last."""
 
     live: bool
     """Whether `send` reads the live parameters, and must not run while they are trained."""
 
     def stage(self, vlm: VLM, version: str) -> None: ...
 
-    async def send(self, client: httpx.AsyncClient, server: Server) -> None: ...
+    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None: ...
 
     def close(self) -> None: ...
 
@@ -52,7 +53,7 @@ class Folder:
         self._remove()
         self.current = target
 
-    async def send(self, client: httpx.AsyncClient, server: Server) -> None:
+    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None:
         await server.load(client, str(self.current))
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ def contiguous(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 class Nccl:
     """Sends the live parameters from GPU to GPU with vLLM's weight transfer; `address` is this machine's, as
-    servers see it. A server that doesn't bear the name of the weights it was given last gets a new group."""
+    servers see it. A server that started anew gets a new group."""
 
     live = True
 
@@ -87,8 +88,8 @@ class Nccl:
     def stage(self, vlm: VLM, version: str) -> None:
         self.vlm = vlm
 
-    async def send(self, client: httpx.AsyncClient, server: Server) -> None:
-        if (await server.call(client, "weight_info"))["weight_version"] != server.given:
+    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None:
+        if not known:
             self._drop(server)
         world = 1 + (await server.call(client, "get_world_size"))["world_size"]
 

@@ -63,9 +63,8 @@ def check_ids(vlm: VLM, prompt: Prompt, ids: list[int]) -> None:
     sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in prompt.images) or "none"
     raise RolloutError(
         f"{prompt.example.label}: the engine read {len(ids)} prompt tokens, {other} of them for pictures, "
-        "the "
-        f"trainer {len(prompt.ids)} and {own} (pictures: {sizes}). Its processor must be that of the trained "
-        "checkpoint and must not resize: start servers with `vlm-sapo serve`, which sets "
+        f"the trainer {len(prompt.ids)} and {own} (pictures: {sizes}). Its processor must be that of the "
+        "trained checkpoint and must not resize: start servers with `vlm-sapo serve`, which sets "
         "--mm-processor-kwargs '{\"do_resize\": false}'"
     )
 
@@ -89,8 +88,7 @@ def complete(
         if finish not in ("stop", "length") or not ids or len(logprobs) != len(ids):
             raise Incomplete(
                 f"{label}: the engine gave a response of {len(ids)} tokens and {len(logprobs)} log-probs "
-                "that "
-                f"ended with {finish!r}"
+                f"that ended with {finish!r}"
             )
         if drawn := set(ids) & set(vlm.banned):
             raise RolloutError(

@@ -257,8 +257,7 @@ class Parity:
             self.console.warn(f"but unchanged ones would hardly tell themselves apart: {found.unchanged}")
 
     def missing(self, examples: Sequence[Example], unchanged: Difference) -> str:
-        """What of changed weights does not reach the engine, which differs so much from the unchanged "
-        "ones."""
+        """What of changed weights does not reach an engine that differs so from the unchanged ones."""
         if unchanged.mean <= self.tolerance:
             return "new weights do not reach the engine; it still answers with the old ones"
         return f"of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
@@ -274,8 +273,7 @@ class Parity:
         if comparison.against(comparison.without_bans()).mean <= self.tolerance:
             causes.append(
                 "banned mass: the engine's log-probs include the vision tokens that the trainer bans; it "
-                "must "
-                "run with logprobs_mode processed_logprobs"
+                "must run with logprobs_mode processed_logprobs"
             )
         if not causes and self._agrees_after_another_sync(examples):
             causes.append("weights: the last update did not reach the engine, another one did")
@@ -286,8 +284,7 @@ class Parity:
             if self._agrees(bare):
                 causes.append(
                     "pictures: rows without pictures agree; the engine's image processor gives other "
-                    "pixels or "
-                    "another size than the trainer's"
+                    "pixels or another size than the trainer's"
                 )
         rounding = comparison.rounding()
         if not causes and found.mean <= 4 * rounding:

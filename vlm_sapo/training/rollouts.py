@@ -56,6 +56,9 @@ class Rollouts(Protocol):
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on after the steps that were given out: tensors and plain values."""
 
+    def untrained(self, drawn: Drawn) -> dict[str, Any]:
+        """What it needs to give the last step out again."""
+
     def restore(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
@@ -124,6 +127,9 @@ class OnDemand:
     def state(self) -> dict[str, Any]:
         return {"stream": self.stream.state()}
 
+    def untrained(self, drawn: Drawn) -> dict[str, Any]:
+        return {"stream": drawn.before}  # the same weights draw the same again
+
     def restore(self, state: dict[str, Any]) -> None:
         self.stream.restore(state["stream"])
 
@@ -162,8 +168,19 @@ class Ahead:
 
     def state(self) -> dict[str, Any]:
         self.settle()
+        following = self._following()
+        return self.rollouts.state() | ({"pending": pack(following)} if following else {})
+
+    def untrained(self, drawn: Drawn) -> dict[str, Any]:
+        self.settle()
+        following = self._following()
+        after = following.before if following else self.rollouts.stream.state()
+        return {"stream": after, "pending": pack(drawn)}
+
+    def _following(self) -> Drawn | None:
+        """The groups of the next step, where they could be drawn."""
         failed = self.pending is None or self.pending.exception() is not None
-        return self.rollouts.state() | ({} if failed else {"pending": pack(self.pending.result())})
+        return None if failed else self.pending.result()
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rollouts.restore(state)

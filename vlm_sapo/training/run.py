@@ -19,6 +19,7 @@ from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import Example, Group, Prompt
@@ -97,12 +98,17 @@ class Core:
     @contextmanager
     def rescuing(self, drawn: Drawn | None = None) -> Iterator[None]:
         """Writes a checkpoint of the finished steps where the block, which lies between two, fails. `drawn`
-        was given out and not trained on, and is drawn anew when the run goes on."""
+        was given out and not trained on; what an engine drew that disagrees is drawn anew."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             if self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step:
-                state = self.rollouts.state() if drawn is None else {"stream": drawn.before}
+                if drawn is None:
+                    state = self.rollouts.state()
+                elif isinstance(error, ParityError):
+                    state = {"stream": drawn.before}
+                else:
+                    state = self.rollouts.untrained(drawn)
                 self.save_checkpoint(state)
                 self.console.say(f"a checkpoint after {self.progress.step} steps is in {self._checkpoints}")
             raise

@@ -65,8 +65,7 @@ class SelfCheck:
         if self.uncorrected and not self.policy.reuse_sampled:
             self.console.warn(
                 "with rollout.ahead and recomputed old log-probs nothing in the loss knows that older "
-                "weights "
-                "drew the responses; set train.old_logprobs=rollout, or algo.correction"
+                "weights drew the responses; set train.old_logprobs=rollout, or algo.correction"
             )
         return {}
 
