@@ -31,6 +31,7 @@ def test_a_measurement(options, model_folder, monkeypatch, capsys):
     assert 0 < parts <= result["seconds_per_rollout_batch"] + 0.01
 
 
+@pytest.mark.slow
 def test_the_bench_goes_on_and_prints_medians(tmp_path, monkeypatch, capsys):
     bench = load("bench")
     monkeypatch.chdir(tmp_path)

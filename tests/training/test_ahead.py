@@ -16,6 +16,7 @@ from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.trainer import train
 
 STEPS = 4
+BOTH = [pytest.param(0, marks=pytest.mark.slow), 1]
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
         assert torch.equal(state["exp_avg"], resumed["state"][index]["exp_avg"])
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", BOTH)
 def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path, server, ahead, capsys):
     """It dies in step 3, after which no checkpoint is due, and comes back with its first weights."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0")
@@ -149,7 +150,7 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path
     assert numbers(tmp_path / "broken")[:2] == numbers(tmp_path / "whole")[:2]
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", BOTH)
 def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server, ahead, capsys):
     """From step 3 on its log-probs are nonsense. Its responses of that step are not trained on."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0", "rollout.check_every=1")
@@ -219,7 +220,7 @@ def test_uncorrected_staleness_is_told(settings, capsys):
     assert "nothing in the loss knows that older weights drew" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["truncated", "masked"])
+@pytest.mark.parametrize("kind", ["masked", pytest.param("truncated", marks=pytest.mark.slow)])
 def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
     low = ", low: 0.5" if kind == "masked" else ""
     correction = f"algo.correction={{type: {kind}, level: token, high: 1.05{low}}}"

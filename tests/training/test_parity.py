@@ -137,7 +137,6 @@ def test_an_engine_that_agrees(model_folder, capsys, family):
     ("fault", "words"),
     [
         ("no sync", "weights: new weights do not reach the engine"),
-        ("prepacked", "weights: of these kinds.*mlp.*proj"),
         ("raw", "temperature: "),
         ("unbanned", "banned mass: "),
         ("other pixels", "pictures: rows without pictures agree"),
