@@ -150,7 +150,8 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path
     assert numbers(tmp_path / "broken")[:2] == numbers(tmp_path / "whole")[:2]
 
 
-@pytest.mark.parametrize("ahead", BOTH)
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server, ahead, capsys):
     """From step 3 on its log-probs are nonsense. Its responses of that step are not trained on."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0", "rollout.check_every=1")
@@ -176,6 +177,7 @@ def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server
         assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_outage_in_a_comparison_changes_nothing(settings, tmp_path, server):
     """A comparison asks for two responses, a step for four. What the step drew is in the checkpoint."""
     train(settings("whole", "checkpoint.every=0"))

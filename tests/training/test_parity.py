@@ -160,6 +160,7 @@ def test_an_update_that_got_lost_is_caught_at_the_second_step(model_folder):
         run.step(2)
 
 
+@pytest.mark.slow
 def test_only_the_faulty_kinds_are_named(model_folder):
     run = Run(model_folder, "prepacked")
     with pytest.raises(ParityError) as caught:
