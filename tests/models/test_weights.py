@@ -59,15 +59,6 @@ def test_adapters_are_merged(model_folder, tmp_path):
     assert (with_adapters - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_in_another_type(vlm, dtype):
-    assert {weight.dtype for weight in vlm.weights(dtype).values()} == {dtype}
-    same = vlm.weights(torch.float32)["model.language_model.norm.weight"]
-    assert (
-        same.data_ptr() == dict(vlm.model.named_parameters())["model.language_model.norm.weight"].data_ptr()
-    )
-
-
 def test_an_engine_gets_one_token_for_each_picture(vlm, encoder):
     for pictures in (0, 1, 2, 3):
         prompt = encoder(example(pictures=pictures))

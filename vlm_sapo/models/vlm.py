@@ -145,10 +145,9 @@ class VLM(nn.Module):
         embedding = self.model.model.visual.patch_embed
         embedding.proj = PatchProjection(embedding.proj)
 
-    def weights(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """The weights as a published checkpoint has them; see `stored_weights`."""
-        found = stored_weights(self.model)
-        return {name: weight if dtype is None else weight.to(dtype) for name, weight in found.items()}
+        return stored_weights(self.model)
 
     def save(self, folder: Path) -> None:
         """Writes weights, configs, tokenizer and processor so that transformers' Auto classes load them."""
