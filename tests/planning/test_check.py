@@ -106,7 +106,7 @@ def test_an_engine_that_reads_other_prompts(run, server, model_folder):
     server.fault = resized
     result = run("check", served(server))
     assert result.exit_code == 1
-    assert lines(result)["prompts read alike"][0] == "FAILS" and "row train-" in result.output
+    assert lines(result)["responses drawn"][0] == "FAILS" and "row train-" in result.output
 
 
 def test_serve_prints_what_training_needs(run):

@@ -47,8 +47,7 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
 
 
 def in_folder(config: TrainConfig, folder: str) -> TrainConfig:
-    """The config with its run in that folder; weights for servers stay where the run itself would put "
-    "them."""
+    """The config with its run in that folder. Weights for servers stay where the run itself puts them."""
     rollout = config.rollout
     if rollout.engine.type == "vllm_server" and rollout.engine.folder is None:
         weights = str(config.run.folder / "weights")
@@ -68,7 +67,7 @@ def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens:
         started = time.perf_counter()
         drawn = engine.generate(list(prompts), sampling)
     except RolloutError as error:
-        yield Finding("prompts read alike", str(error), False)
+        yield Finding("responses drawn", str(error), False)
         return
     seconds = time.perf_counter() - started
     pairs: Pairs = list(zip(prompts, drawn, strict=True))
@@ -97,8 +96,9 @@ def compare(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
     for name, part in parts.items():
         if name == "log-probs" or mixed:
             comparison = Comparison(parity.policy, part, budget=parity.budget)
-            found = comparison.against(comparison.trainer())
-            off = parity.off(comparison, comparison.trainer()) if name == "log-probs" else []
+            trainer = comparison.trainer()
+            found = comparison.against(trainer)
+            off = parity.off(comparison, trainer) if name == "log-probs" else []
             fine = found.mean <= parity.tolerance and not off
             yield Finding(name, describe(found), fine)
             yield from (Finding("likely cause", line, False) for line in off)
