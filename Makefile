@@ -40,7 +40,7 @@ check-gpu: .venv-gpu/installed
 	.venv-gpu/bin/vlm-sapo check quickstart model.path=runs/check_gpu model.dtype=bfloat16 train.precision=bf16 \
 		model.min_pixels=262144 rollout.engine=vllm rollout.max_tokens=256 --rows 16 --samples 8
 
-.venv-gpu/installed: pyproject.toml setup
+.venv-gpu/installed: pyproject.toml .venv/installed
 	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
 	VIRTUAL_ENV=$(CURDIR)/.venv-gpu $(BIN)/uv pip install --quiet --editable '.[test,vllm]'
 	touch $@

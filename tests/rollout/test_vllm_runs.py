@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 
 from tests.conftest import ROOT
@@ -152,6 +154,13 @@ def kill(process):
 
 
 def test_servers_stop_when_they_are_told_to(tmp_path):
-    process = start_server(COLD_START, free_port(), tmp_path / "server.log")
+    port = free_port()
+    process = start_server(COLD_START, port, tmp_path / "server.log")
+    own = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     stop(process)
-    assert process.returncode is not None
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+    deadline = time.monotonic() + 30  # helpers of multiprocessing end a moment later
+    while any(Path(f"/proc/{child}").exists() for child in own) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert own and time.monotonic() < deadline, "its engine goes on without it"
