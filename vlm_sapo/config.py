@@ -28,14 +28,34 @@ class Run(Section):
         return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
+Part = Literal["vision", "merger", "language"]
+
+
+class Lora(Section):
+    rank: Positive = 16
+    """Rank of the adapters."""
+    alpha: Rate = 32.0
+    """The adapters' output is multiplied by alpha / rank."""
+    parts: Annotated[list[Part], Field(min_length=1)] = ["language"]
+    """Parts whose linear layers get adapters. Experts and the router of a mixture get none."""
+    bits: Literal[4] | None = None
+    """4 holds the linear layers of the adapted parts in 4 bits (QLoRA, needs bitsandbytes); null as
+    `model.dtype` says."""
+    adapter: str | None = None
+    """Folder with an adapter of the same base model to go on from; its rank, alpha and parts then count."""
+
+
 class Model(Section):
     path: str
-    """Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor."""
+    """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its processor."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
-    freeze: list[Literal["vision", "merger", "language"]] = []
+    freeze: list[Literal["vision", "merger", "language", "router"]] = []
     """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
-    features serve rollout and updates; with `vision` alone it is encoded again in every pass."""
+    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is what
+    chooses the experts of a mixture."""
+    lora: Lora | None = None
+    """Train low-rank adapters and nothing else. The reference model is then the model without them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     min_pixels: Positive | None = None
@@ -209,6 +229,15 @@ class Optim(Section):
     """Gradients are scaled down to this norm."""
     precision: Literal["no", "bf16"] = "no"
     """`bf16` computes in bfloat16 under autocast, log-probs and weights staying as they are."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds the optimizer's two moments in 8 bits, `paged_...` besides lets them move to host
+    memory when the GPU is full; both need bitsandbytes."""
+    shard: Positive | Literal["all"] = 1
+    """Processes (GPUs) that share one copy of the weights, gradients and optimizer state; a divisor of their
+    number, or all. With 1 each has a whole copy."""
+    offload: bool = False
+    """Keep trained weights, gradients and optimizer state in host memory and bring each layer to the GPU when
+    it is needed: slow, and the least memory."""
     tokens_per_microbatch: Positive = 16384
     """Most tokens, padding included, that go through the model at once; it never changes the gradient."""
     layout: Literal["shared", "plain"] = "shared"
