@@ -106,7 +106,6 @@ class Stopped(Exception):
 def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
     options = ("rollout.resample=1",)
     train(settings("whole", *options))
-    from vlm_sapo.training import trainer
 
     def stop(record):
         if record["step"] == 3:
@@ -114,7 +113,7 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
         return ""
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(trainer, "headline", stop)
+        patch.setattr(run, "headline", stop)
         train(settings("resumed", *options))
     train(settings("resumed", *options))
     assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")
