@@ -55,6 +55,7 @@ def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: boo
     fully_shard(root, **options)
     for unit in _units(root):
         unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
     if kept:
         visual.to(device)
     vlm.vision.device, vlm.vision.always = device, not kept

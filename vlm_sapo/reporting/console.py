@@ -83,24 +83,19 @@ class Console:
             self.say(f"    {problem[:100]} -> {response[:160]}  ({mark}; gold: {record['answer'][:40]})")
 
 
-class OtherConsole(Console):
-    """Of a process that isn't the main one: warnings alone."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
+class SilentConsole(Console):
+    """Of the processes beside the main one, which says it all."""
 
     def say(self, text: str) -> None:
-        """Nothing: the main process says it."""
+        """Nothing."""
 
     def warn(self, text: str) -> None:
-        """One line that stands out, with the process's number."""
-        super().warn(f"(process {self.rank}) {text}")
+        """Nothing."""
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """Nothing: the main process prints it."""
+        """Nothing."""
 
     @contextmanager
     def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
-        """Nothing: the main process shows it."""
+        """Nothing."""
         yield lambda done, text="": None

@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo import config as cfg
-from vlm_sapo.reporting.console import Console, OtherConsole
+from vlm_sapo.reporting.console import Console, SilentConsole
 from vlm_sapo.training.copies import Copies, Sharded, Whole
 from vlm_sapo.world import World
 
@@ -37,7 +37,11 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     """Joins the processes that were started together. Raises ValueError where the config does not fit their
     number."""
     waiting = InitProcessGroupKwargs(timeout=SLOWEST)
-    accelerator = Accelerator(mixed_precision=config.train.precision, kwargs_handlers=[waiting])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.train.precision,
+        kwargs_handlers=[waiting],
+    )
     if accelerator.distributed_type not in KNOWN:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, and this trainer shards by itself; "
@@ -54,7 +58,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
             world_size=1,
         )
     world = World()
-    console = (console or Console()) if world.main else OtherConsole(world.rank)
+    console = (console or Console()) if world.main else SilentConsole()
     local = max(size // max(len(set(world.gather(_host()))), 1), 1)
     return Processes(accelerator, world, console, shard, local)
 
