@@ -19,6 +19,7 @@ LAYERS = [
         "evaluation",
         "training.copies",
         "training.launch",
+        "training.memory",
         "training.policy",
         "training.batch",
         "training.checkpoint",

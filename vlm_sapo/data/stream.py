@@ -15,8 +15,8 @@ from vlm_sapo.world import World
 class PromptStream:
     """Gives out rows epoch after epoch, each epoch in an order of its own that depends on the seed alone.
 
-    `position` counts the rows given out so far: setting it resumes the order. With `skip` bad rows are counted
-    in `skipped` and left out.
+    `position` counts the rows given out so far: setting it resumes the order. With `skip` bad rows are
+    counted in `skipped` and left out.
     """
 
     def __init__(

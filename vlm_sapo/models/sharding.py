@@ -36,9 +36,9 @@ class Root(nn.Module):
 def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: bool) -> Root:
     """Shards the model in place over the last dimension of `mesh`; a dimension before it holds copies.
 
-    Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` if given; embeddings, head
-    and norms stay gathered during a pass. A frozen tower stays whole on each device, since processes look at
-    different numbers of pictures. Gradients are summed, not averaged.
+    Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` if given; embeddings,
+    head and norms stay gathered during a pass. A frozen tower stays whole on each device, since processes
+    look at different numbers of pictures. Gradients are summed, not averaged.
     """
     visual, device = vlm.model.model.visual, torch.device(mesh.device_type)
     kept = set(visual.parameters()) if vlm.vision.frozen else set()

@@ -151,8 +151,8 @@ class VLM(nn.Module):
         embedding.proj = PatchProjection(embedding.proj)
 
     def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The weights as a published checkpoint has them; see `stored_weights`. Of a sharded model they are in
-        host memory, all processes must call this, and those that don't `keep` them get empty tensors."""
+        """The weights as a published checkpoint has them; see `stored_weights`. Of a sharded model they are
+        in host memory, all processes must call this, and those that don't `keep` them get empty tensors."""
         return stored_weights(self.model, whole if keep else discarded)
 
     def save(self, folder: Path, *, write: bool = True) -> None:

@@ -40,8 +40,8 @@ class VllmServers:
     """Generates on servers that serve the checkpoint which `vlm` was loaded from.
 
     `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
-    should be the one at `path`. The main process of `world` brings weights, all draw. `longest` is the most tokens of a prompt and its response; what fails is
-    tried again for `patience` seconds; `warn` is told.
+    should be the one at `path`. The main process of `world` brings them, and all draw. `longest` is the most
+    tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
     """
 
     def __init__(

@@ -20,8 +20,9 @@ from vlm_sapo.world import World
 
 
 class Transfer(Protocol):
-    """Brings weights to servers: `stage` once for each version of them, in all processes; `send` once for each
-    server, in the main one. `known` says that the server still has the weights that it was given last."""
+    """Brings weights to servers: `stage` once for each version of them, in all processes; `send` once for
+    each server, in the main one. `known` says that the server still has the weights that it was given
+    last."""
 
     live: bool
     """Whether `send` reads the live parameters, and must not run while they are trained."""

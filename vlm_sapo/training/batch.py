@@ -30,6 +30,40 @@ class MicroBatch:
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and responses, each prompt once."""
+        return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in self.groups)
+
+    def within(self, budget: int) -> list[MicroBatch]:
+        """The same responses in parts of at most so many tokens, or of one response."""
+        count = len(self.mask)
+        if self.num_tokens <= budget or count == 1:
+            return [self]
+        return [
+            part
+            for half in (self._rows(0, count // 2), self._rows(count // 2, count))
+            for part in half.within(budget)
+        ]
+
+    def _rows(self, start: int, end: int) -> MicroBatch:
+        rows = [(prompt, response) for prompt, responses in self.groups for response in responses][start:end]
+        groups: list[Branches] = []
+        for prompt, response in rows:
+            if not groups or groups[-1][0] is not prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(response)
+        width = max(len(response) for _, response in rows)
+        chosen = {
+            name: value[start:end, : 1 if name == "advantages" else width]
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        sampled = chosen["sampled"]
+        if self.old is self.sampled:
+            chosen["old"] = sampled
+        return MicroBatch(groups=groups, **chosen)
+
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """What the step's metrics are computed from, beside the new log-probs."""
         return {

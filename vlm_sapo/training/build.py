@@ -29,8 +29,10 @@ from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
+from vlm_sapo.training.copies import Whole
 from vlm_sapo.training.launch import Processes, build_copies
 from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
 from vlm_sapo.training.rollouts import Ahead, OnDemand
@@ -71,7 +73,6 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
     split = partial(
         minibatches,
         count=train.minibatches,
-        budget=train.tokens_per_microbatch,
         mask_truncated=algo.mask_truncated,
         keep_flat=algo.kl > 0,
         world=world,
@@ -239,6 +240,7 @@ def _build_policy(config, vlm, processes, copies, temperature, kl, reuse_sampled
         layout=_layout(train.layout, vlm, processes.console),
         reuse_sampled=reuse_sampled,
         copies=copies,
+        memory=Memory(train.tokens_per_microbatch, processes.console, can_shrink=isinstance(copies, Whole)),
     )
 
 

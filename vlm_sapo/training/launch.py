@@ -80,7 +80,8 @@ def check(config: cfg.TrainConfig | cfg.SftConfig, size: int, shard: int) -> Non
     if size % shard:
         divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
         raise ValueError(
-            f"train.shard ({shard}) must divide the number of processes ({size}); use one of {divisors}, or all"
+            f"train.shard ({shard}) must divide the number of processes ({size}); use one of {divisors}, or "
+            "all"
         )
     sharded = shard > 1 or train.offload
     four_bits = config.model.lora is not None and config.model.lora.bits

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import whole
+from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 from vlm_sapo.training.copies import Copies, Whole
+from vlm_sapo.training.memory import Memory
 from vlm_sapo.world import World
 
 ADAPTER = "adapter"
@@ -45,6 +48,11 @@ def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: An
     return vars(bitsandbytes.optim)[kinds[name]](parameters, **options)
 
 
+Loss = Callable[[torch.Tensor, MicroBatch, MiniBatch], torch.Tensor]
+"""Log-probs [N, T] of a micro-batch to its share of the mini-batch's loss."""
+UNLIMITED = 2**62
+
+
 class Unadapted(Pass):
     """The policy's pass without its adapters: a reference that costs no memory."""
 
@@ -59,7 +67,8 @@ class Policy:
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
     old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
-    neither: its own pass gives them. `copies` says how several processes hold the model.
+    neither: its own pass gives them. `copies` says how several processes hold the model, `memory` how large a
+    micro-batch may be.
     """
 
     def __init__(
@@ -80,11 +89,13 @@ class Policy:
         layout: Layout | None = None,
         reuse_sampled: bool = False,
         copies: Copies | None = None,
+        memory: Memory | None = None,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
         self.copies = copies or Whole(World(), accelerator.device)
+        self.memory = memory or Memory(UNLIMITED, Console())
         self.copies.spread(vlm)
         self.trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not self.trained:
@@ -131,13 +142,27 @@ class Policy:
         that the present weights drew the responses."""
         trained = [minibatch for minibatch in minibatches if minibatch.micros]
         for minibatch in trained:
-            for micro in minibatch.micros:
-                self._move(micro)
-                own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
-                if not own_pass:
-                    micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
-                if self.reference is not None:
-                    micro.reference, _ = self._run(self.reference, micro.groups, self.layout)
+            own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
+            done = self.memory.fitting(minibatch.micros, partial(self._score, own_pass=own_pass))
+            minibatch.micros = [micro for micro, _ in done]
+
+    def _score(self, micro: MicroBatch, *, own_pass: bool) -> None:
+        self._move(micro)
+        if not own_pass:
+            micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
+        if self.reference is not None:
+            micro.reference, _ = self._run(self.reference, micro.groups, self.layout)
+
+    def accumulate(self, minibatch: MiniBatch, loss: Loss) -> Iterator[dict[str, Any]]:
+        """Adds the gradient of a mini-batch's loss; what a meter wants to know of each micro-batch."""
+
+        def learn(micro: MicroBatch) -> dict[str, Any]:
+            logprobs, entropies = self.logprobs(micro)
+            value = self.backward(loss(logprobs, micro, minibatch))
+            return {"loss": value, "logprobs": logprobs.detach(), "entropies": entropies}
+
+        done = self.memory.fitting(minibatch.micros, learn, undo=self.optimizer.zero_grad)
+        return (found | micro.tensors() for micro, found in done)
 
     def _move(self, micro: MicroBatch) -> None:
         device = self.accelerator.device

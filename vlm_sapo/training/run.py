@@ -173,7 +173,7 @@ class Training:
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
     split: Callable[..., list[MiniBatch]]
-    """(groups, advantages, layout=...) to mini-batches."""
+    """(groups, advantages, layout=..., budget=...) to mini-batches."""
     report: Reporter
 
     def check(self, step: int, drawn: Drawn) -> dict[str, float]:
@@ -198,15 +198,19 @@ class Reporter:
         """Returns the numbers that matter most. All processes call it."""
         own = [group.without_pictures() for group in drawn.groups]
         replaced = [group.without_pictures() for group in drawn.replaced]
-        told = self.core.world.collect((list(zip(drawn.places, own, advantages, strict=True)), replaced))
+        placed = list(zip(drawn.places, own, advantages, strict=True))
+        memory = self.core.policy.memory
+        told = self.core.world.collect((placed, replaced, memory.shortages))
         if not told:
             return ""
-        placed = sorted((item for items, _ in told for item in items), key=lambda item: item[0])
+        placed = sorted((item for items, _, _ in told for item in items), key=lambda item: item[0])
         groups = [group for _, group, _ in placed]
-        replaced = [group for _, groups in told for group in groups]
+        replaced = [group for _, groups, _ in told for group in groups]
         record = {"step": step} | further | meter.record(drawn.seconds)
         record |= group_metrics(groups, replaced, drawn.seconds)
         record |= task_metrics(groups, replaced, self.minibatches)
+        if shortages := sum(count for _, _, count in told):
+            record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": memory.budget}
         self.core.folder.append("metrics.jsonl", record)
         for _, group, values in placed[: self.rollouts]:
             for line in rollout_lines(group, values.tolist()):

@@ -43,15 +43,15 @@ def loop(training: Training, steps: int) -> dict:
                 checked = training.check(step, drawn)
             behind = policy.vlm.version - drawn.version
             advantages = [advantages_of(training, group) for group in drawn.groups]
-            batch = training.split(drawn.groups, advantages, layout=policy.layout)
+            batch = training.split(
+                drawn.groups, advantages, layout=policy.layout, budget=policy.memory.budget
+            )
             with meter.time("old_logprobs"):
                 policy.score(batch, fresh=behind == 0)
             with meter.time("update"):
                 for minibatch in batch:
-                    for micro in minibatch.micros:
-                        logprobs, entropies = policy.logprobs(micro)
-                        loss = policy.backward(training.loss(logprobs, micro, minibatch))
-                        meter.add(loss, logprobs, entropies, **micro.tensors())
+                    for passed in policy.accumulate(minibatch, training.loss):
+                        meter.add(**passed)
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
             core.progress.advance(step, time.perf_counter() - started)
