@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sapo.models import adapters, attention
+from vlm_sapo.models.families import FAMILIES, check_family
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.types import Prompt
 
@@ -177,17 +178,16 @@ def stored_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights as published checkpoints name and lay them out, adapters merged; views where nothing has to
     be computed.
 
-    Experts' matrices are [E, in, out] there. transformers holds them as [E, out, in], takes both when it
-    loads, and saves them as it holds them, which vLLM does not take.
+    Experts' matrices stay whole, and are turned where the family's checkpoints have them so. transformers
+    takes every form when it loads, but would save another one.
     """
     named = dict(model.named_parameters())
     held = adapters.merged(model) if any(".lora_" in name for name in named) else named
     held = {name: weight.detach() for name, weight in held.items()}
-    return {
-        name: weight.transpose(1, 2)
-        if name.endswith(EXPERTS) and weight.shape == held[name].shape
-        else weight
-        for name, weight in revert_weight_conversion(model, held).items()
+    turned = FAMILIES[model.config.model_type].experts_turned
+    experts = {name: held.pop(name) for name in list(held) if name.endswith(EXPERTS)}
+    return revert_weight_conversion(model, held) | {
+        name: weight.transpose(1, 2) if turned else weight for name, weight in experts.items()
     }
 
 
@@ -211,12 +211,12 @@ def load_vlm(
     gradient_checkpointing: bool = False,
     freeze: list[str] = (),
 ) -> VLM:
-    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense or MoE) checkpoint from a folder or a hub id.
+    """Loads a checkpoint of a listed family (models/families.py) from a folder or a hub id.
 
     Dropout is off for good: old and new log-probs must come from the same function.
-    Raises ValueError when the folder lacks a model or a processor.
+    Raises ValueError when the folder lacks a model or a processor, or the family is another.
     """
-    processor, model = _open(path, lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype))
+    processor, model = _open(path, lambda _: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype))
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     model.to(device).train()
     silence_dropout(model)
@@ -231,29 +231,25 @@ def load_vlm(
 def load_outline(path: str) -> VLM:
     """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
 
-    def build() -> nn.Module:
+    def build(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+            return AutoModelForImageTextToText.from_config(config)
 
     processor, model = _open(path, build)
     return VLM(model, processor)
 
 
-def _open(path: str, build: Callable[[], nn.Module]) -> tuple:
+def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Processor and model, or an error that says what is wrong with `model.path`."""
     check_folder(path)
     try:
-        processor, model = AutoProcessor.from_pretrained(path), build()
+        config = AutoConfig.from_pretrained(path)
+        check_family(config.model_type, f"the model type of model.path {path}")
+        return AutoProcessor.from_pretrained(path), build(config)
     except OSError as error:
         raise ValueError(
             f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
         ) from error
-    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
-        raise ValueError(
-            f"model.path ({path}) is a {model.config.model_type}; "
-            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
-    return processor, model
 
 
 def check_folder(path: str) -> None:
