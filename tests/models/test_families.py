@@ -65,6 +65,12 @@ def folder(name, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """The model, for tests that leave it as it was."""
+    return load_vlm(str(folder))
+
+
 def prompts_of(vlm):
     """Three prompts of unequal length, with two, one and no pictures; one is longer than 64 tokens, a chunk of
     linear attention."""
@@ -111,8 +117,8 @@ def ids_of(groups):
     return [item.ids.tolist() for completions in groups for item in completions]
 
 
-def test_a_row_with_pictures(name, folder):
-    vlm = load_vlm(str(folder))
+def test_a_row_with_pictures(name, loaded):
+    vlm = loaded
     assert vlm.attends_fully == (REAL.get(name, name) in SHARING)
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
@@ -128,8 +134,8 @@ def test_a_row_with_pictures(name, folder):
 
 @needs_shared
 @pytest.mark.parametrize("name", REAL, indirect=True)
-def test_a_real_processors_tokens(folder, name):
-    encoder = Encoder(load_vlm(str(folder)))
+def test_a_real_processors_tokens(loaded, name):
+    encoder = Encoder(loaded)
     prompt = encoder(dataclasses.replace(example(), images=(picture(0, (300, 420)),)))
     patch = encoder.vlm.processor.image_processor.patch_size
     assert int((prompt.ids == encoder.vlm.model.config.image_token_id).sum()) == {14: 165, 16: 117}[patch]
@@ -137,22 +143,41 @@ def test_a_real_processors_tokens(folder, name):
     assert encoder.respond(prompt, "yes").ids[-1] == encoder.vlm.tokenizer.eos_token_id
 
 
-@torch.no_grad()
-def test_rollout(folder):
-    vlm = load_vlm(str(folder))
-    vlm.model.lm_head.weight[vlm.banned] = 20 * vlm.model.lm_head.weight[10:11]  # often the likeliest
-    prompts, sampling = prompts_of(vlm), Sampling(4, 12, 0.8, seed=5)
-    free = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
-    vlm.stops += [int(completions[row].ids[3 * row + 2]) for completions in free for row in (0, 1)]
-    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
+def check_drawn(vlm, prompts, groups):
+    """Drawn at temperature .8 with the training pass's own log-probs, and no vision token among them."""
     for prompt, completions in zip(prompts, groups, strict=True):
-        assert len({tuple(item.ids.tolist()) for item in completions}) == 4
-        assert len({len(item.ids) for item in completions}) > 1, "no branch left before the others"
         expected = plain(vlm, prompt, [item.ids for item in completions], temperature=0.8)
         for logprobs, item in zip(expected, completions, strict=True):
             assert (logprobs - item.logprobs).abs().max() < 1e-5
             assert not set(item.ids.tolist()) & set(vlm.banned)
             assert item.text.startswith(prompt.opening)
+
+
+@torch.no_grad()
+def test_rollout(loaded):
+    vlm, prompts = loaded, prompts_of(loaded)
+    head = vlm.model.lm_head.weight
+    saved = head[vlm.banned]
+    head[vlm.banned] = 20 * head[10:11]  # often the likeliest
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(2, 4, 0.8, seed=5))
+    assert len(groups) == 3 and all(len(completions) == 2 for completions in groups)
+    check_drawn(vlm, prompts, groups)
+    head[vlm.banned] = saved
+
+
+@TINY
+@torch.no_grad()
+def test_branches_leave_and_batches_change_nothing(folder):
+    vlm = load_vlm(str(folder))
+    prompts, sampling = prompts_of(vlm), Sampling(4, 12, 0.8, seed=5)
+    free = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
+    drawn = [item.ids.tolist() for completions in free for item in completions[:2]]
+    vlm.stops += [ids[len(ids) // (2 + row % 2)] for row, ids in enumerate(drawn)]
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
+    check_drawn(vlm, prompts, groups)
+    for completions in groups:
+        assert len({tuple(item.ids.tolist()) for item in completions}) == 4
+        assert len({len(item.ids) for item in completions}) > 1, "no branch left before the others"
     assert ids_of(HfEngine(vlm, prompts_per_batch=1).generate(prompts, sampling)) == ids_of(groups)
     other = dataclasses.replace(sampling, seed=6)
     assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(prompts, other)) != ids_of(groups)
@@ -166,9 +191,10 @@ def backward(vlm, groups):
     return logprobs.detach(), weights
 
 
-def test_the_training_pass_is_transformers_own(folder):
+def test_the_training_pass_is_transformers_own(folder, loaded):
     """A padded batch of all rows against one row at a time: neighbours and padding change nothing."""
-    vlm = load_vlm(str(folder))
+    vlm = loaded
+    vlm.zero_grad()
     groups = groups_of(vlm)
     logprobs, weights = backward(vlm, groups)
     model = AutoModelForImageTextToText.from_pretrained(folder)
