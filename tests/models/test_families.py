@@ -12,7 +12,7 @@ from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, picture
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as TABLE
 from vlm_sapo.models.families import Shape
-from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.tiny import model_config, new_model
 from vlm_sapo.models.vlm import load_vlm, save_model, stored_weights
@@ -181,6 +181,16 @@ def test_branches_leave_and_batches_change_nothing(folder):
     assert ids_of(HfEngine(vlm, prompts_per_batch=1).generate(prompts, sampling)) == ids_of(groups)
     other = dataclasses.replace(sampling, seed=6)
     assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(prompts, other)) != ids_of(groups)
+
+
+@TINY
+def test_linear_attention_refuses_a_shared_prefix(name, loaded):
+    inputs = SharedPrefix().inputs(groups_of(loaded))
+    if name in SHARING:
+        assert Pass(loaded)(inputs)[0].shape == (5, 7)
+    else:
+        with pytest.raises(AssertionError, match="neither segments nor a prefix"):
+            Pass(loaded)(inputs)
 
 
 def backward(vlm, groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ class VLM(nn.Module):
         """Longest row that the language model was made for, in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    @property
+    @cached_property
     def attends_fully(self) -> bool:
         """Whether every layer of the language model is full attention, so that branches can share a
         prefix."""
@@ -99,6 +100,7 @@ class VLM(nn.Module):
             if features.deep:
                 extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
+            assert self.attends_fully, "linear attention reads neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # taken for a ready mask, so that none is built
             extra |= {"segments": segments, "prefix": prefix}
         return language(
