@@ -263,7 +263,9 @@ def serve(
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
-    family: Annotated[str, typer.Option(help="qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe.")] = "qwen3_vl",
+    family: Annotated[
+        str, typer.Option(help="A family of docs/families.md: qwen2_5_vl, qwen3_vl_moe, ...")
+    ] = "qwen3_vl",
     corpus: Annotated[
         str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
     ] = "data/shapes.py:corpus",

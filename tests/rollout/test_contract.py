@@ -172,6 +172,34 @@ def test_experts_are_saved_as_vllm_reads_them(tmp_path, monkeypatch):
         assert setting.differences(prompts, groups).max() < setting.rounding
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
+    """All that vLLM's CPU kernels take: bfloat16 and heads of 128. Every expert is chosen, since rounding would
+    flip a choice; new weights are not brought to it, since on some processors it packs convolutions, too."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    shape = dataclasses.replace(SHAPE, layers=4, head_dim=128)
+    new_model(tmp_path / "new", family=family, corpus=CORPUS, shape=shape)
+    vlm = load_vlm(str(tmp_path / "new"), dtype="bfloat16")
+    vlm.model.config.text_config.num_experts_per_tok = 4
+    vlm.save(tmp_path / "saved")
+    vlm = load_vlm(str(tmp_path / "saved"), dtype="bfloat16")
+    options = {"max_num_seqs": 64, "enable_prefix_caching": False}
+    engine = build_engine(
+        Rollout.model_validate({"engine": {"type": "vllm", "options": options}}).engine,
+        vlm,
+        str(tmp_path / "saved"),
+        longest=LONGEST,
+        dtype="bfloat16",
+        prompts_per_batch=8,
+        warn=print,
+    )
+    with closing(engine):
+        setting = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine)
+        differences = setting.differences(*setting.draw())
+    assert differences.mean() < 0.03 and differences.max() < 0.2
+
+
 def ids_of(groups):
     return [item.ids.tolist() for completions in groups for item in completions]
 

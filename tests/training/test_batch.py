@@ -240,6 +240,7 @@ class Small:
 @pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=["shared", "plain"])
 def test_a_pass_that_runs_out_of_memory_is_made_in_parts(model_folder, encoder, layout, capsys):
     """Mini-batches that come after it begin small; gradients are those of a device with room."""
+
     def train(most: int) -> tuple[dict, Policy, Small]:
         policy = make_policy(model_folder(), layout=layout)
         groups = draw_groups(policy, encoder, REWARDS)
@@ -267,6 +268,8 @@ def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
     Small(policy.forward_pass, 10)
-    with pytest.raises(ValueError, match="one response to row e[0-9]+, .* tokens with its prompt, does not fit"):
+    with pytest.raises(
+        ValueError, match="one response to row e[0-9]+, .* tokens with its prompt, does not fit"
+    ):
         for minibatch in split(policy, groups):
             policy.accumulate(minibatch, loss_of())

@@ -6,13 +6,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 
 from vlm_sapo.models import adapters, attention
+from vlm_sapo.models.families import check_family
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
 from vlm_sapo.types import Prompt
@@ -62,7 +70,7 @@ class VLM(nn.Module):
         """Longest row that the language model was made for, in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    @property
+    @cached_property
     def attends_fully(self) -> bool:
         """Whether every layer of the language model is full attention, so that branches can share a
         prefix."""
@@ -105,6 +113,7 @@ class VLM(nn.Module):
             if features.deep:
                 extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
+            assert self.attends_fully, "linear attention reads neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # taken for a ready mask, so that none is built
             extra |= {"segments": segments, "prefix": prefix}
         return language(
@@ -219,17 +228,20 @@ def load_vlm(
     freeze: list[str] = (),
     lora: Adapters | None = None,
 ) -> VLM:
-    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense or MoE) checkpoint from a folder or a hub id.
+    """Loads a checkpoint of a listed family (models/families.py) from a folder or a hub id.
 
     Dropout is off for good: old and new log-probs must come from the same function.
-    Raises ValueError when the folder lacks a model or a processor.
+    Raises ValueError when the folder lacks a model or a processor, or the family is another.
     """
-    extra = {}
-    if lora is not None and lora.bits:
-        extra = {"quantization_config": _four_bits(path, lora.parts, dtype), "device_map": {"": device}}
-    processor, model = _open(
-        path, lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **extra)
-    )
+
+    def build(config: PreTrainedConfig) -> nn.Module:
+        extra = {}
+        if lora is not None and lora.bits:
+            quantized = _four_bits(config, lora.parts, dtype)
+            extra = {"quantization_config": quantized, "device_map": {"": device}}
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **extra)
+
+    processor, model = _open(path, build)
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     vlm = VLM(model, processor)
     if lora is None:
@@ -253,10 +265,10 @@ def load_vlm(
     return vlm
 
 
-def _four_bits(path: str, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
+def _four_bits(config: PreTrainedConfig, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
     """NF4 with twice quantized constants for the linear layers of some parts."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForImageTextToText.from_config(config)
     chosen = set(adapters.targets(model, part_of, parts))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(
@@ -271,29 +283,25 @@ def _four_bits(path: str, parts: tuple[str, ...], dtype: str) -> BitsAndBytesCon
 def load_outline(path: str) -> VLM:
     """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
 
-    def build() -> nn.Module:
+    def build(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+            return AutoModelForImageTextToText.from_config(config)
 
     processor, model = _open(path, build)
     return VLM(model, processor)
 
 
-def _open(path: str, build: Callable[[], nn.Module]) -> tuple:
+def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Processor and model, or an error that says what is wrong with `model.path`."""
     check_folder(path)
     try:
-        processor, model = AutoProcessor.from_pretrained(path), build()
+        config = AutoConfig.from_pretrained(path)
+        check_family(config.model_type, f"the model type of model.path {path}")
+        return AutoProcessor.from_pretrained(path), build(config)
     except OSError as error:
         raise ValueError(
             f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
         ) from error
-    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
-        raise ValueError(
-            f"model.path ({path}) is a {model.config.model_type}; "
-            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
-    return processor, model
 
 
 def check_folder(path: str) -> None:

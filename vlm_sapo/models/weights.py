@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sapo.models import adapters
+from vlm_sapo.models.families import FAMILIES
 
 Take = Callable[[torch.Tensor], torch.Tensor]
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -42,18 +43,17 @@ def stored_weights(model: nn.Module, take: Take = whole) -> dict[str, torch.Tens
     """The weights as published checkpoints name and lay them out, adapters merged; views where nothing has to
     be computed. `take` makes a parameter a whole tensor.
 
-    Experts' matrices are [E, in, out] there. transformers holds them as [E, out, in], takes both when it
-    loads, and saves them as it holds them, which vLLM does not take.
+    Experts' matrices stay whole, and are turned where the family's checkpoints have them so. transformers
+    takes every form when it loads, but would save another one.
     """
     if adapters.attached(model):
         held = adapters.merged(model, take)
     else:
         held = {name: take(weight.detach()) for name, weight in model.named_parameters()}
-    return {
-        name: weight.transpose(1, 2)
-        if name.endswith(EXPERTS) and weight.shape == held[name].shape
-        else weight
-        for name, weight in revert_weight_conversion(model, held).items()
+    turned = FAMILIES[model.config.model_type].experts_turned
+    experts = {name: held.pop(name) for name in list(held) if name.endswith(EXPERTS)}
+    return revert_weight_conversion(model, held) | {
+        name: weight.transpose(1, 2) if turned else weight for name, weight in experts.items()
     }
 
 

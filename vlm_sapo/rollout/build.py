@@ -73,7 +73,7 @@ def build_engine(
             warn=warn,
             world=world or World(),
         )
-    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, alone=alone)
+    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, alone=alone, warn=warn)
 
 
 def open_model(
