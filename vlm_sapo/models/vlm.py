@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sapo.models import adapters, attention
+from vlm_sapo.models.routing import Routers
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.types import Prompt
 
@@ -20,8 +21,12 @@ PARTS = {
     "vision": ("visual.",),
     "merger": ("visual.merger.", "visual.deepstack_merger_list."),
     "language": ("language_model.", "lm_head."),
+    "router": (".mlp.gate.",),
 }
-"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out."""
+"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out, and
+`language` the router."""
+NARROW_FIRST = ("merger", "router", "vision", "language")
+"""The parts in the order in which a parameter's is found."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -46,6 +51,7 @@ class VLM(nn.Module):
         ]
         self.stops = stop_ids(model, processor)
         self.vision = Vision(model, budget=vision_cache)
+        self.routers = Routers(model)
         self.version = 0
 
     @property
@@ -136,9 +142,8 @@ class VLM(nn.Module):
     def freeze(self, parts: list[str]) -> None:
         """Switches gradients off for the named parts (keys of PARTS)."""
         for name, parameter in self.model.named_parameters():
-            in_merger = any(mark in name for mark in PARTS["merger"])
-            owner = "merger" if in_merger else "vision" if "visual." in name else "language"
-            parameter.requires_grad_(owner not in parts)
+            owners = (part for part in NARROW_FIRST if any(mark in name for mark in PARTS[part]))
+            parameter.requires_grad_(next(owners) not in parts)
 
     def as_matrix_product(self) -> None:
         """Makes the patch embedding the matrix product that it is."""
@@ -220,9 +225,11 @@ def load_vlm(
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     model.to(device).train()
     silence_dropout(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     vlm = VLM(model, processor)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
+        )
     vlm.as_matrix_product()
     vlm.freeze(freeze)
     return vlm

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.models.vlm import VLM, load_outline, load_vlm
+from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.server import Server
@@ -42,11 +42,12 @@ def build_engine(
     warn: Callable[[str], None],
     folder: Path | None = None,
     autocast: Callable = nullcontext,
+    experts: bool = False,
 ) -> RolloutEngine:
     """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
 
     `dtype` is what `auto` stands for. `folder` is where weights for servers go unless the config names one;
-    without it servers keep the weights that they have.
+    without it servers keep the weights that they have. With `experts` completions tell their tokens' experts.
     """
     dtype = engine_dtype(engine, dtype)
     if isinstance(engine, Vllm):
@@ -58,6 +59,7 @@ def build_engine(
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
             options=engine.options,
+            experts=experts,
         )
     if isinstance(engine, VllmServer):
         return VllmServers(
@@ -68,8 +70,9 @@ def build_engine(
             longest=longest,
             patience=engine.patience,
             warn=warn,
+            experts=experts,
         )
-    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast)
+    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, experts=experts)
 
 
 def open_model(
@@ -85,7 +88,7 @@ def open_model(
     what prompts need is loaded. `longest` is None for the model's whole context."""
     if engine.type == "hf":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = load_vlm(path, dtype=dtype, device=device, freeze=["vision", "merger", "language"])
+        vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
         vlm.eval()
     else:
         vlm = load_outline(path)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vlm_sapo.models.attention import Branched, Prefix, Segments
+from vlm_sapo.models.routing import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Completion, Prompt, Sampling
 
@@ -29,12 +30,14 @@ GPU_STRIDE = 16
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context.
+    With `experts` completions tell the experts of their tokens, which a mixture has.
 
     The draws of a prompt depend on the seed and the prompt's place alone, not on how prompts are batched.
     """
 
-    def __init__(self, vlm: VLM, *, prompts_per_batch: int, autocast=nullcontext):
+    def __init__(self, vlm: VLM, *, prompts_per_batch: int, autocast=nullcontext, experts: bool = False):
         self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
+        self.experts = experts
 
     def sync(self, vlm: VLM) -> None:
         """Nothing to copy: the engine and the policy share their modules."""
@@ -59,14 +62,17 @@ class HfEngine:
         return groups
 
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
-        logits, prefix = self._prefill(prompts)
+        journal = (
+            Journal(self.vlm.routers, sampling.group, sampling.max_tokens) if self.experts else NoJournal()
+        )
+        logits, prefix = self._prefill(prompts, journal)
         starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        ids, logprobs = self._decode(logits, prefix, starts, uniforms, sampling)
-        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group)
+        ids, logprobs = self._decode(logits, prefix, starts, uniforms, sampling, journal)
+        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group, journal)
         return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
 
     @torch.inference_mode()
-    def _decode(self, logits, prefix: Prefix, starts, uniforms, sampling: Sampling):
+    def _decode(self, logits, prefix: Prefix, starts, uniforms, sampling: Sampling, journal):
         """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
         positions [B] and random numbers [B, G, max_tokens]."""
         group, device = uniforms.shape[1], self.vlm.device
@@ -96,33 +102,35 @@ class HfEngine:
                     if step:
                         cache.batch_select_indices(kept)
                     prefix = prefix if len(rows) == len(prefix.padding) else prefix.select(rows)
-            hidden = self.vlm.hidden(
-                ids=tokens[:, None],
-                positions=(position + step).expand(3, -1)[:, :, None],
-                cache=cache,
-                prefix=prefix,
-            )
+            with journal.decode(branch, step):
+                hidden = self.vlm.hidden(
+                    ids=tokens[:, None],
+                    positions=(position + step).expand(3, -1)[:, :, None],
+                    cache=cache,
+                    prefix=prefix,
+                )
             logits = self.vlm.logits(hidden[:, -1])
         return ids, logprobs
 
-    def _prefill(self, prompts: list[Prompt]) -> tuple[torch.Tensor, Prefix]:
+    def _prefill(self, prompts: list[Prompt], journal: Journal | NoJournal) -> tuple[torch.Tensor, Prefix]:
         """The first logits [B, V], and the keys and values that branches decode from."""
         lengths = [len(prompt.ids) for prompt in prompts]
         ends = torch.tensor(lengths).cumsum(0)
         starts = (ends - torch.tensor(lengths)).tolist()
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         device = self.vlm.device
-        hidden = self.vlm.hidden(
-            ids=torch.cat([prompt.ids for prompt in prompts])[None].to(device),
-            positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
-            features=self.vlm.vision(prompts),
-            cache=cache,
-            segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
-        )
+        with journal.prefill(lengths):
+            hidden = self.vlm.hidden(
+                ids=torch.cat([prompt.ids for prompt in prompts])[None].to(device),
+                positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(device),
+                features=self.vlm.vision(prompts),
+                cache=cache,
+                segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
+            )
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         return self.vlm.logits(hidden[0, ends - 1]), Prefix.from_row(keys, values, lengths)
 
-    def _complete(self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int):
+    def _complete(self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, journal):
         lengths = (ids >= 0).sum(1).tolist()
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -132,6 +140,7 @@ class HfEngine:
                 logprobs=logprobs[index, : len(row)].clone(),
                 text=prompts[index // group].opening + texts[index],
                 finish="stop" if int(row[-1]) in self.vlm.stops else "length",
+                experts=journal.experts(index, len(row)),
             )
             for index, row in enumerate(rows)
         ]

@@ -21,7 +21,7 @@ from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
-from vlm_sapo.models.vlm import VLM, load_vlm
+from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
@@ -55,13 +55,14 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
+    own_old = algo.correction is not None or algo.replay == "r2"
     core = _build_core(
         config,
         folder,
         console,
         minibatch=train.prompts_per_step // train.minibatches,
-        kl=algo.kl,
-        reuse_sampled=train.old_logprobs != "recompute" and algo.correction is None,
+        algo=algo,
+        reuse_sampled=train.old_logprobs != "recompute" and not own_old,
         sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         prompts_per_step=train.prompts_per_step,
     )
@@ -72,7 +73,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
         mask_truncated=algo.mask_truncated,
         keep_flat=algo.kl > 0,
     )
-    choose = train.old_logprobs == "auto" and algo.correction is None and not core.progress.step
+    choose = train.old_logprobs == "auto" and not own_old and not core.progress.step
     uncorrected = bool(rollout.ahead) and algo.correction is None
     checks = [
         SelfCheck(
@@ -96,6 +97,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
             kl=algo.kl,
             max_tokens=rollout.max_tokens,
             correction=algo.correction.model_dump() if algo.correction else None,
+            balance=algo.balance,
         ),
         split=split,
         minibatches=train.minibatches,
@@ -140,9 +142,10 @@ def _build_core(
     minibatch: int,
     sampling: Sampling,
     prompts_per_step: int,
-    kl: float = 0.0,
+    algo: cfg.Algo = cfg.Algo(),
     reuse_sampled: bool = False,
 ) -> Core:
+    _check_mixture(config.model, algo)
     reward = build_reward(config.reward)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
     accelerator = Accelerator(mixed_precision=config.train.precision)
@@ -157,7 +160,7 @@ def _build_core(
     stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch)
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
-    policy = _build_policy(config, vlm, accelerator, console, sampling.temperature, kl, reuse_sampled)
+    policy = _build_policy(config, vlm, accelerator, console, sampling.temperature, algo, reuse_sampled)
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
     engine = build_engine(
         config.rollout.engine,
@@ -169,6 +172,7 @@ def _build_core(
         warn=console.warn,
         folder=folder.path / "weights",
         autocast=accelerator.autocast,
+        experts=algo.replay == "r3",
     )
     rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
     rollouts = Ahead(rollouts, last=config.train.steps) if config.rollout.ahead else rollouts
@@ -192,11 +196,22 @@ def _build_core(
     )
 
 
-def _build_policy(config, vlm, accelerator, console, temperature, kl, reuse_sampled) -> Policy:
+def _check_mixture(model: cfg.Model, algo: cfg.Algo) -> None:
+    """Raises ValueError where options for a mixture of experts meet a dense model."""
+    asked = {
+        f"algo.replay ({algo.replay})": algo.replay != "none",
+        f"algo.balance ({algo.balance:g})": algo.balance > 0,
+        "model.freeze (router)": "router" in model.freeze,
+    }
+    options = [name for name, wanted in asked.items() if wanted]
+    if options and not load_outline(path := str(locate(model.path))).routers:
+        raise ValueError(f"{options[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+
+
+def _build_policy(config, vlm, accelerator, console, temperature, algo, reuse_sampled) -> Policy:
     train, reference = config.train, None
-    if kl:
-        everything = ["vision", "merger", "language"]
-        reference = _load(config.model, str(locate(config.model.path)), accelerator, everything)
+    if algo.kl:
+        reference = _load(config.model, str(locate(config.model.path)), accelerator, list(PARTS))
     return Policy(
         vlm,
         accelerator,
@@ -211,6 +226,8 @@ def _build_policy(config, vlm, accelerator, console, temperature, kl, reuse_samp
         reference=reference,
         layout=_layout(train.layout, vlm, console),
         reuse_sampled=reuse_sampled,
+        replay=algo.replay != "none",
+        balance=algo.balance > 0,
     )
 
 

@@ -28,7 +28,9 @@ class Policy:
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
     old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
-    neither: its own pass gives them.
+    neither: its own pass gives them. With `replay` the experts of a mixture are those of the engine, where it
+    told them, else those of the pass that gave the old log-probs. `balance` says that the loss wants the
+    routers' probabilities with their gradient.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Policy:
         reference: VLM | None = None,
         layout: Layout | None = None,
         reuse_sampled: bool = False,
+        replay: bool = False,
+        balance: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
+        self.replay, self.balance = replay, balance
         trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
@@ -68,10 +73,23 @@ class Policy:
     def logprobs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] of a micro-batch. Where it has no old log-probs yet, the model is
         still the one that drew it, and these are the old ones."""
-        logprobs, entropies = self.run(micro.groups)
+        logprobs, entropies = self._pass(micro, first=micro.old is None)
         if micro.old is None:
             micro.old = logprobs.detach()
         return logprobs, entropies
+
+    def _pass(self, micro: MicroBatch, *, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N, T] of a micro-batch, and the usage of its experts. The first pass's
+        experts are the old ones, unless the engine told its own."""
+        inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
+        replayed = micro.routes if self.replay else None
+        routed = self.vlm.routers.watch(inputs, replayed, gradient=self.balance)
+        found = self.forward_pass(inputs, routed)
+        if routed is not None:
+            micro.usage = routed.usage(micro.routes)
+            if first and micro.routes is None:
+                micro.routes = routed.routes()
+        return found
 
     @torch.no_grad()
     def score(self, minibatches: list[MiniBatch], *, fresh: bool = True) -> None:
@@ -83,7 +101,7 @@ class Policy:
                 self._move(micro)
                 own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
                 if not own_pass:
-                    micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
+                    micro.old = micro.sampled if self.reuse_sampled else self._pass(micro, first=True)[0]
                 if self.reference is not None:
                     inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
                     with self.accelerator.autocast():
