@@ -52,8 +52,8 @@ class Model(Section):
     """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
     freeze: list[Literal["vision", "merger", "language", "router"]] = []
     """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
-    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is what
-    chooses the experts of a mixture; `language` leaves it out."""
+    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is
+    what chooses the experts of a mixture; `language` leaves it out."""
     lora: Lora | None = None
     """Train low-rank adapters and nothing else. The reference model is then the model without them."""
     gradient_checkpointing: bool = False

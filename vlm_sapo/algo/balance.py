@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 
-def sequence_balance(probabilities: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def sequence_balance(
+    probabilities: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
     """The complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, eq. 17) for each response, [N]:
     sum over experts of f P, mean over layers.
 
@@ -31,4 +33,6 @@ def router_metrics(
         "expert_load": float((load.amax(-1) / load.mean(-1)).mean()),
         "router_entropy": float(entropy.double().sum() / tokens),
     }
-    return metrics if changed is None else metrics | {"experts_changed": float(changed.double().sum() / tokens)}
+    return (
+        metrics if changed is None else metrics | {"experts_changed": float(changed.double().sum() / tokens)}
+    )

@@ -24,9 +24,7 @@ class Pass(nn.Module):
         super().__init__()
         self.vlm, self.temperature = vlm, temperature
 
-    def forward(
-        self, inputs: Inputs, routed: RoutedPass | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] float32 of the response tokens, 0 where the mask is off; `routed`
         is told what the routers do, and may tell them what to do."""
         with self.vlm.routers.during(routed):

@@ -106,12 +106,17 @@ class Routes:
         prompts = {prompt: experts[: len(prompt.ids)] for prompt, experts in rows}
         return cls(pad_sequence(responses, batch_first=True), prompts)
 
+    def predicting(self, inputs: Inputs) -> torch.Tensor:
+        """[K, M, k] of what predicts the tokens of a pass over these responses."""
+        where = inputs.response_mask.cpu()
+        return self.responses[:, : where.shape[1]][where]
+
     def laid_out(self, inputs: Inputs) -> torch.Tensor:
         """[L, M, k] int16 for the rows of a pass; -1 where nothing is known, on padding and behind the last
         prediction."""
         size = (inputs.ids.numel(), *self.responses.shape[2:])
         laid = torch.full(size, -1, dtype=torch.int16, device=inputs.ids.device)
-        laid[inputs.predicting] = self.responses[inputs.response_mask.cpu()].to(laid)
+        laid[inputs.predicting] = self.predicting(inputs).to(laid)
         # Afterwards: branches of a packed row share the prompt's last token, which has one set of experts.
         laid[inputs.prompting] = torch.cat([self.prompts[prompt] for prompt in inputs.prompts]).to(laid)
         return laid
@@ -170,7 +175,9 @@ class RoutedPass(Trace):
             empty = probabilities.new_zeros(responses, logits.shape[-1])
             sums = empty.index_add(0, self.row, probabilities)
         with torch.no_grad():
-            counts = empty.index_add(0, self.row, torch.zeros_like(probabilities).scatter(1, experts[places], 1))
+            counts = empty.index_add(
+                0, self.row, torch.zeros_like(probabilities).scatter(1, experts[places], 1)
+            )
             entropies = torch.special.entr(probabilities).sum(-1)
             return sums, counts, empty[:, 0].index_add(0, self.row, entropies)
 
@@ -188,11 +195,10 @@ class RoutedPass(Trace):
         sums, counts, entropies = zip(*(self.sums[place] for place in sorted(self.sums)), strict=True)
         changed = None
         if before is not None:
-            where = self.inputs.response_mask
-            then = before.responses[where.cpu()].to(where.device)
             now = self.experts()[self.inputs.predicting]
+            then = before.predicting(self.inputs).to(now)
             other = (now.sort(-1).values != then.sort(-1).values).any(-1).float().mean(-1)  # [K]
-            changed = other.new_zeros(len(where)).index_add(0, self.row, other)
+            changed = other.new_zeros(len(self.inputs.response_mask)).index_add(0, self.row, other)
         return Usage(torch.stack(sums, 1), torch.stack(counts, 1), torch.stack(entropies).mean(0), changed)
 
 

@@ -130,7 +130,9 @@ class HfEngine:
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         return self.vlm.logits(hidden[0, ends - 1]), Prefix.from_row(keys, values, lengths)
 
-    def _complete(self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, journal):
+    def _complete(
+        self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, journal
+    ):
         lengths = (ids >= 0).sum(1).tolist()
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -96,9 +96,7 @@ def complete(
     """
     label = prompt.example.label
     if sampling.temperature == 0:
-        answers = [
-            answer._replace(logprobs=[0.0] * len(answer.ids)) for answer in answers
-        ] * sampling.group
+        answers = [answer._replace(logprobs=[0.0] * len(answer.ids)) for answer in answers] * sampling.group
     if len(answers) != sampling.group:
         raise Incomplete(f"{label}: the engine gave {len(answers)} responses of {sampling.group}")
     for ids, logprobs, finish, _ in answers:

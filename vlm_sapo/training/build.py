@@ -109,7 +109,15 @@ def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Cor
     """Everything that `sft` needs."""
     rows = config.train.rows_per_step
     sampling = Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed)
-    return _build_core(config, folder, console, minibatch=rows, sampling=sampling, prompts_per_step=rows)
+    return _build_core(
+        config,
+        folder,
+        console,
+        minibatch=rows,
+        sampling=sampling,
+        prompts_per_step=rows,
+        algo=cfg.Algo(),
+    )
 
 
 def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
@@ -142,7 +150,7 @@ def _build_core(
     minibatch: int,
     sampling: Sampling,
     prompts_per_step: int,
-    algo: cfg.Algo = cfg.Algo(),
+    algo: cfg.Algo,
     reuse_sampled: bool = False,
 ) -> Core:
     _check_mixture(config.model, algo)
