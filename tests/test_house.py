@@ -11,12 +11,14 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig"},
+    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig", "world"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"planning.inspect", "planning.duplicates", "planning.doctor"},
     {
         "evaluation",
+        "training.copies",
+        "training.launch",
         "training.policy",
         "training.batch",
         "training.checkpoint",

@@ -7,7 +7,7 @@ N vision patches of all its pictures, D values of a patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -155,6 +155,12 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...]
+
+    def without_pictures(self) -> Group:
+        """What metrics and logs need of it."""
+        example = replace(self.prompt.example, images=(), columns={})
+        prompt = replace(self.prompt, example=example, images=(), pixels=None)
+        return replace(self, prompt=prompt)
 
     @property
     def flat(self) -> bool:

@@ -19,6 +19,7 @@ from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Sampling
+from vlm_sapo.world import World
 
 MIXTURES = [family for family in FAMILIES if family.endswith("moe")]
 FAR = 0.3
@@ -34,7 +35,7 @@ def update(policy, groups, loss, *, count=2, budget=10**6, fresh=True):
     """One step of the loop: its mini-batches, and its metrics."""
     batch = minibatches(groups, advantages(groups), count=count, layout=policy.layout, budget=budget)
     policy.score(batch, fresh=fresh)
-    meter = StepMeter(loss.describe)
+    meter = StepMeter(World(), loss.describe)
     for minibatch in batch:
         for micro in minibatch.micros:
             logprobs, entropies = policy.logprobs(micro)
@@ -170,3 +171,15 @@ def test_a_run_with_replay(settings, tmp_path, folder, replay):  # noqa: F811
     assert all(row["minibatch0/ratio_max"] == pytest.approx(1.0, abs=1e-4) for row in rows)
     assert any(row.get("policy/experts_changed", 0) > 0 for row in rows)
     assert all("policy/expert_load" in row for row in rows)
+
+
+def test_a_microbatch_that_adds_nothing_adds_nothing_to_balance(folder, groups):
+    """Processes without work of their own run such ones."""
+    policy = make_policy(folder, balance=True)
+    [batch] = minibatches(groups, advantages(groups), count=1, layout=policy.layout, budget=10**6)
+    [micro] = batch.micros
+    idle = replace(micro, mask=torch.zeros_like(micro.mask), advantages=torch.zeros_like(micro.advantages))
+    logprobs, entropies = policy.logprobs(idle)
+    assert policy.backward(replace(loss_of(), balance=1.0)(logprobs, idle, batch)) == 0.0
+    assert float(policy.grad_norm()) == 0.0
+    assert len(idle.usage.told(idle.mask.any(1)).counts) == 0

@@ -136,6 +136,13 @@ class Usage:
     """[N] share of the layers whose k likeliest experts are others than before; None where those aren't
     known."""
 
+    def told(self, rows: torch.Tensor) -> Usage:
+        """That of some responses, [N] bool, in host memory and without gradients."""
+        kept = {
+            name: None if value is None else value.detach()[rows].cpu() for name, value in vars(self).items()
+        }
+        return Usage(**kept)
+
 
 class RoutedPass(Trace):
     """One training pass: what its routers choose, and the routes that they are made to follow instead.

@@ -81,3 +81,26 @@ class Console:
             mark = "right" if record["scores"][0] >= 1 else "wrong"
             problem, response = " ".join(record["problem"].split()), " ".join(record["responses"][0].split())
             self.say(f"    {problem[:100]} -> {response[:160]}  ({mark}; gold: {record['answer'][:40]})")
+
+
+class OtherConsole(Console):
+    """Of a process that isn't the main one: warnings alone."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def say(self, text: str) -> None:
+        """Nothing: the main process says it."""
+
+    def warn(self, text: str) -> None:
+        """One line that stands out, with the process's number."""
+        super().warn(f"(process {self.rank}) {text}")
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        """Nothing: the main process prints it."""
+
+    @contextmanager
+    def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
+        """Nothing: the main process shows it."""
+        yield lambda done, text="": None

@@ -10,12 +10,13 @@ import torch
 
 from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.hf import HfEngine, run
 from vlm_sapo.rollout.server import Server
 from vlm_sapo.rollout.servers import VllmServers
 from vlm_sapo.rollout.transfer import Folder, Nccl
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rolloutconfig import Engine, Vllm, VllmServer
+from vlm_sapo.world import World
 
 AT_ONCE = 256
 """Problems that an evaluation hands to vLLM at the same time; it batches them itself."""
@@ -42,6 +43,8 @@ def build_engine(
     warn: Callable[[str], None],
     folder: Path | None = None,
     autocast: Callable = nullcontext,
+    alone: Callable = run,
+    world: World | None = None,
     experts: bool = False,
 ) -> RolloutEngine:
     """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
@@ -65,14 +68,15 @@ def build_engine(
         return VllmServers(
             vlm,
             [Server(url, timeout=engine.timeout) for url in engine.servers],
-            folder and _transfer(engine, folder, dtype),
+            folder and _transfer(engine, folder, dtype, world or World()),
             path=path,
             longest=longest,
             patience=engine.patience,
             warn=warn,
+            world=world or World(),
             experts=experts,
         )
-    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, experts=experts)
+    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, alone=alone, experts=experts)
 
 
 def open_model(
@@ -104,10 +108,10 @@ def open_model(
     )
 
 
-def _transfer(engine: VllmServer, folder: Path, dtype: str) -> Folder | Nccl:
+def _transfer(engine: VllmServer, folder: Path, dtype: str, world: World) -> Folder | Nccl:
     kind: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         dtype
     ]
     if engine.weights == "nccl":
         return Nccl(engine.address, dtype=kind, timeout=engine.timeout)
-    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind)
+    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind, world=world)

@@ -7,7 +7,9 @@ batch, [V] vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from transformers import (
@@ -24,20 +26,35 @@ from vlm_sapo.models.routing import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Completion, Prompt, Sampling
 
+T = TypeVar("T")
 GPU_STRIDE = 16
 """Tokens between two looks at which branches have ended, on a GPU, where a look waits for the device."""
 
 
+def run(work: Callable[[], T]) -> T:
+    """Just so."""
+    return work()
+
+
 class HfEngine:
-    """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context.
-    With `experts` completions tell the experts of their tokens, which a mixture has.
+    """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context, and
+    `alone` runs work with the whole model, which several processes may share. With `experts` completions tell
+    the experts of their tokens, which a mixture has.
 
     The draws of a prompt depend on the seed and the prompt's place alone, not on how prompts are batched.
     """
 
-    def __init__(self, vlm: VLM, *, prompts_per_batch: int, autocast=nullcontext, experts: bool = False):
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        prompts_per_batch: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        alone: Callable[[Callable[[], T]], T] = run,
+        experts: bool = False,
+    ):
         self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
-        self.experts = experts
+        self.alone, self.experts = alone, experts
 
     def sync(self, vlm: VLM) -> None:
         """Nothing to copy: the engine and the policy share their modules."""
@@ -46,15 +63,17 @@ class HfEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    @torch.no_grad()
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
+        return self.alone(lambda: self._generate_all(prompts, sampling))
+
+    @torch.no_grad()
+    def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         groups: list[list[Completion]] = []
-        context: AbstractContextManager = self.autocast()
-        with context:
+        with self.autocast():
             for start in range(0, len(prompts), self.prompts_per_batch):
                 chosen = slice(start, start + self.prompts_per_batch)
                 groups += self._generate(prompts[chosen], torch.stack(uniforms[chosen]), sampling)

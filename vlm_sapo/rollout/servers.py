@@ -23,6 +23,7 @@ from vlm_sapo.rollout.server import START, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.transfer import Transfer
 from vlm_sapo.rollout.wire import Answer, Incomplete, check_ids, complete, question
 from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.world import World
 
 T = TypeVar("T")
 AT_ONCE = 64
@@ -39,7 +40,7 @@ class VllmServers:
     """Generates on servers that serve the checkpoint which `vlm` was loaded from.
 
     `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
-    should be the one at `path`. `longest` is the most tokens of a prompt and its response; what fails is
+    should be the one at `path`. The main process of `world` brings weights, all draw. `longest` is the most tokens of a prompt and its response; what fails is
     tried again for `patience` seconds; `warn` is told.
     """
 
@@ -53,11 +54,13 @@ class VllmServers:
         longest: int,
         patience: float,
         warn: Callable[[str], None],
+        world: World,
         experts: bool = False,
     ):
+        self.world = world
         self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
         self.patience, self.warn, self.experts = patience, warn, experts
-        self.name = uuid.uuid4().hex[:8]
+        self.name = world.from_main(lambda: uuid.uuid4().hex[:8])
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
@@ -72,6 +75,11 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
+        self.world.from_main(self._bring)
+        for server in self.servers:  # each response names its weights, so none is taken on trust
+            server.version = version if not self.world.main else server.version
+
+    def _bring(self) -> None:
         self.syncing = True
         try:
             self._run(self._send_all)
@@ -146,7 +154,7 @@ class VllmServers:
         async with self.locks[server.url]:
             if self.transfer is None or server.version == self.version:
                 return
-            if self.transfer.live and not self.syncing:
+            if (self.transfer.live and not self.syncing) or not self.world.main:
                 raise Unavailable("it has other weights and gets the present ones before the next step")
             server.version = None
             known = server.given is not None and await server.weights(self.client) == server.given

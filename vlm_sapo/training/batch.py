@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_sapo.models.layout import Branches, Layout
 from vlm_sapo.models.routing import Routes, Usage
 from vlm_sapo.types import Completion, Group, Prompt
+from vlm_sapo.world import World
 
 
 @dataclass
@@ -48,7 +49,7 @@ class MicroBatch:
 
 @dataclass
 class MiniBatch:
-    """The micro-batches of one optimizer update and the denominators of its loss."""
+    """This process's micro-batches of one optimizer update, and the denominators of all processes' loss."""
 
     micros: list[MicroBatch]
     num_sequences: int
@@ -69,12 +70,14 @@ def minibatches(
     budget: int,
     mask_truncated: bool = False,
     keep_flat: bool = False,
+    world: World | None = None,
 ) -> list[MiniBatch]:
     """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
 
     Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL
     term needs. With `mask_truncated`, responses that hit the length limit leave both the loss and the
-    denominators. `budget` is in tokens of a micro-batch, which `layout` fills.
+    denominators. `budget` is in tokens of a micro-batch, which `layout` fills. Every process of `world` has
+    equally many micro-batches of a mini-batch; where groups are wanting, ones that add nothing.
     """
     size = len(groups) // count
     batches = []
@@ -89,12 +92,30 @@ def minibatches(
         batches.append(
             MiniBatch(
                 micros=_microbatches(trained, layout, budget),
-                num_sequences=max(len(counted), 1),
-                num_tokens=max(sum(len(completion.ids) for completion in counted), 1),
+                num_sequences=len(counted),
+                num_tokens=sum(len(completion.ids) for completion in counted),
                 index=index,
             )
         )
+    _align(batches, groups, world or World())
     return batches
+
+
+def _align(batches: list[MiniBatch], groups: list[Group], world: World) -> None:
+    """Makes denominators those of all processes, and the micro-batches equally many."""
+    told = world.gather([(len(item.micros), item.num_sequences, item.num_tokens) for item in batches])
+    shortest = min(groups, key=lambda group: len(group.prompt.ids))
+    for batch, counts in zip(batches, zip(*told, strict=True), strict=True):
+        most, sequences, tokens = zip(*counts, strict=True)
+        batch.num_sequences, batch.num_tokens = max(sum(sequences), 1), max(sum(tokens), 1)
+        batch.micros += [_idle(shortest) for _ in range(max(most) - len(batch.micros))]
+
+
+def _idle(group: Group) -> MicroBatch:
+    """A micro-batch that adds nothing to loss and gradient."""
+    nothing = torch.zeros(1, 1)
+    first = group.completions[0].ids[:1]
+    return MicroBatch([(group.prompt, [first])], nothing, nothing.bool(), nothing)
 
 
 class _Rows:

@@ -47,8 +47,9 @@ class PolicyLoss:
         loss = self.reduce(losses, micro.mask, **minibatch.denominators)
         if self.balance:
             usage, lengths = micro.usage, micro.mask.sum(-1)
-            uneven = sequence_balance(usage.probabilities, usage.counts, lengths)
-            loss = loss + self.balance * uneven.sum() / minibatch.num_sequences
+            uneven = sequence_balance(usage.probabilities, usage.counts, lengths.clamp(min=1))
+            uneven = torch.where(lengths > 0, uneven, 0.0).sum()
+            loss = loss + self.balance * uneven / minibatch.num_sequences
         return loss
 
     def describe(self, logprobs, old, advantages, mask, sampled) -> dict[str, float]:

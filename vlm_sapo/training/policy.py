@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from vlm_sapo.models.layout import Branches, Layout, SharedPrefix
+from vlm_sapo.models import adapters
+from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
-from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.routing import RoutedPass
+from vlm_sapo.models.vlm import PARTS, VLM
+from vlm_sapo.models.weights import whole
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
+from vlm_sapo.training.copies import Copies, Whole
+from vlm_sapo.world import World
+
+ADAPTER = "adapter"
+"""Folder of a checkpoint's adapter."""
 
 
 def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
@@ -23,14 +36,33 @@ def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
 
 
+def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """`adamw`, or one that holds its moments in 8 bits."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+    return vars(bitsandbytes.optim)[kinds[name]](parameters, **options)
+
+
+class Unadapted(Pass):
+    """The policy's pass without its adapters: a reference that costs no memory."""
+
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        with adapters.switched_off(self.vlm.model):
+            return super().forward(inputs, routed)
+
+
 class Policy:
-    """Log-probs, gradients and updates of one model; `reference` is a frozen model for the KL term.
+    """Log-probs, gradients and updates of one model. `reference` is a frozen model for the KL term, or the
+    same model where that is meant without its adapters.
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
     old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
     neither: its own pass gives them. With `replay` the experts of a mixture are those of the engine, where it
     told them, else those of the pass that gave the old log-probs. `balance` says that the loss wants the
-    routers' probabilities with their gradient.
+    routers' probabilities with their gradient. `copies` says how several processes hold the model.
     """
 
     def __init__(
@@ -46,29 +78,50 @@ class Policy:
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
+        optimizer: str = "adamw",
         reference: VLM | None = None,
         layout: Layout | None = None,
         reuse_sampled: bool = False,
+        copies: Copies | None = None,
         replay: bool = False,
         balance: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
+        self.copies = copies or Whole(World(), accelerator.device)
+        self.copies.spread(vlm)
         self.replay, self.balance = replay, balance
-        trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-        if not trained:
+        self.trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+        if not self.trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        self.forward_pass, self.optimizer = accelerator.prepare(Pass(vlm, temperature), optimizer)
-        self.reference = None if reference is None else Pass(reference, temperature).requires_grad_(False)
+        self.forward_pass = Pass(vlm, temperature)
+        self.optimizer = build_optimizer(
+            optimizer, self.trained, lr=lr, betas=betas, weight_decay=weight_decay
+        )
+        self.reference = None if reference is None else self._reference(reference)
         self.schedule = {"kind": schedule, "warmup": warmup_steps, "total": total_steps}
         self.lr = lr
 
+    def _reference(self, vlm: VLM) -> Pass:
+        if vlm is self.vlm:
+            return Unadapted(vlm, self.temperature)
+        vlm.freeze(list(PARTS))
+        self.copies.spread(vlm)
+        return Pass(vlm, self.temperature)
+
     def run(self, groups: Sequence[Branches], layout: Layout | None = None):
         """Log-probs and entropies [N, T] of the response tokens."""
-        inputs = (layout or self.layout).inputs(groups)
-        return self.forward_pass(inputs.to(self.accelerator.device))
+        return self._run(self.forward_pass, groups, layout or self.layout)
+
+    def _run(self, forward_pass: Pass, groups: Sequence[Branches], layout: Layout):
+        inputs = layout.inputs(groups).to(self.accelerator.device)
+        with self.autocast():
+            return self.copies.run(forward_pass, inputs)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of every pass."""
+        return self.accelerator.autocast()
 
     def logprobs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] of a micro-batch. Where it has no old log-probs yet, the model is
@@ -84,7 +137,8 @@ class Policy:
         inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
         replayed = micro.routes if self.replay else None
         routed = self.vlm.routers.watch(inputs, replayed, gradient=self.balance)
-        found = self.forward_pass(inputs, routed)
+        with self.autocast():
+            found = self.copies.run(self.forward_pass, inputs, routed)
         if routed is not None:
             micro.usage = routed.usage(micro.routes)
             if first and micro.routes is None:
@@ -103,9 +157,7 @@ class Policy:
                 if not own_pass:
                     micro.old = micro.sampled if self.reuse_sampled else self._pass(micro, first=True)[0]
                 if self.reference is not None:
-                    inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
-                    with self.accelerator.autocast():
-                        micro.reference, _ = self.reference(inputs)
+                    micro.reference, _ = self._run(self.reference, micro.groups, self.layout)
 
     def _move(self, micro: MicroBatch) -> None:
         device = self.accelerator.device
@@ -114,16 +166,31 @@ class Policy:
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""
-        self.accelerator.backward(loss)
+        loss.backward()
         return float(loss.detach())
 
     def step(self) -> float:
         """One optimizer update; returns the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.forward_pass.parameters(), self.max_grad_norm)
+        norm = self.grad_norm()
+        clip_grads_with_norm_(self.trained, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.vlm.version += 1
         return float(norm)
+
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the gradient of all processes."""
+        self.copies.reduce(self.trained)
+        grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        return whole(get_total_norm(grads))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter names, each process's part of it."""
+        return get_optimizer_state_dict(self.vlm, self.optimizer)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `optimizer_state` gave."""
+        set_optimizer_state_dict(self.vlm, self.optimizer, optim_state_dict=state)
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of a step (0-based) and returns it."""
@@ -132,6 +199,15 @@ class Policy:
             group["lr"] = rate
         return rate
 
-    def save(self, folder: Path) -> None:
-        """Writes model and processor, loadable by transformers' Auto classes."""
-        self.vlm.save(folder)
+    def save(self, folder: Path, *, write: bool = True) -> None:
+        """Writes what `load_vlm` needs to go on: the adapter, where there is one, or else the model."""
+        if adapters.attached(self.vlm.model):
+            self.vlm.save_adapter(folder / ADAPTER, write=write)
+        else:
+            self.vlm.save(folder, write=write)
+
+    def export(self, folder: Path, *, write: bool = True) -> None:
+        """Writes model and processor, loadable by transformers' Auto classes, and beside it the adapter."""
+        self.vlm.save(folder, write=write)
+        if adapters.attached(self.vlm.model):
+            self.vlm.save_adapter(folder / ADAPTER, write=write)

@@ -9,18 +9,20 @@ from vlm_sapo.config import SftConfig, SftTrain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.build import build_sft, open_folder
+from vlm_sapo.training.launch import join
 from vlm_sapo.training.run import FINISHED, Core
 from vlm_sapo.types import Completion, Prompt, RowError
 
 
 def sft(config: SftConfig, console: Console | None = None) -> dict:
     """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
-    console = console or Console()
-    folder = open_folder(config)
+    processes = join(config, console)
+    console = processes.console
+    folder = open_folder(config, processes.world)
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
-    core = build_sft(config, folder, console)
+    core = build_sft(config, folder, processes)
     with closing(core):
         columns = {task.task: task.columns["response"] for task in config.data.tasks}
         return loop(core, config.train, columns)
@@ -32,7 +34,7 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
     core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, train.steps + 1):
-            started, meter = time.perf_counter(), StepMeter()
+            started, meter = time.perf_counter(), StepMeter(core.world)
             lr = core.policy.set_step(step - 1)
             with meter.time("data"):
                 prompts = core.stream.take(train.rows_per_step)
@@ -60,11 +62,15 @@ def demonstration(core: Core, prompt: Prompt, columns: dict[str, str]) -> Comple
 
 
 def update(core: Core, rows: list[tuple[Prompt, Completion]], budget: int) -> tuple[float, float]:
-    """One optimizer update on all rows; returns the loss per token and the gradient's norm."""
+    """One optimizer update on all processes' rows; returns the loss per token and the gradient's norm."""
     policy = core.policy
-    tokens = sum(len(completion.ids) for _, completion in rows)
+    packed = policy.layout.pack([(len(prompt.ids), [len(item.ids)]) for prompt, item in rows], budget)
+    told = core.world.gather((len(packed), sum(len(completion.ids) for _, completion in rows)))
+    most, tokens = max(count for count, _ in told), sum(count for _, count in told)
     loss = 0.0
-    for parts in policy.layout.pack([(len(prompt.ids), [len(item.ids)]) for prompt, item in rows], budget):
+    for number in range(most):
+        parts = packed[number % len(packed)]
         logprobs, _ = policy.run([(rows[index][0], [rows[index][1].ids]) for index, _ in parts])
-        loss += policy.backward(-logprobs.sum() / tokens)
-    return loss, policy.step()
+        weight = float(number < len(packed))  # other processes have more; this one adds nothing
+        loss += policy.backward(-weight * logprobs.sum() / tokens)
+    return sum(core.world.gather(loss)), policy.step()
