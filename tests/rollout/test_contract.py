@@ -22,6 +22,7 @@ from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
+from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rolloutconfig import Rollout
 from vlm_sapo.types import Sampling
 
@@ -198,6 +199,23 @@ def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
         setting = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine)
         differences = setting.differences(*setting.draw())
     assert differences.mean() < 0.03 and differences.max() < 0.2
+
+
+def test_vllm_without_its_newer_runner_cannot_tell_experts(tmp_path, monkeypatch):
+    """On a CPU it has only the older one."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    new_model(tmp_path / "new", family="qwen3_vl_moe", corpus=CORPUS, shape=SHAPE)
+    with pytest.raises(RolloutError, match="algo.replay=r2 .*Model Runner V2"):
+        build_engine(
+            Rollout.model_validate({"engine": "vllm"}).engine,
+            load_vlm(str(tmp_path / "new")),
+            str(tmp_path / "new"),
+            longest=LONGEST,
+            dtype="float32",
+            prompts_per_batch=8,
+            warn=print,
+            experts=True,
+        )
 
 
 def ids_of(groups):

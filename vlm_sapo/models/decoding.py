@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vlm_sapo.models.attention import Branched, Prefix, Segments
+from vlm_sapo.models.routing import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Prompt
 
@@ -30,10 +31,13 @@ class Branches(Protocol):
         """The next logits [A, V], given each branch's latest token [A] and its rotary position [A]."""
 
 
-def prefill(vlm: VLM, prompts: list[Prompt], group: int) -> tuple[torch.Tensor, Branches]:
-    """Reads each prompt once. The first logits [B, V], and `group` branches of each prompt."""
+def prefill(
+    vlm: VLM, prompts: list[Prompt], group: int, journal: Journal | NoJournal
+) -> tuple[torch.Tensor, Branches]:
+    """Reads each prompt once. The first logits [B, V], and `group` branches of each prompt. `journal` takes
+    down the experts."""
     kind = SharedBranches if vlm.attends_fully else ForkedBranches
-    return kind.prefill(vlm, prompts, group)
+    return kind.prefill(vlm, prompts, group, journal)
 
 
 def new_cache(vlm: VLM) -> DynamicCache:
@@ -47,19 +51,20 @@ class SharedBranches:
         self.vlm, self.prefix, self.cache = vlm, prefix, new_cache(vlm)
 
     @staticmethod
-    def prefill(vlm: VLM, prompts: list[Prompt], group: int) -> tuple[torch.Tensor, SharedBranches]:
+    def prefill(vlm: VLM, prompts: list[Prompt], group: int, journal) -> tuple[torch.Tensor, SharedBranches]:
         """All prompts in one packed row."""
         lengths = [len(prompt.ids) for prompt in prompts]
         ends = torch.tensor(lengths).cumsum(0)
         starts = (ends - torch.tensor(lengths)).tolist()
         cache = new_cache(vlm)
-        hidden = vlm.hidden(
-            ids=torch.cat([prompt.ids for prompt in prompts])[None].to(vlm.device),
-            positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(vlm.device),
-            features=vlm.vision(prompts),
-            cache=cache,
-            segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
-        )
+        with journal.prefill(lengths):
+            hidden = vlm.hidden(
+                ids=torch.cat([prompt.ids for prompt in prompts])[None].to(vlm.device),
+                positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(vlm.device),
+                features=vlm.vision(prompts),
+                cache=cache,
+                segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
+            )
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         return vlm.logits(hidden[0, ends - 1]), SharedBranches(vlm, Prefix.from_row(keys, values, lengths))
 
@@ -91,7 +96,7 @@ class ForkedBranches:
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod
-    def prefill(vlm: VLM, prompts: list[Prompt], group: int) -> tuple[torch.Tensor, ForkedBranches]:
+    def prefill(vlm: VLM, prompts: list[Prompt], group: int, journal) -> tuple[torch.Tensor, ForkedBranches]:
         """Padded on the left, where the state of linear attention is still zero and stays so."""
 
         def padded(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -99,13 +104,14 @@ class ForkedBranches:
 
         mask = padded([torch.ones_like(prompt.ids) for prompt in prompts])
         cache = new_cache(vlm)
-        hidden = vlm.hidden(
-            ids=padded([prompt.ids for prompt in prompts]),
-            positions=padded([prompt.positions.T for prompt in prompts]).permute(2, 0, 1),
-            mask=mask,
-            features=vlm.vision(prompts),
-            cache=cache,
-        )
+        with journal.prefill([len(prompt.ids) for prompt in prompts], mask.flatten().nonzero()[:, 0]):
+            hidden = vlm.hidden(
+                ids=padded([prompt.ids for prompt in prompts]),
+                positions=padded([prompt.positions.T for prompt in prompts]).permute(2, 0, 1),
+                mask=mask,
+                features=vlm.vision(prompts),
+                cache=cache,
+            )
         fork = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group)
         cache.reorder_cache(fork)
         return vlm.logits(hidden[:, -1]), ForkedBranches(vlm, cache, mask[fork, None, None].bool())

@@ -21,6 +21,7 @@ from transformers import (
 
 from vlm_sapo.models import adapters, attention
 from vlm_sapo.models.families import check_family
+from vlm_sapo.models.routing import Routers
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
 from vlm_sapo.types import Prompt
@@ -29,8 +30,12 @@ PARTS = {
     "vision": ("visual.",),
     "merger": ("visual.merger.", "visual.deepstack_merger_list."),
     "language": ("language_model.", "lm_head."),
+    "router": (".mlp.gate.",),
 }
-"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out."""
+"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out, and
+`language` the router."""
+NARROW_FIRST = ("merger", "router", "vision", "language")
+"""The parts in the order in which a parameter's is found."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -55,6 +60,7 @@ class VLM(nn.Module):
         ]
         self.stops = stop_ids(model, processor)
         self.vision = Vision(model, budget=vision_cache)
+        self.routers = Routers(model)
         self.version = 0
 
     @property
@@ -179,8 +185,7 @@ class VLM(nn.Module):
 
 def part_of(name: str) -> str:
     """The part, a key of PARTS, that a parameter or module belongs to."""
-    in_merger = any(mark in f"{name}." for mark in PARTS["merger"])
-    return "merger" if in_merger else "vision" if "visual." in name else "language"
+    return next(part for part in NARROW_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
 
 
 class PatchProjection(nn.Module):
@@ -259,7 +264,9 @@ def load_vlm(
     model.train()
     silence_dropout(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
+        )
     vlm.as_matrix_product()
     vlm.place(device)
     return vlm

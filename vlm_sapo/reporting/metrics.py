@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from vlm_sapo.algo import diagnostics, objectives
+from vlm_sapo.algo import balance, diagnostics, objectives
+from vlm_sapo.models.routing import Usage
 from vlm_sapo.types import Group
 from vlm_sapo.world import World
 
@@ -27,6 +28,7 @@ class StepMeter:
         self.seconds: dict[str, float] = defaultdict(float)
         self.minibatches: list[Metrics] = []
         self._parts: list[tuple[torch.Tensor, ...]] = []
+        self._usages: list[Usage] = []
         self._loss = 0.0
         self._has_reference = self._has_sampled = False
         self._start = time.perf_counter()
@@ -38,8 +40,11 @@ class StepMeter:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def add(self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled) -> None:
-        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None."""
+    def add(
+        self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled, usage
+    ) -> None:
+        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None, and
+        `usage` is, but for a mixture of experts."""
         self._loss += loss
         kl = torch.zeros_like(logprobs) if reference is None else objectives.k3(logprobs, reference)
         self._has_reference, self._has_sampled = reference is not None, sampled is not None
@@ -47,16 +52,20 @@ class StepMeter:
         tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, engine, mask)
         real = mask.any(1)
         self._parts.append(tuple(tensor.detach()[real].cpu() for tensor in tensors))
+        self._usages += [] if usage is None else [usage.told(real)]
 
     def close_minibatch(self, grad_norm: float) -> None:
         """Ends a mini-batch that had micro-batches. All processes call it."""
-        told = self.world.collect((self._parts, self._loss))
+        told = self.world.collect((self._parts, self._usages, self._loss))
         if told:
-            parts = [part for parts, _ in told for part in parts]
-            self._describe(parts, sum(loss for _, loss in told), grad_norm)
-        self._parts, self._loss = [], 0.0
+            parts = [part for parts, _, _ in told for part in parts]
+            usages = [usage for _, usages, _ in told for usage in usages]
+            self._describe(parts, usages, sum(loss for _, _, loss in told), grad_norm)
+        self._parts, self._usages, self._loss = [], [], 0.0
 
-    def _describe(self, parts: list[tuple[torch.Tensor, ...]], loss: float, grad_norm: float) -> None:
+    def _describe(
+        self, parts: list[tuple[torch.Tensor, ...]], usages: list[Usage], loss: float, grad_norm: float
+    ) -> None:
         width = max(part[-1].shape[1] for part in parts)
         padded = [
             [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in part]
@@ -69,13 +78,14 @@ class StepMeter:
         metrics |= self.describe(logprobs, old, advantages, mask, sampled) if self.describe else {}
         metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": loss}
         metrics |= {"kl_reference": float(kl[mask].mean())} if self._has_reference else {}
+        metrics |= usage_metrics(usages, int(mask.sum())) if usages else {}
         self.minibatches.append(metrics)
 
     def record(self, seconds: Mapping[str, float] | None = None) -> Metrics:
         """`loss`, `policy/<metric>` over the mini-batches, `minibatch<k>/<metric>`, `time/<name>`, also of
         further `seconds` by name."""
         record: Metrics = {}
-        for name in self.minibatches[0] if self.minibatches else ():
+        for name in dict.fromkeys(name for metrics in self.minibatches for name in metrics):
             values = [metrics[name] for metrics in self.minibatches if name in metrics]
             worst = name.endswith("_max")
             record[f"policy/{name}"] = max(values) if worst else sum(values) / len(values)
@@ -85,6 +95,17 @@ class StepMeter:
         record |= {f"time/{name}": value for name, value in (self.seconds | dict(seconds or {})).items()}
         record["time/step"] = time.perf_counter() - self._start
         return record
+
+
+def usage_metrics(usages: Sequence[Usage], tokens: int) -> Metrics:
+    """What a mini-batch's routers did to its `tokens`."""
+    changed = [usage.changed for usage in usages if usage.changed is not None]
+    return balance.router_metrics(
+        torch.cat([usage.counts for usage in usages]),
+        torch.cat([usage.entropy for usage in usages]),
+        torch.cat(changed) if changed else None,
+        tokens,
+    )
 
 
 def group_metrics(

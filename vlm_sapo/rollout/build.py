@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.models.vlm import VLM, load_outline, load_vlm
+from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.hf import HfEngine, run
 from vlm_sapo.rollout.server import Server
@@ -45,11 +45,12 @@ def build_engine(
     autocast: Callable = nullcontext,
     alone: Callable = run,
     world: World | None = None,
+    experts: bool = False,
 ) -> RolloutEngine:
     """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
 
     `dtype` is what `auto` stands for. `folder` is where weights for servers go unless the config names one;
-    without it servers keep the weights that they have.
+    without it servers keep the weights that they have. With `experts` completions tell their tokens' experts.
     """
     dtype = engine_dtype(engine, dtype)
     if isinstance(engine, Vllm):
@@ -61,6 +62,7 @@ def build_engine(
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
             options=engine.options,
+            experts=experts,
         )
     if isinstance(engine, VllmServer):
         return VllmServers(
@@ -72,8 +74,16 @@ def build_engine(
             patience=engine.patience,
             warn=warn,
             world=world or World(),
+            experts=experts,
         )
-    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast, alone=alone, warn=warn)
+    return HfEngine(
+        vlm,
+        prompts_per_batch=prompts_per_batch,
+        autocast=autocast,
+        alone=alone,
+        warn=warn,
+        experts=experts,
+    )
 
 
 def open_model(
@@ -89,7 +99,7 @@ def open_model(
     what prompts need is loaded. `longest` is None for the model's whole context."""
     if engine.type == "hf":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = load_vlm(path, dtype=dtype, device=device, freeze=["vision", "merger", "language"])
+        vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
         vlm.eval()
     else:
         vlm = load_outline(path)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from vlm_sapo.models.decoding import Branches, prefill
+from vlm_sapo.models.routing import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.types import Completion, Prompt, Sampling
@@ -37,7 +38,8 @@ def run(work: Callable[[], T]) -> T:
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context, and
-    `alone` runs work with the whole model, which several processes may share.
+    `alone` runs work with the whole model, which several processes may share. With `experts` completions tell
+    the experts of their tokens, which a mixture has.
 
     The draws of a prompt depend on the seed and the prompt's place alone, not on how prompts are batched.
     """
@@ -50,9 +52,10 @@ class HfEngine:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         alone: Callable[[Callable[[], T]], T] = run,
         warn: Callable[[str], None] = print,
+        experts: bool = False,
     ):
         self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
-        self.alone, self.warn = alone, warn
+        self.alone, self.warn, self.experts = alone, warn, experts
 
     def sync(self, vlm: VLM) -> None:
         """Nothing to copy: the engine and the policy share their modules."""
@@ -99,14 +102,17 @@ class HfEngine:
         )
 
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
-        logits, branches = prefill(self.vlm, prompts, sampling.group)
+        journal = (
+            Journal(self.vlm.routers, sampling.group, sampling.max_tokens) if self.experts else NoJournal()
+        )
+        logits, branches = prefill(self.vlm, prompts, sampling.group, journal)
         starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        ids, logprobs = self._decode(logits, branches, starts, uniforms, sampling)
-        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group)
+        ids, logprobs = self._decode(logits, branches, starts, uniforms, sampling, journal)
+        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group, journal)
         return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
 
     @torch.inference_mode()
-    def _decode(self, logits, branches: Branches, starts, uniforms, sampling: Sampling):
+    def _decode(self, logits, branches: Branches, starts, uniforms, sampling: Sampling, journal):
         """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
         positions [B] and random numbers [B, G, max_tokens]."""
         group, device = uniforms.shape[1], self.vlm.device
@@ -131,10 +137,13 @@ class HfEngine:
                     break
                 kept = branches.keep(running)
                 branch, running, tokens, position = (x[kept] for x in (branch, running, tokens, position))
-            logits = branches.step(tokens, position + step)
+            with journal.decode(branch, step):
+                logits = branches.step(tokens, position + step)
         return ids, logprobs
 
-    def _complete(self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int):
+    def _complete(
+        self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, journal
+    ):
         lengths = (ids >= 0).sum(1).tolist()
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -144,6 +153,7 @@ class HfEngine:
                 logprobs=logprobs[index, : len(row)].clone(),
                 text=prompts[index // group].opening + texts[index],
                 finish="stop" if int(row[-1]) in self.vlm.stops else "length",
+                experts=journal.experts(index, len(row)),
             )
             for index, row in enumerate(rows)
         ]

@@ -19,9 +19,9 @@ import httpx2 as httpx
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.server import START, Server, Unavailable
+from vlm_sapo.rollout.server import START, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.transfer import Transfer
-from vlm_sapo.rollout.wire import Incomplete, check_ids, complete, question
+from vlm_sapo.rollout.wire import Answer, Incomplete, check_ids, complete, question
 from vlm_sapo.types import Completion, Prompt, Sampling
 from vlm_sapo.world import World
 
@@ -55,10 +55,11 @@ class VllmServers:
         patience: float,
         warn: Callable[[str], None],
         world: World,
+        experts: bool = False,
     ):
         self.world = world
         self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
-        self.patience, self.warn = patience, warn
+        self.patience, self.warn, self.experts = patience, warn, experts
         self.name = world.from_main(lambda: uuid.uuid4().hex[:8])
         self.staged: int | None = None
         self.version: str | None = None
@@ -207,15 +208,16 @@ class VllmServers:
             )
         check_ids(self.vlm, prompt, answer["prompt_token_ids"])
         answers = [
-            (
+            Answer(
                 choice["token_ids"],
                 [item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
                 choice["finish_reason"],
+                decode_experts(choice.get("routed_experts")),
             )
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
         try:
-            return complete(self.vlm, prompt, answers, sampling)
+            return complete(self.vlm, prompt, answers, sampling, experts=self.experts)
         except Incomplete as error:
             raise Unavailable(str(error)) from error
 

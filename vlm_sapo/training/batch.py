@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models.layout import Branches, Layout
+from vlm_sapo.models.routing import Routes, Usage
 from vlm_sapo.types import Completion, Group, Prompt
 from vlm_sapo.world import World
 
@@ -29,6 +30,10 @@ class MicroBatch:
     """[N, T] float32, log-probs before the update. None on policy: the pass's own are the old ones."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
+    routes: Routes | None = None
+    """The experts before the update, or the engine's, where they are known."""
+    usage: Usage | None = None
+    """How the last pass used the experts of a mixture."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,12 +64,12 @@ class MicroBatch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        sampled = chosen["sampled"]
         if self.old is self.sampled:
-            chosen["old"] = sampled
-        return MicroBatch(groups=groups, **chosen)
+            chosen["old"] = chosen["sampled"]
+        routes = None if self.routes is None else self.routes[start:end]
+        return MicroBatch(groups=groups, routes=routes, **chosen)
 
-    def tensors(self) -> dict[str, torch.Tensor | None]:
+    def tensors(self) -> dict[str, torch.Tensor | Usage | None]:
         """What the step's metrics are computed from, beside the new log-probs."""
         return {
             "old": self.old,
@@ -72,6 +77,7 @@ class MicroBatch:
             "advantages": self.advantages,
             "mask": self.mask,
             "sampled": None if self.old is self.sampled else self.sampled,
+            "usage": self.usage,
         }
 
 
@@ -176,6 +182,13 @@ def _microbatches(rows: list[_Rows], layout: Layout, budget: int) -> list[MicroB
                 advantages=torch.tensor([[row.weights[place]] for row, place in chosen]),
                 mask=torch.arange(int(lengths.max())) < lengths,
                 sampled=pad_sequence([item.logprobs for item in completions], batch_first=True),
+                routes=_reported([(row.prompt, row.completions[place]) for row, place in chosen]),
             )
         )
     return micros
+
+
+def _reported(rows: list[tuple[Prompt, Completion]]) -> Routes | None:
+    """The experts of the responses, where the engine told them."""
+    known = [(prompt, item.experts) for prompt, item in rows if item.experts is not None]
+    return Routes.reported(known) if known else None

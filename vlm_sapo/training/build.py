@@ -21,7 +21,7 @@ from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
-from vlm_sapo.models.vlm import VLM, Adapters, load_vlm
+from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import OthersFolder, RunFolder
@@ -60,13 +60,14 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
+    own_old = algo.correction is not None or algo.replay == "r2"
     core = _build_core(
         config,
         folder,
         processes,
         minibatch=train.prompts_per_step // train.minibatches,
-        kl=algo.kl,
-        reuse_sampled=train.old_logprobs != "recompute" and algo.correction is None,
+        algo=algo,
+        reuse_sampled=train.old_logprobs != "recompute" and not own_old,
         sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         prompts_per_step=train.prompts_per_step,
     )
@@ -77,7 +78,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
         keep_flat=algo.kl > 0,
         world=world,
     )
-    choose = train.old_logprobs == "auto" and algo.correction is None and not core.progress.step
+    choose = train.old_logprobs == "auto" and not own_old and not core.progress.step
     uncorrected = bool(rollout.ahead) and algo.correction is None
     checks = [
         SelfCheck(
@@ -102,6 +103,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
             kl=algo.kl,
             max_tokens=rollout.max_tokens,
             correction=algo.correction.model_dump() if algo.correction else None,
+            balance=algo.balance,
         ),
         split=split,
         report=Reporter(core, minibatches=train.minibatches, rollouts=config.log.rollouts),
@@ -112,7 +114,15 @@ def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) ->
     """Everything that `sft` needs."""
     rows = config.train.rows_per_step
     sampling = Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed)
-    return _build_core(config, folder, processes, minibatch=rows, sampling=sampling, prompts_per_step=rows)
+    return _build_core(
+        config,
+        folder,
+        processes,
+        minibatch=rows,
+        sampling=sampling,
+        prompts_per_step=rows,
+        algo=cfg.Algo(),
+    )
 
 
 def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
@@ -146,9 +156,10 @@ def _build_core(
     minibatch: int,
     sampling: Sampling,
     prompts_per_step: int,
-    kl: float = 0.0,
+    algo: cfg.Algo,
     reuse_sampled: bool = False,
 ) -> Core:
+    _check_mixture(config.model, algo)
     console, world, accelerator = processes.console, processes.world, processes.accelerator
     reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
@@ -160,7 +171,7 @@ def _build_core(
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
     copies = build_copies(config, processes)
-    policy = _build_policy(config, vlm, processes, copies, sampling.temperature, kl, reuse_sampled)
+    policy = _build_policy(config, vlm, processes, copies, sampling.temperature, algo, reuse_sampled)
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
     engine = build_engine(
         config.rollout.engine,
@@ -174,6 +185,7 @@ def _build_core(
         autocast=accelerator.autocast,
         alone=partial(copies.alone, vlm),
         world=world,
+        experts=algo.replay == "r3",
     )
     rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
     if config.rollout.ahead:
@@ -201,6 +213,18 @@ def _build_core(
     )
 
 
+def _check_mixture(model: cfg.Model, algo: cfg.Algo) -> None:
+    """Raises ValueError where options for a mixture of experts meet a dense model."""
+    asked = {
+        f"algo.replay ({algo.replay})": algo.replay != "none",
+        f"algo.balance ({algo.balance:g})": algo.balance > 0,
+        "model.freeze (router)": "router" in model.freeze,
+    }
+    options = [name for name, wanted in asked.items() if wanted]
+    if options and not load_outline(path := str(locate(model.path))).routers:
+        raise ValueError(f"{options[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+
+
 def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) -> tuple[str, VLM]:
     """The model to train, from the checkpoint `found` or from the start, in host memory unless it is in 4
     bits; and the path of the weights that it was made from, adapters aside."""
@@ -220,9 +244,9 @@ def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) ->
     return path, _load(model, path, [], adapters, device if lora.bits else "cpu")
 
 
-def _build_policy(config, vlm, processes, copies, temperature, kl, reuse_sampled) -> Policy:
+def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampled) -> Policy:
     train, reference = config.train, None
-    if kl:
+    if algo.kl:
         reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)), [])
     return Policy(
         vlm,
@@ -239,6 +263,8 @@ def _build_policy(config, vlm, processes, copies, temperature, kl, reuse_sampled
         reference=reference,
         layout=_layout(train.layout, vlm, processes.console),
         reuse_sampled=reuse_sampled,
+        replay=algo.replay != "none",
+        balance=algo.balance > 0,
         copies=copies,
         memory=Memory(train.tokens_per_microbatch, processes.console, can_shrink=isinstance(copies, Whole)),
     )

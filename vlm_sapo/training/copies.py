@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vlm_sapo.models.layout import Inputs
 from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.routing import RoutedPass
 from vlm_sapo.models.sharding import Root, run_alone, shard
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.world import World
@@ -29,7 +30,7 @@ class Copies(Protocol):
     def spread(self, vlm: VLM) -> None:
         """Brings the model to the devices; before the optimizer is made."""
 
-    def run(self, forward_pass: Pass, inputs: Inputs) -> Scored:
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
         """Runs a pass of a model that was spread. All processes call it equally often."""
 
     def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
@@ -48,8 +49,8 @@ class Whole:
     def spread(self, vlm: VLM) -> None:
         vlm.place(self.device)
 
-    def run(self, forward_pass: Pass, inputs: Inputs) -> Scored:
-        return forward_pass(inputs)
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
+        return forward_pass(inputs, routed)
 
     def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
         return work()
@@ -79,8 +80,8 @@ class Sharded:
     def spread(self, vlm: VLM) -> None:
         self.roots[vlm] = shard(vlm, self.mesh, dtype=self.dtype, offload=self.offload)
 
-    def run(self, forward_pass: Pass, inputs: Inputs) -> Scored:
-        return self.roots[forward_pass.vlm](forward_pass, inputs)
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
+        return self.roots[forward_pass.vlm](forward_pass, inputs, routed)
 
     def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
         return run_alone(self.roots[vlm], work)

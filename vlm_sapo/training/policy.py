@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from vlm_sapo.models import adapters
 from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
-from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.routing import RoutedPass
+from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.models.weights import whole
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
@@ -56,9 +57,9 @@ UNLIMITED = 2**62
 class Unadapted(Pass):
     """The policy's pass without its adapters: a reference that costs no memory."""
 
-    def forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         with adapters.switched_off(self.vlm.model):
-            return super().forward(inputs)
+            return super().forward(inputs, routed)
 
 
 class Policy:
@@ -67,8 +68,10 @@ class Policy:
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
     old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
-    neither: its own pass gives them. `copies` says how several processes hold the model, `memory` how large a
-    micro-batch may be.
+    neither: its own pass gives them. With `replay` the experts of a mixture are those of the engine, where it
+    told them, else those of the pass that gave the old log-probs. `balance` says that the loss wants the
+    routers' probabilities with their gradient. `copies` says how several processes hold the
+    model, `memory` how large a micro-batch may be.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class Policy:
         reuse_sampled: bool = False,
         copies: Copies | None = None,
         memory: Memory | None = None,
+        replay: bool = False,
+        balance: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
@@ -97,6 +102,7 @@ class Policy:
         self.copies = copies or Whole(World(), accelerator.device)
         self.memory = memory or Memory(UNLIMITED, Console())
         self.copies.spread(vlm)
+        self.replay, self.balance = replay, balance
         self.trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         if not self.trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
@@ -111,7 +117,7 @@ class Policy:
     def _reference(self, vlm: VLM) -> Pass:
         if vlm is self.vlm:
             return Unadapted(vlm, self.temperature)
-        vlm.freeze(["vision", "merger", "language"])
+        vlm.freeze(list(PARTS))
         self.copies.spread(vlm)
         return Pass(vlm, self.temperature)
 
@@ -131,10 +137,24 @@ class Policy:
     def logprobs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] of a micro-batch. Where it has no old log-probs yet, the model is
         still the one that drew it, and these are the old ones."""
-        logprobs, entropies = self.run(micro.groups)
+        logprobs, entropies = self._pass(micro, first=micro.old is None)
         if micro.old is None:
             micro.old = logprobs.detach()
         return logprobs, entropies
+
+    def _pass(self, micro: MicroBatch, *, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N, T] of a micro-batch, and the usage of its experts. The first pass's
+        experts are the old ones, unless the engine told its own."""
+        inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
+        replayed = micro.routes if self.replay else None
+        routed = self.vlm.routers.watch(inputs, replayed, gradient=self.balance)
+        with self.autocast():
+            found = self.copies.run(self.forward_pass, inputs, routed)
+        if routed is not None:
+            micro.usage = routed.usage(micro.routes)
+            if first and micro.routes is None:
+                micro.routes = routed.routes()
+        return found
 
     @torch.no_grad()
     def score(self, minibatches: list[MiniBatch], *, fresh: bool = True) -> None:
@@ -149,7 +169,7 @@ class Policy:
     def _score(self, micro: MicroBatch, *, own_pass: bool) -> None:
         self._move(micro)
         if not own_pass:
-            micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
+            micro.old = micro.sampled if self.reuse_sampled else self._pass(micro, first=True)[0]
         if self.reference is not None:
             micro.reference, _ = self._run(self.reference, micro.groups, self.layout)
 
