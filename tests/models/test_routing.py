@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import FAMILIES, example
+from tests.conftest import FAMILIES, SHARING, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
@@ -68,7 +68,12 @@ class Setting:
 
 @pytest.fixture
 def make(model_folder, family):
-    return lambda layout, **options: Setting(model_folder(family), layout, **options)
+    def build(layout, **options) -> Setting:
+        if isinstance(layout, SharedPrefix) and family not in SHARING:
+            pytest.skip("linear attention has no shared prefix")
+        return Setting(model_folder(family), layout, **options)
+
+    return build
 
 
 class ByHand(nn.Module):

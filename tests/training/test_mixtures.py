@@ -27,8 +27,9 @@ FAR = 0.3
 
 
 def make_policy(folder, *, lr=1e-3, precision="no", **options) -> Policy:
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    return Policy(load_vlm(str(folder)), accelerator, total_steps=10, lr=lr, **options)
+    accelerator, vlm = Accelerator(cpu=True, mixed_precision=precision), load_vlm(str(folder))
+    options = {"layout": SharedPrefix() if vlm.attends_fully else Plain()} | options
+    return Policy(vlm, accelerator, total_steps=10, lr=lr, **options)
 
 
 def update(policy, groups, loss, *, count=2, budget=10**6, fresh=True):
@@ -67,7 +68,10 @@ def test_an_update_depends_on_neither_budget_nor_layout(folder, groups, replay, 
     """Weights after two mini-batches with the balance loss on, of which the second is off policy."""
     loss = replace(loss_of(), balance=0.5)
     found = []
-    for layout, budget in ((SharedPrefix(), 10**6), other):
+    usual = make_policy(folder).layout
+    if isinstance(other[0], SharedPrefix) and isinstance(usual, Plain):
+        pytest.skip("linear attention has no shared prefix")
+    for layout, budget in ((usual, 10**6), other):
         policy = make_policy(folder, layout=layout, replay=replay, balance=True)
         policy.optimizer = torch.optim.SGD(policy.vlm.parameters(), lr=0.05)  # Adam magnifies rounding
         start = weights(policy)
