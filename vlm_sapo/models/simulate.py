@@ -1,0 +1,201 @@
+"""A model's own code without its memory: tensors that have shape and type but no values, and a count of the
+bytes that they would take.
+
+What decides shapes (token ids, positions, picture grids) keeps its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from weakref import finalize
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+
+from vlm_sapo.models import attention
+from vlm_sapo.models.attention import Prefix
+from vlm_sapo.models.vlm import PARTS, VLM, silence_dropout
+from vlm_sapo.types import Example, Prompt
+
+LARGEST_KNOWN = 2**22
+"""Elements of the largest tensor that keeps its values."""
+MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+KEPT = ("lm_head", ".gate", ".shared_expert_gate")
+"""Linear layers without adapters."""
+DEPTH = 2
+"""Decoder layers that are run; a model's memory is linear in their number."""
+
+
+class Simulation(FakeTensorMode):
+    """Inside, new tensors have no values, except what is computed from values alone: ranges, lists of numbers
+    and all that comes of them."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = all(_is_known(tensor) for tensor in given)
+        if known and (given or not any(isinstance(argument, list | tuple) for argument in args)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func in MASKED:  # the shape depends on a mask's values
+            places = [place for index in args[1] for place in _as_places(index)]
+            args = (args[0], places, *args[2:])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.numel() <= LARGEST_KNOWN
+
+
+def _as_places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A mask as the places where it is true, along each of its dimensions."""
+    if index is None or not _is_known(index) or index.dtype != torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return list(index.nonzero(as_tuple=True))
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and live, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            if id(storage) not in given and storage not in self.seen:
+                self._add(storage)
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.seen[storage] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        finalize(storage, self._free, size).atexit = False
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def outline(path: str, *, dtype: str, gradient_checkpointing: bool = False, freeze: list[str] = ()) -> VLM:
+    """A model of a checkpoint's shape, from its config.json alone; call it inside a Simulation.
+
+    Raises ValueError where there is no config of a vision-language model.
+    """
+    config = read_config(path)
+    model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
+    model.train()
+    silence_dropout(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
+    vlm.as_matrix_product()
+    vlm.freeze(freeze)
+    return vlm
+
+
+def read_config(path: str):
+    """The config of a folder or hub id. Raises ValueError where it is none of a vision-language model."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached; {error}"
+        ) from error
+    if "vision_config" not in config.to_dict():
+        raise ValueError(
+            f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+        )
+    return config
+
+
+def adapt(vlm: VLM, rank: int, parts: Sequence[str]) -> None:
+    """Puts float32 adapters on the linear layers of some parts and freezes everything else."""
+    linear = [name for name, module in vlm.model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [name for name in linear if _part_of(name) in parts and not name.endswith(KEPT)]
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=chosen), vlm.model)
+    for name, module in vlm.model.named_modules():
+        if name.endswith((".lora_A", ".lora_B")):
+            module.float()
+
+
+def _part_of(name: str) -> str:
+    in_merger = any(mark in f"{name}." for mark in PARTS["merger"])
+    return "merger" if in_merger else "vision" if "visual." in name else "language"
+
+
+def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
+    """A prompt of so many tokens, some of them for one picture; call it inside a Simulation."""
+    vision = vlm.model.config.vision_config
+    side = vision.spatial_merge_size * int(image_tokens**0.5)  # patches
+    taken = side**2 // vision.spatial_merge_size**2
+    ids = [0, *[vlm.model.config.image_token_id] * taken, *[0] * (tokens - taken - 1)]
+    pixels = torch.empty(side**2, vlm.model.model.visual.patch_embed.proj.weight[0].numel())
+    return Prompt(
+        example=Example("", "", ""),
+        text="",
+        opening="",
+        ids=torch.tensor(ids),
+        positions=torch.arange(tokens).expand(3, -1),
+        images=(),
+        pixels=pixels if taken else None,
+        grid=torch.tensor([[1, side, side]]) if taken else None,
+    )
+
+
+@contextmanager
+def _shallow(vlm: VLM, depth: int) -> Iterator[None]:
+    language = vlm.model.model.language_model
+    layers = language.layers
+    language.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        language.layers = layers
+
+
+def at_full_depth(vlm: VLM, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    """What `measure` would give for the whole model, from two runs with a few of its decoder layers."""
+    layers = len(vlm.model.model.language_model.layers)
+    if layers <= 2 * DEPTH:
+        return measure()
+    with _shallow(vlm, DEPTH):
+        few = measure()
+    with _shallow(vlm, 2 * DEPTH):
+        twice = measure()
+    return tuple(a + (b - a) * (layers - DEPTH) // DEPTH for a, b in zip(few, twice, strict=True))
+
+
+def empty_cache(vlm: VLM) -> DynamicCache:
+    """A cache for keys and values."""
+    return DynamicCache(config=vlm.model.config.get_text_config())
+
+
+def running_cache(vlm: VLM, prefix: Prefix, branches: int, tokens: int) -> DynamicCache:
+    """The keys and values of so many branches with so many tokens each, behind a prefix."""
+    cache = empty_cache(vlm)
+    for number, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        shape = (branches, key.shape[1], tokens, key.shape[3])
+        cache.update(torch.empty(shape, dtype=key.dtype), torch.empty(shape, dtype=value.dtype), number)
+    return cache
