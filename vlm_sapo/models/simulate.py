@@ -97,22 +97,50 @@ def _storages(tree) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def outline(path: str, *, dtype: str, gradient_checkpointing: bool = False, freeze: list[str] = ()) -> VLM:
-    """A model of a checkpoint's shape, from its config.json alone; call it inside a Simulation.
+def outline(
+    path: str,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = False,
+    freeze: Sequence[str] = (),
+    rank: int | None = None,
+    parts: Sequence[str] = (),
+) -> tuple[Simulation, VLM]:
+    """A model of a checkpoint's shape, from its config.json alone, and the mode that it lives in. With a `rank`
+    the linear layers of `parts` have adapters.
 
     Raises ValueError where there is no config of a vision-language model.
     """
-    config = read_config(path)
-    model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
-    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
-    model.train()
-    silence_dropout(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
-    vlm.as_matrix_product()
-    vlm.freeze(freeze)
-    return vlm
+    config, mode = read_config(path), Simulation()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        if rank is not None:
+            adapt(model, rank, parts)
+    with mode:
+        _leave_meta(model)
+        model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
+        model.train()
+        silence_dropout(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
+        vlm.as_matrix_product()
+        if rank is None:
+            vlm.freeze(list(freeze))
+    return mode, vlm
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Gives every parameter and buffer a tensor of the simulation; tied ones stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old not in made:
+                new = torch.empty(tuple(old.shape), dtype=old.dtype)
+                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            module.register_parameter(name, made[old])
+        for name, old in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(tuple(old.shape), dtype=old.dtype), persistent=False)
 
 
 def read_config(path: str):
@@ -130,12 +158,12 @@ def read_config(path: str):
     return config
 
 
-def adapt(vlm: VLM, rank: int, parts: Sequence[str]) -> None:
+def adapt(model: nn.Module, rank: int, parts: Sequence[str]) -> None:
     """Puts float32 adapters on the linear layers of some parts and freezes everything else."""
-    linear = [name for name, module in vlm.model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in linear if _part_of(name) in parts and not name.endswith(KEPT)]
-    inject_adapter_in_model(LoraConfig(r=rank, target_modules=chosen), vlm.model)
-    for name, module in vlm.model.named_modules():
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=chosen), model)
+    for name, module in model.named_modules():
         if name.endswith((".lora_A", ".lora_B")):
             module.float()
 

@@ -15,7 +15,7 @@ from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.rolloutconfig import Vllm
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TEXT = 64
+TEXT = 16
 """Tokens of a prompt that are text, at least."""
 
 
@@ -87,9 +87,13 @@ class Estimator:
     def _vllm(self, engine: Vllm) -> tuple[list[Row], str]:
         share = engine.gpu_memory * self.gpus.memory
         needed = self._engine_weights() + self._longest_row() + memory.ENGINE_WORK
-        short = "" if needed <= share else (
-            f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, and it "
-            f"needs {needed / GB:.1f} GB"
+        short = (
+            ""
+            if needed <= share
+            else (
+                f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, and it "
+                f"needs {needed / GB:.1f} GB"
+            )
         )
         return [
             Row("merged weights", sync=self._merged()),

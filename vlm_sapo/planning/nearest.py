@@ -69,7 +69,9 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     )
     for chosen in sorted(options, key=lambda chosen: sum(cost for cost, _ in chosen)):
         changes = tuple(change for _, group in chosen for change in group)
-        sharded = config.train.shard != 1 or any("shard" in change or "offload" in change for change in changes)
+        sharded = config.train.shard != 1 or any(
+            "shard" in change or "offload" in change for change in changes
+        )
         if not (sharded and any("bits: 4" in change or "bits=4" in change for change in changes)):
             yield changes
 

@@ -67,16 +67,14 @@ class Generating:
 @lru_cache(maxsize=2)
 def opened(load: Load) -> tuple[Simulation, VLM]:
     """The model without values, with the mode that it lives in."""
-    mode = Simulation()
-    with mode:
-        vlm = simulate.outline(
-            load.path,
-            dtype=load.dtype,
-            gradient_checkpointing=load.gradient_checkpointing,
-            freeze=list(load.freeze),
-        )
-        if load.rank is not None:
-            simulate.adapt(vlm, load.rank, load.parts)
+    mode, vlm = simulate.outline(
+        load.path,
+        dtype=load.dtype,
+        gradient_checkpointing=load.gradient_checkpointing,
+        freeze=load.freeze,
+        rank=load.rank,
+        parts=load.parts,
+    )
     if not vlm.attends_fully:
         raise ValueError(
             f"model.path ({load.path}) has layers without full attention, which plan can't measure yet; "

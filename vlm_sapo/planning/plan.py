@@ -19,7 +19,9 @@ def parse_gpus(text: str) -> Gpus:
     """`1x24GB`, `8x80GB` or `4x8x141GB`: nodes, GPUs of each, memory of each."""
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+)GB", text, re.IGNORECASE)
     if match is None or not all(int(number) for number in match.groups("1")):
-        raise ValueError(f"--gpus ({text}) must look like 1x24GB, 8x80GB or 4x8x141GB (nodes x GPUs x memory)")
+        raise ValueError(
+            f"--gpus ({text}) must look like 1x24GB, 8x80GB or 4x8x141GB (nodes x GPUs x memory)"
+        )
     nodes, each, size = (int(number) for number in match.groups("1"))
     return Gpus(nodes, each, int(size * GB))
 
