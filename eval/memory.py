@@ -1,10 +1,10 @@
-"""Holds what `vlm-sapo plan` predicts against the highest memory of the trainer's own steps, and prints a table.
+"""Holds what `vlm-sapo plan` predicts against the highest memory of the trainer's own steps: a table.
 
     python eval/memory.py MODEL_DIR --side 256 [--device cuda]
 
-On a CPU the bytes of all live tensors are counted, the weights and the prepared pictures included; on a GPU the
-allocator's own highest number is taken. Two steps of two updates each; every response has exactly --tokens
-tokens, and every prompt is as long as the plan assumes.
+On a CPU the bytes of all live tensors are counted, the weights and the prepared pictures included; on a GPU
+the allocator's own highest number is taken. Two steps of two updates each; every response has exactly
+--tokens tokens, and every prompt is as long as the plan assumes.
 """
 
 from __future__ import annotations
@@ -47,14 +47,10 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
     sizes = {"count": 2 * args.prompts, "side": args.side, "pictures": 1}
+    pixels = {"min_pixels": args.side**2, "max_pixels": args.side**2}
     values: dict[str, dict] = {
         "run": {"dir": folder, "overwrite": True},
-        "model": {
-            "path": args.model,
-            "dtype": args.dtype,
-            "min_pixels": args.side**2,
-            "max_pixels": args.side**2,
-        },
+        "model": {"path": args.model, "dtype": args.dtype, **pixels},
         "data": {"source": f"{here}:rows", "args": sizes},
         "rollout": {"group": args.group, "max_tokens": args.tokens, "prompts_per_batch": args.prompts},
         "reward": {"parts": [{"name": f"{here}:reward"}]},
@@ -63,11 +59,8 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
     }
     for section, fields in case.items():
         values[section] = values.get(section, {}) | fields
-    example = next(
-        iter(build_examples(TrainConfig.model_validate(values | {"train": {"steps": 1}}).data.tasks[0]))
-    )
-    encode = Encoder(load_outline(args.model), min_pixels=args.side**2, max_pixels=args.side**2)
-    prompt = len(encode(example).ids)
+    [task] = TrainConfig.model_validate(values | {"train": {"steps": 1}}).data.tasks
+    prompt = len(Encoder(load_outline(args.model), **pixels)(build_examples(task)[0]).ids)
     values["data"]["max_prompt_tokens"] = prompt
     factor = values["train"].pop("tokens_per_microbatch", 1)
     values["train"]["tokens_per_microbatch"] = int(factor * (prompt + args.group * args.tokens))

@@ -269,7 +269,8 @@ def plan(
         Path | None, typer.Option(help="Where to write the config, or the nearest one that fits.")
     ] = None,
 ) -> None:
-    """Say what a config takes on given GPUs: exit code 1, and the nearest setting that fits, where it doesn't."""
+    """Say what a config takes on given GPUs; where it does not fit, the nearest setting that does, and exit
+    code 1."""
     from vlm_sapo.config import TrainConfig
     from vlm_sapo.configfile import load
 

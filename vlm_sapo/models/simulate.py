@@ -106,8 +106,8 @@ def outline(
     rank: int | None = None,
     parts: Sequence[str] = (),
 ) -> tuple[Simulation, VLM]:
-    """A model of a checkpoint's shape, from its config.json alone, and the mode that it lives in. With a `rank`
-    the linear layers of `parts` have adapters.
+    """A model of a checkpoint's shape, from its config.json alone, and the mode that it lives in. With a
+    `rank` the linear layers of `parts` have adapters.
 
     Raises ValueError where there is no config of a vision-language model.
     """
@@ -149,7 +149,8 @@ def read_config(path: str):
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
         raise ValueError(
-            f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached; {error}"
+            f"model.path ({path}) must be a folder with a config.json or a hub id that can be "
+            f"reached; {error}"
         ) from error
     if "vision_config" not in config.to_dict():
         raise ValueError(

@@ -87,18 +87,12 @@ class Estimator:
     def _vllm(self, engine: Vllm) -> tuple[list[Row], str]:
         share = engine.gpu_memory * self.gpus.memory
         needed = self._engine_weights() + self._longest_row() + memory.ENGINE_WORK
-        short = (
-            ""
-            if needed <= share
-            else (
-                f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, and it "
-                f"needs {needed / GB:.1f} GB"
-            )
-        )
+        short = f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, "
+        short += f"and it needs {needed / GB:.1f} GB"
         return [
             Row("merged weights", sync=self._merged()),
             Row("engine", memory.ASLEEP, share, self._engine_weights(), f"gpu_memory {engine.gpu_memory}"),
-        ], short
+        ], "" if needed <= share else short
 
     def _engine_weights(self) -> float:
         engine = self.config.rollout.engine
@@ -158,8 +152,8 @@ def load_of(config: TrainConfig, *, sharded: bool) -> Load:
 
 
 def rows_of(config: TrainConfig) -> Rows:
-    """The largest rows that the config allows: prompts at their limit with as many image tokens as one picture
-    of the largest size has, and responses at theirs."""
+    """The largest rows that the config allows: prompts at their limit with as many image tokens as one
+    picture of the largest size has, and responses at theirs."""
     prompt = config.data.max_prompt_tokens
     vision = read_config(str(locate(config.model.path))).vision_config
     side = vision.patch_size * vision.spatial_merge_size

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 GB = 10**9
 CONTEXT = 1.0 * GB
-"""What CUDA and the libraries take. That a card of N GB has about 7 % more than N * 10^9 bytes is left for what
-the allocator loses."""
+"""What CUDA and the libraries take. That a card of N GB has about 7 % more than N * 10^9 bytes is left for
+what the allocator loses."""
 ASLEEP = 1.0 * GB
 """What a sleeping engine keeps."""
 ENGINE_WORK = 2.0 * GB
@@ -74,8 +74,8 @@ def optimizer(held: Iterable[Held], kind: str, shards: int = 1) -> float:
 
 def gathered(held: Sequence[Held], size: float) -> float:
     """What a pass gathers of a sharded model with elements of `size` bytes: the root for the whole pass; of
-    the layers one, the next, and the buffer that it arrives in. Backwards also a layer's whole gradient, twice
-    as it is summed, and the root's."""
+    the layers one, the next, and the buffer that it arrives in. Backwards also a layer's whole gradient,
+    twice as it is summed, and the root's."""
 
     def largest(items: Iterable[Held]) -> int:
         units: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The nearest setting that fits: changes that cost only time first, those that change what is trained last."""
+"""The nearest setting that fits: what costs only time is changed first, what is trained last."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ EIGHT_BITS: tuple[int, Changes] = (2, ("train.optimizer=adamw_8bit",))
 ADAPTERS: tuple[int, Changes] = (4, ("model.dtype=bfloat16", "model.lora={rank: 16}"))
 OFFLOAD: tuple[int, Changes] = (5, ("train.offload=true",))
 FOUR_BITS: tuple[int, Changes] = (6, ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}"))
+FEWER_BITS: tuple[int, Changes] = (2, ("model.lora.bits=4",))
 """Changes of some weight: how far from the config they lead."""
 CHECKPOINTING = "model.gradient_checkpointing=true"
 
@@ -48,8 +49,8 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, E
         return changes, estimator(*changes).estimate()
     rows = estimator().rows
     raise ValueError(
-        f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {rows.prompt} tokens with one response "
-        f"of {rows.response}, and no setting of this config does; lower data.max_prompt_tokens and "
+        f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {rows.prompt} tokens with one "
+        f"response of {rows.response}, and no setting of this config does; lower data.max_prompt_tokens and "
         "rollout.max_tokens, or take larger GPUs or a smaller model"
     )
 
@@ -60,7 +61,7 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     none: tuple[int, Changes] = (0, ())
     adapters = [none] if config.model.lora else [none, ADAPTERS, FOUR_BITS]
     if config.model.lora and config.model.lora.bits is None:
-        adapters.append((2, ("model.lora.bits=4",)))
+        adapters.append(FEWER_BITS)
     options = product(
         [none, SHARD] if alone and gpus.count > 1 else [none],
         [none, EIGHT_BITS] if config.train.optimizer == "adamw" else [none],
@@ -69,10 +70,8 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     )
     for chosen in sorted(options, key=lambda chosen: sum(cost for cost, _ in chosen)):
         changes = tuple(change for _, group in chosen for change in group)
-        sharded = config.train.shard != 1 or any(
-            "shard" in change or "offload" in change for change in changes
-        )
-        if not (sharded and any("bits: 4" in change or "bits=4" in change for change in changes)):
+        sharded = config.train.shard != 1 or SHARD in chosen or OFFLOAD in chosen
+        if not (sharded and (FOUR_BITS in chosen or FEWER_BITS in chosen)):
             yield changes
 
 

@@ -140,7 +140,8 @@ def _learn_to_look(vlm: VLM, prompts: list[Prompt], load: Load) -> Look:
 
 @contextmanager
 def _looked(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
-    """Inside, the features of prompts are kept; of a trained tower they take gradients. Yields their bytes."""
+    """Inside, the features of prompts are kept; of a trained tower they take gradients. Yields their
+    bytes."""
     visual = vlm.model.model.visual
     trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
     visual.requires_grad_(False)
