@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from weakref import finalize
 
@@ -145,13 +146,13 @@ def _leave_meta(model: nn.Module) -> None:
 
 def read_config(path: str):
     """The config of a folder or hub id. Raises ValueError where it is none of a vision-language model."""
+    wanted = f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached"
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{wanted}; there is no config.json in that folder")
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
-        raise ValueError(
-            f"model.path ({path}) must be a folder with a config.json or a hub id that can be "
-            f"reached; {error}"
-        ) from error
+        raise ValueError(f"{wanted}; {error}") from error
     if "vision_config" not in config.to_dict():
         raise ValueError(
             f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
