@@ -11,14 +11,18 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
+from vlm_sapo.models import families
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.tiny import Shape, new_model
+from vlm_sapo.models.families import Shape
+from vlm_sapo.models.tiny import new_model
 from vlm_sapo.models.vlm import VLM, load_vlm
 from vlm_sapo.types import Completion, Example, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = tuple(families.FAMILIES)
+SHARING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Families whose branches can share a prefix."""
 SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
 CORPUS = ["How many red shapes are there? \\boxed{2}", "Find x. The answer is 12."] * 20
 

@@ -97,6 +97,8 @@ def test_mistakes_are_sentences(load, override, sentence):
         (["rollout.engine={type: vllm, server: 1}"], "rollout.engine.server is not a field"),
         (["algo.correction={type: truncated}", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
         (["algo.correction={type: clipped}"], "'truncated' or 'masked'"),
+        (["algo.replay=r2", "train.old_logprobs=rollout"], "algo.replay (r2) replays the experts"),
+        (["algo.replay=r4"], "'none', 'r2' or 'r3'"),
     ],
 )
 def test_mistakes_about_engines_are_sentences(load, overrides, sentence):

@@ -11,13 +11,16 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig"},
+    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig", "world"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"planning.inspect", "planning.duplicates", "planning.doctor", "planning.memory", "planning.passes"},
     {"planning.estimate", "planning.nearest", "planning.plan"},
     {
         "evaluation",
+        "training.copies",
+        "training.launch",
+        "training.memory",
         "training.policy",
         "training.batch",
         "training.checkpoint",

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from vlm_sapo.world import ElsewhereError
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -285,7 +287,9 @@ def plan(
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
-    family: Annotated[str, typer.Option(help="qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe.")] = "qwen3_vl",
+    family: Annotated[
+        str, typer.Option(help="A family of docs/families.md: qwen2_5_vl, qwen3_vl_moe, ...")
+    ] = "qwen3_vl",
     corpus: Annotated[
         str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
     ] = "data/shapes.py:corpus",
@@ -332,7 +336,7 @@ def _quieten() -> None:
 
 def _report(summary: dict) -> None:
     before, after = summary.get("eval_before"), summary.get("eval_after")
-    if before and after:
+    if before and after and _main_process():
         typer.echo(f"held-out pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
 
 
@@ -346,6 +350,15 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except ElsewhereError:
+        sys.exit(1)  # that process says why
+
+
+def _main_process() -> bool:
+    """Whether this is the process that prints, where a launcher started several."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _raised_here(error: BaseException) -> bool:

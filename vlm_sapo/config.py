@@ -52,8 +52,8 @@ class Model(Section):
     """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
     freeze: list[Literal["vision", "merger", "language", "router"]] = []
     """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
-    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is what
-    chooses the experts of a mixture."""
+    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is
+    what chooses the experts of a mixture; `language` leaves it out."""
     lora: Lora | None = None
     """Train low-rank adapters and nothing else. The reference model is then the model without them."""
     gradient_checkpointing: bool = False
@@ -189,6 +189,12 @@ class Algo(Section):
     correction: Correction | None = None
     """Corrects for the engine's log-probs not being the policy's: each token's loss is weighed by policy over
     engine before the update, as a constant outside the gate. Needs old log-probs from the policy."""
+    replay: Literal["none", "r2", "r3"] = "none"
+    """Which experts of a mixture an update uses: those that its routers choose (`none`), those of the pass
+    that gives the old log-probs (`r2`), or those that the rollout engine used (`r3`). Replayed experts are
+    weighed by the present router, which keeps its gradient (docs/moe.md)."""
+    balance: NotNegative = 0.0
+    """Weight of a loss that spreads each response's tokens over a mixture's experts (docs/moe.md)."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss and of its denominator."""
 
@@ -342,6 +348,12 @@ class TrainConfig(Section):
             raise ValueError(
                 "algo.correction weighs the policy's old log-probs against the engine's, and "
                 "train.old_logprobs (rollout) makes them the same; set train.old_logprobs=recompute"
+            )
+        if self.algo.replay == "r2" and self.train.old_logprobs == "rollout":
+            raise ValueError(
+                "algo.replay (r2) replays the experts of the policy's pass that gives the old log-probs, and "
+                "with train.old_logprobs (rollout) there is none; set train.old_logprobs=recompute, or "
+                "algo.replay=r3"
             )
         if self.eval.part is not None and self.eval.part not in self.reward.labels:
             raise ValueError(

@@ -7,7 +7,7 @@ N vision patches of all its pictures, D values of a patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -111,6 +111,9 @@ class Completion:
     text: str
     """What a verifier reads: the template's opening and the decoded response without special tokens."""
     finish: Literal["stop", "length"]
+    experts: torch.Tensor | None = None
+    """[P + R - 1, M, k] integer, the k experts that each of the M layers with experts chose for the tokens of
+    prompt and response but the last; None unless the engine was asked for them."""
 
 
 class Response(str):
@@ -152,6 +155,13 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...]
+
+    def without_pictures(self) -> Group:
+        """What metrics and logs need of it."""
+        example = replace(self.prompt.example, images=(), columns={})
+        prompt = replace(self.prompt, example=example, images=(), pixels=None)
+        completions = tuple(replace(completion, experts=None) for completion in self.completions)
+        return replace(self, prompt=prompt, completions=completions)
 
     @property
     def flat(self) -> bool:

@@ -24,34 +24,38 @@ def ids(prompts) -> list[str]:
     return [prompt.id for prompt in prompts]
 
 
+def alone(examples, encode, **options) -> Mixture:
+    return Mixture({"a": PromptStream(examples, encode, **options)}, {"a": 1.0}, minibatch=1)
+
+
 def test_an_epoch_holds_every_row_once_and_the_next_in_another_order():
-    stream = PromptStream(EXAMPLES, identity, seed=0)
+    stream = alone(EXAMPLES, identity, seed=0)
     first, second = ids(stream.take(7)), ids(stream.take(7))
     assert sorted(first) == sorted(second) == sorted(ids(EXAMPLES))
     assert first != second
-    assert first != ids(PromptStream(EXAMPLES, identity, seed=1).take(7))
+    assert first != ids(alone(EXAMPLES, identity, seed=1).take(7))
 
 
 def test_the_order_goes_on_where_it_stopped():
-    whole = ids(PromptStream(EXAMPLES, identity, seed=3).take(20))
-    stream = PromptStream(EXAMPLES, identity, seed=3)
+    whole = ids(alone(EXAMPLES, identity, seed=3).take(20))
+    stream = alone(EXAMPLES, identity, seed=3)
     stream.take(5)
-    resumed = PromptStream(EXAMPLES, identity, seed=3)
-    resumed.position = stream.position
+    resumed = alone(EXAMPLES, identity, seed=3)
+    resumed.restore(stream.state())
     assert ids(resumed.take(15)) == whole[5:]
 
 
 def test_bad_rows_stop_or_are_counted():
     with pytest.raises(RowError, match="e3"):
-        PromptStream(EXAMPLES, fail_on_three, seed=0).take(7)
-    stream = PromptStream(EXAMPLES, fail_on_three, seed=0, skip=True)
+        alone(EXAMPLES, fail_on_three, seed=0).take(7)
+    stream = alone(EXAMPLES, fail_on_three, seed=0, skip=True)
     assert "e3" not in ids(stream.take(12))
     assert stream.skipped == 2
 
 
 def test_a_set_without_a_usable_row_ends():
     with pytest.raises(RowError):
-        PromptStream([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
+        alone([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
 
 
 def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> Mixture:
@@ -107,5 +111,6 @@ def test_a_mixture_counts_what_it_leaves_out_and_replaces_within_a_task():
     stream = mixture({"a": 0.5, "b": 0.5}, 4, encode)
     prompts = stream.take(24)
     assert stream.skipped == 2 and stream.state()["b"]["skipped"] == 2
-    assert [p.example.task for p in stream.replace(prompts[:4])] == ["a", "a", "b", "b"]
+    further = stream.draw({place: prompts[place].example.task for place in (1, 3)})
+    assert [(place, p.example.task) for place, p in further.items()] == [(1, "a"), (3, "b")]
     assert stream.drawn == {"a": 12, "b": 12}

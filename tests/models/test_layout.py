@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
-from tests.conftest import FAMILIES, example
+from tests.conftest import SHARING, example
 from vlm_sapo.models.attention import Branched, Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
@@ -57,7 +57,7 @@ def assert_same(vlm, groups):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARING)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_shared_equals_plain(model_folder, family, shapes, checkpointing):
     vlm = load_vlm(str(model_folder(family)), gradient_checkpointing=checkpointing)
@@ -110,7 +110,7 @@ def test_bfloat16_stays_close(model_folder):
     assert (found_gradient - gradient).float().norm() < 0.1 * gradient.float().norm()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARING)
 def test_pictures_keep_to_themselves(model_folder, family):
     """Our vision attention on many pictures at once against transformers' own on one after the other."""
     vlm = load_vlm(str(model_folder(family)))

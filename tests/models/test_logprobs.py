@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import FAMILIES, example
+from tests.conftest import SHARING, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
@@ -21,7 +21,7 @@ def inputs_of(rows):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARING)
 def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     """One prompt with two pictures, through transformers' public call that derives its own positions."""
     vlm = load_vlm(str(model_folder(family)))

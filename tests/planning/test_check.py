@@ -123,7 +123,8 @@ def test_serve_prints_what_training_needs(run):
         options["--port"] == "8123" and options["--host"] == "127.0.0.1" and options["--dtype"] == "float32"
     )
     assert options["--max-model-len"] == "208" and words[-2:] == ["--max-num-seqs", "7"]
-    assert "--weight-transfer-config" not in words
+    assert "--weight-transfer-config" not in words and "--enable-return-routed-experts" not in words
+    assert "--enable-return-routed-experts" in run("serve", "algo.replay=r3", "--print").output
     nccl = run(
         "serve", "rollout.engine={type: vllm_server, weights: nccl}", "train.precision=bf16", "--print"
     )

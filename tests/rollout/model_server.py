@@ -10,6 +10,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,8 +28,8 @@ CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
 class ModelServer:
     """Serves the model at `path` until `close`; `restart` comes back at the same port with the first weights."""
 
-    def __init__(self, path, *, port: int = 0, max_model_len: int = 4096):
-        self.path, self.max_model_len = path, max_model_len
+    def __init__(self, path, *, port: int = 0, max_model_len: int = 4096, experts: bool = False):
+        self.path, self.max_model_len, self.experts = path, max_model_len, experts
         self.fault = lambda route, body: None
         self.requests: list[tuple[str, dict]] = []
         self.open(port)
@@ -106,7 +107,8 @@ class ModelServer:
         asked, prompt = body["sampling_params"], self.prompt(body)
         assert set(map(int, asked["logit_bias"])) == set(self.vlm.banned)
         sampling = Sampling(asked["n"], asked["max_tokens"], asked["temperature"], asked["seed"])
-        [completions] = HfEngine(self.vlm, prompts_per_batch=1).generate([prompt], sampling)
+        engine = HfEngine(self.vlm, prompts_per_batch=1, experts=self.experts)
+        [completions] = engine.generate([prompt], sampling)
         return {
             "prompt_token_ids": prompt.ids.tolist(),
             "choices": [
@@ -116,6 +118,7 @@ class ModelServer:
                     "logprobs": {"content": [{"logprob": value} for value in item.logprobs.tolist()]},
                     "finish_reason": item.finish,
                     "weight_versions": [{"version": self.version, "start": 0, "end": len(item.ids)}],
+                    "routed_experts": encoded(item.experts) if self.experts else None,
                 }
                 for index, item in enumerate(completions)
             ],
@@ -135,3 +138,10 @@ class ModelServer:
     def bare(self, ids: list[int]) -> torch.Tensor:
         kept = torch.tensor(ids)
         return kept[kept != self.vlm.model.config.image_token_id]
+
+
+def encoded(experts: torch.Tensor) -> str:
+    """As vLLM tells experts: base64 of a `.npy` file."""
+    file = io.BytesIO()
+    np.save(file, experts.numpy())
+    return base64.b64encode(file.getvalue()).decode()

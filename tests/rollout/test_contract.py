@@ -22,6 +22,7 @@ from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
+from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rolloutconfig import Rollout
 from vlm_sapo.types import Sampling
 
@@ -170,6 +171,51 @@ def test_experts_are_saved_as_vllm_reads_them(tmp_path, monkeypatch):
         setting = Setting("vllm-moe", tmp_path, vlm, Encoder(vlm), engine)
         prompts, groups = setting.draw()
         assert setting.differences(prompts, groups).max() < setting.rounding
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
+    """All that vLLM's CPU kernels take: bfloat16 and heads of 128. Every expert is chosen, since rounding would
+    flip a choice; new weights are not brought to it, since on some processors it packs convolutions, too."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    shape = dataclasses.replace(SHAPE, layers=4, head_dim=128)
+    new_model(tmp_path / "new", family=family, corpus=CORPUS, shape=shape)
+    vlm = load_vlm(str(tmp_path / "new"), dtype="bfloat16")
+    vlm.model.config.text_config.num_experts_per_tok = 4
+    vlm.save(tmp_path / "saved")
+    vlm = load_vlm(str(tmp_path / "saved"), dtype="bfloat16")
+    options = {"max_num_seqs": 64, "enable_prefix_caching": False}
+    engine = build_engine(
+        Rollout.model_validate({"engine": {"type": "vllm", "options": options}}).engine,
+        vlm,
+        str(tmp_path / "saved"),
+        longest=LONGEST,
+        dtype="bfloat16",
+        prompts_per_batch=8,
+        warn=print,
+    )
+    with closing(engine):
+        setting = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine)
+        differences = setting.differences(*setting.draw())
+    assert differences.mean() < 0.03 and differences.max() < 0.2
+
+
+def test_vllm_without_its_newer_runner_cannot_tell_experts(tmp_path, monkeypatch):
+    """On a CPU it has only the older one."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    new_model(tmp_path / "new", family="qwen3_vl_moe", corpus=CORPUS, shape=SHAPE)
+    with pytest.raises(RolloutError, match="algo.replay=r2 .*Model Runner V2"):
+        build_engine(
+            Rollout.model_validate({"engine": "vllm"}).engine,
+            load_vlm(str(tmp_path / "new")),
+            str(tmp_path / "new"),
+            longest=LONGEST,
+            dtype="float32",
+            prompts_per_batch=8,
+            warn=print,
+            experts=True,
+        )
 
 
 def ids_of(groups):

@@ -8,6 +8,7 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.hf import HfEngine, sample
 from vlm_sapo.types import Sampling
 
@@ -87,3 +88,31 @@ def test_sampling_follows_the_distribution():
     assert torch.equal(logprobs, logits[0].log_softmax(-1)[ids])
     edges, _ = sample(logits[:2], torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))
     assert edges.tolist() == [0, 3]
+
+
+def test_prompts_that_do_not_fit_together_are_answered_in_turn(vlm, encoder, monkeypatch):
+    """The same responses; the second time at once in the size that fits."""
+    prompts = [encoder(example(number)) for number in range(5)]
+    wanted = HfEngine(vlm, prompts_per_batch=8).generate(prompts, Sampling(3, 6, 1.0, seed=0))
+    said, sizes, room = [], [], [2]
+    engine = HfEngine(vlm, prompts_per_batch=8, warn=said.append)
+    generate = engine._generate
+
+    def small(chosen, uniforms, sampling):
+        sizes.append(len(chosen))
+        if len(chosen) > room[0]:
+            raise torch.OutOfMemoryError("no room. Advice")
+        return generate(chosen, uniforms, sampling)
+
+    monkeypatch.setattr(engine, "_generate", small)
+    for tried in ([5, 2, 2, 1], [2, 2, 1]):
+        sizes.clear()
+        drawn = engine.generate(prompts, Sampling(3, 6, 1.0, seed=0))
+        assert [[item.ids.tolist() for item in group] for group in drawn] == [
+            [item.ids.tolist() for item in group] for group in wanted
+        ]
+        assert sizes == tried
+    assert len(said) == 1 and "set rollout.prompts_per_batch=2" in said[0]
+    room[0] = 0
+    with pytest.raises(RolloutError, match="responses to row e0 do not fit"):
+        engine.generate(prompts, Sampling(3, 6, 1.0, seed=0))

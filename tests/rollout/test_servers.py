@@ -9,6 +9,8 @@ import torch
 
 from tests.conftest import example
 from tests.rollout.model_server import HANG_UP, ModelServer
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.hf import HfEngine
@@ -322,3 +324,37 @@ def test_closing_breaks_off_what_is_being_drawn(vlm, servers, prompts, tmp_path)
     engine.close()
     thread.join(5)
     assert not thread.is_alive() and "closed" in str(found[0])
+
+
+def test_experts_of_the_tokens_are_told(model_folder):
+    """In vLLM's encoding; it also tells layers without experts. A server that doesn't is refused."""
+    path = model_folder("qwen3_vl_moe")
+    vlm = load_vlm(str(path))
+    prompts = [Encoder(vlm)(example(number, pictures=number % 3)) for number in range(3)]
+    server = ModelServer(path, experts=True)
+    engine = build_engine(
+        Rollout.model_validate({"engine": {"type": "vllm_server", "servers": server.url}}).engine,
+        vlm,
+        str(path),
+        longest=512,
+        dtype="float32",
+        prompts_per_batch=4,
+        warn=print,
+        experts=True,
+    )
+    with closing(engine):
+        groups = engine.generate(prompts, SAMPLING)
+        own = HfEngine(vlm, prompts_per_batch=1, experts=True)
+        for number, (prompt, items) in enumerate(zip(prompts, groups, strict=True)):
+            seed = SAMPLING.seed_of(number) * SPREAD % 2**62
+            [expected] = own.generate([prompt], Sampling(3, 8, 1.0, seed))
+            for item, other in zip(items, expected, strict=True):
+                assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
+                assert torch.equal(item.experts, other.experts)
+        vlm.routers.layers = [1]  # as if the first layer had none
+        [[item, *_]] = engine.generate(prompts[:1], SAMPLING)
+        assert torch.equal(item.experts, groups[0][0].experts[:, 1:])
+        server.experts = False
+        with pytest.raises(RolloutError, match=r"told no experts, .* algo.replay=r2"):
+            engine.generate(prompts, SAMPLING)
+    server.close()

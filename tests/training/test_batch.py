@@ -221,3 +221,55 @@ def test_schedules():
     assert factors("constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
     assert factors("linear")[2:] == pytest.approx([1 - k / 8 for k in range(8)])
     assert factors("cosine")[2] == 1.0 and factors("cosine")[6] == pytest.approx(0.5)
+
+
+class Small:
+    """A device on which a pass of more than so many tokens runs out of memory."""
+
+    def __init__(self, forward_pass, most: int):
+        self.most, self.lengths = most, []
+        forward_pass.register_forward_pre_hook(self)
+
+    def __call__(self, module, inputs):
+        length = inputs[0].ids.numel()
+        self.lengths.append(length)
+        if length > self.most:
+            raise torch.OutOfMemoryError(f"{length} tokens tried. More advice")
+
+
+@pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=["shared", "plain"])
+def test_a_pass_that_runs_out_of_memory_is_made_in_parts(model_folder, encoder, layout, capsys):
+    """Mini-batches that come after it begin small; gradients are those of a device with room."""
+
+    def train(most: int) -> tuple[dict, Policy, Small]:
+        policy = make_policy(model_folder(), layout=layout)
+        groups = draw_groups(policy, encoder, REWARDS)
+        device = Small(policy.forward_pass, most)
+        batch = split(policy, groups, count=2)
+        for minibatch in batch:
+            passed = list(policy.accumulate(minibatch, loss_of()))
+            assert sum(len(item["mask"]) for item in passed) == sum(
+                len(ids) for micro in minibatch.micros for _, ids in micro.groups
+            )
+            grads = [parameter.grad.clone() for parameter in policy.trained if parameter.grad is not None]
+            policy.step()
+        return grads, policy, device
+
+    grads, roomy, _ = train(10**6)
+    again, small, device = train(70)
+    assert roomy.memory.shortages == 0 and small.memory.shortages >= 1
+    assert device.lengths[-1] <= small.memory.budget < 70 or max(device.lengths[-2:]) <= 70
+    for first, second in zip(grads, again, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+    assert "set train.tokens_per_microbatch=" in capsys.readouterr().out
+
+
+def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
+    policy = make_policy(model_folder())
+    groups = draw_groups(policy, encoder, REWARDS)
+    Small(policy.forward_pass, 10)
+    with pytest.raises(
+        ValueError, match="one response to row e[0-9]+, .* tokens with its prompt, does not fit"
+    ):
+        for minibatch in split(policy, groups):
+            policy.accumulate(minibatch, loss_of())

@@ -17,6 +17,7 @@ from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.parity import Parity, ParityError, kinds_of, perturbed
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.types import Group, Sampling, Score
+from vlm_sapo.world import World
 
 SAMPLING = Sampling(3, 8, 0.7, seed=3)
 
@@ -96,6 +97,7 @@ class Run:
             Rollouts(self.engine),
             self.encode,
             Console(),
+            world=World(),
             sampling=SAMPLING,
             tolerance=1e-4,
             every=every,
@@ -112,7 +114,7 @@ class Run:
             Group(prompt, tuple(items), tuple(Score(0.0, {}) for _ in items))
             for prompt, items in zip(prompts, drawn, strict=True)
         ]
-        found = self.parity(number, Drawn(groups, self.policy.vlm.version, {}))
+        found = self.parity(number, Drawn(groups, [], self.policy.vlm.version, {}))
         with torch.no_grad():
             for parameter in self.policy.vlm.parameters():
                 parameter *= 1.1

@@ -9,6 +9,7 @@ from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.training.selfcheck import SelfCheck
+from vlm_sapo.world import World
 
 REWARDS = [[1, 0, 0, 1]]
 
@@ -26,8 +27,8 @@ class Shifted(SharedPrefix):
 
 
 def check(policy, groups, budget=10**6):
-    check = SelfCheck(policy, Console(), budget=budget, choose=policy.reuse_sampled)
-    assert check(1, Drawn(groups, policy.vlm.version, {})) == {}
+    check = SelfCheck(policy, Console(), budget=budget, choose=policy.reuse_sampled, world=World())
+    assert check(1, Drawn(groups, [], policy.vlm.version, {})) == {}
 
 
 def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):

@@ -10,6 +10,7 @@ from vlm_sapo.data.stream import Mixture, PromptStream
 from vlm_sapo.dataconfig import Data, Rows
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example, Prompt
+from vlm_sapo.world import World
 
 
 def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
@@ -30,7 +31,14 @@ def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
     )
 
 
-def build_stream(data: Data, encode: Callable[[Example], Prompt], *, seed: Any, minibatch: int) -> Mixture:
+def build_stream(
+    data: Data,
+    encode: Callable[[Example], Prompt],
+    *,
+    seed: Any,
+    minibatch: int,
+    world: World | None = None,
+) -> Mixture:
     """The training rows as an endless stream, with every task's share in each mini-batch of prompts."""
     tasks = data.tasks
     total = sum(task.share for task in tasks)
@@ -43,4 +51,5 @@ def build_stream(data: Data, encode: Callable[[Example], Prompt], *, seed: Any, 
         )
         for task in tasks
     }
-    return Mixture(streams, {task.task: task.share / total for task in tasks}, minibatch=minibatch)
+    shares = {task.task: task.share / total for task in tasks}
+    return Mixture(streams, shares, minibatch=minibatch, world=world)

@@ -1,20 +1,22 @@
-"""Shuffled, endless, resumable orders of prompts, alone and mixed."""
+"""Shuffled, endless, resumable orders of prompts, mixed, and spread over processes."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_sapo.types import Example, Prompt, RowError
+from vlm_sapo.world import World
 
 
 class PromptStream:
-    """Draws prompts epoch after epoch, each epoch in an order of its own that depends on the seed alone.
+    """Gives out rows epoch after epoch, each epoch in an order of its own that depends on the seed alone.
 
-    `position` counts the rows drawn so far: setting it resumes the order. With `skip` a bad row is counted in
-    `skipped` and left out; otherwise its error is raised.
+    `position` counts the rows given out so far: setting it resumes the order. With `skip` bad rows are
+    counted in `skipped` and left out.
     """
 
     def __init__(
@@ -30,47 +32,39 @@ class PromptStream:
         self.skipped = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
-        prompts: list[Prompt] = []
-        failed = 0
-        while len(prompts) < count:
-            index = self._index(self.position)
-            self.position += 1
-            try:
-                prompts.append(self.encode(self.examples[index]))
-                failed = 0
-            except RowError:
-                if not self.skip:
-                    raise
-                self.skipped += 1
-                failed += 1
-                if failed >= len(self.examples):
-                    raise
-        return prompts
-
-    def prompt(self, row: int) -> Prompt:
-        """The prompt of a row, out of turn."""
-        return self.encode(self.examples[row])
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.examples))
+    def next(self) -> int:
+        """The next row."""
+        epoch, offset = divmod(self.position, len(self.examples))
         if self._order[0] != epoch:
             order = list(range(len(self.examples)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = (epoch, order)
+        self.position += 1
         return self._order[1][offset]
+
+    def prompt(self, row: int) -> Prompt:
+        """The prompt of a row, out of turn."""
+        return self.encode(self.examples[row])
 
 
 class Mixture:
     """Draws from the streams of several tasks so that each mini-batch holds every task's share.
 
     A task's count in a mini-batch is its share of it rounded up or down; what rounding leaves over is
-    settled in the next ones, so the shares of a run are exact. `shares` sum to 1.
+    settled in the next ones, so the shares of a run are exact. `shares` sum to 1. Every process of `world`
+    goes through the same rows, and encodes those at its own places alone.
     """
 
-    def __init__(self, streams: Mapping[str, PromptStream], shares: Mapping[str, float], *, minibatch: int):
+    def __init__(
+        self,
+        streams: Mapping[str, PromptStream],
+        shares: Mapping[str, float],
+        *,
+        minibatch: int,
+        world: World | None = None,
+    ):
         self.streams, self.shares, self.minibatch = dict(streams), dict(shares), minibatch
+        self.world = world or World()
         self.drawn = dict.fromkeys(streams, 0)
 
     def __len__(self) -> int:
@@ -81,17 +75,42 @@ class Mixture:
         """Rows that were left out so far."""
         return sum(stream.skipped for stream in self.streams.values())
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts, one mini-batch after the other."""
-        prompts: list[Prompt] = []
+    def tasks(self, count: int) -> list[str]:
+        """The tasks of the next `count` places, one mini-batch after the other."""
+        tasks: list[str] = []
         for start in range(0, count, self.minibatch):
             for task, quota in self._quotas(min(self.minibatch, count - start)).items():
-                prompts += self.streams[task].take(quota)
-        return prompts
+                tasks += [task] * quota
+        return tasks
 
-    def replace(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """A further prompt of the same task for each of the prompts."""
-        return [self.streams[prompt.example.task].take(1)[0] for prompt in prompts]
+    def draw(self, tasks: Mapping[int, str]) -> dict[int, Prompt]:
+        """A further prompt of the task at each place; those of this process's places. A bad row's place gets
+        the next row of its task."""
+        prompts: dict[int, Prompt] = {}
+        failures: Counter[str] = Counter()
+        while tasks:
+            rows = {place: self.streams[task].next() for place, task in tasks.items()}
+            bad: dict[int, str] = {}
+            for place, row in rows.items():
+                if self.world.owns(place):
+                    try:
+                        prompts[place] = self.streams[tasks[place]].prompt(row)
+                    except RowError as error:
+                        if not self.streams[tasks[place]].skip:
+                            raise
+                        bad[place] = str(error)
+            bad = {place: reason for told in self.world.gather(bad) for place, reason in told.items()}
+            tasks = {place: task for place, task in tasks.items() if place in bad}
+            for place, task in tasks.items():
+                self.streams[task].skipped += 1
+                failures[task] += 1
+                if failures[task] >= len(self.streams[task].examples):
+                    raise RowError(f"no row of {task} is left that can be used; the last one: {bad[place]}")
+        return {place: prompts[place] for place in sorted(prompts)}
+
+    def take(self, count: int) -> list[Prompt]:
+        """This process's prompts of the next `count`."""
+        return list(self.draw(dict(enumerate(self.tasks(count)))).values())
 
     def state(self) -> dict[str, dict[str, int]]:
         """What `restore` needs to go on from here."""

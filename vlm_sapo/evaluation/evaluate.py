@@ -13,6 +13,7 @@ from vlm_sapo.rewards.answers import stated_answer
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling, Score
+from vlm_sapo.world import World
 
 LONGEST = 200
 """Characters of a column that a sample keeps."""
@@ -39,10 +40,11 @@ class SampleFile:
         if len(whole) < len(lines) or not text.endswith("\n" if text else ""):
             self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
 
-    def add(self, records: list[dict]) -> None:
-        """Writes the records of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(map(_line, records)))
+    def add(self, records: list[dict], *, write: bool = True) -> None:
+        """Keeps the records of a batch, and writes them."""
+        if write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, records)))
         self.done |= {record["row"]: record for record in records}
 
 
@@ -58,23 +60,29 @@ def evaluate(
     batch: int = 16,
     skip: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    world: World | None = None,
 ) -> tuple[dict, list[dict]]:
     """Draws `sampling.group` responses per problem and scores them; see `results.summarize` for the result.
 
     `batch` problems are drawn, graded and written together; what `samples` holds already is not drawn again.
+    Processes of `world` share the problems.
     The draws of a problem depend on the seed and its row alone. With `skip`, unusable rows are counted as
     `skipped` and left out; otherwise they raise RowError. Returns the result and one record per problem.
     """
+    world = world or World()
     missing = [row for row in range(len(examples)) if row not in samples.done]
-    for start in range(0, len(missing), batch):
-        rows, prompts = _prompts(examples, missing[start : start + batch], encode, skip)
-        groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
+    together = batch * world.size
+    for start in range(0, len(missing), together):
+        own = missing[start : start + together][world.rank :: world.size]
+        rows, prompts = _prompts(examples, own, encode, skip)
+        groups = engine.generate(prompts, replace(sampling, places=tuple(rows))) if rows else []
         scored = score_groups(reward, prompts, groups)
         made = []
         for row, prompt, drawn, scores in zip(rows, prompts, groups, scored, strict=True):
             record = {"benchmark": samples.name, "row": row} | _record(prompt, drawn, scores, measure)
             made.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
-        samples.add(made)
+        told = [record for records in world.gather(made) for record in records]
+        samples.add(sorted(told, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))
     records = [samples.done[row] for row in sorted(samples.done)]
     if not records:

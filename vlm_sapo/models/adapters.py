@@ -1,22 +1,121 @@
-"""Low-rank adapters inside a model: what its weights are with them."""
+"""Low-rank adapters inside a model: made, switched off, saved, loaded, and what the weights are with them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+from peft import (
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+NAME = "default"
+PREFIX = "base_model.model."
+"""What peft writes before the names of a model's modules."""
+FILE = "adapter_model.safetensors"
+ROUTERS = (".gate", ".shared_expert_gate")
 
-def merged(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have without adapters, each with its active adapters added."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+def targets(model: nn.Module, owner: Callable[[str], str], parts: Sequence[str]) -> list[str]:
+    """Names of the linear layers of some parts; `owner` tells the part of a name. The head, the experts and
+    what chooses them stay as they are."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and owner(name) in parts
+        and not name.startswith("lm_head")
+        and not name.endswith(ROUTERS)
+    ]
+
+
+def add(model: nn.Module, names: list[str], *, rank: int, alpha: float, base: str) -> None:
+    """Puts float32 adapters that change nothing yet beside the named layers, and freezes everything else."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base)
+    _inject(model, config)
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    """Puts the adapters of a folder (peft's format) into the model, to be trained on.
+
+    Raises ValueError where they are another model's.
+    """
+    weights = {name.removeprefix(PREFIX): item for name, item in load_file(folder / FILE).items()}
+    try:
+        _inject(model, LoraConfig.from_pretrained(folder))
+        result = set_peft_model_state_dict(model, weights, adapter_name=NAME)
+        wrong = result.unexpected_keys
+    except (RuntimeError, ValueError) as error:  # sizes that differ; no such layers
+        raise ValueError(
+            f"the adapter in {folder} is another base model's ({str(error).splitlines()[-1].strip()}); "
+            "give one that was trained on model.path"
+        ) from error
+    if wrong:
+        raise ValueError(
+            f"the adapter in {folder} is another base model's: this one has no {wrong[0]}; "
+            "give one that was trained on model.path"
+        )
+
+
+def _inject(model: nn.Module, config: LoraConfig) -> None:
+    inject_adapter_in_model(config, model, NAME)
+    for layer in _layers(model).values():
+        layer.lora_A.float(), layer.lora_B.float()
+
+
+def save(
+    model: nn.Module, folder: Path, take: Callable[[torch.Tensor], torch.Tensor], *, write: bool
+) -> None:
+    """Writes the adapters as peft does; `take` makes a parameter a whole tensor."""
+    weights = {PREFIX + name: take(item.detach()) for name, item in get_peft_model_state_dict(model).items()}
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: item.cpu().contiguous() for name, item in weights.items()}, folder / FILE)
+        model.peft_config[NAME].save_pretrained(folder)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was without adapters."""
+    layers = _layers(model).values()
+    for layer in layers:
+        layer.set_scale(NAME, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(NAME, 1.0)
+
+
+def merged(model: nn.Module, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have without adapters, each with its adapter added and in its own
+    type, weights of 4 bits in the type that they compute in."""
+    layers = _layers(model)
     found = {
-        name.replace(".base_layer.", "."): parameter
+        name.replace(".base_layer.", "."): take(parameter)
         for name, parameter in model.named_parameters()
-        if not any(f".{part}." in name for layer in layers.values() for part in layer.adapter_layer_names)
+        if ".lora_" not in name and not name.endswith(".base_layer.weight")
     }
     for name, layer in layers.items():
-        deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
-        found[f"{name}.weight"] = layer.get_base_layer().weight + sum(deltas)
+        base = take(dequantize_module_weight(layer.get_base_layer()))
+        delta = take(layer.lora_B[NAME].weight) @ take(layer.lora_A[NAME].weight)
+        found[f"{name}.weight"] = (base + layer.scaling[NAME] * delta).to(base.dtype)
     return found
+
+
+def attached(model: nn.Module) -> bool:
+    """Whether the model has adapters."""
+    return bool(_layers(model))
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

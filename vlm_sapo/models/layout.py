@@ -38,6 +38,8 @@ class Inputs:
     """The groups of a packed row."""
     predicting: torch.Tensor
     """[K] int64, the place in the flattened rows of the token before each response token."""
+    prompting: torch.Tensor
+    """[P of all `prompts`] int64, the places of their tokens in the flattened rows."""
     targets: torch.Tensor
     """[K] int64, the response tokens, response after response."""
     response_mask: torch.Tensor
@@ -81,9 +83,10 @@ class SharedPrefix:
 
     def inputs(self, groups: Sequence[Branches]) -> Inputs:
         start, segments = 0, []
-        ids, positions, predicting = [], [], []
+        ids, positions, predicting, prompting = [], [], [], []
         for prompt, responses in groups:
             length, lengths = len(prompt.ids), [len(response) for response in responses]
+            prompting.append(torch.arange(start, start + length))
             segments.append(Branched(start, length, tuple(lengths)))
             ids += [prompt.ids, *responses]
             positions += [prompt.positions, *(_following(prompt, count) for count in lengths)]
@@ -102,6 +105,7 @@ class SharedPrefix:
             positions=torch.cat(positions, dim=1)[:, None],
             segments=Segments(tuple(segments)),
             predicting=torch.cat(predicting),
+            prompting=torch.cat(prompting),
             targets=torch.cat(responses),
             response_mask=_response_mask(responses),
         )
@@ -134,12 +138,13 @@ class Plain:
         total = int((starts + lengths).max())
         ids = torch.zeros(len(rows), total, dtype=torch.long)
         positions = torch.zeros(3, len(rows), total, dtype=torch.long)
-        predicting = []
+        predicting, prompting = [], []
         for row, (prompt, response) in enumerate(rows):
             start, end = len(prompt.ids), len(prompt.ids) + len(response)
             ids[row, :end] = torch.cat([prompt.ids, response])
             positions[:, row, :end] = torch.cat([prompt.positions, _following(prompt, len(response))], dim=1)
             predicting.append(row * total + torch.arange(start - 1, end - 1))
+            prompting.append(row * total + torch.arange(start))
         responses = [response for _, response in rows]
         return Inputs(
             prompts=[prompt for prompt, _ in rows],
@@ -148,6 +153,7 @@ class Plain:
             positions=positions,
             segments=None,
             predicting=torch.cat(predicting),
+            prompting=torch.cat(prompting),
             targets=torch.cat(responses),
             response_mask=_response_mask(responses),
         )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm_sapo.models.layout import Inputs
+from vlm_sapo.models.routing import RoutedPass
 from vlm_sapo.models.vlm import VLM
 
 CHUNK_LOGITS = 2**26
@@ -23,15 +24,17 @@ class Pass(nn.Module):
         super().__init__()
         self.vlm, self.temperature = vlm, temperature
 
-    def forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [N, T] float32 of the response tokens, 0 where the mask is off."""
-        hidden = self.vlm.hidden(
-            ids=inputs.ids,
-            positions=inputs.positions,
-            mask=inputs.mask,
-            segments=inputs.segments,
-            features=self.vlm.vision(inputs.prompts),
-        )
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N, T] float32 of the response tokens, 0 where the mask is off; `routed`
+        is told what the routers do, and may tell them what to do."""
+        with self.vlm.routers.during(routed):
+            hidden = self.vlm.hidden(
+                ids=inputs.ids,
+                positions=inputs.positions,
+                mask=inputs.mask,
+                segments=inputs.segments,
+                features=self.vlm.vision(inputs.prompts),
+            )
         logprobs, entropies = self.score(hidden.flatten(0, 1)[inputs.predicting], inputs.targets)
         where = inputs.response_mask
         empty = logprobs.new_zeros(where.shape)

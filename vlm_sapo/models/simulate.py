@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from weakref import finalize
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,16 +20,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from vlm_sapo.models import attention
+from vlm_sapo.models import adapters, attention
 from vlm_sapo.models.attention import Prefix
-from vlm_sapo.models.vlm import PARTS, VLM, silence_dropout
+from vlm_sapo.models.vlm import VLM, part_of, silence_dropout
 from vlm_sapo.types import Example, Prompt
 
 LARGEST_KNOWN = 2**22
 """Elements of the largest tensor that keeps its values."""
 MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-KEPT = ("lm_head", ".gate", ".shared_expert_gate")
-"""Linear layers without adapters."""
 DEPTH = 2
 """Decoder layers that are run; a model's memory is linear in their number."""
 
@@ -116,7 +113,7 @@ def outline(
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
         if rank is not None:
-            adapt(model, rank, parts)
+            adapters.add(model, adapters.targets(model, part_of, parts), rank=rank, alpha=rank, base="")
     with mode:
         _leave_meta(model)
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
@@ -158,21 +155,6 @@ def read_config(path: str):
             f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
         )
     return config
-
-
-def adapt(model: nn.Module, rank: int, parts: Sequence[str]) -> None:
-    """Puts float32 adapters on the linear layers of some parts and freezes everything else."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linear if _part_of(name) in parts and not name.endswith(KEPT)]
-    inject_adapter_in_model(LoraConfig(r=rank, target_modules=chosen), model)
-    for name, module in model.named_modules():
-        if name.endswith((".lora_A", ".lora_B")):
-            module.float()
-
-
-def _part_of(name: str) -> str:
-    in_merger = any(mark in f"{name}." for mark in PARTS["merger"])
-    return "merger" if in_merger else "vision" if "visual." in name else "language"
 
 
 def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:

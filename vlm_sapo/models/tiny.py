@@ -4,7 +4,6 @@ and the quick start, one of the usual size for measurements."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,22 +12,12 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
 )
 
-from vlm_sapo.models.vlm import save_model
+from vlm_sapo.models.families import FAMILIES, Shape, check_family
+from vlm_sapo.models.weights import save_model
 
-PROCESSORS = {
-    "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
-    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
-    "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-}
 VISION_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -51,28 +40,6 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model. The defaults make the quick start's: about a million parameters."""
-
-    hidden: int = 96
-    layers: int = 3
-    vision_layers: int = 2
-    heads: int = 4
-    head_dim: int = 32
-    patch: int = 8
-    max_pixels: int = 64 * 64
-    init_std: float = 0.08
-    """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
-    vision_hidden: int | None = None
-    """Width of the vision tower; the language model's unless given."""
-    vision_ratio: int = 2
-    """Width of the vision tower's feed-forward layers over its own."""
-    rows: int = 0
-    """Rows of the embedding; at least the tokenizer's."""
-    dtype: str = "float32"
 
 
 SHAPES = {
@@ -101,7 +68,7 @@ def new_model(
     *,
     family: str,
     corpus: Iterable[str],
-    shape: Shape = Shape(),
+    shape: Shape = SHAPES["tiny"],
     vocab: int = 512,
     seed: int = 0,
 ) -> int:
@@ -110,8 +77,7 @@ def new_model(
     The tokenizer is a byte-level BPE trained on `corpus` that holds Qwen's special tokens.
     Raises ValueError for an unknown family.
     """
-    if family not in PROCESSORS:
-        raise ValueError(f"--family ({family}) must be one of {', '.join(PROCESSORS)}")
+    check_family(family, "--family")
     tokenizer = train_tokenizer(corpus, vocab)
     save_processor(folder, family, tokenizer, shape)
     config = model_config(family, shape, tokenizer)
@@ -148,24 +114,18 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> PreTrainedTokenizerFas
 
 def save_processor(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast, shape: Shape) -> None:
     """Writes the family's processor around the tokenizer, with Qwen's chat layout."""
-    processor_class, video_class = PROCESSORS[family]
+    kind = FAMILIES[family]
     picture = Qwen2VLImageProcessor(
         patch_size=shape.patch, merge_size=2, min_pixels=(4 * shape.patch) ** 2, max_pixels=shape.max_pixels
     )
-    video = video_class(patch_size=shape.patch, merge_size=2)
-    processor_class(
+    video = kind.video_processor(patch_size=shape.patch, merge_size=2)
+    kind.processor(
         image_processor=picture, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
 
 
 def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> AutoConfig:
     """The family's config at the given sizes, with the tokenizer's vocabulary and special ids."""
-    eighth = shape.head_dim // 8
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [2 * eighth, eighth, eighth],
-    }
     text = {
         "vocab_size": max(shape.rows, len(tokenizer)),
         "hidden_size": shape.hidden,
@@ -175,16 +135,13 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "num_key_value_heads": shape.heads // 2,
         "head_dim": shape.head_dim,
         "max_position_embeddings": 4096,
-        "rope_parameters": rope | ({"mrope_interleaved": True} if "qwen3" in family else {}),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "tie_word_embeddings": True,
         "initializer_range": shape.init_std,
+        **FAMILIES[family].text(shape),
     }
-    if family == "qwen3_vl_moe":
-        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * shape.hidden}
-        text |= {"norm_topk_prob": True}  # as in real checkpoints; transformers takes it for granted
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
     return AutoConfig.for_model(
         family,
@@ -193,7 +150,9 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         vision_config={
             "patch_size": shape.patch,
             "initializer_range": shape.init_std,
-            **vision_sizes(family, shape),
+            "depth": shape.vision_layers,
+            "num_heads": shape.heads,
+            **FAMILIES[family].vision(shape),
         },
         image_token_id=ids["image_token"],
         video_token_id=ids["video_token"],
@@ -201,25 +160,3 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         vision_end_token_id=ids["vision_eos_token"],
         tie_word_embeddings=True,
     )
-
-
-def vision_sizes(family: str, shape: Shape) -> dict:
-    """The vision tower's sizes under the names that the family's config uses."""
-    width = shape.vision_hidden or shape.hidden
-    common = {"depth": shape.vision_layers, "num_heads": shape.heads}
-    if family == "qwen2_vl":
-        return common | {"embed_dim": width, "hidden_size": shape.hidden, "mlp_ratio": shape.vision_ratio}
-    sizes = common | {
-        "hidden_size": width,
-        "intermediate_size": shape.vision_ratio * width,
-        "out_hidden_size": shape.hidden,
-    }
-    if family == "qwen2_5_vl":
-        return sizes | {"window_size": 8 * shape.patch, "fullatt_block_indexes": [shape.vision_layers - 1]}
-    return sizes | {"num_position_embeddings": 64, "deepstack_visual_indexes": deepstack(shape.vision_layers)}
-
-
-def deepstack(layers: int) -> list[int]:
-    """The vision layers whose features go to the language model's first layers: three where there are many,
-    as in Qwen3-VL."""
-    return [0] if layers < 8 else [layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1]

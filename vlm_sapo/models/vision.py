@@ -42,11 +42,14 @@ class Vision:
     """Looks at prompts. Where nothing of the tower and its mergers is trained, each prompt is looked at once:
     its features serve rollout, old log-probs and every update, and go when the prompt goes.
 
-    The first `budget` bytes of kept features stay on the device, the rest in host memory.
+    The first `budget` bytes of kept features stay on `device`, the rest in host memory. With `always` every
+    pass runs the tower, be there pictures or not: where it is sharded, all processes must.
     """
 
     def __init__(self, model: nn.Module, *, budget: int):
         self.model, self.budget = model, budget
+        self.device = model.device
+        self.always = False
         self.kept: WeakKeyDictionary[Prompt, Features] = WeakKeyDictionary()
 
     @property
@@ -57,35 +60,45 @@ class Vision:
         """Features of all pictures of the prompts, None where there is no picture."""
         pictured = [prompt for prompt in prompts if prompt.pixels is not None]
         if not pictured:
-            return None
+            return self._blank() if self.always else None
         if not self.frozen:
             return Features.join(self._look(pictured))
         new = [prompt for prompt in dict.fromkeys(pictured) if prompt not in self.kept]
         if new:
             with torch.no_grad():
                 self._keep(new, self._look(new))
-        return Features.join([self.kept[prompt].to(self.model.device) for prompt in pictured])
+        return Features.join([self.kept[prompt].to(self.device) for prompt in pictured])
+
+    def _blank(self) -> Features:
+        """No features, but of a look."""
+        config = self.model.config.vision_config
+        patches = config.spatial_merge_size**2
+        size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        grid = torch.tensor([[1, config.spatial_merge_size, config.spatial_merge_size]])
+        tokens, *deep = self._run(torch.zeros(patches, size), grid)
+        return Features(tokens[:0], tuple(layer[:0] for layer in deep))
 
     def _keep(self, prompts: list[Prompt], features: list[Features]) -> None:
-        device = self.model.device
-        used = sum(item.num_bytes for item in self.kept.values() if item.tokens.device == device)
+        used = sum(item.num_bytes for item in self.kept.values() if item.tokens.device.type != "cpu")
         for prompt, item in zip(prompts, features, strict=True):
             used += item.num_bytes
             self.kept[prompt] = item if used <= self.budget else item.to("cpu")
 
     def _look(self, prompts: list[Prompt]) -> list[Features]:
         """One pass of the tower over the pictures of all prompts; the features of each prompt."""
-        device, dtype = self.model.device, self.model.dtype
-        output = self.model.model.get_image_features(
-            torch.cat([prompt.pixels for prompt in prompts]).to(device, dtype),
-            torch.cat([prompt.grid for prompt in prompts]).to(device),
-        )
-        tokens = torch.cat(output.pooler_output)
-        deep = [_flat(layer) for layer in output.get("deepstack_features") or ()]
+        pixels = torch.cat([prompt.pixels for prompt in prompts])
+        layers = self._run(pixels, torch.cat([prompt.grid for prompt in prompts]))
         merge = self.model.config.vision_config.spatial_merge_size**2
         sizes = [int(prompt.grid.prod(-1).sum()) // merge for prompt in prompts]
-        layers = [tensor.split(sizes) for tensor in (tokens, *deep)]
-        return [Features(own, tuple(rest)) for own, *rest in zip(*layers, strict=True)]
+        parts = zip(*(layer.split(sizes) for layer in layers), strict=True)
+        return [Features(own, tuple(rest)) for own, *rest in parts]
+
+    def _run(self, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
+        """Features [M, H] for the image tokens, and for each of the first layers."""
+        output = self.model.model.get_image_features(
+            pixels.to(self.device, self.model.dtype), grid.to(self.device)
+        )
+        return [torch.cat(output.pooler_output), *map(_flat, output.get("deepstack_features") or ())]
 
 
 def _flat(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -5,23 +5,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 
 from vlm_sapo.models import adapters, attention
+from vlm_sapo.models.families import check_family
+from vlm_sapo.models.routing import Routers
 from vlm_sapo.models.vision import Features, Vision
+from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
 from vlm_sapo.types import Prompt
 
 PARTS = {
     "vision": ("visual.",),
     "merger": ("visual.merger.", "visual.deepstack_merger_list."),
     "language": ("language_model.", "lm_head."),
+    "router": (".mlp.gate.",),
 }
-"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out."""
+"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out, and
+`language` the router."""
+NARROW_FIRST = ("merger", "router", "vision", "language")
+"""The parts in the order in which a parameter's is found."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -46,6 +60,7 @@ class VLM(nn.Module):
         ]
         self.stops = stop_ids(model, processor)
         self.vision = Vision(model, budget=vision_cache)
+        self.routers = Routers(model)
         self.version = 0
 
     @property
@@ -61,7 +76,7 @@ class VLM(nn.Module):
         """Longest row that the language model was made for, in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    @property
+    @cached_property
     def attends_fully(self) -> bool:
         """Whether every layer of the language model is full attention, so that branches can share a
         prefix."""
@@ -70,7 +85,13 @@ class VLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where passes run."""
+        return self.vision.device
+
+    def place(self, device: torch.device | str) -> None:
+        """Moves everything to a device."""
+        self.model.to(device)
+        self.vision.device = torch.device(device)
 
     def hidden(
         self,
@@ -98,6 +119,7 @@ class VLM(nn.Module):
             if features.deep:
                 extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
+            assert self.attends_fully, "linear attention reads neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # taken for a ready mask, so that none is built
             extra |= {"segments": segments, "prefix": prefix}
         return language(
@@ -136,23 +158,34 @@ class VLM(nn.Module):
     def freeze(self, parts: list[str]) -> None:
         """Switches gradients off for the named parts (keys of PARTS)."""
         for name, parameter in self.model.named_parameters():
-            in_merger = any(mark in name for mark in PARTS["merger"])
-            owner = "merger" if in_merger else "vision" if "visual." in name else "language"
-            parameter.requires_grad_(owner not in parts)
+            parameter.requires_grad_(part_of(name) not in parts)
 
     def as_matrix_product(self) -> None:
         """Makes the patch embedding the matrix product that it is."""
         embedding = self.model.model.visual.patch_embed
         embedding.proj = PatchProjection(embedding.proj)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights as a published checkpoint has them; see `stored_weights`."""
-        return stored_weights(self.model)
+    def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The weights as a published checkpoint has them; see `stored_weights`. Of a sharded model they are
+        in host memory, all processes must call this, and those that don't `keep` them get empty tensors."""
+        return stored_weights(self.model, whole if keep else discarded)
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, configs, tokenizer and processor so that transformers' Auto classes load them."""
-        save_model(self.model, folder)
-        self.processor.save_pretrained(folder)
+    def save(self, folder: Path, *, write: bool = True) -> None:
+        """Writes weights (adapters merged), configs, tokenizer and processor so that transformers' Auto
+        classes load them. Of a sharded model all processes must call this, and one writes."""
+        weights = self.weights(keep=write)
+        if write:
+            save_model(self.model, folder, weights)
+            self.processor.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path, *, write: bool = True) -> None:
+        """Writes the adapter as peft does; see `save`."""
+        adapters.save(self.model, folder, whole if write else discarded, write=write)
+
+
+def part_of(name: str) -> str:
+    """The part, a key of PARTS, that a parameter or module belongs to."""
+    return next(part for part in NARROW_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
 
 
 class PatchProjection(nn.Module):
@@ -170,37 +203,25 @@ class PatchProjection(nn.Module):
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-
-
-def stored_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights as published checkpoints name and lay them out, adapters merged; views where nothing has to
-    be computed.
-
-    Experts' matrices are [E, in, out] there. transformers holds them as [E, out, in], takes both when it
-    loads, and saves them as it holds them, which vLLM does not take.
-    """
-    named = dict(model.named_parameters())
-    held = adapters.merged(model) if any(".lora_" in name for name in named) else named
-    held = {name: weight.detach() for name, weight in held.items()}
-    return {
-        name: weight.transpose(1, 2)
-        if name.endswith(EXPERTS) and weight.shape == held[name].shape
-        else weight
-        for name, weight in revert_weight_conversion(model, held).items()
-    }
-
-
-def save_model(model: nn.Module, folder: Path) -> None:
-    """Writes config and weights, in a form that both transformers and vLLM load."""
-    model.save_pretrained(folder, state_dict=stored_weights(model), save_original_format=False)
-
-
 def stop_ids(model: nn.Module, processor) -> list[int]:
     """Ids that end a response: those of the generation config and the tokenizer's own."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({*listed, processor.tokenizer.eos_token_id} - {None})
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters to train: new ones of this shape, or those of a folder. `base` is the name of the checkpoint
+    that they belong to."""
+
+    base: str
+    rank: int = 16
+    alpha: float = 32.0
+    parts: tuple[str, ...] = ("language",)
+    folder: Path | None = None
+    bits: int | None = None
+    """4 holds the linear layers of the parts in 4 bits."""
 
 
 def load_vlm(
@@ -210,50 +231,84 @@ def load_vlm(
     device: str | torch.device = "cpu",
     gradient_checkpointing: bool = False,
     freeze: list[str] = (),
+    lora: Adapters | None = None,
 ) -> VLM:
-    """Loads a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (dense or MoE) checkpoint from a folder or a hub id.
+    """Loads a checkpoint of a listed family (models/families.py) from a folder or a hub id.
 
     Dropout is off for good: old and new log-probs must come from the same function.
-    Raises ValueError when the folder lacks a model or a processor.
+    Raises ValueError when the folder lacks a model or a processor, or the family is another.
     """
-    processor, model = _open(path, lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype))
+
+    def build(config: PreTrainedConfig) -> nn.Module:
+        extra = {}
+        if lora is not None and lora.bits:
+            quantized = _four_bits(config, lora.parts, dtype)
+            extra = {"quantization_config": quantized, "device_map": {"": device}}
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **extra)
+
+    processor, model = _open(path, build)
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
-    model.to(device).train()
+    vlm = VLM(model, processor)
+    if lora is None:
+        vlm.freeze(freeze)
+    elif lora.folder is not None:
+        adapters.load(model, lora.folder)
+    else:
+        adapters.add(
+            model,
+            adapters.targets(model, part_of, lora.parts),
+            rank=lora.rank,
+            alpha=lora.alpha,
+            base=lora.base,
+        )
+    model.train()
     silence_dropout(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    vlm = VLM(model, processor)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
+        )
     vlm.as_matrix_product()
-    vlm.freeze(freeze)
+    vlm.place(device)
     return vlm
+
+
+def _four_bits(config: PreTrainedConfig, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
+    """NF4 with twice quantized constants for the linear layers of some parts."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    chosen = set(adapters.targets(model, part_of, parts))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=[name for name in linear if name not in chosen],
+    )
 
 
 def load_outline(path: str) -> VLM:
     """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
 
-    def build() -> nn.Module:
+    def build(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+            return AutoModelForImageTextToText.from_config(config)
 
     processor, model = _open(path, build)
     return VLM(model, processor)
 
 
-def _open(path: str, build: Callable[[], nn.Module]) -> tuple:
+def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Processor and model, or an error that says what is wrong with `model.path`."""
     check_folder(path)
     try:
-        processor, model = AutoProcessor.from_pretrained(path), build()
+        config = AutoConfig.from_pretrained(path)
+        check_family(config.model_type, f"the model type of model.path {path}")
+        return AutoProcessor.from_pretrained(path), build(config)
     except OSError as error:
         raise ValueError(
             f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
         ) from error
-    if not all(part in dict(model.model.named_children()) for part in ("visual", "language_model")):
-        raise ValueError(
-            f"model.path ({path}) is a {model.config.model_type}; "
-            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
-    return processor, model
 
 
 def check_folder(path: str) -> None:

@@ -14,6 +14,7 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.build import build_parity, build_training
+from vlm_sapo.training.launch import join
 from vlm_sapo.training.parity import Comparison, Difference, Pairs, Parity
 from vlm_sapo.types import Prompt
 
@@ -32,7 +33,7 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="check_") as folder:
         config = in_folder(config, folder)
-        training = build_training(config, RunFolder(Path(folder)), console)
+        training = build_training(config, RunFolder(Path(folder)), join(config, console))
         core = training.core
         with closing(core):
             parity = build_parity(config, core)

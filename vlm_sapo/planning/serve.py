@@ -18,7 +18,7 @@ from vlm_sapo.models.vlm import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.rollout.vllm import PICTURES
-from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS
+from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
 from vlm_sapo.training.build import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -64,6 +64,7 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> l
     }
     if engine.type == "vllm_server" and engine.weights == "nccl":
         options["weight-transfer-config"] = {"backend": "nccl"}
+    options |= EXPERTS_ARGUMENTS if config.algo.replay == "r3" else {}
     options |= {} if torch.cuda.is_available() else CPU_ARGUMENTS
     words = ["vllm", "serve", path, "--enable-scale-out"]
     for name, value in options.items():

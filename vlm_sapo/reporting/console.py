@@ -81,3 +81,21 @@ class Console:
             mark = "right" if record["scores"][0] >= 1 else "wrong"
             problem, response = " ".join(record["problem"].split()), " ".join(record["responses"][0].split())
             self.say(f"    {problem[:100]} -> {response[:160]}  ({mark}; gold: {record['answer'][:40]})")
+
+
+class SilentConsole(Console):
+    """Of the processes beside the main one, which says it all."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
+        """Nothing."""
+        yield lambda done, text="": None

@@ -87,3 +87,19 @@ class RunFolder:
         """What a finished run wrote last, or None."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else None
+
+
+class OthersFolder(RunFolder):
+    """The same folder for a process that isn't the main one, which alone writes."""
+
+    def open(self, config: str, *, overwrite: bool) -> None:
+        """Nothing: the main process has."""
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Nothing: the main process does."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing: the main process does."""
+
+    def replace(self, name: str, text: str) -> None:
+        """Nothing: the main process does."""

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
-from vlm_sapo.algo import diagnostics, objectives
+from vlm_sapo.algo import balance, diagnostics, objectives
+from vlm_sapo.models.routing import Usage
 from vlm_sapo.types import Group
+from vlm_sapo.world import World
 
 Metrics = dict[str, float]
 Describe = Callable[..., Metrics]
@@ -19,13 +21,14 @@ None where the engine's log-probs are the old ones."""
 
 
 class StepMeter:
-    """Times, and per-mini-batch diagnostics, of one step."""
+    """Times, and per-mini-batch diagnostics, of one step: of all processes' tokens, in the main one."""
 
-    def __init__(self, describe: Describe | None = None):
-        self.describe = describe
+    def __init__(self, world: World, describe: Describe | None = None):
+        self.world, self.describe = world, describe
         self.seconds: dict[str, float] = defaultdict(float)
         self.minibatches: list[Metrics] = []
         self._parts: list[tuple[torch.Tensor, ...]] = []
+        self._usages: list[Usage] = []
         self._loss = 0.0
         self._has_reference = self._has_sampled = False
         self._start = time.perf_counter()
@@ -37,37 +40,52 @@ class StepMeter:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def add(self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled) -> None:
-        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None."""
+    def add(
+        self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled, usage
+    ) -> None:
+        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None, and
+        `usage` is, but for a mixture of experts."""
         self._loss += loss
         kl = torch.zeros_like(logprobs) if reference is None else objectives.k3(logprobs, reference)
         self._has_reference, self._has_sampled = reference is not None, sampled is not None
         engine = old if sampled is None else sampled
         tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, engine, mask)
-        self._parts.append(tuple(tensor.detach().cpu() for tensor in tensors))
+        real = mask.any(1)
+        self._parts.append(tuple(tensor.detach()[real].cpu() for tensor in tensors))
+        self._usages += [] if usage is None else [usage.told(real)]
 
     def close_minibatch(self, grad_norm: float) -> None:
-        """Ends a mini-batch that had micro-batches."""
-        width = max(part[-1].shape[1] for part in self._parts)
+        """Ends a mini-batch that had micro-batches. All processes call it."""
+        told = self.world.collect((self._parts, self._usages, self._loss))
+        if told:
+            parts = [part for parts, _, _ in told for part in parts]
+            usages = [usage for _, usages, _ in told for usage in usages]
+            self._describe(parts, usages, sum(loss for _, _, loss in told), grad_norm)
+        self._parts, self._usages, self._loss = [], [], 0.0
+
+    def _describe(
+        self, parts: list[tuple[torch.Tensor, ...]], usages: list[Usage], loss: float, grad_norm: float
+    ) -> None:
+        width = max(part[-1].shape[1] for part in parts)
         padded = [
             [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in part]
-            for part in self._parts
+            for part in parts
         ]
         logprobs, entropies, old, advantages, kl, engine, mask = map(torch.cat, zip(*padded, strict=True))
         metrics = diagnostics.ratio_metrics(logprobs, old, mask)
         metrics |= diagnostics.clip_metrics(logprobs, old, advantages, mask)
         sampled = engine if self._has_sampled else None
         metrics |= self.describe(logprobs, old, advantages, mask, sampled) if self.describe else {}
-        metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": self._loss}
+        metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": loss}
         metrics |= {"kl_reference": float(kl[mask].mean())} if self._has_reference else {}
+        metrics |= usage_metrics(usages, int(mask.sum())) if usages else {}
         self.minibatches.append(metrics)
-        self._parts, self._loss = [], 0.0
 
     def record(self, seconds: Mapping[str, float] | None = None) -> Metrics:
         """`loss`, `policy/<metric>` over the mini-batches, `minibatch<k>/<metric>`, `time/<name>`, also of
         further `seconds` by name."""
         record: Metrics = {}
-        for name in self.minibatches[0] if self.minibatches else ():
+        for name in dict.fromkeys(name for metrics in self.minibatches for name in metrics):
             values = [metrics[name] for metrics in self.minibatches if name in metrics]
             worst = name.endswith("_max")
             record[f"policy/{name}"] = max(values) if worst else sum(values) / len(values)
@@ -79,11 +97,22 @@ class StepMeter:
         return record
 
 
+def usage_metrics(usages: Sequence[Usage], tokens: int) -> Metrics:
+    """What a mini-batch's routers did to its `tokens`."""
+    changed = [usage.changed for usage in usages if usage.changed is not None]
+    return balance.router_metrics(
+        torch.cat([usage.counts for usage in usages]),
+        torch.cat([usage.entropy for usage in usages]),
+        torch.cat(changed) if changed else None,
+        tokens,
+    )
+
+
 def group_metrics(
-    groups: Sequence[Group], replaced: Sequence[Group], seconds: Mapping[str, float], *, behind: int
+    groups: Sequence[Group], replaced: Sequence[Group], seconds: Mapping[str, float]
 ) -> Metrics:
-    """Rewards (by part), lengths and shares of all groups that were drawn; `seconds` are the times by name,
-    `behind` the updates of the weights since."""
+    """Rewards (by part), lengths and shares of all groups that were drawn; `seconds` are the times by
+    name."""
     groups = [*groups, *replaced]
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
@@ -98,7 +127,6 @@ def group_metrics(
     return metrics | {
         "reward/zero_variance": sum(group.flat for group in groups) / len(groups),
         "rollout/groups": len(groups),
-        "rollout/updates_behind": behind,
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
         "response/truncated": sum(completion.finish == "length" for completion in completions)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.models.vlm import VLM, load_outline, load_vlm
+from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.hf import HfEngine, run
 from vlm_sapo.rollout.server import Server
 from vlm_sapo.rollout.servers import VllmServers
 from vlm_sapo.rollout.transfer import Folder, Nccl
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rolloutconfig import Engine, Vllm, VllmServer
+from vlm_sapo.world import World
 
 AT_ONCE = 256
 """Problems that an evaluation hands to vLLM at the same time; it batches them itself."""
@@ -42,11 +43,14 @@ def build_engine(
     warn: Callable[[str], None],
     folder: Path | None = None,
     autocast: Callable = nullcontext,
+    alone: Callable = run,
+    world: World | None = None,
+    experts: bool = False,
 ) -> RolloutEngine:
     """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
 
     `dtype` is what `auto` stands for. `folder` is where weights for servers go unless the config names one;
-    without it servers keep the weights that they have.
+    without it servers keep the weights that they have. With `experts` completions tell their tokens' experts.
     """
     dtype = engine_dtype(engine, dtype)
     if isinstance(engine, Vllm):
@@ -58,18 +62,28 @@ def build_engine(
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
             options=engine.options,
+            experts=experts,
         )
     if isinstance(engine, VllmServer):
         return VllmServers(
             vlm,
             [Server(url, timeout=engine.timeout) for url in engine.servers],
-            folder and _transfer(engine, folder, dtype),
+            folder and _transfer(engine, folder, dtype, world or World()),
             path=path,
             longest=longest,
             patience=engine.patience,
             warn=warn,
+            world=world or World(),
+            experts=experts,
         )
-    return HfEngine(vlm, prompts_per_batch=prompts_per_batch, autocast=autocast)
+    return HfEngine(
+        vlm,
+        prompts_per_batch=prompts_per_batch,
+        autocast=autocast,
+        alone=alone,
+        warn=warn,
+        experts=experts,
+    )
 
 
 def open_model(
@@ -85,7 +99,7 @@ def open_model(
     what prompts need is loaded. `longest` is None for the model's whole context."""
     if engine.type == "hf":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = load_vlm(path, dtype=dtype, device=device, freeze=["vision", "merger", "language"])
+        vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
         vlm.eval()
     else:
         vlm = load_outline(path)
@@ -101,10 +115,10 @@ def open_model(
     )
 
 
-def _transfer(engine: VllmServer, folder: Path, dtype: str) -> Folder | Nccl:
+def _transfer(engine: VllmServer, folder: Path, dtype: str, world: World) -> Folder | Nccl:
     kind: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         dtype
     ]
     if engine.weights == "nccl":
         return Nccl(engine.address, dtype=kind, timeout=engine.timeout)
-    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind)
+    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind, world=world)

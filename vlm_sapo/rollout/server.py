@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.types import Prompt, RowError
@@ -118,6 +119,11 @@ def _reason(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])[:400]
     except (ValueError, KeyError, TypeError):
         return response.text[:400]
+
+
+def decode_experts(text: str | None) -> np.ndarray | None:
+    """The experts of an answer's tokens, base64 of a `.npy` file."""
+    return None if text is None else np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
 
 
 def picture_urls(prompt: Prompt) -> list[str]:

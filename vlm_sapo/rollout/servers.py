@@ -19,10 +19,11 @@ import httpx2 as httpx
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.server import START, Server, Unavailable
+from vlm_sapo.rollout.server import START, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.transfer import Transfer
-from vlm_sapo.rollout.wire import Incomplete, check_ids, complete, question
+from vlm_sapo.rollout.wire import Answer, Incomplete, check_ids, complete, question
 from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.world import World
 
 T = TypeVar("T")
 AT_ONCE = 64
@@ -39,8 +40,8 @@ class VllmServers:
     """Generates on servers that serve the checkpoint which `vlm` was loaded from.
 
     `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
-    should be the one at `path`. `longest` is the most tokens of a prompt and its response; what fails is
-    tried again for `patience` seconds; `warn` is told.
+    should be the one at `path`. The main process of `world` brings them, and all draw. `longest` is the most
+    tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
     """
 
     def __init__(
@@ -53,10 +54,13 @@ class VllmServers:
         longest: int,
         patience: float,
         warn: Callable[[str], None],
+        world: World,
+        experts: bool = False,
     ):
+        self.world = world
         self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
-        self.patience, self.warn = patience, warn
-        self.name = uuid.uuid4().hex[:8]
+        self.patience, self.warn, self.experts = patience, warn, experts
+        self.name = world.from_main(lambda: uuid.uuid4().hex[:8])
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
@@ -71,6 +75,11 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
+        self.world.from_main(self._bring)
+        for server in self.servers:  # each response names its weights, so none is taken on trust
+            server.version = version if not self.world.main else server.version
+
+    def _bring(self) -> None:
         self.syncing = True
         try:
             self._run(self._send_all)
@@ -145,7 +154,7 @@ class VllmServers:
         async with self.locks[server.url]:
             if self.transfer is None or server.version == self.version:
                 return
-            if self.transfer.live and not self.syncing:
+            if (self.transfer.live and not self.syncing) or not self.world.main:
                 raise Unavailable("it has other weights and gets the present ones before the next step")
             server.version = None
             known = server.given is not None and await server.weights(self.client) == server.given
@@ -199,15 +208,16 @@ class VllmServers:
             )
         check_ids(self.vlm, prompt, answer["prompt_token_ids"])
         answers = [
-            (
+            Answer(
                 choice["token_ids"],
                 [item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
                 choice["finish_reason"],
+                decode_experts(choice.get("routed_experts")),
             )
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
         try:
-            return complete(self.vlm, prompt, answers, sampling)
+            return complete(self.vlm, prompt, answers, sampling, experts=self.experts)
         except Incomplete as error:
             raise Unavailable(str(error)) from error
 

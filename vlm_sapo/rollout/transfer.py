@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.server import Server, Unavailable
+from vlm_sapo.world import World
 
 
 class Transfer(Protocol):
-    """Brings weights to servers: `stage` once for each version of them, `send` once for each server. `known`
-    says that the server still has the weights that it was given last."""
+    """Brings weights to servers: `stage` once for each version of them, in all processes; `send` once for
+    each server, in the main one. `known` says that the server still has the weights that it was given
+    last."""
 
     live: bool
     """Whether `send` reads the live parameters, and must not run while they are trained."""
@@ -38,16 +40,22 @@ class Folder:
 
     live = False
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype):
+    def __init__(self, folder: Path, *, dtype: torch.dtype, world: World):
         self.folder, self.dtype, self.made = folder.resolve(), dtype, not folder.exists()
+        self.world = world
         self.current: Path | None = None
 
     def stage(self, vlm: VLM, version: str) -> None:
+        held = vlm.weights(keep=self.world.main)
+        if self.world.main:
+            self._write(held, version)
+
+    def _write(self, held: dict[str, torch.Tensor], version: str) -> None:
         target = self.folder / version
         partial = self.folder / f".{version}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = {name: weight.to("cpu", self.dtype) for name, weight in vlm.weights().items()}
+        weights = {name: weight.to("cpu", self.dtype) for name, weight in held.items()}
         save_file(contiguous(weights), partial / "model.safetensors")
         partial.rename(target)
         self._remove()

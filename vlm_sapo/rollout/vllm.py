@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.transfer import contiguous
-from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS, check_ids, complete, question
+from vlm_sapo.rollout.wire import (
+    CPU_ARGUMENTS,
+    ENGINE_ARGUMENTS,
+    EXPERTS_ARGUMENTS,
+    Answer,
+    check_ids,
+    complete,
+    question,
+)
 from vlm_sapo.types import Completion, Prompt, Sampling
 
 PICTURES = 16
@@ -39,8 +47,10 @@ class VllmEngine:
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
         options: dict[str, Any] | None = None,
+        experts: bool = False,
     ):
         self.vlm, self.tensor_parallel, self.dtype = vlm, tensor_parallel, getattr(torch, dtype)
+        self.experts = experts
         self.version: int | None = None
         self.asleep: set[str] = set()
         if tensor_parallel == 1:
@@ -62,7 +72,16 @@ class VllmEngine:
             "limit_mm_per_prompt": {"image": PICTURES, "video": 0},
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
-        self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
+        arguments |= EXPERTS_ARGUMENTS if experts else {}
+        try:
+            self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
+        except ValueError as error:
+            if not experts:
+                raise
+            raise RolloutError(
+                f"vLLM cannot tell its tokens' experts here, as algo.replay (r3) needs; set algo.replay=r2 "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
         self._sleep()
 
     def sync(self, vlm: VLM) -> None:
@@ -113,7 +132,8 @@ class VllmEngine:
         groups = []
         for prompt, result in zip(prompts, results, strict=True):
             check_ids(self.vlm, prompt, list(result.prompt_token_ids))
-            groups.append(complete(self.vlm, prompt, [_answer(item) for item in result.outputs], sampling))
+            answers = [_answer(item) for item in result.outputs]
+            groups.append(complete(self.vlm, prompt, answers, sampling, experts=self.experts))
         return groups
 
     def close(self) -> None:
@@ -137,10 +157,10 @@ class VllmEngine:
             self.asleep = {"weights", "kv_cache"}
 
 
-def _answer(output: Any) -> tuple[list[int], list[float], str]:
+def _answer(output: Any) -> Answer:
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
-    return ids, logprobs, output.finish_reason
+    return Answer(ids, logprobs, output.finish_reason, output.routed_experts)
 
 
 def _memory(size: int) -> str | None:

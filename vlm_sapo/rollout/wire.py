@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vlm_sapo.models.vlm import VLM
@@ -21,11 +22,23 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "mm_processor_kwargs": {"do_resize": False},  # pictures arrive in their final size
 }
 
+EXPERTS_ARGUMENTS: dict[str, Any] = {"enable_return_routed_experts": True}
+"""Further ones where responses must tell their tokens' experts."""
 CPU_ARGUMENTS: dict[str, Any] = {
     "enable_chunked_prefill": False,  # a prompt read in parts rewinds its generator, which a CPU's cannot
     "enforce_eager": True,
 }
 """Further ones where there is no GPU, as in tests."""
+
+
+class Answer(NamedTuple):
+    """One response of vLLM."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: str | None
+    experts: np.ndarray | None = None
+    """[P + R - 1, layers of any kind, k] of prompt and response but the last token, where it was asked."""
 
 
 class Incomplete(RolloutError):
@@ -72,19 +85,21 @@ def check_ids(vlm: VLM, prompt: Prompt, ids: list[int]) -> None:
 def complete(
     vlm: VLM,
     prompt: Prompt,
-    answers: list[tuple[list[int], list[float], str]],
+    answers: list[Answer],
     sampling: Sampling,
+    *,
+    experts: bool = False,
 ) -> list[Completion]:
-    """Completions from each answer's ids, log-probs and finish reason.
+    """Completions from answers; with `experts` they tell those of their tokens.
 
     Raises Incomplete where there are not as many as were asked for, or one was cut off.
     """
     label = prompt.example.label
     if sampling.temperature == 0:
-        answers = [(ids, [0.0] * len(ids), finish) for ids, _, finish in answers] * sampling.group
+        answers = [answer._replace(logprobs=[0.0] * len(answer.ids)) for answer in answers] * sampling.group
     if len(answers) != sampling.group:
         raise Incomplete(f"{label}: the engine gave {len(answers)} responses of {sampling.group}")
-    for ids, logprobs, finish in answers:
+    for ids, logprobs, finish, _ in answers:
         if finish not in ("stop", "length") or not ids or len(logprobs) != len(ids):
             raise Incomplete(
                 f"{label}: the engine gave a response of {len(ids)} tokens and {len(logprobs)} log-probs "
@@ -94,13 +109,28 @@ def complete(
             raise RolloutError(
                 f"{label}: the engine drew {vlm.tokenizer.decode(sorted(drawn))}, which is banned"
             )
-    texts = vlm.tokenizer.batch_decode([ids for ids, _, _ in answers], skip_special_tokens=True)
+    texts = vlm.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
     return [
         Completion(
-            ids=torch.tensor(ids),
-            logprobs=torch.tensor(logprobs, dtype=torch.float32),
+            ids=torch.tensor(answer.ids),
+            logprobs=torch.tensor(answer.logprobs, dtype=torch.float32),
             text=prompt.opening + text,
-            finish="stop" if ids[-1] in vlm.stops else "length",
+            finish="stop" if answer.ids[-1] in vlm.stops else "length",
+            experts=_experts(vlm, prompt, answer) if experts else None,
         )
-        for (ids, logprobs, _), text in zip(answers, texts, strict=True)
+        for answer, text in zip(answers, texts, strict=True)
     ]
+
+
+def _experts(vlm: VLM, prompt: Prompt, answer: Answer) -> torch.Tensor:
+    """[P + R - 1, M, k] of the layers that have experts."""
+    tokens = len(prompt.ids) + len(answer.ids) - 1
+    if answer.experts is None or len(answer.experts) != tokens:
+        told = "no experts" if answer.experts is None else f"the experts of {len(answer.experts)} tokens"
+        raise RolloutError(
+            f"{prompt.example.label}: the engine told {told}, and algo.replay (r3) needs those of {tokens}; "
+            "start servers with `vlm-sapo serve`, which sets --enable-return-routed-experts, or set "
+            "algo.replay=r2"
+        )
+    kind = np.uint8 if answer.experts.dtype == np.uint8 else np.int16
+    return torch.from_numpy(answer.experts[:, vlm.routers.layers].astype(kind))

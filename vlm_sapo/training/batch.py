@@ -9,7 +9,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models.layout import Branches, Layout
+from vlm_sapo.models.routing import Routes, Usage
 from vlm_sapo.types import Completion, Group, Prompt
+from vlm_sapo.world import World
 
 
 @dataclass
@@ -28,8 +30,46 @@ class MicroBatch:
     """[N, T] float32, log-probs before the update. None on policy: the pass's own are the old ones."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
+    routes: Routes | None = None
+    """The experts before the update, or the engine's, where they are known."""
+    usage: Usage | None = None
+    """How the last pass used the experts of a mixture."""
 
-    def tensors(self) -> dict[str, torch.Tensor | None]:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and responses, each prompt once."""
+        return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in self.groups)
+
+    def within(self, budget: int) -> list[MicroBatch]:
+        """The same responses in parts of at most so many tokens, or of one response."""
+        count = len(self.mask)
+        if self.num_tokens <= budget or count == 1:
+            return [self]
+        return [
+            part
+            for half in (self._rows(0, count // 2), self._rows(count // 2, count))
+            for part in half.within(budget)
+        ]
+
+    def _rows(self, start: int, end: int) -> MicroBatch:
+        rows = [(prompt, response) for prompt, responses in self.groups for response in responses][start:end]
+        groups: list[Branches] = []
+        for prompt, response in rows:
+            if not groups or groups[-1][0] is not prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(response)
+        width = max(len(response) for _, response in rows)
+        chosen = {
+            name: value[start:end, : 1 if name == "advantages" else width]
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        if self.old is self.sampled:
+            chosen["old"] = chosen["sampled"]
+        routes = None if self.routes is None else self.routes[start:end]
+        return MicroBatch(groups=groups, routes=routes, **chosen)
+
+    def tensors(self) -> dict[str, torch.Tensor | Usage | None]:
         """What the step's metrics are computed from, beside the new log-probs."""
         return {
             "old": self.old,
@@ -37,12 +77,13 @@ class MicroBatch:
             "advantages": self.advantages,
             "mask": self.mask,
             "sampled": None if self.old is self.sampled else self.sampled,
+            "usage": self.usage,
         }
 
 
 @dataclass
 class MiniBatch:
-    """The micro-batches of one optimizer update and the denominators of its loss."""
+    """This process's micro-batches of one optimizer update, and the denominators of all processes' loss."""
 
     micros: list[MicroBatch]
     num_sequences: int
@@ -63,12 +104,14 @@ def minibatches(
     budget: int,
     mask_truncated: bool = False,
     keep_flat: bool = False,
+    world: World | None = None,
 ) -> list[MiniBatch]:
     """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
 
     Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL
     term needs. With `mask_truncated`, responses that hit the length limit leave both the loss and the
-    denominators. `budget` is in tokens of a micro-batch, which `layout` fills.
+    denominators. `budget` is in tokens of a micro-batch, which `layout` fills. Every process of `world` has
+    equally many micro-batches of a mini-batch; where groups are wanting, ones that add nothing.
     """
     size = len(groups) // count
     batches = []
@@ -83,12 +126,30 @@ def minibatches(
         batches.append(
             MiniBatch(
                 micros=_microbatches(trained, layout, budget),
-                num_sequences=max(len(counted), 1),
-                num_tokens=max(sum(len(completion.ids) for completion in counted), 1),
+                num_sequences=len(counted),
+                num_tokens=sum(len(completion.ids) for completion in counted),
                 index=index,
             )
         )
+    _align(batches, groups, world or World())
     return batches
+
+
+def _align(batches: list[MiniBatch], groups: list[Group], world: World) -> None:
+    """Makes denominators those of all processes, and the micro-batches equally many."""
+    told = world.gather([(len(item.micros), item.num_sequences, item.num_tokens) for item in batches])
+    shortest = min(groups, key=lambda group: len(group.prompt.ids))
+    for batch, counts in zip(batches, zip(*told, strict=True), strict=True):
+        most, sequences, tokens = zip(*counts, strict=True)
+        batch.num_sequences, batch.num_tokens = max(sum(sequences), 1), max(sum(tokens), 1)
+        batch.micros += [_idle(shortest) for _ in range(max(most) - len(batch.micros))]
+
+
+def _idle(group: Group) -> MicroBatch:
+    """A micro-batch that adds nothing to loss and gradient."""
+    nothing = torch.zeros(1, 1)
+    first = group.completions[0].ids[:1]
+    return MicroBatch([(group.prompt, [first])], nothing, nothing.bool(), nothing)
 
 
 class _Rows:
@@ -121,6 +182,13 @@ def _microbatches(rows: list[_Rows], layout: Layout, budget: int) -> list[MicroB
                 advantages=torch.tensor([[row.weights[place]] for row, place in chosen]),
                 mask=torch.arange(int(lengths.max())) < lengths,
                 sampled=pad_sequence([item.logprobs for item in completions], batch_first=True),
+                routes=_reported([(row.prompt, row.completions[place]) for row, place in chosen]),
             )
         )
     return micros
+
+
+def _reported(rows: list[tuple[Prompt, Completion]]) -> Routes | None:
+    """The experts of the responses, where the engine told them."""
+    known = [(prompt, item.experts) for prompt, item in rows if item.experts is not None]
+    return Routes.reported(known) if known else None

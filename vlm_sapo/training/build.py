@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -9,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from vlm_sapo import config as cfg
 from vlm_sapo.algo.advantages import ADVANTAGES
@@ -21,58 +21,64 @@ from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
-from vlm_sapo.models.vlm import VLM, load_vlm
+from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.folder import OthersFolder, RunFolder
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
+from vlm_sapo.training.copies import Whole
+from vlm_sapo.training.launch import Processes, build_copies
 from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
-from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.policy import ADAPTER, Policy
 from vlm_sapo.training.rollouts import Ahead, OnDemand
-from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training, write_rollouts
+from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Reporter, Training
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
+from vlm_sapo.world import World
 
 EVAL_SEED = 1_000_003
 
 
-def open_folder(config: cfg.TrainConfig | cfg.SftConfig) -> RunFolder:
+def open_folder(config: cfg.TrainConfig | cfg.SftConfig, world: World) -> RunFolder:
     """The run's folder, made or found to belong to this config."""
-    folder = RunFolder(config.run.folder)
+    folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
     stored = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-    folder.open(dump(stored), overwrite=config.run.overwrite)
+    world.from_main(lambda: folder.open(dump(stored), overwrite=config.run.overwrite))
     return folder
 
 
-def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console) -> Training:
+def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Processes) -> Training:
     """Everything that `train` needs, resumed where the run's folder holds a checkpoint."""
     train, rollout, algo = config.train, config.rollout, config.algo
+    console, world = processes.console, processes.world
     if train.minibatches == 1:
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
+    own_old = algo.correction is not None or algo.replay == "r2"
     core = _build_core(
         config,
         folder,
-        console,
+        processes,
         minibatch=train.prompts_per_step // train.minibatches,
-        kl=algo.kl,
-        reuse_sampled=train.old_logprobs != "recompute" and algo.correction is None,
+        algo=algo,
+        reuse_sampled=train.old_logprobs != "recompute" and not own_old,
         sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         prompts_per_step=train.prompts_per_step,
     )
     split = partial(
         minibatches,
         count=train.minibatches,
-        budget=train.tokens_per_microbatch,
         mask_truncated=algo.mask_truncated,
         keep_flat=algo.kl > 0,
+        world=world,
     )
-    choose = train.old_logprobs == "auto" and algo.correction is None and not core.progress.step
+    choose = train.old_logprobs == "auto" and not own_old and not core.progress.step
     uncorrected = bool(rollout.ahead) and algo.correction is None
     checks = [
         SelfCheck(
@@ -80,6 +86,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
             console,
             budget=train.tokens_per_microbatch,
             choose=choose,
+            world=world,
             uncorrected=uncorrected,
         )
     ]
@@ -96,18 +103,26 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, console: Console)
             kl=algo.kl,
             max_tokens=rollout.max_tokens,
             correction=algo.correction.model_dump() if algo.correction else None,
+            balance=algo.balance,
         ),
         split=split,
-        minibatches=train.minibatches,
-        log_rollouts=partial(write_rollouts, core.folder, config.log.rollouts),
+        report=Reporter(core, minibatches=train.minibatches, rollouts=config.log.rollouts),
     )
 
 
-def build_sft(config: cfg.SftConfig, folder: RunFolder, console: Console) -> Core:
+def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) -> Core:
     """Everything that `sft` needs."""
     rows = config.train.rows_per_step
     sampling = Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed)
-    return _build_core(config, folder, console, minibatch=rows, sampling=sampling, prompts_per_step=rows)
+    return _build_core(
+        config,
+        folder,
+        processes,
+        minibatch=rows,
+        sampling=sampling,
+        prompts_per_step=rows,
+        algo=cfg.Algo(),
+    )
 
 
 def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
@@ -123,6 +138,7 @@ def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
         tolerance=config.rollout.tolerance or allowed(core.policy, dtype),
         every=config.rollout.check_every,
         budget=config.train.tokens_per_microbatch,
+        world=core.world,
         places=engine.servers if engine.type == "vllm_server" else (),
     )
 
@@ -135,29 +151,27 @@ def default_dtype(config: cfg.TrainConfig | cfg.SftConfig) -> str:
 def _build_core(
     config: cfg.TrainConfig | cfg.SftConfig,
     folder: RunFolder,
-    console: Console,
+    processes: Processes,
     *,
     minibatch: int,
     sampling: Sampling,
     prompts_per_step: int,
-    kl: float = 0.0,
+    algo: cfg.Algo,
     reuse_sampled: bool = False,
 ) -> Core:
-    reward = build_reward(config.reward)  # first: its workers start while the model loads
+    _check_mixture(config.model, algo)
+    console, world, accelerator = processes.console, processes.world, processes.accelerator
+    reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
-    accelerator = Accelerator(mixed_precision=config.train.precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"this version trains in one process; the launcher started {accelerator.num_processes}, start one"
-        )
     found = checkpoint.latest(folder.path / "checkpoints")
-    path = str(found or locate(config.model.path))
-    vlm = _load(config.model, path, accelerator, config.model.freeze)
+    path, vlm = _load_trained(config.model, found, accelerator.device)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
-    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch)
+    background = World() if config.rollout.ahead else world  # what draws beside the loop tells by itself
+    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=background)
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
-    policy = _build_policy(config, vlm, accelerator, console, sampling.temperature, kl, reuse_sampled)
+    copies = build_copies(config, processes)
+    policy = _build_policy(config, vlm, processes, copies, sampling.temperature, algo, reuse_sampled)
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
     engine = build_engine(
         config.rollout.engine,
@@ -169,37 +183,74 @@ def _build_core(
         warn=console.warn,
         folder=folder.path / "weights",
         autocast=accelerator.autocast,
+        alone=partial(copies.alone, vlm),
+        world=world,
+        experts=algo.replay == "r3",
     )
     rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
-    rollouts = Ahead(rollouts, last=config.train.steps) if config.rollout.ahead else rollouts
+    if config.rollout.ahead:
+        rollouts = Ahead(rollouts, last=config.train.steps, world=world)
     progress, state = checkpoint.restore(found, policy) if found else (checkpoint.Progress(), None)
     if state is not None:
         rollouts.restore(state)
     folder.rewind(progress.step)
-    console.say(_banner(config, vlm, stream, accelerator, found))
-    measures = _measures(config, engine, encode, reward, console, benchmarks)
+    console.say(_banner(config, vlm, stream, processes, found))
+    measures = _measures(config, engine, encode, reward, processes, benchmarks)
     return Core(
         folder=folder,
         console=console,
         policy=policy,
         stream=stream,
         encode=encode,
-        evaluator=Evaluator(measures, config.eval.every, folder, console, partial(_ready, rollouts, vlm)),
+        evaluator=Evaluator(
+            measures, config.eval.every, folder, console, partial(_ready, rollouts, vlm), world
+        ),
         progress=progress,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         rollouts=rollouts,
+        world=world,
     )
 
 
-def _build_policy(config, vlm, accelerator, console, temperature, kl, reuse_sampled) -> Policy:
+def _check_mixture(model: cfg.Model, algo: cfg.Algo) -> None:
+    """Raises ValueError where options for a mixture of experts meet a dense model."""
+    asked = {
+        f"algo.replay ({algo.replay})": algo.replay != "none",
+        f"algo.balance ({algo.balance:g})": algo.balance > 0,
+        "model.freeze (router)": "router" in model.freeze,
+    }
+    options = [name for name, wanted in asked.items() if wanted]
+    if options and not load_outline(path := str(locate(model.path))).routers:
+        raise ValueError(f"{options[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+
+
+def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) -> tuple[str, VLM]:
+    """The model to train, from the checkpoint `found` or from the start, in host memory unless it is in 4
+    bits; and the path of the weights that it was made from, adapters aside."""
+    if model.lora is None:
+        path = str(found or locate(model.path))
+        return path, _load(model, path, model.freeze)
+    path, lora = str(locate(model.path)), model.lora
+    given = Path(locate(lora.adapter)) if lora.adapter else None
+    adapters = Adapters(
+        base=model.path,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        parts=tuple(lora.parts),
+        folder=found / ADAPTER if found else given,
+        bits=lora.bits,
+    )
+    return path, _load(model, path, [], adapters, device if lora.bits else "cpu")
+
+
+def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampled) -> Policy:
     train, reference = config.train, None
-    if kl:
-        everything = ["vision", "merger", "language"]
-        reference = _load(config.model, str(locate(config.model.path)), accelerator, everything)
+    if algo.kl:
+        reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)), [])
     return Policy(
         vlm,
-        accelerator,
+        processes.accelerator,
         total_steps=train.steps,
         lr=train.lr,
         schedule=train.schedule,
@@ -207,10 +258,15 @@ def _build_policy(config, vlm, accelerator, console, temperature, kl, reuse_samp
         weight_decay=train.weight_decay,
         betas=train.betas,
         max_grad_norm=train.max_grad_norm,
+        optimizer=train.optimizer,
         temperature=temperature,
         reference=reference,
-        layout=_layout(train.layout, vlm, console),
+        layout=_layout(train.layout, vlm, processes.console),
         reuse_sampled=reuse_sampled,
+        replay=algo.replay != "none",
+        balance=algo.balance > 0,
+        copies=copies,
+        memory=Memory(train.tokens_per_microbatch, processes.console, can_shrink=isinstance(copies, Whole)),
     )
 
 
@@ -226,23 +282,30 @@ def longest_row(config: cfg.TrainConfig | cfg.SftConfig, benchmarks: Sequence[Be
     return int(min(config.data.max_prompt_tokens + responses, vlm.context))
 
 
-def build_reward(reward: cfg.Reward) -> Reward:
-    """The reward and the processes that grade."""
+def build_reward(reward: cfg.Reward, trainers: int = 1) -> Reward:
+    """The reward and the processes that grade, beside so many training processes of this machine."""
     return Reward(
         [part.model_dump() for part in reward.parts],
         on_error=reward.on_error,
         timeout=reward.timeout,
-        workers=reward.workers,
+        workers=reward.workers or max(min((os.cpu_count() or 1) // trainers, 8), 1),
     )
 
 
-def _load(model: cfg.Model, path: str, accelerator: Accelerator, freeze: list[str]) -> VLM:
+def _load(
+    model: cfg.Model,
+    path: str,
+    freeze: list[str],
+    lora: Adapters | None = None,
+    device: torch.device | str = "cpu",
+) -> VLM:
     return load_vlm(
         path,
         dtype=model.dtype,
-        device=accelerator.device,
+        device=device,
         gradient_checkpointing=model.gradient_checkpointing,
         freeze=freeze,
+        lora=lora,
     )
 
 
@@ -263,7 +326,7 @@ def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
-def _measures(config, engine, encode, reward, console, benchmarks) -> dict[str, Callable[[Path], tuple]]:
+def _measures(config, engine, encode, reward, processes, benchmarks) -> dict[str, Callable[[Path], tuple]]:
     """By name, functions that evaluate into a folder: `held-out` on `eval.data`, and the benchmarks."""
     draw = Sampling(
         config.eval.samples,
@@ -274,11 +337,13 @@ def _measures(config, engine, encode, reward, console, benchmarks) -> dict[str, 
         top_k=config.eval.top_k,
         min_p=config.eval.min_p,
     )
+    console, world = processes.console, processes.world
     batch = problems_at_once(config.rollout.engine, config.rollout.prompts_per_batch)
     skip = config.data.on_error == "skip"
     found: dict[str, Callable[[Path], tuple]] = {}
 
     def run(name: str, examples, reward: Reward, measure: Measure, sampling: Sampling, folder: Path):
+        samples = world.from_main(lambda: SampleFile(folder, name))
         with console.progress(f"evaluate {name}", len(examples), lines=4) as show:
             return evaluate(
                 engine,
@@ -287,10 +352,11 @@ def _measures(config, engine, encode, reward, console, benchmarks) -> dict[str, 
                 reward,
                 sampling,
                 measure,
-                samples=SampleFile(folder, name),
+                samples=samples,
                 batch=batch,
                 skip=skip,
                 progress=lambda done: show(done, "problems"),
+                world=world,
             )
 
     def run_benchmark(benchmark: Benchmark, folder: Path):
@@ -307,12 +373,17 @@ def _measures(config, engine, encode, reward, console, benchmarks) -> dict[str, 
     return found
 
 
-def _banner(config, vlm: VLM, stream: Mixture, accelerator: Accelerator, found: Path | None) -> str:
+def _banner(config, vlm: VLM, stream: Mixture, processes: Processes, found: Path | None) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in vlm.parameters())
     tasks = ", ".join(stream.streams)
     start = f"resumed from {found}" if found else f"model {config.model.path}"
+    size, shard = processes.world.size, processes.shard
+    where = processes.accelerator.device.type
+    if size > 1:
+        held = "each with a copy" if shard == 1 else f"{shard} of which share a copy"
+        where = f"{size} processes ({where}), {held}"
     return (
-        f"{start}: {total:,} parameters, {trained:,} of them trained, on {accelerator.device}; "
+        f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
         f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"
     )

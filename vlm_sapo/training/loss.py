@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlm_sapo.algo.balance import sequence_balance
 from vlm_sapo.algo.correction import CORRECTIONS, correction_metrics, importance, mismatch_metrics
 from vlm_sapo.algo.diagnostics import Objective, gate_metrics, update_metrics
 from vlm_sapo.algo.objectives import OBJECTIVES, k3
@@ -33,6 +34,8 @@ class PolicyLoss:
     """SAPO's temperatures, where the objective is SAPO."""
     correct: Correct | None = None
     """Weights against the engine's distribution: the importance weights, and what is left of them."""
+    balance: float = 0.0
+    """Weight of the loss that spreads each response's tokens over the experts."""
 
     def __call__(self, logprobs: torch.Tensor, micro: MicroBatch, minibatch: MiniBatch) -> torch.Tensor:
         """The micro-batch's share of the mini-batch's loss; logprobs [N, T]."""
@@ -41,7 +44,13 @@ class PolicyLoss:
             losses = losses * self.correct(micro.old, micro.sampled, micro.mask)[1]
         if micro.reference is not None:
             losses = losses + self.kl * k3(logprobs, micro.reference)
-        return self.reduce(losses, micro.mask, **minibatch.denominators)
+        loss = self.reduce(losses, micro.mask, **minibatch.denominators)
+        if self.balance:
+            usage, lengths = micro.usage, micro.mask.sum(-1)
+            uneven = sequence_balance(usage.probabilities, usage.counts, lengths.clamp(min=1))
+            uneven = torch.where(lengths > 0, uneven, 0.0).sum()
+            loss = loss + self.balance * uneven / minibatch.num_sequences
+        return loss
 
     def describe(self, logprobs, old, advantages, mask, sampled) -> dict[str, float]:
         """Metrics of the objective on a whole mini-batch, all [N, T]; `sampled` is None where the engine's
@@ -64,6 +73,7 @@ def build_loss(
     kl: float,
     max_tokens: int,
     correction: dict[str, Any] | None = None,
+    balance: float = 0.0,
 ) -> PolicyLoss:
     """`objective` and `correction` are the fields of the config's sections, `type` among them."""
     parameters = {name: value for name, value in objective.items() if name != "type"}
@@ -74,6 +84,7 @@ def build_loss(
         kl=kl,
         gate=parameters if objective["type"] == "sapo" else None,
         correct=None if correction is None else partial(_correct, **correction),
+        balance=balance,
     )
 
 

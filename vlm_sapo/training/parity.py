@@ -15,11 +15,13 @@ import torch
 
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.weights import like, whole
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
+from vlm_sapo.world import World
 
 Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
 GROUPS = 2
@@ -112,10 +114,13 @@ class Comparison:
         sizes = [sum(len(item.ids) for item in items) for _, items in self.pairs]
         return [float(gap.mean()) for gap in (self.engine - trainer).abs().split(sizes)]
 
-    @torch.no_grad()
     def trainer(self, run: Callable | None = None, autocast: Callable | None = None) -> torch.Tensor:
         """[K] log-probs of the trainer, or of another pass or precision."""
-        autocast = autocast or self.policy.accelerator.autocast
+        return self.policy.copies.alone(self.policy.vlm, lambda: self._trainer(run, autocast))
+
+    @torch.no_grad()
+    def _trainer(self, run: Callable | None, autocast: Callable | None) -> torch.Tensor:
+        autocast = autocast or self.policy.autocast
         run, layout = run or self.policy.forward_pass, self.policy.layout
         sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
         found: dict[tuple[int, int], torch.Tensor] = {}
@@ -173,8 +178,10 @@ class Parity:
         tolerance: float,
         every: int,
         budget: int,
+        world: World,
         places: Sequence[str] = (),
     ):
+        self.world = world
         self.policy, self.rollouts, self.encode = policy, rollouts, encode
         self.engine = rollouts.engine
         self.console, self.tolerance, self.every, self.budget = console, tolerance, every, budget
@@ -198,12 +205,17 @@ class Parity:
         found = comparison.against(trainer)
         off = self.off(comparison, trainer)
         if off or not found.mean <= self.tolerance:
-            causes = [*off, *self.explain(comparison, found, examples)]
+            causes = off + self.causes(lambda: self.explain(comparison, found, examples))
             raise ParityError(self._disagrees(found, causes, step))
+        self.world.wait()
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
         if self.calls == 1:
             self._check_sync(examples)
         return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
+
+    def causes(self, look: Callable[[], list[str]]) -> list[str]:
+        """What `look` finds. To try causes out takes all processes, and the others know of nothing."""
+        return look() if self.world.size == 1 else ["`vlm-sapo check` in one process tells it"]
 
     def off(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
         """The servers whose own groups disagree; prompts go to them in turn."""
@@ -250,8 +262,8 @@ class Parity:
     def _check_sync(self, examples: Sequence[Example]) -> None:
         found = self.follow(examples)
         if not found.arrived:
-            cause = f"weights: {self.missing(examples, found.unchanged)}"
-            raise ParityError(self._disagrees(found.changed, [cause], None))
+            causes = self.causes(lambda: [f"weights: {self.missing(examples, found.unchanged)}"])
+            raise ParityError(self._disagrees(found.changed, causes, None))
         self.console.say(f"changed weights reach the engine: {found.changed}")
         if found.unchanged.mean < 10 * self.tolerance:
             self.console.warn(f"but unchanged ones would hardly tell themselves apart: {found.unchanged}")
@@ -321,7 +333,7 @@ def kinds_of(vlm: VLM) -> dict[str, str]:
     next layer, so that all layers have a part."""
     kinds: dict[str, list[str]] = {}
     for name, parameter in vlm.model.named_parameters():
-        if ".lora_" not in name and parameter.numel() > 1:
+        if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
             kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
     return {kind: names[place % len(names)] for place, (kind, names) in enumerate(kinds.items())}
 
@@ -331,15 +343,15 @@ def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
     """Adds noise to one parameter of each kind, and takes it back exactly."""
     chosen = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
     parameters = dict(vlm.model.named_parameters())
-    saved = {name: parameters[name].detach().to("cpu", copy=True) for name in chosen}
+    saved = {name: parameters[name].detach().clone() for name in chosen}
     number, version = next(UNIQUE), vlm.version
     generator = torch.Generator().manual_seed(number)  # never the noise that an engine may still have
     try:
         with torch.no_grad():
             for name in chosen:
                 noise = torch.randn(parameters[name].shape, generator=generator)
-                size = NOISE * saved[name].float().std().clamp(min=0.01)
-                parameters[name] += (noise * size).to(parameters[name])
+                size = NOISE * whole(saved[name]).float().std().clamp(min=0.01)
+                parameters[name] += like(noise * size.cpu(), parameters[name])
         vlm.version = -number
         yield
     finally:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from vlm_sapo.models.layout import Branches, Layout, SharedPrefix
+from vlm_sapo.models import adapters
+from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
-from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.routing import RoutedPass
+from vlm_sapo.models.vlm import PARTS, VLM
+from vlm_sapo.models.weights import whole
+from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
+from vlm_sapo.training.copies import Copies, Whole
+from vlm_sapo.training.memory import Memory
+from vlm_sapo.world import World
+
+ADAPTER = "adapter"
+"""Folder of a checkpoint's adapter."""
 
 
 def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
@@ -23,12 +39,39 @@ def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
 
 
+def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """`adamw`, or one that holds its moments in 8 bits."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+    return vars(bitsandbytes.optim)[kinds[name]](parameters, **options)
+
+
+Loss = Callable[[torch.Tensor, MicroBatch, MiniBatch], torch.Tensor]
+"""Log-probs [N, T] of a micro-batch to its share of the mini-batch's loss."""
+UNLIMITED = 2**62
+
+
+class Unadapted(Pass):
+    """The policy's pass without its adapters: a reference that costs no memory."""
+
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        with adapters.switched_off(self.vlm.model):
+            return super().forward(inputs, routed)
+
+
 class Policy:
-    """Log-probs, gradients and updates of one model; `reference` is a frozen model for the KL term.
+    """Log-probs, gradients and updates of one model. `reference` is a frozen model for the KL term, or the
+    same model where that is meant without its adapters.
 
     `layout` is how responses go through the model. With `reuse_sampled` the engine's log-probs serve as the
     old ones; otherwise the old ones are computed. An update of the very weights that drew the responses needs
-    neither: its own pass gives them.
+    neither: its own pass gives them. With `replay` the experts of a mixture are those of the engine, where it
+    told them, else those of the pass that gave the old log-probs. `balance` says that the loss wants the
+    routers' probabilities with their gradient. `copies` says how several processes hold the
+    model, `memory` how large a micro-batch may be.
     """
 
     def __init__(
@@ -44,34 +87,74 @@ class Policy:
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
+        optimizer: str = "adamw",
         reference: VLM | None = None,
         layout: Layout | None = None,
         reuse_sampled: bool = False,
+        copies: Copies | None = None,
+        memory: Memory | None = None,
+        replay: bool = False,
+        balance: bool = False,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
-        trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-        if not trained:
+        self.copies = copies or Whole(World(), accelerator.device)
+        self.memory = memory or Memory(UNLIMITED, Console())
+        self.copies.spread(vlm)
+        self.replay, self.balance = replay, balance
+        self.trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+        if not self.trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        self.forward_pass, self.optimizer = accelerator.prepare(Pass(vlm, temperature), optimizer)
-        self.reference = None if reference is None else Pass(reference, temperature).requires_grad_(False)
+        self.forward_pass = Pass(vlm, temperature)
+        self.optimizer = build_optimizer(
+            optimizer, self.trained, lr=lr, betas=betas, weight_decay=weight_decay
+        )
+        self.reference = None if reference is None else self._reference(reference)
         self.schedule = {"kind": schedule, "warmup": warmup_steps, "total": total_steps}
         self.lr = lr
 
+    def _reference(self, vlm: VLM) -> Pass:
+        if vlm is self.vlm:
+            return Unadapted(vlm, self.temperature)
+        vlm.freeze(list(PARTS))
+        self.copies.spread(vlm)
+        return Pass(vlm, self.temperature)
+
     def run(self, groups: Sequence[Branches], layout: Layout | None = None):
         """Log-probs and entropies [N, T] of the response tokens."""
-        inputs = (layout or self.layout).inputs(groups)
-        return self.forward_pass(inputs.to(self.accelerator.device))
+        return self._run(self.forward_pass, groups, layout or self.layout)
+
+    def _run(self, forward_pass: Pass, groups: Sequence[Branches], layout: Layout):
+        inputs = layout.inputs(groups).to(self.accelerator.device)
+        with self.autocast():
+            return self.copies.run(forward_pass, inputs)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of every pass."""
+        return self.accelerator.autocast()
 
     def logprobs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] of a micro-batch. Where it has no old log-probs yet, the model is
         still the one that drew it, and these are the old ones."""
-        logprobs, entropies = self.run(micro.groups)
+        logprobs, entropies = self._pass(micro, first=micro.old is None)
         if micro.old is None:
             micro.old = logprobs.detach()
         return logprobs, entropies
+
+    def _pass(self, micro: MicroBatch, *, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [N, T] of a micro-batch, and the usage of its experts. The first pass's
+        experts are the old ones, unless the engine told its own."""
+        inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
+        replayed = micro.routes if self.replay else None
+        routed = self.vlm.routers.watch(inputs, replayed, gradient=self.balance)
+        with self.autocast():
+            found = self.copies.run(self.forward_pass, inputs, routed)
+        if routed is not None:
+            micro.usage = routed.usage(micro.routes)
+            if first and micro.routes is None:
+                micro.routes = routed.routes()
+        return found
 
     @torch.no_grad()
     def score(self, minibatches: list[MiniBatch], *, fresh: bool = True) -> None:
@@ -79,15 +162,27 @@ class Policy:
         that the present weights drew the responses."""
         trained = [minibatch for minibatch in minibatches if minibatch.micros]
         for minibatch in trained:
-            for micro in minibatch.micros:
-                self._move(micro)
-                own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
-                if not own_pass:
-                    micro.old = micro.sampled if self.reuse_sampled else self.run(micro.groups)[0]
-                if self.reference is not None:
-                    inputs = self.layout.inputs(micro.groups).to(self.accelerator.device)
-                    with self.accelerator.autocast():
-                        micro.reference, _ = self.reference(inputs)
+            own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
+            done = self.memory.fitting(minibatch.micros, partial(self._score, own_pass=own_pass))
+            minibatch.micros = [micro for micro, _ in done]
+
+    def _score(self, micro: MicroBatch, *, own_pass: bool) -> None:
+        self._move(micro)
+        if not own_pass:
+            micro.old = micro.sampled if self.reuse_sampled else self._pass(micro, first=True)[0]
+        if self.reference is not None:
+            micro.reference, _ = self._run(self.reference, micro.groups, self.layout)
+
+    def accumulate(self, minibatch: MiniBatch, loss: Loss) -> Iterator[dict[str, Any]]:
+        """Adds the gradient of a mini-batch's loss; what a meter wants to know of each micro-batch."""
+
+        def learn(micro: MicroBatch) -> dict[str, Any]:
+            logprobs, entropies = self.logprobs(micro)
+            value = self.backward(loss(logprobs, micro, minibatch))
+            return {"loss": value, "logprobs": logprobs.detach(), "entropies": entropies}
+
+        done = self.memory.fitting(minibatch.micros, learn, undo=self.optimizer.zero_grad)
+        return (found | micro.tensors() for micro, found in done)
 
     def _move(self, micro: MicroBatch) -> None:
         device = self.accelerator.device
@@ -96,16 +191,31 @@ class Policy:
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""
-        self.accelerator.backward(loss)
+        loss.backward()
         return float(loss.detach())
 
     def step(self) -> float:
         """One optimizer update; returns the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.forward_pass.parameters(), self.max_grad_norm)
+        norm = self.grad_norm()
+        clip_grads_with_norm_(self.trained, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.vlm.version += 1
         return float(norm)
+
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the gradient of all processes."""
+        self.copies.reduce(self.trained)
+        grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        return whole(get_total_norm(grads))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter names, each process's part of it."""
+        return get_optimizer_state_dict(self.vlm, self.optimizer)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `optimizer_state` gave."""
+        set_optimizer_state_dict(self.vlm, self.optimizer, optim_state_dict=state)
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of a step (0-based) and returns it."""
@@ -114,6 +224,15 @@ class Policy:
             group["lr"] = rate
         return rate
 
-    def save(self, folder: Path) -> None:
-        """Writes model and processor, loadable by transformers' Auto classes."""
-        self.vlm.save(folder)
+    def save(self, folder: Path, *, write: bool = True) -> None:
+        """Writes what `load_vlm` needs to go on: the adapter, where there is one, or else the model."""
+        if adapters.attached(self.vlm.model):
+            self.vlm.save_adapter(folder / ADAPTER, write=write)
+        else:
+            self.vlm.save(folder, write=write)
+
+    def export(self, folder: Path, *, write: bool = True) -> None:
+        """Writes model and processor, loadable by transformers' Auto classes, and beside it the adapter."""
+        self.vlm.save(folder, write=write)
+        if adapters.attached(self.vlm.model):
+            self.vlm.save_adapter(folder / ADAPTER, write=write)

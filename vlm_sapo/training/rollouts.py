@@ -15,6 +15,7 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
+from vlm_sapo.world import World
 
 
 @dataclass
@@ -22,7 +23,9 @@ class Drawn:
     """The groups of a step."""
 
     groups: list[Group]
-    """Those that are trained on, in the order of the mini-batches."""
+    """Those that this process trains on, in the order of the mini-batches."""
+    places: list[int]
+    """Where they stand among those of all processes."""
     version: int
     """`VLM.version` of the weights that drew them."""
     before: dict[str, Any]
@@ -88,38 +91,54 @@ class OnDemand:
 
     def draw(self, step: int, version: int) -> Drawn:
         """The groups of a step from the weights that the engine has."""
-        drawn = Drawn([], version, self.stream.state())
+        drawn = Drawn([], [], version, self.stream.state())
         try:
-            with drawn.time("data"):
-                prompts = self.stream.take(self.prompts_per_step)
-            drawn.groups = self._respond(prompts, self.sampling_at(step), drawn)
-            for attempt in range(1, self.resample + 1):
-                flat = [place for place, group in enumerate(drawn.groups) if group.flat]
-                with drawn.time("data"):
-                    prompts = self.stream.replace([drawn.groups[place].prompt for place in flat])
-                further = self._respond(prompts, self.sampling_at(step, attempt), drawn)
-                for place, group in zip(flat, further, strict=True):
-                    drawn.replaced.append(drawn.groups[place])
-                    drawn.groups[place] = group
-        except BaseException:
+            self._draw(drawn, step)
+        except BaseException as error:
             self.stream.restore(drawn.before)
+            self.stream.world.tell(error)
             raise
         return drawn
+
+    def _draw(self, drawn: Drawn, step: int) -> None:
+        with drawn.time("data"):
+            tasks = self.stream.tasks(self.prompts_per_step)
+            prompts = self.stream.draw(dict(enumerate(tasks)))
+        groups = self._respond(prompts, self.sampling_at(step), drawn)
+        for attempt in range(1, self.resample + 1):
+            own = [place for place, group in groups.items() if group.flat]
+            flat = sorted(place for told in self.stream.world.gather(own) for place in told)
+            with drawn.time("data"):
+                prompts = self.stream.draw({place: tasks[place] for place in flat})
+            numbers = {place: number for number, place in enumerate(flat)}
+            further = self._respond(prompts, self.sampling_at(step, attempt), drawn, numbers)
+            drawn.replaced += [groups[place] for place in further]
+            groups |= further
+        drawn.groups, drawn.places = list(groups.values()), list(groups)
 
     def sampling_at(self, step: int, attempt: int = 0) -> Sampling:
         """Each step, and each round of drawing anew, has a seed of its own, so a resumed run draws what the
         whole one would have."""
         return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step + 500_000_003 * attempt)
 
-    def _respond(self, prompts: list[Prompt], sampling: Sampling, drawn: Drawn) -> list[Group]:
+    def _respond(
+        self,
+        prompts: dict[int, Prompt],
+        sampling: Sampling,
+        drawn: Drawn,
+        numbers: dict[int, int] | None = None,
+    ) -> dict[int, Group]:
+        """Groups by place. Their draws depend on the places, or on `numbers` by place."""
+        given = list(prompts.values())
+        places = tuple(numbers[place] if numbers else place for place in prompts)
         with drawn.time("rollout"):
-            responses = self.engine.generate(prompts, sampling)
+            responses = self.engine.generate(given, replace(sampling, places=places)) if given else []
         with drawn.time("reward"):
-            scores = score_groups(self.reward, prompts, responses)
-        return [
-            Group(prompt, tuple(given), tuple(scored))
-            for prompt, given, scored in zip(prompts, responses, scores, strict=True)
-        ]
+            scores = score_groups(self.reward, given, responses)
+        return {
+            place: Group(prompt, tuple(responded), tuple(scored))
+            for place, prompt, responded, scored in zip(prompts, given, responses, scores, strict=True)
+        }
 
     def settle(self) -> None:
         """Nothing goes on in between."""
@@ -145,8 +164,9 @@ class Ahead:
     draws' seeds are those of OnDemand. What was drawn and not yet given out is part of the state.
     """
 
-    def __init__(self, rollouts: OnDemand, *, last: int):
-        self.rollouts, self.last = rollouts, last
+    def __init__(self, rollouts: OnDemand, *, last: int, world: World):
+        """`world` is for the loop; the background has the stream's, for itself."""
+        self.rollouts, self.last, self.world = rollouts, last, world
         self.engine, self.sampling = rollouts.engine, rollouts.sampling
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self.pending: Future[Drawn] | None = None
@@ -169,13 +189,13 @@ class Ahead:
     def state(self) -> dict[str, Any]:
         self.settle()
         following = self._following()
-        return self.rollouts.state() | ({"pending": pack(following)} if following else {})
+        return self.rollouts.state() | ({"pending": pack(following, self.world)} if following else {})
 
     def untrained(self, drawn: Drawn) -> dict[str, Any]:
         self.settle()
         following = self._following()
         after = following.before if following else self.rollouts.stream.state()
-        return {"stream": after, "pending": pack(drawn)}
+        return {"stream": after, "pending": pack(drawn, self.world)}
 
     def _following(self) -> Drawn | None:
         """The groups of the next step, where they could be drawn."""
@@ -193,8 +213,8 @@ class Ahead:
         self.worker.shutdown(cancel_futures=True)
 
 
-def pack(drawn: Drawn) -> dict[str, Any]:
-    """Groups as tensors and plain values; a prompt is its row."""
+def pack(drawn: Drawn, world: World) -> dict[str, Any]:
+    """All processes' groups, by place, as tensors and plain values; a prompt is its row."""
 
     def one(group: Group) -> dict[str, Any]:
         return {
@@ -204,27 +224,32 @@ def pack(drawn: Drawn) -> dict[str, Any]:
             "scores": [asdict(score) for score in group.scores],
         }
 
+    own = {place: one(group) for place, group in zip(drawn.places, drawn.groups, strict=True)}
+    replaced = [one(group) for group in drawn.replaced]
     return {
         "version": drawn.version,
         "before": drawn.before,
-        "groups": [one(group) for group in drawn.groups],
-        "replaced": [one(group) for group in drawn.replaced],
+        "groups": {place: item for told in world.gather(own) for place, item in told.items()},
+        "replaced": [item for told in world.gather(replaced) for item in told],
         "seconds": dict(drawn.seconds),
     }
 
 
 def unpack(packed: dict[str, Any], stream: Mixture) -> Drawn:
-    """What `pack` packed, with the rows read again."""
+    """What `pack` packed, with the rows read again: those at this process's places."""
 
     def one(item: dict[str, Any]) -> Group:
         prompt = stream.streams[item["task"]].prompt(item["row"])
         completions = tuple(Completion(**completion) for completion in item["completions"])
         return Group(prompt, completions, tuple(Score(**score) for score in item["scores"]))
 
+    groups = {place: item for place, item in sorted(packed["groups"].items()) if stream.world.owns(place)}
+    replaced = [item for place, item in enumerate(packed["replaced"]) if stream.world.owns(place)]
     return Drawn(
-        groups=[one(item) for item in packed["groups"]],
+        groups=[one(item) for item in groups.values()],
+        places=list(groups),
         version=packed["version"],
         before=packed["before"],
-        replaced=[one(item) for item in packed["replaced"]],
+        replaced=[one(item) for item in replaced],
         seconds=defaultdict(float, packed["seconds"]),
     )

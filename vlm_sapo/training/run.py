@@ -16,6 +16,7 @@ from vlm_sapo.data.stream import Mixture
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
 from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.loss import PolicyLoss
@@ -23,6 +24,7 @@ from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import Example, Group, Prompt
+from vlm_sapo.world import ElsewhereError, World
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
@@ -45,22 +47,29 @@ class Evaluator:
     console: Console
     ready: Callable[[], None]
     """Gives the engine the present weights."""
+    world: World
 
     def at(self, step: int, *, last: int) -> None:
         """Evaluates before the first step, every so many steps and after the last one, once each."""
         due = step in (0, last) or (self.every and step % self.every == 0)
         if not due:
             return
-        done = {(record["step"], record["name"]) for record in self.folder.read("evaluations.jsonl")}
         folder = self.folder.path / "evaluations" / f"step_{step:06d}"
-        if not any(key[0] == step for key in done):
-            shutil.rmtree(folder, ignore_errors=True)
+        done = self.world.from_main(lambda: self._done(step, folder))
         for name, run in self.measures.items():
-            if (step, name) not in done:
+            if name not in done:
                 self.ready()
                 result, records = run(folder)
                 self.folder.append("evaluations.jsonl", {"step": step, "name": name} | result)
                 self._say(f"{name} pass@1 after {step} steps", result, records)
+
+    def _done(self, step: int, folder: Path) -> list[str]:
+        """What this step was evaluated on already; where on nothing, its folder goes."""
+        evaluations = self.folder.read("evaluations.jsonl")
+        done = [record["name"] for record in evaluations if record["step"] == step]
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+        return done
 
     def _say(self, title: str, result: dict, records: list[dict]) -> None:
         low, high = result["ci95"]
@@ -90,6 +99,7 @@ class Core:
     checkpoint_every: int
     keep: int
     rollouts: Rollouts
+    world: World
 
     def close(self) -> None:
         """Ends what runs beside this process."""
@@ -101,11 +111,13 @@ class Core:
         was given out and not trained on; what an engine drew that disagrees is drawn anew."""
         try:
             yield
+            self.world.wait()
         except Exception as error:
+            self.world.tell(error)
             if self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step:
                 if drawn is None:
                     state = self.rollouts.state()
-                elif isinstance(error, ParityError):
+                elif isinstance(error, ParityError | ElsewhereError):
                     state = {"stream": drawn.before}
                 else:
                     state = self.rollouts.untrained(drawn)
@@ -120,7 +132,9 @@ class Core:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint with this state of the rollouts."""
-        checkpoint.save(self._checkpoints, self.policy, self.progress, state, keep=self.keep)
+        checkpoint.save(
+            self._checkpoints, self.policy, self.progress, state, keep=self.keep, world=self.world
+        )
 
     @property
     def _checkpoints(self) -> Path:
@@ -128,7 +142,10 @@ class Core:
 
     def finish(self, steps: int) -> dict:
         """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
-        self.policy.save(self.folder.path / "final")
+        self.policy.export(self.folder.path / "final", write=self.world.main)
+        return self.world.from_main(lambda: self._summarize(steps))
+
+    def _summarize(self, steps: int) -> dict:
         evaluations = self.folder.read("evaluations.jsonl")
         draw_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
@@ -156,35 +173,78 @@ class Training:
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
     split: Callable[..., list[MiniBatch]]
-    """(groups, advantages, layout=...) to mini-batches."""
-    minibatches: int
-    log_rollouts: Callable[[int, list[Group], list[torch.Tensor]], None]
+    """(groups, advantages, layout=..., budget=...) to mini-batches."""
+    report: Reporter
 
     def check(self, step: int, drawn: Drawn) -> dict[str, float]:
         """All checks."""
         return {name: value for check in self.checks for name, value in check(step, drawn).items()}
 
 
-def write_rollouts(
-    folder: RunFolder, count: int, step: int, groups: list[Group], advantages: list[torch.Tensor]
-) -> None:
-    """Adds the first `count` groups of a step to `rollouts.jsonl`, a line per response."""
-    for group, values in zip(groups[:count], advantages[:count], strict=True):
-        for completion, score, value in zip(group.completions, group.scores, values.tolist(), strict=True):
-            folder.append(
-                "rollouts.jsonl",
-                {
-                    "step": step,
-                    "id": group.prompt.example.id,
-                    "task": group.prompt.example.task,
-                    "problem": group.prompt.example.problem,
-                    "answer": group.prompt.example.answer,
-                    "response": completion.text,
-                    "reward": score.total,
-                    "parts": dict(score.parts),
-                    "outcomes": dict(score.outcomes),
-                    "advantage": value,
-                    "tokens": len(completion.ids),
-                    "finish": completion.finish,
-                },
-            )
+class Reporter:
+    """Writes a step's line of metrics, and the first `rollouts` groups of it, of all processes."""
+
+    def __init__(self, core: Core, *, minibatches: int, rollouts: int):
+        self.core, self.minibatches, self.rollouts = core, minibatches, rollouts
+
+    def __call__(
+        self,
+        step: int,
+        meter: StepMeter,
+        drawn: Drawn,
+        advantages: Sequence[torch.Tensor],
+        further: dict[str, float],
+    ) -> str:
+        """Returns the numbers that matter most. All processes call it."""
+        own = [group.without_pictures() for group in drawn.groups]
+        replaced = [group.without_pictures() for group in drawn.replaced]
+        placed = list(zip(drawn.places, own, advantages, strict=True))
+        memory = self.core.policy.memory
+        told = self.core.world.collect((placed, replaced, memory.shortages))
+        if not told:
+            return ""
+        placed = sorted((item for items, _, _ in told for item in items), key=lambda item: item[0])
+        groups = [group for _, group, _ in placed]
+        replaced = [group for _, groups, _ in told for group in groups]
+        record = {"step": step} | further | meter.record(drawn.seconds)
+        record |= group_metrics(groups, replaced, drawn.seconds)
+        record |= task_metrics(groups, replaced, self.minibatches)
+        if shortages := sum(count for _, _, count in told):
+            record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": memory.budget}
+        self.core.folder.append("metrics.jsonl", record)
+        for _, group, values in placed[: self.rollouts]:
+            for line in rollout_lines(group, values.tolist()):
+                self.core.folder.append("rollouts.jsonl", {"step": step} | line)
+        return headline(record)
+
+
+def headline(record: dict) -> str:
+    """The numbers of a step that matter most, for the console."""
+    cut = f" ({record['response/truncated']:.0%} cut)" if record["response/truncated"] >= 0.05 else ""
+    trained = (
+        f"entropy {record['policy/entropy']:.3f}  effective update {record['policy/effective_update']:.3f}"
+        if "policy/effective_update" in record
+        else "no group with variance"
+    )
+    return (
+        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}{cut}  {trained}  "
+        f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
+    )
+
+
+def rollout_lines(group: Group, advantages: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """A group's responses for `rollouts.jsonl`."""
+    for completion, score, value in zip(group.completions, group.scores, advantages, strict=True):
+        yield {
+            "id": group.prompt.example.id,
+            "task": group.prompt.example.task,
+            "problem": group.prompt.example.problem,
+            "answer": group.prompt.example.answer,
+            "response": completion.text,
+            "reward": score.total,
+            "parts": dict(score.parts),
+            "outcomes": dict(score.outcomes),
+            "advantage": value,
+            "tokens": len(completion.ids),
+            "finish": completion.finish,
+        }

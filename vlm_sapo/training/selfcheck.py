@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import get_total_norm
 
 from vlm_sapo.models.layout import Layout, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.types import Group
+from vlm_sapo.world import World
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class SelfCheck:
 
     Where the shared layout disagrees with the plain one, the policy falls back to the plain one; with
     `choose`, old log-probs are recomputed where the engine's disagree with the policy's. Both say so.
-    `uncorrected` says that responses are drawn by older weights and no correction is configured.
+    `uncorrected` says that responses are drawn by older weights and no correction is configured. Each process
+    looks at a group of its own, and one that disagrees decides for all.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class SelfCheck:
         *,
         budget: int,
         choose: bool,
+        world: World,
         uncorrected: bool = False,
     ):
         self.policy, self.console, self.budget, self.choose = policy, console, budget, choose
+        self.world = world
         self.uncorrected = uncorrected
         self.done = False
 
@@ -91,21 +94,23 @@ class SelfCheck:
             and relative <= allowed.gradient_norm
             and bool(torch.isfinite(difference).all())
         )
-        if agrees:
-            self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {found}")
-            return shared
         place = int(difference.nan_to_num(nan=float("inf")).argmax())
-        self.console.warn(
+        wrong = (
             f"the shared-prefix pass DISAGREES with the plain pass: {found}; the worst token is number "
             f"{place} ({float(shared[place]):.4f} shared, {float(plain[place]):.4f} plain); allowed are "
             f"{allowed}. The run goes on with the plain pass, several times slower; please report this model "
             "and these numbers"
         )
+        told = [text for text in self.world.gather(None if agrees else wrong) if text is not None]
+        if not told:
+            self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {found}")
+            return shared
+        self.console.warn(told[0])
         policy.layout = Plain()
         return plain
 
     def _choose(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
-        worst = float((logprobs - sampled).abs().max())
+        worst = max(self.world.gather(float((logprobs - sampled).abs().max())))
         if worst <= SAMPLED:
             self.console.say(
                 f"self-check: the engine's log-probs agree within {worst:.1e} and serve as old log-probs"
@@ -123,14 +128,16 @@ class SelfCheck:
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, ids.shape, generator=generator) * 2.0 - 1.0 for ids in responses]
         found: dict[int, torch.Tensor] = {}
-        for parts in layout.pack([(len(group.prompt.ids), [len(ids) for ids in responses])], budget):
-            places = [place for _, chosen in parts for place in chosen]
+        packed = layout.pack([(len(group.prompt.ids), [len(ids) for ids in responses])], budget)
+        for number in range(max(self.world.gather(len(packed)))):  # all processes equally many
+            places = [place for _, chosen in packed[number % len(packed)] for place in chosen]
             logprobs, _ = policy.run([(group.prompt, [responses[place] for place in places])], layout)
             rows = [row[: len(responses[place])] for row, place in zip(logprobs, places, strict=True)]
             found |= {place: row.detach().cpu() for row, place in zip(rows, places, strict=True)}
             weights = torch.cat([signs[place] for place in places]).to(logprobs.device)
-            policy.backward((torch.cat(rows) * weights).sum() / len(responses))
-        norm = float(get_total_norm([p.grad for p in policy.vlm.parameters() if p.grad is not None]))
+            share = float(number < len(packed)) / len(responses)
+            policy.backward((torch.cat(rows) * weights).sum() * share)
+        norm = float(policy.grad_norm())
         policy.optimizer.zero_grad()
         return torch.cat([found[place] for place in sorted(found)]), norm
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
+import torch
+
+from vlm_sapo.algo.reductions import token_mean
 from vlm_sapo.config import SftConfig, SftTrain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
+from vlm_sapo.training.batch import MicroBatch, MiniBatch, minibatches
 from vlm_sapo.training.build import build_sft, open_folder
+from vlm_sapo.training.launch import join
 from vlm_sapo.training.run import FINISHED, Core
-from vlm_sapo.types import Completion, Prompt, RowError
+from vlm_sapo.types import Completion, Group, Prompt, RowError
 
 
 def sft(config: SftConfig, console: Console | None = None) -> dict:
     """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
-    console = console or Console()
-    folder = open_folder(config)
+    processes = join(config, console)
+    console = processes.console
+    folder = open_folder(config, processes.world)
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
-    core = build_sft(config, folder, console)
+    core = build_sft(config, folder, processes)
     with closing(core):
         columns = {task.task: task.columns["response"] for task in config.data.tasks}
         return loop(core, config.train, columns)
@@ -32,13 +38,13 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
     core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, train.steps + 1):
-            started, meter = time.perf_counter(), StepMeter()
+            started, meter = time.perf_counter(), StepMeter(core.world)
             lr = core.policy.set_step(step - 1)
             with meter.time("data"):
                 prompts = core.stream.take(train.rows_per_step)
                 rows = [(prompt, demonstration(core, prompt, columns)) for prompt in prompts]
             with meter.time("update"):
-                loss, norm = update(core, rows, train.tokens_per_microbatch)
+                loss, norm = update(core, rows)
             core.progress.advance(step, time.perf_counter() - started)
             record = {"step": step, "lr": lr} | meter.record() | {"loss": loss, "policy/grad_norm": norm}
             core.folder.append("metrics.jsonl", record)
@@ -59,12 +65,18 @@ def demonstration(core: Core, prompt: Prompt, columns: dict[str, str]) -> Comple
     return core.encode.respond(prompt, text)
 
 
-def update(core: Core, rows: list[tuple[Prompt, Completion]], budget: int) -> tuple[float, float]:
-    """One optimizer update on all rows; returns the loss per token and the gradient's norm."""
+def update(core: Core, rows: list[tuple[Prompt, Completion]]) -> tuple[float, float]:
+    """One optimizer update on all processes' rows; returns the loss per token and the gradient's norm."""
     policy = core.policy
-    tokens = sum(len(completion.ids) for _, completion in rows)
-    loss = 0.0
-    for parts in policy.layout.pack([(len(prompt.ids), [len(item.ids)]) for prompt, item in rows], budget):
-        logprobs, _ = policy.run([(rows[index][0], [rows[index][1].ids]) for index, _ in parts])
-        loss += policy.backward(-logprobs.sum() / tokens)
-    return loss, policy.step()
+    groups = [Group(prompt, (completion,), ()) for prompt, completion in rows]
+    ones = [torch.ones(1) for _ in rows]
+    (batch,) = minibatches(
+        groups, ones, count=1, layout=policy.layout, budget=policy.memory.budget, world=core.world
+    )
+    passed = policy.accumulate(batch, likelihood)
+    return sum(core.world.gather(sum(item["loss"] for item in passed))), policy.step()
+
+
+def likelihood(logprobs: torch.Tensor, micro: MicroBatch, minibatch: MiniBatch) -> torch.Tensor:
+    """The negative log-prob of the demonstrations' tokens, over the mini-batch's tokens."""
+    return token_mean(-logprobs, micro.mask.to(logprobs.device), **minibatch.denominators)

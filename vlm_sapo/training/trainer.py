@@ -9,20 +9,22 @@ import torch
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
+from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.build import build_training, open_folder
+from vlm_sapo.training.launch import join
 from vlm_sapo.training.run import FINISHED, Training
 from vlm_sapo.types import Group
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
     """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
-    console = console or Console()
-    folder = open_folder(config)
+    processes = join(config, console)
+    console = processes.console
+    folder = open_folder(config, processes.world)
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
-    training = build_training(config, folder, console)
+    training = build_training(config, folder, processes)
     with closing(training.core):
         return loop(training, config.train.steps)
 
@@ -33,7 +35,7 @@ def loop(training: Training, steps: int) -> dict:
     core.evaluator.at(core.progress.step, last=steps)
     with core.console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
-            started, meter = time.perf_counter(), StepMeter(training.loss.describe)
+            started, meter = time.perf_counter(), StepMeter(core.world, training.loss.describe)
             lr = policy.set_step(step - 1)
             with meter.time("draw"), core.rescuing():
                 drawn = core.rollouts(step, policy.vlm)
@@ -41,24 +43,20 @@ def loop(training: Training, steps: int) -> dict:
                 checked = training.check(step, drawn)
             behind = policy.vlm.version - drawn.version
             advantages = [advantages_of(training, group) for group in drawn.groups]
-            batch = training.split(drawn.groups, advantages, layout=policy.layout)
+            batch = training.split(
+                drawn.groups, advantages, layout=policy.layout, budget=policy.memory.budget
+            )
             with meter.time("old_logprobs"):
                 policy.score(batch, fresh=behind == 0)
             with meter.time("update"):
                 for minibatch in batch:
-                    for micro in minibatch.micros:
-                        logprobs, entropies = policy.logprobs(micro)
-                        loss = policy.backward(training.loss(logprobs, micro, minibatch))
-                        meter.add(loss, logprobs, entropies, **micro.tensors())
+                    for passed in policy.accumulate(minibatch, training.loss):
+                        meter.add(**passed)
                     if minibatch.micros:
                         meter.close_minibatch(policy.step())
             core.progress.advance(step, time.perf_counter() - started)
-            record = {"step": step, "lr": lr} | meter.record(drawn.seconds) | checked
-            record |= group_metrics(drawn.groups, drawn.replaced, drawn.seconds, behind=behind)
-            record |= task_metrics(drawn.groups, drawn.replaced, training.minibatches)
-            core.folder.append("metrics.jsonl", record)
-            training.log_rollouts(step, drawn.groups, advantages)
-            show(step, headline(record))
+            extra = {"lr": lr, "rollout/updates_behind": behind} | checked
+            show(step, training.report(step, meter, drawn, advantages, extra))
             with core.rescuing():
                 core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step)
@@ -68,17 +66,3 @@ def loop(training: Training, steps: int) -> dict:
 def advantages_of(training: Training, group: Group) -> torch.Tensor:
     """[G] float64 advantages of a group's rewards."""
     return training.advantage(torch.tensor([score.total for score in group.scores], dtype=torch.float64))
-
-
-def headline(record: dict) -> str:
-    """The numbers of a step that matter most, for the console."""
-    cut = f" ({record['response/truncated']:.0%} cut)" if record["response/truncated"] >= 0.05 else ""
-    trained = (
-        f"entropy {record['policy/entropy']:.3f}  effective update {record['policy/effective_update']:.3f}"
-        if "policy/effective_update" in record
-        else "no group with variance"
-    )
-    return (
-        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}{cut}  {trained}  "
-        f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
-    )

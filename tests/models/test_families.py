@@ -1,0 +1,323 @@
+"""What every family must do, from a row with pictures to saved weights; with tiny and with real processors."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, picture
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.families import FAMILIES as TABLE
+from vlm_sapo.models.families import Shape
+from vlm_sapo.models.layout import Plain, SharedPrefix
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.tiny import model_config, new_model
+from vlm_sapo.models.vlm import load_vlm, save_model, stored_weights
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.types import Sampling
+
+SHAPE = Shape(hidden=64, layers=4, vision_layers=2, heads=2, head_dim=32)
+"""Qwen3.5: three layers of linear attention before one of full attention, a quarter of each head rotated."""
+REAL = {
+    "Qwen2-VL-2B-Instruct": "qwen2_vl",
+    "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen3-VL-2B-Instruct": "qwen3_vl",
+    "Qwen3-VL-2B-Thinking": "qwen3_vl",
+    "Qwen3-VL-30B-A3B-Thinking": "qwen3_vl_moe",
+}
+CONFIGS = SHARED / "processors" / "configs"
+NAMES = {
+    "Qwen2-VL-2B": "Qwen2-VL-2B",
+    "Qwen3-VL-30B-A3B-Thinking": "Qwen3-VL-30B-A3B-Thinking",
+    "Qwen3-VL-Embedding-8B": "Qwen3-VL-8B-Instruct",
+}
+"""Listed checkpoints, and a config of theirs."""
+needs_shared = pytest.mark.skipif(not CONFIGS.is_dir(), reason="no real processors at ../shared/processors")
+
+TINY = pytest.mark.parametrize("name", FAMILIES, indirect=True)
+
+
+@pytest.fixture(
+    scope="module", params=[*FAMILIES, *(pytest.param(name, marks=needs_shared) for name in REAL)]
+)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    """A tiny model of a family behind its tiny processor, or behind a real one."""
+    path = tmp_path_factory.mktemp(name)
+    if name in FAMILIES:
+        new_model(path, family=name, corpus=CORPUS, shape=SHAPE)
+        return path
+    processor = AutoProcessor.from_pretrained(SHARED / "processors" / name)
+    shape = dataclasses.replace(SHAPE, patch=processor.image_processor.patch_size)
+    tokenizer = processor.tokenizer
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(model_config(REAL[name], shape, tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    save_model(model, path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """The model, for tests that leave it as it was."""
+    return load_vlm(str(folder))
+
+
+def prompts_of(vlm):
+    """Three prompts of unequal length, with two, one and no pictures; one is longer than 64 tokens, a chunk of
+    linear attention."""
+    encoder = Encoder(vlm, min_pixels=32 * 32, max_pixels=128 * 128)
+    rows = [example(1, pictures=2, problem="<image>Compare<image>these. " + "How many? " * 20)]
+    return [encoder(row) for row in (*rows, example(2), example(3, pictures=0))]
+
+
+def groups_of(vlm):
+    """The prompts with responses of 1 to 7 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = ((7, 1), (4,), (2, 5))
+    return [
+        (prompt, [torch.randint(10, 200, (length,), generator=generator) for length in responses])
+        for prompt, responses in zip(prompts_of(vlm), lengths, strict=True)
+    ]
+
+
+def plain(vlm, prompt, responses, temperature=1.0):
+    """Log-probs of each response by the training pass, prompts not shared."""
+    logprobs, _ = Pass(vlm, temperature)(Plain().inputs([(prompt, responses)]))
+    return [row[: len(response)] for row, response in zip(logprobs, responses, strict=True)]
+
+
+def own_logprobs(model, banned, prompt, response):
+    """By transformers' own forward of one row that is padded with three tokens."""
+    ids = torch.cat([prompt.ids, response, torch.full((3,), 11)])[None]
+    mask = torch.ones_like(ids)
+    mask[:, -3:] = 0
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        pixel_values=prompt.pixels,
+        image_grid_thw=prompt.grid,
+    ).logits[0, len(prompt.ids) - 1 : -4]
+    gone = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    gone[banned] = True
+    chosen = logits.masked_fill(gone, float("-inf")).log_softmax(-1)
+    return chosen.gather(-1, response[:, None])[:, 0]
+
+
+def ids_of(groups):
+    return [item.ids.tolist() for completions in groups for item in completions]
+
+
+def test_a_row_with_pictures(name, loaded):
+    vlm = loaded
+    assert vlm.attends_fully == (REAL.get(name, name) in SHARING)
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
+    assert vlm.tokenizer.convert_tokens_to_ids("<|im_end|>") in vlm.stops
+    prompt = prompts_of(vlm)[0]
+    places = prompt.ids == vlm.model.config.image_token_id
+    assert int(places.sum()) == int(prompt.grid.prod(-1).sum()) // 4 > 0
+    assert prompt.positions.shape == (3, len(prompt.ids)) and len(prompt.ids) > 64
+    assert (prompt.positions[1:, places] != prompt.positions[:1, places]).any()
+    assert (prompt.positions[1:, ~places] == prompt.positions[:1, ~places]).all()
+    assert vlm.unexpanded(prompt).count(vlm.model.config.image_token_id) == 2
+
+
+@needs_shared
+@pytest.mark.parametrize("name", REAL, indirect=True)
+def test_a_real_processors_tokens(loaded, name):
+    encoder = Encoder(loaded)
+    prompt = encoder(dataclasses.replace(example(), images=(picture(0, (300, 420)),)))
+    patch = encoder.vlm.processor.image_processor.patch_size
+    assert int((prompt.ids == encoder.vlm.model.config.image_token_id).sum()) == {14: 165, 16: 117}[patch]
+    assert prompt.opening == ("<think>\n" if name.endswith("Thinking") else "")
+    assert encoder.respond(prompt, "yes").ids[-1] == encoder.vlm.tokenizer.eos_token_id
+
+
+def check_drawn(vlm, prompts, groups):
+    """Drawn at temperature .8 with the training pass's own log-probs, and no vision token among them."""
+    for prompt, completions in zip(prompts, groups, strict=True):
+        expected = plain(vlm, prompt, [item.ids for item in completions], temperature=0.8)
+        for logprobs, item in zip(expected, completions, strict=True):
+            assert (logprobs - item.logprobs).abs().max() < 1e-5
+            assert not set(item.ids.tolist()) & set(vlm.banned)
+            assert item.text.startswith(prompt.opening)
+
+
+@torch.no_grad()
+def test_rollout(loaded):
+    vlm, prompts = loaded, prompts_of(loaded)
+    head = vlm.model.lm_head.weight
+    saved = head[vlm.banned]
+    head[vlm.banned] = 20 * head[10:11]  # often the likeliest
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(2, 4, 0.8, seed=5))
+    assert len(groups) == 3 and all(len(completions) == 2 for completions in groups)
+    check_drawn(vlm, prompts, groups)
+    head[vlm.banned] = saved
+
+
+@TINY
+@torch.no_grad()
+def test_branches_leave_and_batches_change_nothing(folder):
+    vlm = load_vlm(str(folder))
+    prompts, sampling = prompts_of(vlm), Sampling(4, 12, 0.8, seed=5)
+    free = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
+    drawn = [item.ids.tolist() for completions in free for item in completions[:2]]
+    vlm.stops += [ids[len(ids) // (2 + row % 2)] for row, ids in enumerate(drawn)]
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
+    check_drawn(vlm, prompts, groups)
+    for completions in groups:
+        assert len({tuple(item.ids.tolist()) for item in completions}) == 4
+        assert len({len(item.ids) for item in completions}) > 1, "no branch left before the others"
+    assert ids_of(HfEngine(vlm, prompts_per_batch=1).generate(prompts, sampling)) == ids_of(groups)
+    other = dataclasses.replace(sampling, seed=6)
+    assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(prompts, other)) != ids_of(groups)
+
+
+@TINY
+def test_linear_attention_refuses_a_shared_prefix(name, loaded):
+    inputs = SharedPrefix().inputs(groups_of(loaded))
+    if name in SHARING:
+        assert Pass(loaded)(inputs)[0].shape == (5, 7)
+    else:
+        with pytest.raises(AssertionError, match="neither segments nor a prefix"):
+            Pass(loaded)(inputs)
+
+
+def backward(vlm, groups):
+    """Log-probs [N, T] by the training pass, after a backward pass with a weight [N, T] for each."""
+    logprobs, _ = Pass(vlm)(Plain().inputs(groups))
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(2))
+    (logprobs * weights).sum().backward()
+    return logprobs.detach(), weights
+
+
+def test_the_training_pass_is_transformers_own(folder, loaded):
+    """A padded batch of all rows against one row at a time: neighbours and padding change nothing."""
+    vlm = loaded
+    vlm.zero_grad()
+    groups = groups_of(vlm)
+    logprobs, weights = backward(vlm, groups)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    for row, (prompt, response) in enumerate(rows):
+        expected = own_logprobs(model, vlm.banned, prompt, response)
+        assert (logprobs[row, : len(response)] - expected).abs().max() < 1e-5
+        (expected * weights[row, : len(response)]).sum().backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values() if gradient is not None]).norm()
+    for key, parameter in vlm.model.named_parameters():
+        assert (parameter.grad is None) == (gradients[key] is None), key
+        if parameter.grad is not None:
+            assert (parameter.grad - gradients[key]).norm() < 1e-5 * norm, key
+
+
+@TINY
+def test_checkpointing_changes_nothing(folder):
+    plainly, checkpointed = (load_vlm(str(folder), gradient_checkpointing=on) for on in (False, True))
+    logprobs, _ = backward(plainly, groups_of(plainly))
+    found, _ = backward(checkpointed, groups_of(plainly))
+    assert torch.equal(found, logprobs)
+    for one, other in zip(plainly.parameters(), checkpointed.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@TINY
+def test_an_update_changes_what_is_drawn_and_saved(folder, tmp_path):
+    vlm = load_vlm(str(folder))
+    inputs, prompts = Plain().inputs(groups_of(vlm)), prompts_of(vlm)
+    before, _ = Pass(vlm)(inputs)
+    old = copy.deepcopy(vlm.weights())
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=1e-2)
+    before.sum().neg().backward()
+    optimizer.step()
+    vlm.version += 1
+    with torch.no_grad():
+        after, _ = Pass(vlm)(inputs)
+        [[drawn], *_] = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(1, 6, 1.0, seed=0))
+        [expected] = plain(vlm, prompts[0], [drawn.ids])
+    assert after.sum() > before.sum() + 1
+    assert (expected - drawn.logprobs).abs().max() < 2e-5
+    vlm.save(tmp_path)
+    unused = [key for key, weight in vlm.weights().items() if torch.equal(weight, old[key])]
+    assert all("deepstack" in key or "k_proj.bias" in key for key in unused), unused
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(held, loaded)
+        for held, loaded in zip(vlm.model.parameters(), model.parameters(), strict=True)
+    )
+    with torch.no_grad():
+        again, _ = Pass(load_vlm(str(tmp_path)))(inputs)
+        prompt, [response, _] = groups_of(vlm)[0]
+        own = own_logprobs(model, vlm.banned, prompt, response)
+    assert torch.equal(again, after)
+    assert (own - after[0, : len(response)]).abs().max() < 2e-5
+
+
+def outline(config):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_named_as_in_published_checkpoints(name):
+    """An embedding model has no head, and its names are otherwise those of the family."""
+    index = json.loads((CONFIGS / f"{name}.index.json.names").read_text())
+    weights = stored_weights(outline(AutoConfig.from_pretrained(CONFIGS / f"{NAMES[name]}.json")))
+    if "Embedding" in name:
+        del weights["lm_head.weight"]
+    assert set(weights) == set(index["weight_map"])
+    assert sum(weight.numel() for weight in weights.values()) * 2 == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "moe" in name])
+def test_experts_lie_as_in_published_checkpoints(family, tmp_path):
+    """Qwen3-VL-30B-A3B: gate_up_proj [experts, hidden, 2 x width]; Qwen3.5-397B-A17B: [experts, 2 x width,
+    hidden]."""
+    new_model(tmp_path, family=family, corpus=CORPUS, shape=SHAPE)
+    vlm = load_vlm(str(tmp_path))
+    text = vlm.model.config.text_config
+    up, down = (
+        (2 * text.moe_intermediate_size, text.hidden_size),
+        (text.hidden_size, text.moe_intermediate_size),
+    )
+    turn = slice(None, None, -1) if TABLE[family].experts_turned else slice(None)
+    weights, layer = vlm.weights(), "model.language_model.layers.1.mlp.experts"
+    assert weights[f"{layer}.gate_up_proj"].shape == (text.num_experts, *up[turn])
+    assert weights[f"{layer}.down_proj"].shape == (text.num_experts, *down[turn])
+
+
+@needs_shared
+def test_a_real_mixture_of_linear_and_full_attention():
+    """Qwen3.6-27B: what the tiny model of its family takes for granted."""
+    model = outline(AutoConfig.from_pretrained(CONFIGS / "Qwen3.6-27B.json"))
+    text = model.config.get_text_config()
+    assert model.num_parameters() == 27_356_728_560
+    tiny = TABLE["qwen3_5"].text(Shape(layers=64, head_dim=256))
+    assert text.layer_types == tiny["layer_types"] and text.layer_types.count("linear_attention") == 48
+    real, small = text.rope_parameters, tiny["rope_parameters"]
+    assert real["mrope_interleaved"] and small["mrope_interleaved"]
+    assert real["partial_rotary_factor"] == small["partial_rotary_factor"] == 0.25
+    assert sum(real["mrope_section"]) == sum(small["mrope_section"]) == 256 // 4 // 2
+    weights = stored_weights(model)
+    assert all(key.startswith(("model.visual.", "model.language_model.", "lm_head.")) for key in weights)
+
+
+def test_another_family_is_refused_before_it_is_loaded(tmp_path):
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model type of model.path .* \(llama\) must be one of qwen2_vl"):
+        load_vlm(str(tmp_path))
+    with pytest.raises(ValueError, match=r"--family \(qwen9\) must be one of .*qwen3_5_moe \(Qwen3.5-MoE\)"):
+        new_model(tmp_path / "new", family="qwen9", corpus=CORPUS)

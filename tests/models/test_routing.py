@@ -1,0 +1,236 @@
+"""Routes are recorded and replayed: the experts are the old ones, their weights and gradients the present
+router's, in every layout, under checkpointing and autocast."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import FAMILIES, SHARING, example
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Plain, SharedPrefix
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.routing import Routes
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.types import Sampling
+
+MIXTURES = [family for family in FAMILIES if family.endswith("moe")]
+LAYOUTS = pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=lambda layout: layout.name)
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+pytestmark = pytest.mark.parametrize("family", MIXTURES)
+
+
+class Setting:
+    """A model, two groups of rows with pictures, and the routes of the model before its routers change."""
+
+    def __init__(self, folder, layout, **options):
+        self.vlm = load_vlm(str(folder), **options)
+        encode, generator = Encoder(self.vlm), torch.Generator().manual_seed(0)
+        self.groups = [
+            (
+                encode(example(number, pictures=pictures)),
+                [torch.randint(10, 200, (length,), generator=generator) for length in lengths],
+            )
+            for number, (pictures, lengths) in enumerate([(1, [3, 12]), (2, [5, 1, 5])])
+        ]
+        self.inputs = layout.inputs(self.groups)
+        self.blocks = [
+            module for module in self.vlm.model.modules() if "gate" in dict(module.named_children())
+        ]
+
+    def run(self, replayed=None, gradient=False):
+        routed = self.vlm.routers.watch(self.inputs, replayed, gradient=gradient)
+        return Pass(self.vlm)(self.inputs, routed)[0], routed
+
+    def disturb(self):
+        """Other routers, and other hidden states for them."""
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in self.vlm.model.named_parameters():
+                scale = 0.2 if ".mlp.gate." in name else 0.01
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+    def used(self):
+        """Lists that fill with the experts [L, k] that each layer's experts are called with."""
+        seen = []
+        for block in self.blocks:
+            block.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        return seen
+
+    def gradient(self, logprobs):
+        self.vlm.zero_grad()
+        weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(2))
+        (logprobs * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in self.vlm.model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def make(model_folder, family):
+    def build(layout, **options) -> Setting:
+        if isinstance(layout, SharedPrefix) and family not in SHARING:
+            pytest.skip("linear attention has no shared prefix")
+        return Setting(model_folder(family), layout, **options)
+
+    return build
+
+
+class ByHand(nn.Module):
+    """A layer of experts that uses given ones: every expert on every token, weighed by the softmax of the
+    router's logits over the given experts alone."""
+
+    def __init__(self, block, given):
+        super().__init__()
+        self.block, self.given = block, given
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, 1)
+        logits = nn.functional.linear(flat, self.block.gate.weight)
+        allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, self.given, True)
+        weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)  # [L, E]
+        experts = self.block.experts
+        gate, up = torch.einsum("lh,eoh->leo", flat, experts.gate_up_proj).chunk(2, dim=-1)
+        found = torch.einsum("lei,ehi->leh", nn.functional.silu(gate) * up, experts.down_proj)
+        mixed = (weights[..., None] * found).sum(1)
+        if "shared_expert" in dict(self.block.named_children()):
+            mixed = mixed + self.block.shared_expert_gate(flat).sigmoid() * self.block.shared_expert(flat)
+        return mixed.view_as(hidden)
+
+
+def known(inputs):
+    """[L] where replay must reach: prompts, and what predicts a response's token."""
+    where = torch.zeros(inputs.ids.numel(), dtype=torch.bool)
+    where[inputs.predicting] = where[inputs.prompting] = True
+    return where
+
+
+@LAYOUTS
+@CHECKPOINTING
+def test_the_own_choice_replayed_changes_nothing(make, layout, checkpointing):
+    setting = make(layout, gradient_checkpointing=checkpointing)
+    logprobs, routed = setting.run()
+    again, _ = setting.run(routed.routes())
+    assert torch.equal(logprobs, again)
+    expected, found = setting.gradient(logprobs), setting.gradient(again)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+
+
+@LAYOUTS
+@CHECKPOINTING
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
+def test_the_experts_are_the_old_ones_and_in_the_backward_pass_too(make, layout, checkpointing, half):
+    setting = make(layout, gradient_checkpointing=checkpointing)
+    context = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+    used, where = setting.used(), known(setting.inputs)
+    with context:
+        _, routed = setting.run()
+    old = [experts.sort(-1).values[where] for experts in used]
+    routes, layers = routed.routes(), len(setting.blocks)
+    setting.disturb()
+    used.clear()
+    with context:
+        changed, _ = setting.run()
+    assert any(not torch.equal(a, b.sort(-1).values[where]) for a, b in zip(old, used, strict=True))
+    used.clear()
+    with context:
+        replayed, present = setting.run(routes)
+    setting.gradient(replayed)
+    assert len(used) == layers * (2 if checkpointing else 1)
+    order = [*range(layers), *reversed(range(layers))]
+    for layer, experts in zip(order, used, strict=False):
+        assert torch.equal(experts.sort(-1).values[where], old[layer])
+    assert (replayed - changed).abs().max() > 1e-4
+    assert present.usage(routes).changed.sum() > 0 and len(present.chosen) == layers
+
+
+@LAYOUTS
+@CHECKPOINTING
+def test_replayed_gradients_are_those_of_a_layer_written_by_hand(make, layout, checkpointing):
+    setting = make(layout, gradient_checkpointing=checkpointing)
+    routes = setting.run()[1].routes()
+    setting.disturb()
+    given = setting.used()
+    logprobs, _ = setting.run(routes)
+    expected_experts = list(given)
+    found = setting.gradient(logprobs)
+    routers = [name for name in found if ".mlp.gate." in name]
+    assert len(routers) == len(setting.blocks) and all(found[name].norm() > 1e-3 for name in routers)
+    layers = setting.vlm.model.model.language_model.layers
+    blocks = [layer for layer in layers if layer.mlp in setting.blocks]
+    for layer, experts in zip(blocks, expected_experts, strict=True):
+        layer.mlp = ByHand(layer.mlp, experts)
+    by_hand, _ = Pass(setting.vlm)(setting.inputs)
+    assert (by_hand - logprobs).abs().max() < 1e-5
+    for name, expected in setting.gradient(by_hand).items():
+        name = name.replace("mlp.block.", "mlp.")
+        assert (found[name] - expected).norm() < 1e-4 * expected.norm() + 1e-6, name
+
+
+@CHECKPOINTING
+def test_both_layouts_and_any_split_see_the_same(make, checkpointing):
+    """Routes of the packed row, replayed in separate ones, and the usage with its gradient."""
+    shared, plain = (
+        make(layout, gradient_checkpointing=checkpointing) for layout in (SharedPrefix(), Plain())
+    )
+    plain.inputs = Plain().inputs(shared.groups)
+    routes = shared.run()[1].routes()
+    assert torch.equal(routes.responses, plain.run()[1].routes().responses)
+    shared.disturb()
+    plain.disturb()
+    logprobs, packed = shared.run(routes, gradient=True)
+    rows, separate = plain.run(routes, gradient=True)
+    assert (logprobs - rows).abs().max() < 1e-5
+    one, other = packed.usage(routes), separate.usage(routes)
+    assert one.probabilities.requires_grad and not one.counts.requires_grad
+    for name in ("probabilities", "counts", "entropy", "changed"):
+        assert torch.allclose(vars(one)[name], vars(other)[name], atol=1e-4)
+    lengths = shared.inputs.response_mask.sum(-1).float()
+    assert torch.allclose(one.probabilities.sum(-1), lengths[:, None].expand(-1, 2))
+    assert torch.equal(one.counts.sum(-1), 2 * lengths[:, None].expand(-1, 2))
+    weights = torch.randn(one.probabilities.shape, generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for setting, usage in ((shared, one), (plain, other)):
+        (usage.probabilities * weights).sum().backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in setting.vlm.parameters() if p.grad is not None])
+        )
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm() > 0
+    part = Plain().inputs([(shared.groups[1][0], shared.groups[1][1][1:])])
+    routed = plain.vlm.routers.watch(part, routes[3:], gradient=False)
+    found, _ = Pass(plain.vlm)(part, routed)
+    assert (found - rows[3:, : found.shape[1]]).abs().max() < 1e-5
+
+
+def test_the_engine_tells_what_the_trainer_would_choose(make):
+    setting = make(Plain())
+    vlm, prompts = setting.vlm, [prompt for prompt, _ in setting.groups]
+    sampling = Sampling(3, 8, 1.0, seed=4)
+    groups = HfEngine(vlm, prompts_per_batch=2, experts=True).generate(prompts, sampling)
+    told = [(prompt, item) for prompt, items in zip(prompts, groups, strict=True) for item in items]
+    inputs = Plain().inputs(
+        [(prompt, [item.ids for item in items]) for prompt, items in zip(prompts, groups, strict=True)]
+    )
+    routed = vlm.routers.watch(inputs, None, gradient=False)
+    Pass(vlm)(inputs, routed)
+    own = routed.experts().view(len(told), -1, *routed.experts().shape[1:])
+    for row, (prompt, item) in zip(own, told, strict=True):
+        assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
+        assert torch.equal(item.experts.sort(-1).values, row[: len(item.experts)].sort(-1).values)
+    reported = Routes.reported([(prompt, item.experts) for prompt, item in told])
+    assert float(routed.usage(reported).changed.sum()) == 0.0
+    silent = HfEngine(vlm, prompts_per_batch=2).generate(prompts, sampling)
+    assert [item.ids.tolist() for items in silent for item in items] == [i.ids.tolist() for _, i in told]
+    assert silent[0][0].experts is None
+
+
+def test_the_router_can_be_frozen_and_nothing_else(model_folder, family):
+    def frozen(*parts):
+        model = load_vlm(str(model_folder(family)), freeze=list(parts)).model
+        return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+    routers = frozen("router")
+    assert routers and all(name.endswith(".mlp.gate.weight") for name in routers)
+    assert not routers & frozen("language") and frozen("language")
+    everything = {name for name, _ in load_vlm(str(model_folder(family))).model.named_parameters()}
+    assert frozen("vision", "merger", "language", "router") == everything

@@ -1,0 +1,129 @@
+"""The processes that a launcher started: how many, on which devices, and what their number allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from torch.distributed.device_mesh import init_device_mesh
+
+from vlm_sapo import config as cfg
+from vlm_sapo.reporting.console import Console, SilentConsole
+from vlm_sapo.training.copies import Copies, Sharded, Whole
+from vlm_sapo.world import World
+
+SLOWEST = timedelta(hours=1)
+"""How long devices may wait for each other."""
+KNOWN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them."""
+
+    accelerator: Accelerator
+    world: World
+    console: Console
+    shard: int
+    """Processes that share one copy of the model."""
+    local: int
+    """Processes on this machine."""
+
+
+def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None) -> Processes:
+    """Joins the processes that were started together. Raises ValueError where the config does not fit their
+    number."""
+    waiting = InitProcessGroupKwargs(timeout=SLOWEST)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.train.precision,
+        kwargs_handlers=[waiting],
+    )
+    if accelerator.distributed_type not in KNOWN:
+        raise ValueError(
+            f"the launcher asks for {accelerator.distributed_type.value}, and this trainer shards by itself; "
+            "launch without that plugin (accelerate launch --multi_gpu, or torchrun) and set train.shard"
+        )
+    size = accelerator.num_processes
+    shard = size if config.train.shard == "all" else config.train.shard
+    check(config, size, shard)
+    if config.train.offload and not dist.is_initialized():  # sharding needs a group, even of one
+        dist.init_process_group(
+            "nccl" if accelerator.device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    world = World()
+    console = (console or Console()) if world.main else SilentConsole()
+    local = max(size // max(len(set(world.gather(_host()))), 1), 1)
+    return Processes(accelerator, world, console, shard, local)
+
+
+def check(config: cfg.TrainConfig | cfg.SftConfig, size: int, shard: int) -> None:
+    """Whether a config fits so many processes, of which `shard` share a copy of the model."""
+    train, engine = config.train, config.rollout.engine
+    if isinstance(train, cfg.Train):
+        minibatch, name = train.prompts_per_step // train.minibatches, "prompts_per_step / minibatches"
+    else:
+        minibatch, name = train.rows_per_step, "rows_per_step"
+    if minibatch % size:
+        times = [minibatch // size * size, minibatch // size * size + size]
+        options = " or ".join(str(number) for number in times if number)
+        raise ValueError(
+            f"train.{name} ({minibatch}) must be divisible by the number of processes ({size}), since a "
+            f"group stays in one; use {options}, or start another number of processes"
+        )
+    if size % shard:
+        divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
+        raise ValueError(
+            f"train.shard ({shard}) must divide the number of processes ({size}); use one of {divisors}, or "
+            "all"
+        )
+    sharded = shard > 1 or train.offload
+    four_bits = config.model.lora is not None and config.model.lora.bits
+    for wrong, message in (
+        (
+            sharded and train.optimizer != "adamw",
+            f"train.optimizer ({train.optimizer}) can't be sharded or offloaded; use adamw, or "
+            "train.shard=1 without train.offload",
+        ),
+        (
+            sharded and four_bits,
+            "model.lora.bits (4) can't be sharded or offloaded; leave it out, or use train.shard=1 without "
+            "train.offload",
+        ),
+        (
+            size > 1 and engine.type == "vllm" and engine.tensor_parallel > 1,
+            f"rollout.engine.tensor_parallel must be 1 where {size} processes train, each with an engine of "
+            "its own; use vllm_server for engines on several GPUs",
+        ),
+        (
+            shard > 1 and engine.type == "vllm_server" and engine.weights == "nccl",
+            "rollout.engine.weights (nccl) sends whole weights from one process, and with train.shard each "
+            "has parts; use folder",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+def build_copies(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Copies:
+    """How the processes hold the model."""
+    train, device, size = config.train, processes.accelerator.device, processes.world.size
+    if processes.shard == 1 and not train.offload:
+        return Whole(processes.world, device)
+    copies = size // processes.shard
+    shape = (copies, processes.shard) if copies > 1 else (processes.shard,)
+    names = ("copy", "part") if copies > 1 else ("part",)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return Sharded(mesh, dtype=torch.bfloat16 if train.precision == "bf16" else None, offload=train.offload)
+
+
+def _host() -> str:
+    import socket
+
+    return socket.gethostname()

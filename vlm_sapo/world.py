@@ -1,0 +1,88 @@
+"""The processes of a run, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)
+"""How long a process waits for the others: one may write a large checkpoint or grade a difficult answer."""
+
+
+class ElsewhereError(RuntimeError):
+    """Another process failed, and says why itself."""
+
+
+class World:
+    """All processes of a run, or the only one. Where a method says so, all processes must call it, in the
+    same order; one that fails instead calls `tell`, which raises ElsewhereError in the others.
+
+    What is told goes from host to host, beside the traffic between devices.
+    """
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.size, self.rank, self._group = 1, 0, None
+        self._known: BaseException | None = None
+        if dist.is_initialized():
+            self.size, self.rank = dist.get_world_size(), dist.get_rank()
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def owns(self, place: int) -> bool:
+        """Whether the prompt at this place of a step is this process's."""
+        return place % self.size == self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. All call it."""
+        if self.size == 1:
+            return [value]
+        return [told for told, _ in self._exchange(value, None)]
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all processes, by rank, in the main one, and nothing in the others. All call it."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        self.wait()
+        found: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, found, dst=0, group=self._group)
+        return found or []
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What the main process's `work` gives; the others don't run theirs. All call it."""
+        try:
+            value = work() if self.main else None
+        except Exception as error:
+            self.tell(error)
+            raise
+        return self.gather(value)[0]
+
+    def wait(self) -> None:
+        """Until all are here. All call it."""
+        self.gather(None)
+
+    def tell(self, error: BaseException) -> None:
+        """Says that this process failed, unless it or the others know already."""
+        if self.size > 1 and error is not self._known:
+            self._known = error
+            self._exchange(None, f"{error}")
+
+    def _exchange(self, value: Any, error: str | None) -> Sequence[tuple[Any, str | None]]:
+        import torch.distributed as dist
+
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, (value, error), group=self._group)
+        failed = [f"process {rank}: {reason}" for rank, (_, reason) in enumerate(told) if reason is not None]
+        if failed and error is None:
+            self._known = ElsewhereError("; ".join(failed))
+            raise self._known
+        return told
