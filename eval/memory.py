@@ -29,6 +29,11 @@ CASES: dict[str, dict[str, dict]] = {
     "half the budget": {"train": {"tokens_per_microbatch": 0.5}},
     "bf16 autocast": {"train": {"precision": "bf16"}},
     "bfloat16 weights, checkpointing": {"model": {"dtype": "bfloat16", "gradient_checkpointing": True}},
+    "adapters": {"model": {"lora": {"rank": 8}}},
+    "adapters, bf16 autocast, checkpointing": {
+        "model": {"lora": {"rank": 8}, "gradient_checkpointing": True},
+        "train": {"precision": "bf16"},
+    },
     "kl": {"algo": {"kl": 0.1}},
     "kl, vision frozen, one prompt drawn at once": {
         "algo": {"kl": 0.1},
@@ -85,14 +90,16 @@ def measure(config: TrainConfig, device: str) -> float:
     from vlm_sapo.models.simulate import Memory
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.build import build_training, open_folder
+    from vlm_sapo.training.launch import join
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision
-    training = build_training(config, open_folder(config), Console())
+    processes = join(config, Console())
+    training = build_training(config, open_folder(config, processes.world), processes)
     policy = training.core.policy
     policy.vlm.stops = [-1]
-    models = [policy.forward_pass] + ([policy.reference] if policy.reference else [])
-    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    models = [policy.vlm] + ([policy.reference.vlm] if config.algo.kl else [])
+    weights = sum(parameter.nbytes for vlm in models for parameter in vlm.parameters())
     with closing(training.core), Memory() as memory:
         loop(training, config.train.steps)
     if device == "cuda":
