@@ -23,7 +23,7 @@ from vlm_sapo.types import Response
 
 DOCUMENTS = [
     ROOT / "README.md",
-    *(path for name in ("data", "eval", "docs") for path in (ROOT / name).glob("*.md")),
+    *(path for name in ("configs", "data", "eval", "docs") for path in (ROOT / name).glob("*.md")),
 ]
 
 
@@ -53,7 +53,7 @@ def test_commands_are_valid(command):
     assert program == "vlm-sapo"
     options = {option for option in rest if option.startswith("--")}
     assert all(option in CliRunner().invoke(app, [verb, "--help"]).output for option in options)
-    if verb in ("train", "sft", "doctor", "filter", "check", "serve"):
+    if verb in ("train", "sft", "doctor", "filter", "check", "serve", "plan"):
         kind = cfg.SftConfig if verb == "sft" else cfg.TrainConfig
         positional = rest[: next((i for i, word in enumerate(rest) if word in options), len(rest))]
         configfile.load(kind, positional[0], positional[1:])

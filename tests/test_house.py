@@ -14,7 +14,8 @@ LAYERS = [
     {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig", "world"},
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
-    {"planning.inspect", "planning.duplicates", "planning.doctor"},
+    {"planning.inspect", "planning.duplicates", "planning.doctor", "planning.memory", "planning.passes"},
+    {"planning.estimate", "planning.nearest", "planning.plan"},
     {
         "evaluation",
         "training.copies",

@@ -260,6 +260,30 @@ def serve(
     serve_command(parsed, host=host, port=port, extra=extra, only_print=only_print)
 
 
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
+    ] = "1x80GB",
+    recommend: Annotated[
+        Path | None, typer.Option(help="Where to write the config, or the nearest one that fits.")
+    ] = None,
+) -> None:
+    """Say what a config takes on given GPUs; where it does not fit, the nearest setting that does, and exit
+    code 1."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+
+    load(TrainConfig, config, overrides or [])
+    _quieten()
+    from vlm_sapo.planning.plan import parse_gpus, plan_command
+
+    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
+        raise typer.Exit(1)
+
+
 @app.command("new-model")
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],

@@ -35,12 +35,12 @@ class Pass(nn.Module):
                 segments=inputs.segments,
                 features=self.vlm.vision(inputs.prompts),
             )
-        logprobs, entropies = self._score(hidden.flatten(0, 1)[inputs.predicting], inputs.targets)
+        logprobs, entropies = self.score(hidden.flatten(0, 1)[inputs.predicting], inputs.targets)
         where = inputs.response_mask
         empty = logprobs.new_zeros(where.shape)
         return empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies)
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[K, H] hidden states and [K] targets to [K] log-probs and entropies; logits are made again in the
         backward pass."""
         size = max(1, CHUNK_LOGITS // self.vlm.vocabulary)

@@ -1,0 +1,263 @@
+"""What a config takes on given GPUs: the model without its memory, the sums, the nearest setting that fits."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.conftest import CORPUS, SHARED
+from vlm_sapo import config as cfg
+from vlm_sapo.cli import app
+from vlm_sapo.configfile import load
+from vlm_sapo.models import simulate
+from vlm_sapo.models.layout import SharedPrefix
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.simulate import Memory
+from vlm_sapo.models.tiny import Shape, new_model
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.planning import memory, passes
+from vlm_sapo.planning.estimate import Estimator
+from vlm_sapo.planning.memory import GB, Gpus, Held
+from vlm_sapo.planning.nearest import nearest
+from vlm_sapo.planning.passes import Load, Rows
+from vlm_sapo.planning.plan import check_gpus, parse_gpus, plan_command
+from vlm_sapo.plugins import shipped
+
+CONFIGS = SHARED / "processors/configs"
+PARAMETERS = {
+    "Qwen2-VL-2B": 2_208_985_600,
+    "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen3-VL-8B-Instruct": 8_767_123_696,
+    "Qwen3-VL-30B-A3B-Thinking": 31_070_754_032,
+}
+real = pytest.mark.skipif(not CONFIGS.is_dir(), reason="needs the shapes of real models")
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+ROWS = Rows(prompt=24, image=4, response=6, group=3, budget=60)
+
+
+@pytest.fixture
+def shape(tmp_path):
+    """`shape(name)`: a folder with the config.json of a real model."""
+
+    def make(name: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(CONFIGS / f"{name}.json", folder / "config.json")
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def tiny(model_folder, tmp_path):
+    """A config with a tiny model, as a file."""
+    path = tmp_path / "tiny.yaml"
+    values = {
+        "model": {"path": str(model_folder())},
+        "data": {"source": "rows.jsonl", "max_prompt_tokens": 64},
+        "rollout": {"max_tokens": 16, "group": 4, "prompts_per_batch": 4},
+        "reward": [{"name": "math"}],
+        "train": {"steps": 3, "prompts_per_step": 8, "tokens_per_microbatch": 512},
+    }
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@real
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_published_ones(name, shape):
+    held = passes.held(Load(shape(name), "bfloat16", False, False))
+    assert sum(item.numel for item in held) == PARAMETERS[name]
+    assert memory.weights(held) == 2 * PARAMETERS[name]
+    assert memory.gradients(held) == 2 * PARAMETERS[name]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_without_memory_counts_what_the_real_one_takes(family, checkpointing, frozen, model_folder):
+    freeze = ["vision", "merger"] if frozen else []
+    load = Load(str(model_folder(family)), "float32", False, checkpointing, tuple(freeze))
+    mode, outline = passes.opened(load)
+    with mode:
+        groups = passes.micro_batch(outline, ROWS)
+    vlm = load_vlm(load.path, gradient_checkpointing=checkpointing, freeze=freeze)
+    for prompt, _ in groups:
+        object.__setattr__(prompt, "pixels", torch.zeros(prompt.pixels.shape))
+    for parameter in vlm.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    if frozen:
+        vlm.vision([prompt for prompt, _ in groups])
+    with Memory() as counted:
+        logprobs, _ = Pass(vlm)(SharedPrefix().inputs(groups))
+        logprobs.sum().backward()
+    found = passes.training(load, ROWS)
+    assert found.activations + found.logits == pytest.approx(counted.peak, rel=0.15)
+    assert (found.features > 0) == frozen
+
+
+def test_checkpointing_adapters_and_smaller_budgets_take_less(model_folder):
+    base = Load(str(model_folder()), "float32", False, False)
+    whole = passes.training(base, ROWS).activations
+    assert passes.training(Load(base.path, "float32", False, True), ROWS).activations < whole
+    assert passes.training(base, Rows(24, 4, 6, 3, 30)).activations < whole
+    adapted = Load(base.path, "bfloat16", True, False, rank=4, parts=("language",))
+    held = passes.held(adapted)
+    assert {item.size for item in held if item.trained} == {4}
+    assert 0 < memory.gradients(held) < 0.2 * memory.weights(held)
+    quantized = passes.held(Load(base.path, "bfloat16", True, False, rank=4, parts=("language",), bits=4))
+    saved = sum(item.numel for item in held if item.adapted) * (2 - memory.FOUR_BITS)
+    assert memory.weights(held) - memory.weights(quantized) == pytest.approx(saved)
+
+
+def test_a_deep_model_is_measured_by_a_few_layers(tmp_path, monkeypatch):
+    new_model(
+        tmp_path,
+        family="qwen3_vl",
+        corpus=CORPUS,
+        shape=Shape(hidden=32, layers=9, vision_layers=2, head_dim=8),
+    )
+    for checkpointing in (True, False):
+        load = Load(str(tmp_path), "float32", False, checkpointing)
+        few, drawn = passes.training(load, ROWS), passes.generating(load, ROWS, 2)
+        with monkeypatch.context() as context:
+            context.setattr(simulate, "DEPTH", 9)
+            passes.training.cache_clear(), passes.generating.cache_clear()
+            assert passes.training(load, ROWS) == few
+            assert passes.generating(load, ROWS, 2) == drawn
+        passes.training.cache_clear(), passes.generating.cache_clear()
+
+
+def test_keys_and_values_of_generation_are_those_of_all_tokens(model_folder):
+    load = Load(str(model_folder()), "float32", False, False)
+    text = simulate.read_config(load.path).get_text_config()
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    tokens = 2 * (ROWS.prompt + ROWS.group * (ROWS.response - 1))
+    assert passes.generating(load, ROWS, 2).cache == tokens * token
+
+
+def test_the_sums():
+    held = (
+        Held("root", 1000, 4, True),
+        Held("layers.0", 5000, 4, True),
+        Held("layers.1", 5000, 4, False),
+        Held("whole", 2000, 4, False),
+    )
+    assert memory.weights(held) == 52_000
+    assert memory.weights(held, 2) == 44_000 / 2 + 8000
+    assert memory.gradients(held, 2) == 12_000
+    assert memory.optimizer(held, "adamw") == 48_000
+    assert memory.optimizer(held, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
+    assert memory.gathered(held, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
+    assert memory.whole(held, 2) == 22_000
+
+
+@pytest.mark.parametrize("text", ["80GB", "x80GB", "8x80", "0x80GB", "8x0GB", "2x4x8x80GB", "eight"])
+def test_gpus_have_a_form(text):
+    with pytest.raises(ValueError, match=re.escape(f"--gpus ({text}) must look like 1x24GB")):
+        parse_gpus(text)
+
+
+def test_gpus_are_read():
+    assert parse_gpus("1x24GB") == Gpus(1, 1, 24 * GB)
+    assert parse_gpus("4x8x141gb") == Gpus(4, 8, 141 * GB)
+
+
+@pytest.mark.parametrize(
+    ("override", "gpus", "sentence"),
+    [
+        (
+            "run.seed=1",
+            "4x80GB",
+            "must not be more than the prompts of a mini-batch (2); use train.prompts_per_step=16",
+        ),
+        ("train.shard=3", "2x80GB", "train.shard (3) must divide the number of GPUs (2); use 1 or all"),
+    ],
+)
+def test_gpus_that_cannot_share_the_work(tiny, override, gpus, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_gpus(load(cfg.TrainConfig, tiny, [override]), parse_gpus(gpus))
+
+
+def test_what_fits_fits(tiny):
+    assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), None)
+
+
+def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTEXT", 0.0)
+    whole = Estimator(load(cfg.TrainConfig, tiny), Gpus(1, 1, GB)).estimate()
+    assert whole.totals["training"] > whole.totals["generating"]
+    gpus = Gpus(1, 1, int(whole.totals["training"]) - 1)
+    changes, found = nearest(tiny, [], gpus)
+    assert changes == ("train.tokens_per_microbatch=256",)
+    assert found.fits and found.totals["training"] < whole.totals["training"]
+    out = tmp_path / "made" / "fits.yaml"
+    assert not plan_command(tiny, [], gpus, out)
+    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, changes)
+    least = Estimator(load(cfg.TrainConfig, tiny), gpus).least
+    changes, found = nearest(tiny, [], Gpus(1, 1, int(0.9 * least)))
+    assert found.fits and any(change.startswith(("train.optimizer", "model.lora")) for change in changes)
+    with pytest.raises(ValueError, match="must hold one prompt of 64 tokens with one response of 16"):
+        nearest(tiny, [], Gpus(1, 1, 1000))
+
+
+def test_sharding_offload_and_engines(tiny):
+    def totals(*overrides: str, gpus: str = "2x1GB"):
+        return Estimator(load(cfg.TrainConfig, tiny, overrides), parse_gpus(gpus)).estimate()
+
+    alone, shared = totals(), totals("train.shard=all")
+    rows = {row.name: row for row in shared.rows}
+    assert rows["weights"].training == pytest.approx(alone.rows[1].training / 2)
+    assert (
+        rows["gathered layers"].training > 0 and rows["whole model"].generating > rows["weights"].generating
+    )
+    offloaded = totals("train.offload=true")
+    assert "optimizer" not in {row.name for row in offloaded.rows}
+    assert dict(offloaded.host)["weights, gradients and optimizer"] > 0
+    kl = totals("algo.kl=0.1")
+    assert kl.peak - alone.peak == pytest.approx(alone.rows[1].training)
+    engine = totals("rollout.engine={type: vllm, gpu_memory: 0.5}", gpus="2x8GB")
+    assert {row.name: row for row in engine.rows}["engine"].generating == 4 * GB
+    assert dict(engine.host)["the sleeping engine's weights"] > 0
+    short = totals("rollout.engine={type: vllm, gpu_memory: 0.1}", gpus="2x8GB")
+    assert not short.fits and "rollout.engine.gpu_memory (0.1)" in short.short
+
+
+def test_the_command(tiny):
+    assert CliRunner().invoke(app, ["plan", tiny, "--gpus", "1x2GB"]).exit_code == 0
+    assert CliRunner().invoke(app, ["plan", tiny, "--gpus", "1x1GB"]).exit_code == 1
+    result = CliRunner().invoke(app, ["plan", tiny, "--gpus", "80GB"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    with pytest.raises(ValueError, match="must be a folder with a config.json or a hub id"):
+        simulate.read_config(str(tmp_path))
+
+
+SHIPPED = sorted(
+    path.stem for path in shipped("configs").glob("*.yaml") if path.stem not in ("quickstart", "cold_start")
+)
+CARD = re.compile(r"_((?:\d+x)?\d+x\d+gb)$")
+
+
+@real
+@pytest.mark.parametrize(
+    "name", [name if name == "geometry3k" else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
+)
+def test_a_shipped_config_fits_where_it_says(name, shape):
+    """And one of its micro-batches goes through the model forwards and backwards, on tensors without values."""
+    config = load(cfg.TrainConfig, name)
+    path = shape(config.model.path.split("/")[-1])
+    config = load(cfg.TrainConfig, name, [f"model.path={path}"])
+    card = CARD.search(name)
+    gpus = parse_gpus(card.group(1) if card else "1x80GB")
+    check_gpus(config, gpus)
+    found = Estimator(config, gpus).estimate()
+    assert found.fits, found

@@ -1,0 +1,260 @@
+"""What the passes of a model take: the real code, run without memory and counted. Bytes, unless said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from vlm_sapo.models import simulate
+from vlm_sapo.models.attention import Branched, Prefix, Segments
+from vlm_sapo.models.layout import Branches, SharedPrefix
+from vlm_sapo.models.logprobs import CHUNK_LOGITS, Pass
+from vlm_sapo.models.simulate import Memory, Simulation
+from vlm_sapo.models.vision import Features
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.planning.memory import FOUR_BITS, Held
+from vlm_sapo.rollout.hf import sample
+from vlm_sapo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a model is loaded. With `rank` adapters are trained on the linear layers of `parts`."""
+
+    path: str
+    dtype: str
+    autocast: bool
+    gradient_checkpointing: bool
+    freeze: tuple[str, ...] = ()
+    rank: int | None = None
+    parts: tuple[str, ...] = ()
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes through it, in tokens: a prompt, its picture's part of it, a response, `budget` of a
+    micro-batch; `group` responses."""
+
+    prompt: int
+    image: int
+    response: int
+    group: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class Training:
+    activations: int
+    logits: int
+    features: int
+    """Of one prompt's picture, where they are kept."""
+    room: int
+    """For kept features on the device."""
+
+
+@dataclass(frozen=True)
+class Generating:
+    activations: int
+    cache: int
+    """Keys and values of prompts and responses."""
+
+
+@lru_cache(maxsize=2)
+def opened(load: Load) -> tuple[Simulation, VLM]:
+    """The model without values, with the mode that it lives in."""
+    mode, vlm = simulate.outline(
+        load.path,
+        dtype=load.dtype,
+        gradient_checkpointing=load.gradient_checkpointing,
+        freeze=load.freeze,
+        rank=load.rank,
+        parts=load.parts,
+    )
+    if not vlm.attends_fully:
+        raise ValueError(
+            f"model.path ({load.path}) has layers without full attention, which plan can't measure yet; "
+            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+        )
+    return mode, vlm
+
+
+@lru_cache(maxsize=64)
+def held(load: Load) -> tuple[Held, ...]:
+    """The parameters."""
+    _, vlm = opened(load)
+    found = []
+    for name, parameter in vlm.model.named_parameters():
+        adapted = name.endswith(".base_layer.weight")
+        size = FOUR_BITS if adapted and load.bits else parameter.element_size()
+        layer = next((place for place in (".layers.", ".blocks.") if place in name), None)
+        unit = "root" if layer is None else layer + name.split(layer)[1].split(".")[0]
+        unit = "whole" if vlm.vision.frozen and "visual." in name else unit
+        found.append(Held(unit, parameter.numel(), size, parameter.requires_grad, adapted))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def training(load: Load, rows: Rows) -> Training:
+    """A micro-batch's forward and backward pass, beside weights, gradients and kept features."""
+    mode, vlm = opened(load)
+    with mode:
+        groups = micro_batch(vlm, rows)
+        prompts = [prompt for prompt, _ in groups]
+        for parameter in vlm.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        look = Look(0, 0, 0, 0) if vlm.vision.frozen else _learn_to_look(vlm, prompts, load)
+        with _looked(vlm, prompts) as features:
+            forward, backward = simulate.at_full_depth(vlm, lambda: _update(vlm, groups, load))
+        peak = max(look.forward, look.inside + forward, look.saved + backward, look.backward)
+        logits = _scoring(vlm, load, sum(len(ids) for _, given in groups for ids in given))
+    kept = features // len(prompts) if vlm.vision.frozen else 0
+    return Training(peak - logits, logits, kept, vlm.vision.budget)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A trained tower's pass: its highest memory in each direction, and what it leaves for the way back, in
+    the forward pass of the language model and afterwards."""
+
+    forward: int
+    backward: int
+    inside: int
+    saved: int
+
+
+def _learn_to_look(vlm: VLM, prompts: list[Prompt], load: Load) -> Look:
+    with Memory() as memory:
+        with _precision(load):
+            features = vlm.vision(prompts)
+            forward, inside = memory.peak, memory.live
+        saved = memory.peak = memory.live
+        if features is not None:
+            sum(tensor.sum() for tensor in (features.tokens, *features.deep)).backward()
+    return Look(forward, memory.peak, inside, saved)
+
+
+@contextmanager
+def _looked(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
+    """Inside, the features of prompts are kept; of a trained tower they take gradients. Yields their
+    bytes."""
+    visual = vlm.model.model.visual
+    trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
+    visual.requires_grad_(False)
+    vlm.vision(prompts)
+    kept = [vlm.vision.kept[prompt] for prompt in prompts if prompt in vlm.vision.kept]
+    for tensor in (tensor for item in kept for tensor in (item.tokens, *item.deep)):
+        tensor.requires_grad_(bool(trained))
+    yield sum(item.num_bytes for item in kept)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def picture(load: Load, rows: Rows) -> int:
+    """The pixels of one prompt, in host memory."""
+    mode, vlm = opened(load)
+    with mode:
+        pixels = simulate.draw_prompt(vlm, rows.prompt, rows.image).pixels
+    return 0 if pixels is None else pixels.nbytes
+
+
+def micro_batch(vlm: VLM, rows: Rows) -> list[Branches]:
+    """Groups that fill the budget, the last one with fewer responses; at least one response."""
+    groups: list[Branches] = []
+    left = max(rows.budget, rows.prompt + rows.response)
+    while left > rows.prompt:
+        lengths = []
+        left -= rows.prompt
+        while left > 0 and len(lengths) < rows.group:
+            lengths.append(min(rows.response, left))
+            left -= lengths[-1]
+        prompt = simulate.draw_prompt(vlm, rows.prompt, rows.image)
+        groups.append((prompt, [torch.tensor([0] * length) for length in lengths]))
+    return groups
+
+
+def _update(vlm: VLM, groups: Sequence[Branches], load: Load) -> tuple[int, int]:
+    """The highest memory of the forward and of the backward pass."""
+    with Memory() as memory:
+        with _precision(load):
+            logprobs, entropies = Pass(vlm)(SharedPrefix().inputs(groups))
+        loss, forward = logprobs.sum(), memory.peak
+        memory.peak = memory.live
+        loss.backward()
+    return forward, memory.peak
+
+
+def _scoring(vlm: VLM, load: Load, tokens: int) -> int:
+    """The log-probs of one chunk of response tokens, forwards and backwards."""
+    tokens = min(tokens, max(1, CHUNK_LOGITS // vlm.vocabulary))
+    width = vlm.model.lm_head.weight.shape[1]
+    hidden = torch.empty((tokens, width), dtype=getattr(torch, load.dtype), requires_grad=True)
+    with Memory() as memory:
+        with _precision(load):
+            logprobs, _ = Pass(vlm).score(hidden, torch.tensor([0] * tokens))
+        logprobs.sum().backward()
+    return memory.peak
+
+
+@lru_cache(maxsize=64)
+def generating(load: Load, rows: Rows, at_once: int) -> Generating:
+    """The embedded engine with so many prompts at once: their pictures, their prefill, and the last token of
+    responses that are all of full length."""
+    mode, vlm = opened(load)
+    with mode, torch.no_grad():
+        vlm.eval()
+        prompts = [simulate.draw_prompt(vlm, rows.prompt, rows.image) for _ in range(at_once)]
+        with Memory() as memory, _precision(load):
+            features = vlm.vision(prompts)
+        used = 0 if vlm.vision.frozen else memory.live
+        prefill, decode, cache = simulate.at_full_depth(
+            vlm, lambda: _generate(vlm, prompts, features, rows, load)
+        )
+        vlm.train()
+    peak = max(memory.peak - memory.live + used, prefill + used, decode)
+    return Generating(peak - cache, cache)
+
+
+def _generate(vlm: VLM, prompts: list[Prompt], features: Features, rows: Rows, load: Load) -> tuple[int, ...]:
+    """The highest memory of the prefill and of the last token, and that of all keys and values."""
+    with Memory() as memory, _precision(load):
+        prefix = _prefill(vlm, prompts, features)
+        prefill = memory.peak
+        branches, before = len(prompts) * rows.group, memory.live
+        cache = simulate.running_cache(vlm, prefix, branches, rows.response - 1)
+        kept = memory.live - before + sum(tensor.nbytes for tensor in (*prefix.keys, *prefix.values))
+        memory.peak = memory.live
+        hidden = vlm.hidden(
+            ids=torch.tensor([[0]] * branches),
+            positions=torch.tensor([[rows.prompt]] * branches).expand(3, -1, -1),
+            cache=cache,
+            prefix=prefix,
+        )
+        sample(vlm.logits(hidden[:, -1]), torch.empty((branches,), dtype=torch.float64))
+        return prefill, memory.peak, kept
+
+
+def _prefill(vlm: VLM, prompts: list[Prompt], features: Features) -> Prefix:
+    """The keys and values of prompts, as the embedded engine makes them."""
+    lengths = [len(prompt.ids) for prompt in prompts]
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = (ends - torch.tensor(lengths)).tolist()
+    cache = simulate.empty_cache(vlm)
+    hidden = vlm.hidden(
+        ids=torch.cat([prompt.ids for prompt in prompts])[None],
+        positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None],
+        features=features,
+        cache=cache,
+        segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
+    )
+    vlm.logits(hidden[0, ends - 1])
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return Prefix.from_row([layer.keys for layer in layers], [layer.values for layer in layers], lengths)
+
+
+def _precision(load: Load) -> AbstractContextManager:
+    return torch.autocast("cpu", torch.bfloat16, enabled=load.autocast)

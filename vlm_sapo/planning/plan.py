@@ -1,0 +1,83 @@
+"""What `vlm-sapo plan` does: says what a config takes on given GPUs, and the nearest setting that fits."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.configfile import dump, load
+from vlm_sapo.planning.estimate import Estimator
+from vlm_sapo.planning.memory import GB, PHASES, Estimate, Gpus
+from vlm_sapo.planning.nearest import nearest
+from vlm_sapo.reporting.console import Console
+
+
+def parse_gpus(text: str) -> Gpus:
+    """`1x24GB`, `8x80GB` or `4x8x141GB`: nodes, GPUs of each, memory of each."""
+    match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+)GB", text, re.IGNORECASE)
+    if match is None or not all(int(number) for number in match.groups("1")):
+        raise ValueError(
+            f"--gpus ({text}) must look like 1x24GB, 8x80GB or 4x8x141GB (nodes x GPUs x memory)"
+        )
+    nodes, each, size = (int(number) for number in match.groups("1"))
+    return Gpus(nodes, each, int(size * GB))
+
+
+def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Path | None) -> bool:
+    """Prints the table and, where the config does not fit, the nearest setting that does; returns whether it
+    fits as it is. `recommend` is where the config that fits is written."""
+    console = Console()
+    config = load(TrainConfig, name, overrides)
+    check_gpus(config, gpus)
+    found = Estimator(config, gpus).estimate()
+    _print(config, found, console)
+    changes: tuple[str, ...] = ()
+    if not found.fits:
+        changes, nearer = nearest(name, overrides, gpus)
+        console.say(f"the nearest setting that fits, with {_totals(nearer)}:")
+        console.say(f"    {shlex.join(changes)}")
+    if recommend is not None:
+        recommend.parent.mkdir(parents=True, exist_ok=True)
+        recommend.write_text(dump(load(TrainConfig, name, [*overrides, *changes])), encoding="utf-8")
+        console.say(f"the config that fits is in {recommend}")
+    return found.fits
+
+
+def check_gpus(config: TrainConfig, gpus: Gpus) -> None:
+    """Raises ValueError where the GPUs can't share the work."""
+    train = config.train
+    minibatch = train.prompts_per_step // train.minibatches
+    if gpus.count > minibatch:
+        raise ValueError(
+            f"--gpus ({gpus.count} of them) must not be more than the prompts of a mini-batch ({minibatch}); "
+            f"use train.prompts_per_step={gpus.count * train.minibatches} or fewer GPUs"
+        )
+    if train.shard != "all" and gpus.count % train.shard:
+        fine = [count for count in range(1, gpus.count + 1) if gpus.count % count == 0]
+        raise ValueError(
+            f"train.shard ({train.shard}) must divide the number of GPUs ({gpus.count}); "
+            f"use {', '.join(map(str, fine[:-1]))} or all"
+        )
+
+
+def _print(config: TrainConfig, found: Estimate, console: Console) -> None:
+    used = [phase for phase in PHASES if phase != "sync" or config.rollout.engine.type != "hf"]
+    rows = [[row.name, *(_gb(vars(row)[phase]) for phase in used), row.note] for row in found.rows]
+    totals = [_gb(found.totals[phase]) for phase in used]
+    console.table(["GB of each GPU", *used, ""], [*rows, ["in all", *totals, ""]])
+    console.table(["GB of each node's host memory", ""], [[name, _gb(size)] for name, size in found.host])
+    gpus = f"{found.gpus.count} GPUs of {found.gpus.memory / GB:.0f} GB"
+    verdict = "fits" if found.fits else "does not fit"
+    reason = f"; {found.short}" if found.short else ""
+    console.say(f"{config.model.path} {verdict} on {gpus}: {_totals(found)}{reason}")
+
+
+def _totals(found: Estimate) -> str:
+    return ", ".join(f"{_gb(size)} GB {phase}" for phase, size in found.totals.items() if phase != "sync")
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size else ""
