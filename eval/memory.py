@@ -78,8 +78,8 @@ def predict(config: TrainConfig, device: str) -> float:
     from vlm_sapo.planning.memory import CONTEXT, GB, Gpus
 
     found = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
-    pictures = dict(found.host)["pictures of two steps"] if device == "cpu" else 0
-    return max(found.totals["training"] + pictures / 2, found.totals["generating"] + pictures) - CONTEXT
+    pictures = dict(found.host)["pictures"] if device == "cpu" else 0
+    return max(found.totals["training"], found.totals["generating"]) + pictures - CONTEXT
 
 
 def measure(config: TrainConfig, device: str) -> float:

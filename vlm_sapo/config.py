@@ -63,6 +63,13 @@ class Model(Section):
     max_pixels: Positive | None = None
     """Largest area of a resized picture, in pixels; null for the processor's own."""
 
+    @model_validator(mode="after")
+    def _adapted_parts_are_trained(self):
+        both = sorted(set(self.lora.parts) & set(self.freeze)) if self.lora else []
+        if both:
+            raise ValueError(f"lora.parts and freeze both name {', '.join(both)}; take it out of one of them")
+        return self
+
 
 class RewardPart(Section):
     name: str

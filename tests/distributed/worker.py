@@ -10,27 +10,26 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-from accelerate.state import AcceleratorState
-
-from vlm_sapo import config as cfg
-from vlm_sapo import configfile
-from vlm_sapo.training.sft import sft
-from vlm_sapo.training.trainer import train
-
 
 def main() -> None:
+    """Imports here: processes that grade import this module, too."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from vlm_sapo import config as cfg
+    from vlm_sapo import configfile
+    from vlm_sapo.training.sft import sft
+    from vlm_sapo.training.trainer import train
+
     torch.set_num_threads(1)
     for run in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state()  # each run may choose its precision
-        supervised = run["verb"] == "sft"
-        config = configfile.load(
-            cfg.SftConfig if supervised else cfg.TrainConfig, run["config"], run["overrides"]
-        )
+        kind, verb = (cfg.SftConfig, sft) if run["verb"] == "sft" else (cfg.TrainConfig, train)
+        config = configfile.load(kind, run["config"], run["overrides"])
         try:
-            (sft if supervised else train)(config)
+            verb(config)
         except Exception:
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            rank = torch.distributed.get_rank()
             (config.run.folder / f"failure_{rank}.txt").write_text(traceback.format_exc())
 
 

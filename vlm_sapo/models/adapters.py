@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,22 @@ def add(model: nn.Module, names: list[str], *, rank: int, alpha: float, base: st
     """Puts float32 adapters that change nothing yet beside the named layers, and freezes everything else."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base)
     _inject(model, config)
+
+
+def check(folder: Path, base: str) -> None:
+    """Raises ValueError where the folder holds no adapter, or one whose base model bears another name."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or not (folder / FILE).is_file():
+        raise ValueError(
+            f"model.lora.adapter ({folder}) must be a folder with adapter_config.json and {FILE}; "
+            "give the adapter folder of a run's final/ or of peft"
+        )
+    own = json.loads(settings.read_text())["base_model_name_or_path"] or base
+    if Path(own).name != Path(base).name:
+        raise ValueError(
+            f"model.lora.adapter ({folder}) was trained on {own} and model.path is {base}; give an adapter "
+            "of this model, or correct base_model_name_or_path in its adapter_config.json if they are the same"
+        )
 
 
 def load(model: nn.Module, folder: Path) -> None:

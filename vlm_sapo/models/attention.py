@@ -107,6 +107,7 @@ class Prefix:
 
         ends = torch.tensor(lengths, device=keys[0].device)
         padding = torch.arange(max(lengths), device=ends.device) >= ends[:, None]
+        keys = [key.to(value.dtype) for key, value in zip(keys, values, strict=True)]
         return Prefix([split(row) for row in keys], [split(row) for row in values], padding[:, None, None])
 
     def select(self, prompts: torch.Tensor) -> Prefix:
@@ -149,6 +150,7 @@ def prefix_attention(
 
     With segments B is 1; with segments or a prefix the mask is not read.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # float32 by the rotary embedding under autocast
     if prefix is not None:
         return _decode(query, key, value, scaling, prefix, module.layer_idx), None
     if segments is None:

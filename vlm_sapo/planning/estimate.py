@@ -37,11 +37,11 @@ class Estimator:
         """All of it."""
         training = passes.training(self.load, self.rows)
         features = training.features * self.prompts
-        kept, drawn = min(features, training.room), min(2 * features, training.room)
+        kept = min(features, training.room)
         rows = [
             Row.always("CUDA and libraries", memory.CONTEXT, "assumed"),
             *self.model(),
-            Row("kept picture features", kept, drawn, 0, f"{self.prompts} prompts a step"),
+            Row("kept picture features", kept, kept, 0, f"{self.prompts} prompts a step"),
             Row("gathered layers", training=self._gathered(), note=f"{self.shards} GPUs share a copy"),
             Row("activations", training=training.activations, note=f"{self.rows.budget} tokens at once"),
             Row("logits", training=training.logits, note="one chunk"),
@@ -131,7 +131,7 @@ class Estimator:
             yield "the sleeping engine's weights", self._engine_weights() * each
         if self.shards > 1 and self.config.rollout.engine.type != "hf":
             yield "whole weights for the engine", self._base() * BYTES[self.config.model.dtype]
-        yield "pictures of two steps", 2 * passes.picture(self.load, self.rows) * self.prompts * each
+        yield "pictures", passes.picture(self.load, self.rows) * self.prompts * each
         if features:
             yield "kept picture features", features * each
 

@@ -19,6 +19,7 @@ from vlm_sapo.data.stream import Mixture
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.models import adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
 from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
@@ -233,7 +234,9 @@ def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) ->
         return path, _load(model, path, model.freeze)
     path, lora = str(locate(model.path)), model.lora
     given = Path(locate(lora.adapter)) if lora.adapter else None
-    adapters = Adapters(
+    if given is not None:
+        adapters.check(given, model.path)
+    shape = Adapters(
         base=model.path,
         rank=lora.rank,
         alpha=lora.alpha,
@@ -241,7 +244,7 @@ def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) ->
         folder=found / ADAPTER if found else given,
         bits=lora.bits,
     )
-    return path, _load(model, path, [], adapters, device if lora.bits else "cpu")
+    return path, _load(model, path, [], shape, device if lora.bits else "cpu")
 
 
 def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampled) -> Policy:

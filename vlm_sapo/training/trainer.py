@@ -31,36 +31,40 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
 
 def loop(training: Training, steps: int) -> dict:
     """Steps until `steps` are done, from wherever the run stands; returns the summary."""
-    core, policy = training.core, training.core.policy
+    core = training.core
     core.evaluator.at(core.progress.step, last=steps)
     with core.console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
-            started, meter = time.perf_counter(), StepMeter(core.world, training.loss.describe)
-            lr = policy.set_step(step - 1)
-            with meter.time("draw"), core.rescuing():
-                drawn = core.rollouts(step, policy.vlm)
-            with meter.time("check"), core.rescuing(drawn):
-                checked = training.check(step, drawn)
-            behind = policy.vlm.version - drawn.version
-            advantages = [advantages_of(training, group) for group in drawn.groups]
-            batch = training.split(
-                drawn.groups, advantages, layout=policy.layout, budget=policy.memory.budget
-            )
-            with meter.time("old_logprobs"):
-                policy.score(batch, fresh=behind == 0)
-            with meter.time("update"):
-                for minibatch in batch:
-                    for passed in policy.accumulate(minibatch, training.loss):
-                        meter.add(**passed)
-                    if minibatch.micros:
-                        meter.close_minibatch(policy.step())
-            core.progress.advance(step, time.perf_counter() - started)
-            extra = {"lr": lr, "rollout/updates_behind": behind} | checked
-            show(step, training.report(step, meter, drawn, advantages, extra))
+            show(step, advance(training, step))
             with core.rescuing():
                 core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step)
     return core.finish(steps)
+
+
+def advance(training: Training, step: int) -> str:
+    """One step: draw groups, score them, update in mini-batches. Returns the numbers that matter most."""
+    core, policy = training.core, training.core.policy
+    started, meter = time.perf_counter(), StepMeter(core.world, training.loss.describe)
+    lr = policy.set_step(step - 1)
+    with meter.time("draw"), core.rescuing():
+        drawn = core.rollouts(step, policy.vlm)
+    with meter.time("check"), core.rescuing(drawn):
+        checked = training.check(step, drawn)
+    behind = policy.vlm.version - drawn.version
+    advantages = [advantages_of(training, group) for group in drawn.groups]
+    batch = training.split(drawn.groups, advantages, layout=policy.layout, budget=policy.memory.budget)
+    with meter.time("old_logprobs"):
+        policy.score(batch, fresh=behind == 0)
+    with meter.time("update"):
+        for minibatch in batch:
+            for passed in policy.accumulate(minibatch, training.loss):
+                meter.add(**passed)
+            if minibatch.micros:
+                meter.close_minibatch(policy.step())
+    core.progress.advance(step, time.perf_counter() - started)
+    extra = {"lr": lr, "rollout/updates_behind": behind} | checked
+    return training.report(step, meter, drawn, advantages, extra)
 
 
 def advantages_of(training: Training, group: Group) -> torch.Tensor:

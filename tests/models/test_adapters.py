@@ -1,0 +1,141 @@
+"""Adapters: what they are put beside, what they change, and what is written of them."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from tests.conftest import CORPUS, SHARED, SMALL, example
+from vlm_sapo.models import adapters
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.layout import Plain
+from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.tiny import new_model
+from vlm_sapo.models.vlm import Adapters, load_vlm
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+EVERYWHERE = ("language", "merger", "vision")
+
+
+@pytest.fixture
+def make(model_folder):
+    def build(family="qwen3_vl", **options):
+        settings = {"base": str(model_folder(family)), "rank": 4, "alpha": 8.0, **options}
+        return load_vlm(str(model_folder(family)), lora=Adapters(**settings))
+
+    return build
+
+
+def logprobs(vlm) -> torch.Tensor:
+    prompt = Encoder(vlm)(example(pictures=2))
+    with torch.no_grad():
+        return Pass(vlm)(Plain().inputs([(prompt, [torch.tensor([10, 20, 30, 40])])]))[0]
+
+
+def moved(vlm):
+    """The same with adapters that change something."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in vlm.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return vlm
+
+
+def trained(vlm) -> set[str]:
+    return {name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_adapters_change_nothing_and_are_all_that_is_trained(make, model_folder, family):
+    vlm = make(family, parts=EVERYWHERE)
+    assert torch.equal(logprobs(vlm), logprobs(load_vlm(str(model_folder(family)))))
+    assert trained(vlm) and all(".lora_" in name for name in trained(vlm))
+    assert not any(word in name for name in trained(vlm) for word in ("lm_head", ".gate.lora", "expert_gate"))
+    assert all(parameter.dtype == torch.float32 for parameter in vlm.parameters())
+
+
+def test_parts_choose_their_layers(make):
+    for parts, marks in ((("language",), {"language"}), (("merger",), {"merger"}), (("vision",), {"blocks"})):
+        names = trained(make(parts=parts))
+        assert {
+            mark for mark in ("language", "merger", "blocks") if any(mark in name for name in names)
+        } == marks
+
+
+def test_adapters_of_half_precision_weights_are_float32(model_folder):
+    vlm = load_vlm(str(model_folder()), dtype="bfloat16", lora=Adapters(base="a"))
+    kinds = {name: parameter.dtype for name, parameter in vlm.named_parameters()}
+    assert {kind for name, kind in kinds.items() if ".lora_" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if ".lora_" not in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_what_was_trained(make, model_folder, tmp_path, family):
+    """The merged model and the adapter, read back by transformers and peft without this package."""
+    vlm = moved(make(family, parts=EVERYWHERE))
+    found = logprobs(vlm)
+    with adapters.switched_off(vlm.model):
+        assert torch.equal(logprobs(vlm), logprobs(load_vlm(str(model_folder(family)))))
+    assert torch.equal(logprobs(vlm), found)
+    vlm.save(tmp_path / "merged")
+    vlm.save_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(logprobs(load_vlm(str(tmp_path / "merged"))), found, atol=1e-4, rtol=0)
+    again = load_vlm(str(model_folder(family)), lora=Adapters(base="a", folder=tmp_path / "adapter"))
+    assert torch.equal(logprobs(again), found) and trained(again) == trained(vlm)
+
+    base = AutoModelForImageTextToText.from_pretrained(model_folder(family))
+    peft = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    names = dict(peft.named_parameters())
+    for name, weight in adapters.merged(vlm.model, lambda item: item).items():
+        torch.testing.assert_close(names[name].view_as(weight), weight, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the tensor names of real checkpoints")
+def test_adapters_bear_the_names_of_a_published_checkpoint(make, tmp_path):
+    make(parts=EVERYWHERE).save_adapter(tmp_path)
+    index = SHARED / "processors/configs/Qwen3-VL-Embedding-8B.index.json.names"
+    published = {re.sub(r"\.\d+\.", ".#.", name) for name in json.loads(index.read_text())["weight_map"]}
+    for name in load_file(tmp_path / adapters.FILE):
+        bare = re.sub(r"\.lora_[AB]\.weight$", ".weight", name.removeprefix("base_model.model."))
+        assert re.sub(r"\.\d+\.", ".#.", bare) in published
+
+
+def test_an_adapter_of_another_model_is_refused(make, model_folder, tmp_path):
+    make().save_adapter(tmp_path / "a")
+    with pytest.raises(ValueError, match="was trained on .*qwen3_vl.* and model.path is other/model"):
+        adapters.check(tmp_path / "a", "other/model")
+    adapters.check(tmp_path / "a", str(model_folder()))
+    with pytest.raises(ValueError, match=r"model.lora.adapter .* must be a folder with adapter_config.json"):
+        adapters.check(tmp_path, "other/model")
+    wider = dataclasses.replace(SMALL, hidden=48)
+    new_model(tmp_path / "wider", family="qwen3_vl", corpus=CORPUS, shape=wider)
+    for folder in (tmp_path / "wider", model_folder("qwen3_5")):
+        with pytest.raises(ValueError, match="another base model's"):
+            load_vlm(str(folder), lora=Adapters(base="b", folder=tmp_path / "a"))
+
+
+def test_four_bits(model_folder, tmp_path):
+    """Only the adapted linear layers are quantized; gradients reach all adapters; what is written is whole."""
+    plain = load_vlm(str(model_folder()))
+    vlm = moved(load_vlm(str(model_folder()), lora=Adapters(base="a", rank=4, bits=4)))
+    packed = {name for name, parameter in vlm.model.named_parameters() if parameter.dtype == torch.uint8}
+    assert packed and all("language_model.layers" in name and "base_layer" in name for name in packed)
+    prompt = Encoder(vlm)(example(pictures=1))
+    inputs = Plain().inputs([(prompt, [torch.tensor([10, 20, 30, 40])])])
+    found = Pass(vlm)(inputs)[0]
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in vlm.parameters() if parameter.requires_grad)
+    vlm.save(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    merged = load_vlm(str(tmp_path))
+    torch.testing.assert_close(Pass(merged)(inputs)[0], found, atol=1e-3, rtol=0)
+    with adapters.switched_off(vlm.model), torch.no_grad():
+        rounded = (Pass(vlm)(inputs)[0] - Pass(plain)(inputs)[0]).abs().mean()
+    assert 0 < rounded < 0.5
+    assert set(merged.weights()) == set(plain.weights())

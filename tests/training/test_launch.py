@@ -1,0 +1,136 @@
+"""What a number of processes allows, and what is said where it doesn't."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vlm_sapo import config as cfg
+from vlm_sapo import configfile
+from vlm_sapo.training.launch import check
+from vlm_sapo.training.trainer import train
+
+BASE = {
+    "model": {"path": "a/b"},
+    "data": {"source": "rows.jsonl"},
+    "reward": "math",
+    "train": {"steps": 1, "prompts_per_step": 16, "minibatches": 2},
+}
+
+
+def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return configfile.load(kind, str(path), list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "shard", "message"),
+    [
+        ([], 3, 1, r"prompts_per_step / minibatches \(8\) must be divisible by .*\(3\).*use 6 or 9"),
+        ([], 16, 1, r"prompts_per_step / minibatches \(8\) .* processes \(16\).*use 16, or start another"),
+        (["train.shard=3"], 8, 3, r"train.shard \(3\) must divide .* \(8\); use one of 1, 2, 4, 8, or all"),
+        (["train.optimizer=adamw_8bit"], 2, 2, r"train.optimizer \(adamw_8bit\) can't be sharded"),
+        (["train.optimizer=adamw_8bit", "train.offload=true"], 1, 1, r"or offloaded; use adamw"),
+        (["model.lora.bits=4"], 2, 2, r"model.lora.bits \(4\) can't be sharded"),
+        (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, 1, r"tensor_parallel must be 1"),
+        (["rollout.engine=vllm_server", "rollout.engine.weights=nccl"], 2, 2, r"nccl.* use folder"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_loaded(overrides, size, shard, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check(load(*overrides, tmp_path=tmp_path), size, shard)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_what_fits_passes(size, tmp_path):
+    for shard in (1, size):
+        check(load("rollout.engine=vllm_server", tmp_path=tmp_path), size, shard)
+
+
+def test_a_part_is_adapted_or_frozen(tmp_path):
+    with pytest.raises(ValueError, match="lora.parts and freeze both name vision"):
+        load("model.lora.parts=[vision, language]", "model.freeze=[vision]", tmp_path=tmp_path)
+
+
+REWARD = "def even(response, example):\n    return float(len(response) % 2)\n"
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """`run(name, *overrides)` trains four steps and returns the run's folder."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    values = {
+        "model": {"path": str(model_folder())},
+        "data": {"source": "data/shapes.py:rows", "args": {"size": 20}},
+        "rollout": {"group": 4, "max_tokens": 8},
+        "reward": {"parts": [{"name": f"{tmp_path}/reward.py:even"}], "workers": 1},
+        "train": {"steps": 4, "lr": 1e-3, "prompts_per_step": 4, "minibatches": 2},
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+
+    def make(name: str, *overrides: str):
+        config = configfile.load(cfg.TrainConfig, str(path), [f"run.dir={tmp_path / name}", *overrides])
+        train(config)
+        return tmp_path / name
+
+    return make
+
+
+def metrics(folder) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.startswith(("time/", "rollout/tok"))
+        }
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.lora.rank=4", "algo.kl=0.1"),
+        ("model.lora.rank=4", "model.lora.bits=4", "train.optimizer=adamw_8bit"),
+        ("model.freeze=[vision, merger]", "train.optimizer=paged_adamw_8bit"),
+    ],
+    ids=["adapters", "4-bit", "8-bit optimizer"],
+)
+def test_resumed_runs_equal_whole_ones(run, overrides, tmp_path):
+    """A checkpoint holds the adapter alone; the end holds the merged model, and the adapter beside it."""
+    whole = run("whole", *overrides)
+    first = whole / "checkpoints/step_000002"
+    lora = "model.lora.rank=4" in overrides
+    assert (first / "adapter/adapter_model.safetensors").is_file() == lora
+    assert (first / "model.safetensors").is_file() != lora
+    (tmp_path / "again/checkpoints").mkdir(parents=True)
+    first.rename(tmp_path / "again/checkpoints/step_000002")
+    text = (whole / "config.yaml").read_text().replace(str(whole), str(tmp_path / "again"))
+    (tmp_path / "again/config.yaml").write_text(text)
+    (tmp_path / "again/metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    again = run("again", *overrides)
+    assert metrics(again) == metrics(whole)
+    names = ["final/model.safetensors"] + (["final/adapter/adapter_model.safetensors"] if lora else [])
+    for name in names:
+        one, two = load_file(whole / name), load_file(again / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_with_adapters_the_reference_is_the_model_without_them(run):
+    """KL is 0 while the adapters change nothing, and not later."""
+    first, *_, last = metrics(run("kl", "model.lora.rank=4", "algo.kl=0.1"))
+    assert first["minibatch0/kl_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert last["minibatch0/kl_reference"] > 1e-6
+
+
+def test_an_adapter_is_gone_on_from(run):
+    first = run("first", "model.lora.rank=4")
+    second = run("second", f"model.lora.adapter={first / 'final/adapter'}", "train.lr=1e-9")
+    one, two = (load_file(folder / "final/model.safetensors") for folder in (first, second))
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
