@@ -1,10 +1,8 @@
 """Runs in two processes against the same run in one: parameters, metrics, responses, resumption, failures."""
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.distributed.launcher import ENVIRONMENT, free_port, launch
+from tests.rollout.model_server import ModelServer
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.training.sft import sft
@@ -51,22 +51,6 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 SHARDED = ("train.shard=all",)
 HALF = ("train.shard=all", "train.offload=true")
-
-
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(*command: str, processes: int = 2, **options) -> subprocess.CompletedProcess:
-    """Starts processes as docs/multi-node.md says."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    start += ["--master-port", str(port()), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False, **options
-    )
 
 
 class Runs:
@@ -144,8 +128,14 @@ def runs(tmp_path_factory, model_folder):
     made.here(made.run("sft", verb="sft"))
     made.here(made.run("plain-alone", *SHARDED))
     made.resumed_from("plain-one-then-two", "plain-alone", 1)
+    server = ModelServer(model_folder())
+    engine = f"rollout.engine={{{{type: vllm_server, servers: ['{server.url}'], patience: 20}}}}"
+    served = ("data.max_prompt_tokens=256", engine, "rollout.ahead=1", "algo.correction=truncated")
+    made.here(made.run("served", *served))
     made.in_two(
         *two,
+        made.run("served-copies", *served),
+        made.run("served-sharded", *served, *SHARDED),
         made.run("plain-offloaded", *HALF),
         made.run("sft-copies", verb="sft"),
         made.run("sft-sharded", *SHARDED, verb="sft"),
@@ -155,6 +145,7 @@ def runs(tmp_path_factory, model_folder):
             "skipping", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}", "data.on_error=skip"
         ),
     )
+    server.close()
     return made
 
 
@@ -229,3 +220,42 @@ def test_adapters_are_written_once_and_whole(runs):
         for name in ("lora", "lora-sharded")
     )
     assert same(one, two)
+
+
+@pytest.mark.parametrize("held", ["copies", "sharded"])
+def test_all_processes_draw_from_servers_that_one_brings_weights(runs, held):
+    """A step ahead, with groups that are passed on by checkpoints; parity is compared in each process."""
+    assert same(runs.final("served"), runs.final(f"served-{held}"), bound=1e-4)
+    behind = [row["rollout/updates_behind"] for row in runs.metrics(f"served-{held}")]
+    assert behind == [0, 2, 2]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_nodes(runs, launcher):
+    """Two launchers that meet at another loopback address, one process each; one config file."""
+    name, master = f"nodes-{launcher}", str(free_port())
+    run = runs.run(name)
+    command = [run["verb"], run["config"], *run["overrides"]]
+    started = []
+    for rank in ("0", "1"):
+        if launcher == "torchrun":
+            start = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", rank]
+            start += ["--master-addr", "127.0.0.2", "--master-port", master]
+        else:
+            start = [
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_machines",
+                "2",
+                "--num_processes",
+                "2",
+            ]
+            start += ["--machine_rank", rank, "--main_process_ip", "127.0.0.2", "--main_process_port", master]
+            start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        words = [sys.executable, "-m", *start, "-m", "vlm_sapo.cli", *command]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, **pipe))
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "on 2 processes (cpu), each with a copy" in said[0] and "reward" not in said[1]
+    assert same(runs.final("plain"), runs.final(name))

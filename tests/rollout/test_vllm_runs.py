@@ -10,8 +10,10 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.distributed.launcher import launch
 from tests.rollout.test_contract import free_port, start_server, stop
 
 pytestmark = pytest.mark.vllm
@@ -50,6 +52,27 @@ def test_the_quick_start_learns_with_vllm_as_with_hf(tmp_path):
         assert before < 0.65 and after > 0.85
     first = rows(tmp_path / "vllm/metrics.jsonl")[0]
     assert first["parity/mean"] < 1e-5 and first["minibatch0/ratio_max"] == 1.0
+
+
+def test_two_processes_with_an_engine_each_train_what_one_does(tmp_path):
+    options = ("train.steps=2", "eval.data=null", "rollout.engine=vllm", "train.shard=all")
+    command("train", "quickstart", *options, f"run.dir={tmp_path / 'one'}")
+    done = launch(
+        "-m",
+        "vlm_sapo.cli",
+        "train",
+        "quickstart",
+        *options,
+        f"run.dir={tmp_path / 'two'}",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "2 processes (cpu), 2 of which share a copy" in done.stdout
+    assert "changed weights reach the engine" in done.stdout
+    one, two = (load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two"))
+    before = load_file(COLD_START / "model.safetensors")
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < moved / 20
 
 
 def test_check_prints_its_table_and_agrees():

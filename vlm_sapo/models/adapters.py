@@ -57,7 +57,7 @@ def check(folder: Path, base: str) -> None:
     if Path(own).name != Path(base).name:
         raise ValueError(
             f"model.lora.adapter ({folder}) was trained on {own} and model.path is {base}; give an adapter "
-            "of this model, or correct base_model_name_or_path in its adapter_config.json if they are the same"
+            "of this model, or correct base_model_name_or_path in adapter_config.json if they are the same"
         )
 
 

@@ -61,6 +61,7 @@ def build_engine(
             dtype=dtype,
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            launched=world is not None and world.size > 1,
             options=engine.options,
             experts=experts,
         )

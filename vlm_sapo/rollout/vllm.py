@@ -35,6 +35,7 @@ class VllmEngine:
 
     `vlm` is the model that prompts are encoded for, `longest` the most tokens of a prompt and its response.
     With one GPU weights are handed over as they are, with several through a folder that is soon removed.
+    `launched` says that a launcher started several processes, of which each has an engine on its own GPU.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class VllmEngine:
         dtype: str,
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
+        launched: bool = False,
         options: dict[str, Any] | None = None,
         experts: bool = False,
     ):
@@ -72,6 +74,8 @@ class VllmEngine:
             "limit_mm_per_prompt": {"image": PICTURES, "video": 0},
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
+        if launched:  # else every engine takes the first GPU
+            arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if experts else {}
         try:
             self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
