@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-vllm check-gpu lint coldstart bench bench-gpu clean
+.PHONY: setup quickstart test test-slow test-distributed test-vllm check-gpu lint coldstart bench bench-gpu clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -20,6 +20,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Two processes against one, on this machine.
+test-distributed: setup
+	$(BIN)/python -m pytest -m distributed
 
 # The contract of rollout engines with the real vLLM, on a CPU, in an environment of its own. pip takes a CPU
 # wheel of torch where one is at hand; vLLM's CPU build wants that version.

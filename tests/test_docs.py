@@ -33,6 +33,10 @@ def blocks(language: str) -> list[str]:
 
 
 LINES = [line for block in blocks("bash") for line in block.splitlines()]
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--help"),
+    "accelerate": ("accelerate.commands.accelerate_cli", "launch", "--help"),
+}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 
 
@@ -40,6 +44,15 @@ COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 def test_commands_are_valid(command):
     """make targets and scripts' options exist; configs load with the documented overrides."""
     program, verb, *rest = shlex.split(command)
+    if program in LAUNCHERS:
+        words = shlex.split(command)
+        start = words.index("vlm_sapo.cli")
+        help_text = subprocess.run(
+            [sys.executable, "-m", *LAUNCHERS[program]], capture_output=True, text=True, check=True
+        ).stdout
+        options = [word for word in words[:start] if word.startswith("--")]
+        assert all(option in help_text for option in options)
+        program, verb, *rest = "vlm-sapo", *words[start + 1 :]
     if program == "make":
         result = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
