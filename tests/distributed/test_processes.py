@@ -26,6 +26,9 @@ REWARD = """
 def even(response, example):
     return float(len(response) % 2)
 
+def flat_in_one(response, example):
+    return 0.0 if example.images else float(len(response) % 2)
+
 def some_groups(response, example):
     return float(len(response) % 2) if example.row % 2 else 0.0
 """
@@ -47,6 +50,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "frozen": ("model.freeze=[vision, merger]", "algo.kl=0.1", "rollout.resample=1"),
     "lora": LORA,
     "mixed": (*MIXED, "reward.parts=[{{name: {folder}/reward.py:some_groups}}]", "train.optimizer=adamw"),
+    "uneven": (
+        *MIXED,
+        "reward.parts=[{{name: {folder}/reward.py:flat_in_one}}]",
+        "rollout.resample=1",
+        "eval.data.args={{split: test, size: 1}}",
+    ),
     "moe": ("model.path={moe}",),
 }
 SHARDED = ("train.shard=all",)

@@ -139,3 +139,24 @@ def test_four_bits(model_folder, tmp_path):
         rounded = (Pass(vlm)(inputs)[0] - Pass(plain)(inputs)[0]).abs().mean()
     assert 0 < rounded < 0.5
     assert set(merged.weights()) == set(plain.weights())
+
+
+def test_an_adapter_that_peft_wrote_is_trained_on(make, model_folder, tmp_path):
+    moved(make()).save_adapter(tmp_path / "ours")
+    base = AutoModelForImageTextToText.from_pretrained(model_folder())
+    PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = load_vlm(str(model_folder()), lora=Adapters(base="a", folder=tmp_path / "theirs"))
+    assert trained(again) == trained(make())
+    with pytest.raises(ValueError, match="has a part in model.language_model.*, which model.freeze names"):
+        load_vlm(
+            str(model_folder()), lora=Adapters(base="a", folder=tmp_path / "theirs"), freeze=["language"]
+        )
+
+
+def test_what_is_more_than_two_factors_is_refused(make, model_folder, tmp_path):
+    make().save_adapter(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field, value in (("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"])):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {field: value}))
+        with pytest.raises(ValueError, match=f"must be plain LoRA, .* sets {field}="):
+            adapters.check(tmp_path, str(model_folder()))

@@ -8,9 +8,11 @@ from tests.conftest import completion, example
 from vlm_sapo.algo.advantages import zscore
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.training.batch import minibatches
+from vlm_sapo.training.batch import MicroBatch, minibatches
 from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.policy import Policy, schedule_factor
 from vlm_sapo.types import Group, Sampling, Score
 
@@ -273,3 +275,35 @@ def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
     ):
         for minibatch in split(policy, groups):
             policy.accumulate(minibatch, loss_of())
+
+
+def test_it_is_the_pass_that_failed_which_is_made_smaller(model_folder, encoder):
+    """In the plain layout a long response alone has fewer tokens than eight short ones with a long prompt."""
+    policy = make_policy(model_folder(), layout=Plain())
+    lone, wide = encoder(example(0, pictures=0)), encoder(example(1, pictures=2))
+    ids = torch.arange(10, 130)
+    groups = [(lone, [ids]), (wide, [ids[:8]] * 8)]
+    micros = [
+        MicroBatch(
+            [group],
+            torch.ones(len(group[1]), 1),
+            torch.ones(len(group[1]), len(group[1][0])).bool(),
+            torch.zeros(len(group[1]), len(group[1][0])),
+        )
+        for group in groups
+    ]
+    most = len(lone.ids) + len(ids)
+    assert Plain().size([groups[1]]) > most > SharedPrefix().size([groups[1]])
+
+    def work(micro):
+        if Plain().size(micro.groups) > most:
+            raise torch.OutOfMemoryError("no room")
+        return len(micro.mask)
+
+    done = policy.memory.fitting(micros, work, layout=Plain())
+    assert sum(count for _, count in done) == 9 and done[0][1] == 1
+
+
+def test_a_sharded_model_is_not_run_in_parts():
+    with pytest.raises(SystemExit, match="set train.tokens_per_microbatch=50"):
+        Memory(1000, Console(), can_shrink=False).shrink(100, "no room")

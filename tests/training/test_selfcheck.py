@@ -27,7 +27,8 @@ class Shifted(SharedPrefix):
 
 
 def check(policy, groups, budget=10**6):
-    check = SelfCheck(policy, Console(), budget=budget, choose=policy.reuse_sampled, world=World())
+    policy.memory.budget = budget
+    check = SelfCheck(policy, Console(), choose=policy.reuse_sampled, world=World())
     assert check(1, Drawn(groups, [], policy.vlm.version, {})) == {}
 
 

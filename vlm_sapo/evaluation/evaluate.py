@@ -75,7 +75,7 @@ def evaluate(
     for start in range(0, len(missing), together):
         own = missing[start : start + together][world.rank :: world.size]
         rows, prompts = _prompts(examples, own, encode, skip)
-        groups = engine.generate(prompts, replace(sampling, places=tuple(rows))) if rows else []
+        groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
         scored = score_groups(reward, prompts, groups)
         made = []
         for row, prompt, drawn, scores in zip(rows, prompts, groups, scored, strict=True):

@@ -23,6 +23,16 @@ NAME = "default"
 PREFIX = "base_model.model."
 """What peft writes before the names of a model's modules."""
 FILE = "adapter_model.safetensors"
+PLAIN = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+"""Settings of peft that would change weights otherwise than by two factors."""
 ROUTERS = (".gate", ".shared_expert_gate")
 
 
@@ -53,7 +63,14 @@ def check(folder: Path, base: str) -> None:
             f"model.lora.adapter ({folder}) must be a folder with adapter_config.json and {FILE}; "
             "give the adapter folder of a run's final/ or of peft"
         )
-    own = json.loads(settings.read_text())["base_model_name_or_path"] or base
+    kept = json.loads(settings.read_text())
+    if unusual := [name for name, plain in PLAIN.items() if (kept.get(name) or plain) != plain]:
+        raise ValueError(
+            f"model.lora.adapter ({folder}) must be plain LoRA, and its adapter_config.json sets "
+            f"{', '.join(f'{name}={kept[name]}' for name in unusual)}; merge it into its base model with "
+            "peft, and begin with that"
+        )
+    own = kept.get("base_model_name_or_path") or base
     if Path(own).name != Path(base).name:
         raise ValueError(
             f"model.lora.adapter ({folder}) was trained on {own} and model.path is {base}; give an adapter "
@@ -61,14 +78,17 @@ def check(folder: Path, base: str) -> None:
         )
 
 
-def load(model: nn.Module, folder: Path) -> None:
-    """Puts the adapters of a folder (peft's format) into the model, to be trained on.
+def load(model: nn.Module, folder: Path, *, frozen: Callable[[str], bool] = lambda name: False) -> None:
+    """Puts the adapters of a folder (peft's format) into the model, to be trained on. `frozen` tells whether
+    a name is of a part that must not be trained.
 
-    Raises ValueError where they are another model's.
+    Raises ValueError where they are another model's, or of such a part.
     """
     weights = {name.removeprefix(PREFIX): item for name, item in load_file(folder / FILE).items()}
     try:
-        _inject(model, LoraConfig.from_pretrained(folder))
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False  # peft writes that it is on, and then trains nothing
+        _inject(model, config)
         result = set_peft_model_state_dict(model, weights, adapter_name=NAME)
         wrong = result.unexpected_keys
     except (RuntimeError, ValueError) as error:  # sizes that differ; no such layers
@@ -80,6 +100,10 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(
             f"the adapter in {folder} is another base model's: this one has no {wrong[0]}; "
             "give one that was trained on model.path"
+        )
+    if both := [name for name in _layers(model) if frozen(name)]:
+        raise ValueError(
+            f"the adapter in {folder} has a part in {both[0]}, which model.freeze names; take its part out"
         )
 
 

@@ -61,6 +61,9 @@ class Layout(Protocol):
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
         """Micro-batches of at most `budget` tokens each, padding included; what is longer goes alone."""
 
+    def size(self, groups: Sequence[Branches]) -> int:
+        """Tokens of a micro-batch, padding included."""
+
     def inputs(self, groups: Sequence[Branches]) -> Inputs:
         """The responses of a micro-batch, in the order of the groups."""
 
@@ -80,6 +83,9 @@ class SharedPrefix:
                 parts.append((prompt + used, (index, sorted(chosen))))
         parts.sort(key=lambda part: -part[0])
         return [chosen for chosen, _ in _first_fit(parts, budget)]
+
+    def size(self, groups: Sequence[Branches]) -> int:
+        return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in groups)
 
     def inputs(self, groups: Sequence[Branches]) -> Inputs:
         start, segments = 0, []
@@ -130,6 +136,10 @@ class Plain:
             else:
                 bins.append([row])
         return [[(group, [place]) for _, group, place in chosen] for chosen in bins]
+
+    def size(self, groups: Sequence[Branches]) -> int:
+        rows = [len(prompt.ids) + len(response) for prompt, branches in groups for response in branches]
+        return len(rows) * max(rows)
 
     def inputs(self, groups: Sequence[Branches]) -> Inputs:
         rows = [(prompt, response) for prompt, branches in groups for response in branches]

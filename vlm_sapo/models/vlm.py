@@ -252,7 +252,7 @@ def load_vlm(
     if lora is None:
         vlm.freeze(freeze)
     elif lora.folder is not None:
-        adapters.load(model, lora.folder)
+        adapters.load(model, lora.folder, frozen=lambda name: part_of(name) in freeze)
     else:
         adapters.add(
             model,

@@ -27,10 +27,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A tensor that all processes have in the parameter's type and place, sharded as it is."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return tensor
+    if not isinstance(parameter, DTensor):
+        return tensor.to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    own = distribute_tensor(tensor.to(parameter.dtype), mesh, placements, src_data_rank=None).to_local()
+    sizes = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(own.to(parameter.device), mesh, placements, run_check=False, **sizes)
 
 
 def discarded(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ class RolloutEngine(Protocol):
         """Takes over the weights, unless it has this `VLM.version` of them."""
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """`sampling.group` responses for each prompt, in the prompts' order."""
+        """`sampling.group` responses for each prompt, in the prompts' order. Of several processes all call
+        it, those without a prompt as well."""
 
     def close(self) -> None:
         """Gives back what the engine holds."""

@@ -70,20 +70,25 @@ class HfEngine:
 
     @torch.no_grad()
     def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
+        try:
+            with self.autocast():
+                return self._generate_batches(prompts, sampling)
+        finally:
+            self.vlm.train(training)
+
+    def _generate_batches(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
         groups: list[list[Completion]] = []
-        with self.autocast():
-            while len(groups) < len(prompts):
-                chosen = slice(len(groups), len(groups) + self.prompts_per_batch)
-                try:
-                    groups += self._generate(prompts[chosen], torch.stack(uniforms[chosen]), sampling)
-                    continue
-                except torch.OutOfMemoryError as error:
-                    reason = str(error).partition(". ")[0]
-                self._shrink(prompts[chosen], reason)
-        self.vlm.train(training)
+        while len(groups) < len(prompts):
+            chosen = slice(len(groups), len(groups) + self.prompts_per_batch)
+            try:
+                groups += self._generate(prompts[chosen], torch.stack(uniforms[chosen]), sampling)
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            self._shrink(prompts[chosen], reason)
         return groups
 
     def _shrink(self, prompts: list[Prompt], reason: str) -> None:

@@ -154,7 +154,7 @@ class VllmServers:
         async with self.locks[server.url]:
             if self.transfer is None or server.version == self.version:
                 return
-            if (self.transfer.live and not self.syncing) or not self.world.main:
+            if self.transfer.live and not (self.syncing and self.world.main):
                 raise Unavailable("it has other weights and gets the present ones before the next step")
             server.version = None
             known = server.given is not None and await server.weights(self.client) == server.given

@@ -49,6 +49,7 @@ class Folder:
         held = vlm.weights(keep=self.world.main)
         if self.world.main:
             self._write(held, version)
+        self.current = self.folder / version
 
     def _write(self, held: dict[str, torch.Tensor], version: str) -> None:
         target = self.folder / version
@@ -59,7 +60,6 @@ class Folder:
         save_file(contiguous(weights), partial / "model.safetensors")
         partial.rename(target)
         self._remove()
-        self.current = target
 
     async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None:
         await server.load(client, str(self.current))
@@ -70,9 +70,9 @@ class Folder:
             self.folder.rmdir()
 
     def _remove(self) -> None:
-        if self.current is not None:
+        if self.current is not None and self.world.main:
             shutil.rmtree(self.current)
-            self.current = None
+        self.current = None
 
 
 def contiguous(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

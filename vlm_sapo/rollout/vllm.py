@@ -111,6 +111,8 @@ class VllmEngine:
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """See RolloutEngine."""
+        if not prompts:
+            return []
         self._wake("weights", "kv_cache")
         try:
             return self._generate(prompts, sampling)

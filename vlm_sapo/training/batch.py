@@ -35,20 +35,15 @@ class MicroBatch:
     usage: Usage | None = None
     """How the last pass used the experts of a mixture."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of prompts and responses, each prompt once."""
-        return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in self.groups)
-
-    def within(self, budget: int) -> list[MicroBatch]:
+    def within(self, budget: int, layout: Layout) -> list[MicroBatch]:
         """The same responses in parts of at most so many tokens, or of one response."""
         count = len(self.mask)
-        if self.num_tokens <= budget or count == 1:
+        if layout.size(self.groups) <= budget or count == 1:
             return [self]
         return [
             part
             for half in (self._rows(0, count // 2), self._rows(count // 2, count))
-            for part in half.within(budget)
+            for part in half.within(budget, layout)
         ]
 
     def _rows(self, start: int, end: int) -> MicroBatch:

@@ -85,7 +85,6 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
         SelfCheck(
             core.policy,
             console,
-            budget=train.tokens_per_microbatch,
             choose=choose,
             world=world,
             uncorrected=uncorrected,
@@ -244,7 +243,7 @@ def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) ->
         folder=found / ADAPTER if found else given,
         bits=lora.bits,
     )
-    return path, _load(model, path, [], shape, device if lora.bits else "cpu")
+    return path, _load(model, path, model.freeze, shape, device if lora.bits else "cpu")
 
 
 def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampled) -> Policy:
@@ -378,7 +377,7 @@ def _measures(config, engine, encode, reward, processes, benchmarks) -> dict[str
 
 def _banner(config, vlm: VLM, stream: Mixture, processes: Processes, found: Path | None) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in vlm.parameters())
+    total = vlm.model.num_parameters()
     tasks = ", ".join(stream.streams)
     start = f"resumed from {found}" if found else f"model {config.model.path}"
     size, shard = processes.world.size, processes.shard

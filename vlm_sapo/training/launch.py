@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo import config as cfg
@@ -36,31 +38,31 @@ class Processes:
 def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None) -> Processes:
     """Joins the processes that were started together. Raises ValueError where the config does not fit their
     number."""
-    waiting = InitProcessGroupKwargs(timeout=SLOWEST)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=config.train.precision,
-        kwargs_handlers=[waiting],
-    )
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    shard = size if config.train.shard == "all" else config.train.shard
+    check(config, size, shard)
+    if (size > 1 or config.train.offload) and not dist.is_initialized():
+        _connect(size)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
     if accelerator.distributed_type not in KNOWN:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, and this trainer shards by itself; "
             "launch without that plugin (accelerate launch --multi_gpu, or torchrun) and set train.shard"
         )
-    size = accelerator.num_processes
-    shard = size if config.train.shard == "all" else config.train.shard
-    check(config, size, shard)
-    if config.train.offload and not dist.is_initialized():  # sharding needs a group, even of one
-        dist.init_process_group(
-            "nccl" if accelerator.device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
     world = World()
     console = (console or Console()) if world.main else SilentConsole()
-    local = max(size // max(len(set(world.gather(_host()))), 1), 1)
+    local = max(size // len(set(world.gather(socket.gethostname()))), 1)
     return Processes(accelerator, world, console, shard, local)
+
+
+def _connect(size: int) -> None:
+    """What is offloaded travels between hosts, the rest between devices; sharding needs a group even of
+    one."""
+    devices = torch.cuda.is_available()
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    if devices:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=SLOWEST, **alone)
 
 
 def check(config: cfg.TrainConfig | cfg.SftConfig, size: int, shard: int) -> None:
@@ -121,9 +123,3 @@ def build_copies(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) 
     names = ("copy", "part") if copies > 1 else ("part",)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return Sharded(mesh, dtype=torch.bfloat16 if train.precision == "bf16" else None, offload=train.offload)
-
-
-def _host() -> str:
-    import socket
-
-    return socket.gethostname()

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from vlm_sapo.models.layout import Layout
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch
 
@@ -25,32 +26,44 @@ class Memory:
         self.budget, self.console, self.can_shrink = budget, console, can_shrink
         self.shortages = 0
 
-    def fitting(self, micros: Sequence[MicroBatch], work: Callable[[MicroBatch], T], undo=lambda: None):
+    def fitting(
+        self,
+        micros: Sequence[MicroBatch],
+        work: Callable[[MicroBatch], T],
+        *,
+        layout: Layout,
+        undo: Callable[[], None] = lambda: None,
+    ) -> list[tuple[MicroBatch, T]]:
         """The micro-batches, as small as they have to be, each with what `work` gives for it; `undo` takes
         back what was done for those before one that fails. Raises ValueError where one response alone is too
         much."""
-        micros = list(micros)
-        while micros:
-            micros = [part for micro in micros for part in micro.within(self.budget)]
+        while True:
+            micros = [part for micro in micros for part in micro.within(self.budget, layout)]
+            done: list[tuple[MicroBatch, T]] = []
             try:
-                return [(micro, work(micro)) for micro in micros]
+                for micro in micros:
+                    done.append((micro, work(micro)))
+                return done
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]
+            failed = micros[len(done)].groups
+            del done
             undo()
-            self._shrink(max(micros, key=lambda micro: micro.num_tokens), reason)
-        return []
+            row, responses = failed[0][0].example.label, sum(len(given) for _, given in failed)
+            self.shrink(layout.size(failed), reason, row=row if responses == 1 else None)
 
-    def _shrink(self, largest: MicroBatch, reason: str) -> None:
+    def shrink(self, tokens: int, reason: str, *, row: str | None = None) -> None:
+        """Less than `tokens`, which were too many, from now on. `row` is that of a single response, which
+        can't be made smaller."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tokens, row = largest.num_tokens, largest.groups[0][0].example.label
         remedy = "use model.gradient_checkpointing=true, model.lora, train.offload or smaller pictures"
         if not self.can_shrink:
-            raise ValueError(
-                f"a micro-batch of {tokens} tokens ran out of memory ({reason}), and a sharded model can't "
-                f"run it in parts; set train.tokens_per_microbatch={tokens // 2}, or {remedy}"
+            raise SystemExit(  # at once: the others wait for this process on their devices, not for a message
+                f"error: a micro-batch of {tokens} tokens ran out of memory ({reason}), and a sharded model "
+                f"can't run it in parts; set train.tokens_per_microbatch={tokens // 2}, or {remedy}"
             )
-        if len(largest.mask) == 1:
+        if row is not None:
             raise ValueError(
                 f"one response to {row}, {tokens} tokens with its prompt, does not fit into memory "
                 f"({reason}); lower rollout.max_tokens, or {remedy}"

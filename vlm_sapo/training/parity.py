@@ -230,7 +230,9 @@ class Parity:
         """Responses to the examples, drawn from the present weights."""
         prompts = [self.encode(example) for example in examples]  # anew: no picture's features are kept
         self.engine.sync(self.policy.vlm)
-        return list(zip(prompts, self.engine.generate(prompts, self.sampling), strict=True))
+        drawn = self.engine.generate(prompts, self.sampling)
+        self.world.wait()  # before any pass that all must make
+        return list(zip(prompts, drawn, strict=True))
 
     def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> Followed:
         """Changes the weights of the kinds (all by default) for a moment and compares what the engine then

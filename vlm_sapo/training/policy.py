@@ -163,7 +163,9 @@ class Policy:
         trained = [minibatch for minibatch in minibatches if minibatch.micros]
         for minibatch in trained:
             own_pass = minibatch is trained[0] and (fresh or not self.reuse_sampled)
-            done = self.memory.fitting(minibatch.micros, partial(self._score, own_pass=own_pass))
+            done = self.memory.fitting(
+                minibatch.micros, partial(self._score, own_pass=own_pass), layout=self.layout
+            )
             minibatch.micros = [micro for micro, _ in done]
 
     def _score(self, micro: MicroBatch, *, own_pass: bool) -> None:
@@ -181,7 +183,7 @@ class Policy:
             value = self.backward(loss(logprobs, micro, minibatch))
             return {"loss": value, "logprobs": logprobs.detach(), "entropies": entropies}
 
-        done = self.memory.fitting(minibatch.micros, learn, undo=self.optimizer.zero_grad)
+        done = self.memory.fitting(minibatch.micros, learn, layout=self.layout, undo=self.optimizer.zero_grad)
         return (found | micro.tensors() for micro, found in done)
 
     def _move(self, micro: MicroBatch) -> None:

@@ -94,6 +94,7 @@ class OnDemand:
         drawn = Drawn([], [], version, self.stream.state())
         try:
             self._draw(drawn, step)
+            self.stream.world.wait()  # so that all processes know of a failure here, and none goes on
         except BaseException as error:
             self.stream.restore(drawn.before)
             self.stream.world.tell(error)
@@ -132,7 +133,7 @@ class OnDemand:
         given = list(prompts.values())
         places = tuple(numbers[place] if numbers else place for place in prompts)
         with drawn.time("rollout"):
-            responses = self.engine.generate(given, replace(sampling, places=places)) if given else []
+            responses = self.engine.generate(given, replace(sampling, places=places))
         with drawn.time("reward"):
             scores = score_groups(self.reward, given, responses)
         return {
@@ -175,6 +176,7 @@ class Ahead:
         self.settle()
         started = time.perf_counter()
         self.engine.sync(vlm)
+        self.world.wait()  # or one would draw on while another has failed
         waited = time.perf_counter() - started
         drawn = self.rollouts.draw(step, vlm.version) if self.pending is None else self.pending.result()
         drawn.seconds["sync"] = waited

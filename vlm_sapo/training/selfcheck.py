@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_sapo.models.layout import Layout, Plain
+from vlm_sapo.models.layout import Layout, Part, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn
@@ -47,12 +47,11 @@ class SelfCheck:
         policy: Policy,
         console: Console,
         *,
-        budget: int,
         choose: bool,
         world: World,
         uncorrected: bool = False,
     ):
-        self.policy, self.console, self.budget, self.choose = policy, console, budget, choose
+        self.policy, self.console, self.choose = policy, console, choose
         self.world = world
         self.uncorrected = uncorrected
         self.done = False
@@ -75,11 +74,11 @@ class SelfCheck:
     def _compare_layouts(self, group: Group) -> torch.Tensor:
         policy = self.policy
         plain, plain_norm = self._measure(
-            group, Plain(), budget=1
+            group, Plain(), single=True
         )  # one response at a time: the least memory
         if policy.layout.name == Plain.name:
             return plain
-        shared, shared_norm = self._measure(group, policy.layout, budget=self.budget)
+        shared, shared_norm = self._measure(group, policy.layout, single=False)
         difference = (shared - plain).abs()
         worst, mean = float(difference.max()), float(difference.mean())
         relative = abs(shared_norm - plain_norm) / max(plain_norm, 1e-12)
@@ -122,14 +121,34 @@ class SelfCheck:
         )
         self.policy.reuse_sampled = False
 
-    def _measure(self, group: Group, layout: Layout, *, budget: int) -> tuple[torch.Tensor, float]:
-        """Log-probs [K] of the response tokens, and the norm of a gradient that every token takes part in."""
+    def _measure(self, group: Group, layout: Layout, *, single: bool) -> tuple[torch.Tensor, float]:
+        """Log-probs [K] of the response tokens, and the norm of a gradient that every token takes part in;
+        `single` runs one response at a time."""
+        policy, memory = self.policy, self.policy.memory
+        sizes = [(len(group.prompt.ids), [len(item.ids) for item in group.completions])]
+        while True:
+            packed, short = layout.pack(sizes, 1 if single else memory.budget), None
+            try:
+                found = self._run(group, layout, packed)
+            except torch.OutOfMemoryError as error:
+                short = str(error).partition(". ")[0]
+            told = [reason for reason in self.world.gather(short) if reason is not None]
+            if not told:
+                break
+            policy.optimizer.zero_grad()
+            row = group.prompt.example.label if single else None
+            memory.shrink(min(memory.budget, sizes[0][0] + sum(sizes[0][1])), told[0], row=row)
+        norm = float(policy.grad_norm())
+        policy.optimizer.zero_grad()
+        return torch.cat([found[place] for place in sorted(found)]), norm
+
+    def _run(self, group: Group, layout: Layout, packed: list[list[Part]]) -> dict[int, torch.Tensor]:
+        """Log-probs by response, with their gradient. All processes make equally many passes."""
         policy, responses = self.policy, [item.ids for item in group.completions]
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, ids.shape, generator=generator) * 2.0 - 1.0 for ids in responses]
         found: dict[int, torch.Tensor] = {}
-        packed = layout.pack([(len(group.prompt.ids), [len(ids) for ids in responses])], budget)
-        for number in range(max(self.world.gather(len(packed)))):  # all processes equally many
+        for number in range(max(self.world.gather(len(packed)))):
             places = [place for _, chosen in packed[number % len(packed)] for place in chosen]
             logprobs, _ = policy.run([(group.prompt, [responses[place] for place in places])], layout)
             rows = [row[: len(responses[place])] for row, place in zip(logprobs, places, strict=True)]
@@ -137,9 +156,7 @@ class SelfCheck:
             weights = torch.cat([signs[place] for place in places]).to(logprobs.device)
             share = float(number < len(packed)) / len(responses)
             policy.backward((torch.cat(rows) * weights).sum() * share)
-        norm = float(policy.grad_norm())
-        policy.optimizer.zero_grad()
-        return torch.cat([found[place] for place in sorted(found)]), norm
+        return found
 
     def _tolerance(self) -> Tolerance:
         model = self.policy.vlm.model

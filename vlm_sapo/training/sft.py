@@ -35,12 +35,13 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
 def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
     """Updates until `train.steps` are done, from wherever the run stands; returns the summary. `columns` hold
     the demonstrations, by task."""
-    core.evaluator.at(core.progress.step, last=train.steps)
+    with core.rescuing():
+        core.evaluator.at(core.progress.step, last=train.steps)
     with core.console.progress("sft", train.steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, train.steps + 1):
             started, meter = time.perf_counter(), StepMeter(core.world)
             lr = core.policy.set_step(step - 1)
-            with meter.time("data"):
+            with meter.time("data"), core.rescuing():
                 prompts = core.stream.take(train.rows_per_step)
                 rows = [(prompt, demonstration(core, prompt, columns)) for prompt in prompts]
             with meter.time("update"):
@@ -49,7 +50,8 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
             record = {"step": step, "lr": lr} | meter.record() | {"loss": loss, "policy/grad_norm": norm}
             core.folder.append("metrics.jsonl", record)
             show(step, f"loss {loss:.4f}  {record['time/step']:.2f} s")
-            core.evaluator.at(step, last=train.steps)
+            with core.rescuing():
+                core.evaluator.at(step, last=train.steps)
             core.checkpoint_if_due(step)
     return core.finish(train.steps)
 

@@ -32,7 +32,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
 def loop(training: Training, steps: int) -> dict:
     """Steps until `steps` are done, from wherever the run stands; returns the summary."""
     core = training.core
-    core.evaluator.at(core.progress.step, last=steps)
+    with core.rescuing():
+        core.evaluator.at(core.progress.step, last=steps)
     with core.console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
             show(step, advance(training, step))
