@@ -164,7 +164,8 @@ def count_forward(training, config: TrainConfig) -> int:
 
     policy = training.core.policy
     groups = training.core.rollouts(config.train.steps, policy.vlm).groups
-    batch = training.split(groups, [advantages_of(training, group) for group in groups], layout=policy.layout)
+    advantages = [advantages_of(training, group) for group in groups]
+    batch = training.split(groups, advantages, layout=policy.layout, budget=policy.memory.budget)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for minibatch in batch:
             for micro in minibatch.micros:

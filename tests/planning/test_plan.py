@@ -116,6 +116,7 @@ def test_checkpointing_adapters_and_smaller_budgets_take_less(model_folder):
     assert memory.weights(held) - memory.weights(quantized) == pytest.approx(saved)
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_measured_by_a_few_layers(tmp_path, monkeypatch):
     new_model(
         tmp_path,
@@ -189,6 +190,7 @@ def test_what_fits_fits(tiny):
     assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), None)
 
 
+@pytest.mark.slow
 def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CONTEXT", 0.0)
     whole = Estimator(load(cfg.TrainConfig, tiny), Gpus(1, 1, GB)).estimate()
@@ -248,9 +250,7 @@ CARD = re.compile(r"_((?:\d+x)?\d+x\d+gb)$")
 
 
 @real
-@pytest.mark.parametrize(
-    "name", [name if name == "geometry3k" else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED])
 def test_a_shipped_config_fits_where_it_says(name, shape):
     """And one of its micro-batches goes through the model forwards and backwards, on tensors without values."""
     config = load(cfg.TrainConfig, name)

@@ -201,6 +201,7 @@ def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
     assert differences.mean() < 0.03 and differences.max() < 0.2
 
 
+@pytest.mark.vllm
 def test_vllm_without_its_newer_runner_cannot_tell_experts(tmp_path, monkeypatch):
     """On a CPU it has only the older one."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
