@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from tests.conftest import ROOT, example
@@ -33,10 +35,7 @@ def blocks(language: str) -> list[str]:
 
 
 LINES = [line for block in blocks("bash") for line in block.splitlines()]
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--help"),
-    "accelerate": ("accelerate.commands.accelerate_cli", "launch", "--help"),
-}
+LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 
 
@@ -47,9 +46,7 @@ def test_commands_are_valid(command):
     if program in LAUNCHERS:
         words = shlex.split(command)
         start = words.index("vlm_sapo.cli")
-        help_text = subprocess.run(
-            [sys.executable, "-m", *LAUNCHERS[program]], capture_output=True, text=True, check=True
-        ).stdout
+        help_text = LAUNCHERS[program]().format_help()
         options = [word for word in words[:start] if word.startswith("--")]
         assert all(option in help_text for option in options)
         program, verb, *rest = "vlm-sapo", *words[start + 1 :]

@@ -63,7 +63,11 @@ def weights(policy):
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["", "replay"])
-@pytest.mark.parametrize("other", [(SharedPrefix(), 1), (Plain(), 10**6), (Plain(), 120)], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [(SharedPrefix(), 1), (Plain(), 10**6), (Plain(), 120)],
+    ids=lambda other: f"{other[0].name} {other[1]}",
+)
 def test_an_update_depends_on_neither_budget_nor_layout(folder, groups, replay, other):
     """Weights after two mini-batches with the balance loss on, of which the second is off policy."""
     loss = replace(loss_of(), balance=0.5)
