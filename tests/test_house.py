@@ -11,7 +11,18 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"types", "config", "configfile", "algo", "plugins", "yamlfile", "dataconfig", "rolloutconfig", "world"},
+    {
+        "types",
+        "config",
+        "configfile",
+        "algo",
+        "plugins",
+        "yamlfile",
+        "dataconfig",
+        "rolloutconfig",
+        "launchconfig",
+        "world",
+    },
     {"data", "models", "rewards"},
     {"rollout", "reporting"},
     {"planning.inspect", "planning.duplicates", "planning.doctor", "planning.memory", "planning.passes"},

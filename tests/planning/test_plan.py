@@ -12,6 +12,7 @@ from tests.conftest import CORPUS, SHARED
 from vlm_sapo import config as cfg
 from vlm_sapo.cli import app
 from vlm_sapo.configfile import load
+from vlm_sapo.launchconfig import check
 from vlm_sapo.models import simulate
 from vlm_sapo.models.layout import SharedPrefix
 from vlm_sapo.models.logprobs import Pass
@@ -23,7 +24,7 @@ from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, Gpus, Held
 from vlm_sapo.planning.nearest import nearest
 from vlm_sapo.planning.passes import Load, Rows
-from vlm_sapo.planning.plan import check_gpus, parse_gpus, plan_command
+from vlm_sapo.planning.plan import parse_gpus, plan_command
 from vlm_sapo.plugins import shipped
 
 CONFIGS = SHARED / "processors/configs"
@@ -173,17 +174,27 @@ def test_gpus_are_read():
 @pytest.mark.parametrize(
     ("override", "gpus", "sentence"),
     [
-        (
-            "run.seed=1",
-            "4x80GB",
-            "must not be more than the prompts of a mini-batch (2); use train.prompts_per_step=16",
-        ),
-        ("train.shard=3", "2x80GB", "train.shard (3) must divide the number of GPUs (2); use 1 or all"),
+        ("run.seed=1", Gpus(1, 4, GB), "prompts_per_step / minibatches (2) must be divisible by"),
+        ("train.shard=3", Gpus(1, 2, GB), "train.shard (3) must divide the number of processes (2"),
+        ("train.optimizer=adamw_8bit", Gpus(1, 2, GB), "can't be sharded"),
     ],
 )
-def test_gpus_that_cannot_share_the_work(tiny, override, gpus, sentence):
+def test_what_train_would_refuse_is_not_planned(tiny, override, gpus, sentence):
+    """With train's own sentences."""
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        check_gpus(load(cfg.TrainConfig, tiny, [override]), parse_gpus(gpus))
+        plan_command(tiny, ["train.shard=all", override], gpus, None)
+
+
+def test_no_setting_is_near_that_train_would_refuse(tiny, monkeypatch):
+    """8-bit moments would fit sooner, and can't be sharded."""
+    monkeypatch.setattr(memory, "CONTEXT", 0.0)
+    whole, eight = (
+        Estimator(load(cfg.TrainConfig, tiny, ["train.shard=all", *more]), Gpus(1, 2, GB)).estimate().peak
+        for more in ([], ["train.optimizer=adamw_8bit"])
+    )
+    gpus = Gpus(1, 2, (whole + eight) // 2)
+    changes, found = nearest(tiny, ["train.shard=all"], gpus)
+    assert found.fits and check(load(cfg.TrainConfig, tiny, ["train.shard=all", *changes]), 2) == 2
 
 
 def test_what_fits_fits(tiny):
@@ -258,6 +269,6 @@ def test_a_shipped_config_fits_where_it_says(name, shape):
     config = load(cfg.TrainConfig, name, [f"model.path={path}"])
     card = CARD.search(name)
     gpus = parse_gpus(card.group(1) if card else "1x80GB")
-    check_gpus(config, gpus)
+    check(config, gpus.count)
     found = Estimator(config, gpus).estimate()
     assert found.fits, found

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
-from vlm_sapo.training.launch import check
+from vlm_sapo.launchconfig import check
 from vlm_sapo.training.trainer import train
 
 BASE = {
@@ -27,27 +27,36 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "size", "shard", "message"),
+    ("overrides", "size", "message"),
     [
-        ([], 3, 1, r"prompts_per_step / minibatches \(8\) must be divisible by .*\(3\).*use 6 or 9"),
-        ([], 16, 1, r"prompts_per_step / minibatches \(8\) .* processes \(16\).*use 16, or start another"),
-        (["train.shard=3"], 8, 3, r"train.shard \(3\) must divide .* \(8\); use one of 1, 2, 4, 8, or all"),
-        (["train.optimizer=adamw_8bit"], 2, 2, r"train.optimizer \(adamw_8bit\) can't be sharded"),
-        (["train.optimizer=adamw_8bit", "train.offload=true"], 1, 1, r"or offloaded; use adamw"),
-        (["model.lora.bits=4"], 2, 2, r"model.lora.bits \(4\) can't be sharded"),
-        (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, 1, r"tensor_parallel must be 1"),
-        (["rollout.engine=vllm_server", "rollout.engine.weights=nccl"], 2, 2, r"nccl.* use folder"),
+        ([], 3, r"prompts_per_step / minibatches \(8\) must be divisible by .*\(3, .*use 6 or 9"),
+        ([], 16, r"prompts_per_step / minibatches \(8\) .* processes \(16, .*use 16, or another"),
+        (["train.shard=3"], 8, r"train.shard \(3\) must divide .* \(8, .*use one of 1, 2, 4, 8, or all"),
+        (
+            ["train.optimizer=adamw_8bit", "train.shard=2"],
+            2,
+            r"train.optimizer \(adamw_8bit\) can't be sharded",
+        ),
+        (["train.optimizer=adamw_8bit", "train.offload=true"], 1, r"or offloaded; use adamw"),
+        (["model.lora.bits=4", "train.shard=all"], 2, r"model.lora.bits \(4\) can't be sharded"),
+        (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, r"tensor_parallel must be 1"),
+        (
+            ["rollout.engine=vllm_server", "rollout.engine.weights=nccl", "train.shard=2"],
+            2,
+            r"nccl.* use folder",
+        ),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_loaded(overrides, size, shard, message, tmp_path):
+def test_what_does_not_fit_is_said_before_anything_is_loaded(overrides, size, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        check(load(*overrides, tmp_path=tmp_path), size, shard)
+        check(load(*overrides, tmp_path=tmp_path), size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_what_fits_passes(size, tmp_path):
-    for shard in (1, size):
-        check(load("rollout.engine=vllm_server", tmp_path=tmp_path), size, shard)
+    for wanted, shard in (("1", 1), ("all", size)):
+        options = ("rollout.engine=vllm_server", f"train.shard={wanted}")
+        assert check(load(*options, tmp_path=tmp_path), size) == shard
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from vlm_sapo.models import adapters, attention
 from vlm_sapo.models.attention import Prefix
+from vlm_sapo.models.decoding import new_cache
 from vlm_sapo.models.vlm import VLM, part_of, silence_dropout
 from vlm_sapo.types import Example, Prompt
 
@@ -178,13 +179,13 @@ def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
 
 @contextmanager
 def _shallow(vlm: VLM, depth: int) -> Iterator[None]:
-    language = vlm.model.model.language_model
+    language, config = vlm.model.model.language_model, vlm.model.config.get_text_config()
     layers = language.layers
-    language.layers = layers[:depth]
+    language.layers, config.num_hidden_layers = layers[:depth], depth
     try:
         yield
     finally:
-        language.layers = layers
+        language.layers, config.num_hidden_layers = layers, len(layers)
 
 
 def at_full_depth(vlm: VLM, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -199,14 +200,9 @@ def at_full_depth(vlm: VLM, measure: Callable[[], tuple[int, ...]]) -> tuple[int
     return tuple(a + (b - a) * (layers - DEPTH) // DEPTH for a, b in zip(few, twice, strict=True))
 
 
-def empty_cache(vlm: VLM) -> DynamicCache:
-    """A cache for keys and values."""
-    return DynamicCache(config=vlm.model.config.get_text_config())
-
-
 def running_cache(vlm: VLM, prefix: Prefix, branches: int, tokens: int) -> DynamicCache:
     """The keys and values of so many branches with so many tokens each, behind a prefix."""
-    cache = empty_cache(vlm)
+    cache = new_cache(vlm)
     for number, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         shape = (branches, key.shape[1], tokens, key.shape[3])
         cache.update(torch.empty(shape, dtype=key.dtype), torch.empty(shape, dtype=value.dtype), number)

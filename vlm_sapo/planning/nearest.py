@@ -7,6 +7,7 @@ from itertools import product
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.configfile import load
+from vlm_sapo.launchconfig import check
 from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, Estimate, Gpus
 from vlm_sapo.rolloutconfig import Vllm
@@ -36,6 +37,8 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, E
         return next((option for option in options if estimator(*others, *option).estimate().fits), None)
 
     for large in _large(load(TrainConfig, name, overrides), gpus):
+        if not _allowed(load(TrainConfig, name, [*overrides, *large]), gpus):
+            continue
         base = estimator(*large)
         if base.least > gpus.memory:
             continue
@@ -69,10 +72,16 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
         adapters,
     )
     for chosen in sorted(options, key=lambda chosen: sum(cost for cost, _ in chosen)):
-        changes = tuple(change for _, group in chosen for change in group)
-        sharded = config.train.shard != 1 or SHARD in chosen or OFFLOAD in chosen
-        if not (sharded and (FOUR_BITS in chosen or FEWER_BITS in chosen)):
-            yield changes
+        yield tuple(change for _, group in chosen for change in group)
+
+
+def _allowed(config: TrainConfig, gpus: Gpus) -> bool:
+    """Whether `train` would take it."""
+    try:
+        check(config, gpus.count)
+    except ValueError:
+        return False
+    return True
 
 
 def _small(config: TrainConfig) -> list[Changes]:

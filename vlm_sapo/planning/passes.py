@@ -10,11 +10,11 @@ from functools import lru_cache
 import torch
 
 from vlm_sapo.models import simulate
-from vlm_sapo.models.attention import Branched, Prefix, Segments
+from vlm_sapo.models.decoding import SharedBranches
 from vlm_sapo.models.layout import Branches, SharedPrefix
 from vlm_sapo.models.logprobs import CHUNK_LOGITS, Pass
+from vlm_sapo.models.routing import NoJournal
 from vlm_sapo.models.simulate import Memory, Simulation
-from vlm_sapo.models.vision import Features
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.planning.memory import FOUR_BITS, Held
 from vlm_sapo.rollout.hf import sample
@@ -209,20 +209,19 @@ def generating(load: Load, rows: Rows, at_once: int) -> Generating:
         vlm.eval()
         prompts = [simulate.draw_prompt(vlm, rows.prompt, rows.image) for _ in range(at_once)]
         with Memory() as memory, _precision(load):
-            features = vlm.vision(prompts)
-        used = 0 if vlm.vision.frozen else memory.live
-        prefill, decode, cache = simulate.at_full_depth(
-            vlm, lambda: _generate(vlm, prompts, features, rows, load)
-        )
+            vlm.vision(prompts)
+        looking = memory.peak - (memory.live if vlm.vision.frozen else 0)
+        with _looked(vlm, prompts):
+            prefill, decode, cache = simulate.at_full_depth(vlm, lambda: _generate(vlm, prompts, rows, load))
         vlm.train()
-    peak = max(memory.peak - memory.live + used, prefill + used, decode)
+    peak = max(looking, prefill, decode)
     return Generating(peak - cache, cache)
 
 
-def _generate(vlm: VLM, prompts: list[Prompt], features: Features, rows: Rows, load: Load) -> tuple[int, ...]:
+def _generate(vlm: VLM, prompts: list[Prompt], rows: Rows, load: Load) -> tuple[int, ...]:
     """The highest memory of the prefill and of the last token, and that of all keys and values."""
     with Memory() as memory, _precision(load):
-        prefix = _prefill(vlm, prompts, features)
+        prefix = SharedBranches.prefill(vlm, prompts, rows.group, NoJournal())[1].prefix
         prefill = memory.peak
         branches, before = len(prompts) * rows.group, memory.live
         cache = simulate.running_cache(vlm, prefix, branches, rows.response - 1)
@@ -236,24 +235,6 @@ def _generate(vlm: VLM, prompts: list[Prompt], features: Features, rows: Rows, l
         )
         sample(vlm.logits(hidden[:, -1]), torch.empty((branches,), dtype=torch.float64))
         return prefill, memory.peak, kept
-
-
-def _prefill(vlm: VLM, prompts: list[Prompt], features: Features) -> Prefix:
-    """The keys and values of prompts, as the embedded engine makes them."""
-    lengths = [len(prompt.ids) for prompt in prompts]
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = (ends - torch.tensor(lengths)).tolist()
-    cache = simulate.empty_cache(vlm)
-    hidden = vlm.hidden(
-        ids=torch.cat([prompt.ids for prompt in prompts])[None],
-        positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None],
-        features=features,
-        cache=cache,
-        segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
-    )
-    vlm.logits(hidden[0, ends - 1])
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return Prefix.from_row([layer.keys for layer in layers], [layer.values for layer in layers], lengths)
 
 
 def _precision(load: Load) -> AbstractContextManager:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.configfile import dump, load
+from vlm_sapo.launchconfig import check
 from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, PHASES, Estimate, Gpus
 from vlm_sapo.planning.nearest import nearest
@@ -31,7 +32,7 @@ def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Pat
     fits as it is. `recommend` is where the config that fits is written."""
     console = Console()
     config = load(TrainConfig, name, overrides)
-    check_gpus(config, gpus)
+    check(config, gpus.count)
     found = Estimator(config, gpus).estimate()
     _print(config, found, console)
     changes: tuple[str, ...] = ()
@@ -44,23 +45,6 @@ def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Pat
         recommend.write_text(dump(load(TrainConfig, name, [*overrides, *changes])), encoding="utf-8")
         console.say(f"the config that fits is in {recommend}")
     return found.fits
-
-
-def check_gpus(config: TrainConfig, gpus: Gpus) -> None:
-    """Raises ValueError where the GPUs can't share the work."""
-    train = config.train
-    minibatch = train.prompts_per_step // train.minibatches
-    if gpus.count > minibatch:
-        raise ValueError(
-            f"--gpus ({gpus.count} of them) must not be more than the prompts of a mini-batch ({minibatch}); "
-            f"use train.prompts_per_step={gpus.count * train.minibatches} or fewer GPUs"
-        )
-    if train.shard != "all" and gpus.count % train.shard:
-        fine = [count for count in range(1, gpus.count + 1) if gpus.count % count == 0]
-        raise ValueError(
-            f"train.shard ({train.shard}) must divide the number of GPUs ({gpus.count}); "
-            f"use {', '.join(map(str, fine[:-1]))} or all"
-        )
 
 
 def _print(config: TrainConfig, found: Estimate, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The processes that a launcher started: how many, on which devices, and what their number allows."""
+"""The processes that a launcher started: how many, on which devices, and how they hold the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo import config as cfg
+from vlm_sapo.launchconfig import check
 from vlm_sapo.reporting.console import Console, SilentConsole
 from vlm_sapo.training.copies import Copies, Sharded, Whole
 from vlm_sapo.world import World
@@ -39,8 +40,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     """Joins the processes that were started together. Raises ValueError where the config does not fit their
     number."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    shard = size if config.train.shard == "all" else config.train.shard
-    check(config, size, shard)
+    shard = check(config, size)
     if (size > 1 or config.train.offload) and not dist.is_initialized():
         _connect(size)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
@@ -63,54 +63,6 @@ def _connect(size: int) -> None:
     if devices:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=SLOWEST, **alone)
-
-
-def check(config: cfg.TrainConfig | cfg.SftConfig, size: int, shard: int) -> None:
-    """Whether a config fits so many processes, of which `shard` share a copy of the model."""
-    train, engine = config.train, config.rollout.engine
-    if isinstance(train, cfg.Train):
-        minibatch, name = train.prompts_per_step // train.minibatches, "prompts_per_step / minibatches"
-    else:
-        minibatch, name = train.rows_per_step, "rows_per_step"
-    if minibatch % size:
-        times = [minibatch // size * size, minibatch // size * size + size]
-        options = " or ".join(str(number) for number in times if number)
-        raise ValueError(
-            f"train.{name} ({minibatch}) must be divisible by the number of processes ({size}), since a "
-            f"group stays in one; use {options}, or start another number of processes"
-        )
-    if size % shard:
-        divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
-        raise ValueError(
-            f"train.shard ({shard}) must divide the number of processes ({size}); use one of {divisors}, or "
-            "all"
-        )
-    sharded = shard > 1 or train.offload
-    four_bits = config.model.lora is not None and config.model.lora.bits
-    for wrong, message in (
-        (
-            sharded and train.optimizer != "adamw",
-            f"train.optimizer ({train.optimizer}) can't be sharded or offloaded; use adamw, or "
-            "train.shard=1 without train.offload",
-        ),
-        (
-            sharded and four_bits,
-            "model.lora.bits (4) can't be sharded or offloaded; leave it out, or use train.shard=1 without "
-            "train.offload",
-        ),
-        (
-            size > 1 and engine.type == "vllm" and engine.tensor_parallel > 1,
-            f"rollout.engine.tensor_parallel must be 1 where {size} processes train, each with an engine of "
-            "its own; use vllm_server for engines on several GPUs",
-        ),
-        (
-            shard > 1 and engine.type == "vllm_server" and engine.weights == "nccl",
-            "rollout.engine.weights (nccl) sends whole weights from one process, and with train.shard each "
-            "has parts; use folder",
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
 
 
 def build_copies(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Copies:
