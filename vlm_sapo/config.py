@@ -249,8 +249,8 @@ class Optim(Section):
     """Processes (GPUs) that share one copy of the weights, gradients and optimizer state; a divisor of their
     number, or all. With 1 each has a whole copy."""
     offload: bool = False
-    """Keep trained weights, gradients and optimizer state in host memory and bring each layer to the GPU when
-    it is needed: slow, and the least memory."""
+    """Keep weights (except a frozen vision tower's), gradients and optimizer state in host memory and bring
+    each layer to the GPU when it is needed: slow, and the least memory."""
     tokens_per_microbatch: Positive = 16384
     """Most tokens, padding included, that go through the model at once; it never changes the gradient."""
     layout: Literal["shared", "plain"] = "shared"

@@ -101,11 +101,11 @@ class Runs:
         config = configfile.load(kind, run["config"], run["overrides"])
         (sft if run["verb"] == "sft" else train)(config)
 
-    def in_two(self, *runs: dict) -> None:
-        """In two processes."""
+    def in_several(self, *runs: dict, processes: int = 2) -> None:
+        """In several processes."""
         listed = self.folder / "runs.json"
         listed.write_text(json.dumps(runs))
-        done = launch("-m", "tests.distributed.worker", str(listed))
+        done = launch("-m", "tests.distributed.worker", str(listed), processes=processes)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def runs(tmp_path_factory, model_folder):
     engine = f"rollout.engine={{{{type: vllm_server, servers: ['{server.url}'], patience: 20}}}}"
     served = ("data.max_prompt_tokens=256", engine, "rollout.ahead=1", "algo.correction=truncated")
     made.here(made.run("served", *served))
-    made.in_two(
+    made.in_several(
         *two,
         made.run("served-copies", *served),
         made.run("served-sharded", *served, *SHARDED),
@@ -154,6 +154,8 @@ def runs(tmp_path_factory, model_folder):
             "skipping", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}", "data.on_error=skip"
         ),
     )
+    made.resumed_from("served-two-then-one", "served-copies", 2)
+    made.here(made.run("served-two-then-one", *served))
     server.close()
     return made
 
@@ -213,6 +215,14 @@ def test_a_run_goes_on_with_another_number_of_processes(runs):
     assert same(runs.final("plain"), runs.final("plain-two-then-one"))
 
 
+def test_two_copies_of_two_parts(runs):
+    """Four processes, as on two nodes that each hold a copy."""
+    once = "train.minibatches=1"
+    runs.here(runs.run("once", once))
+    runs.in_several(runs.run("once-in-four", once, "train.shard=2"), processes=4)
+    assert same(runs.final("once"), runs.final("once-in-four"))
+
+
 def test_a_row_that_fails_in_one_process_ends_both_with_its_name(runs):
     failures = [(runs.folder / f"bad/failure_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("train-5" in failure and "answer" in failure for failure in failures)
@@ -237,6 +247,10 @@ def test_all_processes_draw_from_servers_that_one_brings_weights(runs, held):
     assert same(runs.final("served"), runs.final(f"served-{held}"), bound=1e-4)
     behind = [row["rollout/updates_behind"] for row in runs.metrics(f"served-{held}")]
     assert behind == [0, 2, 2]
+
+
+def test_groups_drawn_ahead_are_passed_on_to_another_number_of_processes(runs):
+    assert same(runs.final("served"), runs.final("served-two-then-one"), bound=1e-4)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

@@ -188,13 +188,15 @@ def test_what_train_would_refuse_is_not_planned(tiny, override, gpus, sentence):
 def test_no_setting_is_near_that_train_would_refuse(tiny, monkeypatch):
     """8-bit moments would fit sooner, and can't be sharded."""
     monkeypatch.setattr(memory, "CONTEXT", 0.0)
+    overrides = ["train.shard=all", "model.gradient_checkpointing=true", "rollout.prompts_per_batch=1"]
+    overrides += ["data.max_prompt_tokens=12", "rollout.max_tokens=2", "rollout.group=2"]
+    overrides += ["train.tokens_per_microbatch=14"]
     whole, eight = (
-        Estimator(load(cfg.TrainConfig, tiny, ["train.shard=all", *more]), Gpus(1, 2, GB)).estimate().peak
+        Estimator(load(cfg.TrainConfig, tiny, [*overrides, *more]), Gpus(1, 2, GB)).estimate().peak
         for more in ([], ["train.optimizer=adamw_8bit"])
     )
-    gpus = Gpus(1, 2, (whole + eight) // 2)
-    changes, found = nearest(tiny, ["train.shard=all"], gpus)
-    assert found.fits and check(load(cfg.TrainConfig, tiny, ["train.shard=all", *changes]), 2) == 2
+    changes, found = nearest(tiny, overrides, Gpus(1, 2, int(whole + eight) // 2))
+    assert found.fits and check(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
 
 
 def test_what_fits_fits(tiny):
