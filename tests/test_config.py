@@ -33,11 +33,14 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
     assert configfile.load(kind_of(name), str(tmp_path / "again.yaml")) == config
 
 
-def test_numbers_are_numbers(load):
-    config = load(["train.lr=1e-6", "algo.objective.tau_neg=1.2", "data.args.rate=1e-3"])
+def test_numbers_are_numbers_and_no_is_a_word(load):
+    config = load(
+        ["train.lr=1e-6", "algo.objective.tau_neg=1.2", "data.args.rate=1e-3", "train.precision=no"]
+    )
     assert config.train.lr == 1e-6
     assert config.algo.objective.tau_neg == 1.2
     assert config.data.args["rate"] == 1e-3
+    assert config.train.precision == "no"
 
 
 def test_overrides_reach_lists_and_replace_values(load):

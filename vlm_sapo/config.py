@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 from vlm_sapo.rolloutconfig import Rollout
@@ -240,7 +240,10 @@ class Optim(Section):
     """AdamW's decay rates."""
     max_grad_norm: Rate = 1.0
     """Gradients are scaled down to this norm."""
-    precision: Literal["no", "bf16"] = "no"
+    precision: Annotated[
+        Literal["no", "bf16"],
+        BeforeValidator(lambda given: "no" if given is False else given),  # what YAML makes of no
+    ] = "no"
     """`bf16` computes in bfloat16 under autocast, log-probs and weights staying as they are."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """`adamw_8bit` holds the optimizer's two moments in 8 bits, `paged_...` besides lets them move to host

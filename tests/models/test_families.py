@@ -321,3 +321,11 @@ def test_another_family_is_refused_before_it_is_loaded(tmp_path):
         load_vlm(str(tmp_path))
     with pytest.raises(ValueError, match=r"--family \(qwen9\) must be one of .*qwen3_5_moe \(Qwen3.5-MoE\)"):
         new_model(tmp_path / "new", family="qwen9", corpus=CORPUS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_model_of_the_command_s_own_size_answers(family, tmp_path):
+    new_model(tmp_path, family=family, corpus=CORPUS)
+    vlm = load_vlm(str(tmp_path))
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts_of(vlm), Sampling(2, 4, 1.0, seed=5))
+    assert all(len(drawn.ids) for completions in groups for drawn in completions)

@@ -38,7 +38,9 @@ class Shape:
 
 
 def qwen2_text(shape: Shape) -> dict:
-    return rotary(shape.head_dim)
+    """All heads together are as wide as the model, so the head's size decides their number."""
+    heads = shape.hidden // shape.head_dim
+    return rotary(shape.head_dim) | {"num_attention_heads": heads, "num_key_value_heads": heads // 2 or 1}
 
 
 def qwen3_text(shape: Shape) -> dict:
