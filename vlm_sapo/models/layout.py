@@ -169,6 +169,11 @@ class Plain:
         )
 
 
+def choose(name: str, *, attends_fully: bool) -> Layout:
+    """`plain`, or `shared` where every layer's attention can be shared."""
+    return SharedPrefix() if name == "shared" and attends_fully else Plain()
+
+
 def _following(prompt: Prompt, count: int) -> torch.Tensor:
     """[3, count] rotary positions of the tokens behind a prompt."""
     return (prompt.positions.max() + 1 + torch.arange(count)).expand(3, -1)

@@ -15,27 +15,31 @@ from weakref import finalize
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models import adapters, attention
-from vlm_sapo.models.attention import Prefix
-from vlm_sapo.models.decoding import new_cache
+from vlm_sapo.models.decoding import Branches, ForkedBranches
 from vlm_sapo.models.vlm import VLM, part_of, silence_dropout
 from vlm_sapo.types import Example, Prompt
 
 LARGEST_KNOWN = 2**22
 """Elements of the largest tensor that keeps its values."""
+WHOLE_NUMBERS = (torch.int64, torch.bool)
+"""Types of ids, positions and masks."""
 MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 DEPTH = 2
-"""Decoder layers that are run; a model's memory is linear in their number."""
+"""Decoder layers that are run, or as many as there are kinds in turn; a model's memory is linear in their
+number."""
 
 
 class Simulation(FakeTensorMode):
-    """Inside, new tensors have no values, except what is computed from values alone: ranges, lists of numbers
-    and all that comes of them."""
+    """Inside, new tensors have no values, except whole numbers and what is computed from values alone:
+    ranges, lists of numbers and all that comes of them."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -44,7 +48,8 @@ class Simulation(FakeTensorMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         known = all(_is_known(tensor) for tensor in given)
-        if known and (given or not any(isinstance(argument, list | tuple) for argument in args)):
+        sized = any(isinstance(argument, list | tuple) for argument in args)
+        if known and (given or not sized or kwargs.get("dtype") in WHOLE_NUMBERS):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func in MASKED:  # the shape depends on a mask's values
@@ -191,19 +196,28 @@ def _shallow(vlm: VLM, depth: int) -> Iterator[None]:
 def at_full_depth(vlm: VLM, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     """What `measure` would give for the whole model, from two runs with a few of its decoder layers."""
     layers = len(vlm.model.model.language_model.layers)
-    if layers <= 2 * DEPTH:
+    depth = DEPTH if vlm.attends_fully else _period(vlm.model.config.get_text_config().layer_types)
+    if layers <= 2 * depth:
         return measure()
-    with _shallow(vlm, DEPTH):
+    with _shallow(vlm, depth):
         few = measure()
-    with _shallow(vlm, 2 * DEPTH):
+    with _shallow(vlm, 2 * depth):
         twice = measure()
-    return tuple(a + (b - a) * (layers - DEPTH) // DEPTH for a, b in zip(few, twice, strict=True))
+    return tuple(a + (b - a) * (layers - depth) // depth for a, b in zip(few, twice, strict=True))
 
 
-def running_cache(vlm: VLM, prefix: Prefix, branches: int, tokens: int) -> DynamicCache:
-    """The keys and values of so many branches with so many tokens each, behind a prefix."""
-    cache = new_cache(vlm)
-    for number, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        shape = (branches, key.shape[1], tokens, key.shape[3])
-        cache.update(torch.empty(shape, dtype=key.dtype), torch.empty(shape, dtype=value.dtype), number)
-    return cache
+def _period(kinds: list[str]) -> int:
+    """Layers from one with full attention to the next."""
+    full = [place for place, kind in enumerate(kinds) if kind == "full_attention"]
+    return full[1] - full[0] if len(full) > 1 else len(kinds)
+
+
+def lengthen(branches: Branches, tokens: int) -> None:
+    """Lets branches that have begun be so many tokens longer."""
+    for number, layer in enumerate(branches.cache.layers):
+        if isinstance(layer, DynamicLayer):
+            shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[3])
+            keys, values = (torch.empty(shape, dtype=old.dtype) for old in (layer.keys, layer.values))
+            branches.cache.update(keys, values, number)
+    if isinstance(branches, ForkedBranches):
+        branches.mask = pad(branches.mask, (0, tokens), value=True)

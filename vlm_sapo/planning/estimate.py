@@ -148,6 +148,7 @@ def load_of(config: TrainConfig, *, sharded: bool) -> Load:
         rank=lora.rank if lora else None,
         parts=tuple(sorted(lora.parts)) if lora else (),
         bits=lora.bits if lora else None,
+        layout=config.train.layout,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from vlm_sapo.models import simulate
-from vlm_sapo.models.decoding import SharedBranches
-from vlm_sapo.models.layout import Branches, SharedPrefix
+from vlm_sapo.models.decoding import prefill
+from vlm_sapo.models.layout import Branches, Inputs, choose
 from vlm_sapo.models.logprobs import CHUNK_LOGITS, Pass
 from vlm_sapo.models.routing import NoJournal
 from vlm_sapo.models.simulate import Memory, Simulation
@@ -33,6 +33,7 @@ class Load:
     rank: int | None = None
     parts: tuple[str, ...] = ()
     bits: int | None = None
+    layout: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Generating:
 @lru_cache(maxsize=2)
 def opened(load: Load) -> tuple[Simulation, VLM]:
     """The model without values, with the mode that it lives in."""
-    mode, vlm = simulate.outline(
+    return simulate.outline(
         load.path,
         dtype=load.dtype,
         gradient_checkpointing=load.gradient_checkpointing,
@@ -75,12 +76,6 @@ def opened(load: Load) -> tuple[Simulation, VLM]:
         rank=load.rank,
         parts=load.parts,
     )
-    if not vlm.attends_fully:
-        raise ValueError(
-            f"model.path ({load.path}) has layers without full attention, which plan can't measure yet; "
-            "use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
-    return mode, vlm
 
 
 @lru_cache(maxsize=64)
@@ -103,16 +98,16 @@ def training(load: Load, rows: Rows) -> Training:
     """A micro-batch's forward and backward pass, beside weights, gradients and kept features."""
     mode, vlm = opened(load)
     with mode:
-        groups = micro_batch(vlm, rows)
-        prompts = [prompt for prompt, _ in groups]
+        groups = micro_batch(vlm, rows, load.layout)
+        inputs = choose(load.layout, attends_fully=vlm.attends_fully).inputs(groups)
         for parameter in vlm.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        look = Look(0, 0, 0, 0) if vlm.vision.frozen else _learn_to_look(vlm, prompts, load)
-        with _looked(vlm, prompts) as features:
-            forward, backward = simulate.at_full_depth(vlm, lambda: _update(vlm, groups, load))
+        look = Look(0, 0, 0, 0) if vlm.vision.frozen else _learn_to_look(vlm, inputs.prompts, load)
+        with _looked(vlm, inputs.prompts) as features:
+            forward, backward = simulate.at_full_depth(vlm, lambda: _update(vlm, inputs, load))
         peak = max(look.forward, look.inside + forward, look.saved + backward, look.backward)
-        logits = _scoring(vlm, load, sum(len(ids) for _, given in groups for ids in given))
-    kept = features // len(prompts) if vlm.vision.frozen else 0
+        logits = _scoring(vlm, load, len(inputs.targets))
+    kept = features // len(groups) if vlm.vision.frozen else 0
     return Training(peak - logits, logits, kept, vlm.vision.budget)
 
 
@@ -146,7 +141,7 @@ def _looked(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
     trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
     visual.requires_grad_(False)
     vlm.vision(prompts)
-    kept = [vlm.vision.kept[prompt] for prompt in prompts if prompt in vlm.vision.kept]
+    kept = [vlm.vision.kept[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.kept]
     for tensor in (tensor for item in kept for tensor in (item.tokens, *item.deep)):
         tensor.requires_grad_(bool(trained))
     yield sum(item.num_bytes for item in kept)
@@ -162,9 +157,20 @@ def picture(load: Load, rows: Rows) -> int:
     return 0 if pixels is None else pixels.nbytes
 
 
-def micro_batch(vlm: VLM, rows: Rows) -> list[Branches]:
+def micro_batch(vlm: VLM, rows: Rows, layout: str = "shared") -> list[Branches]:
     """Groups that fill the budget, the last one with fewer responses; at least one response."""
-    groups: list[Branches] = []
+    shared = layout == "shared" and vlm.attends_fully
+    return [
+        (
+            simulate.draw_prompt(vlm, rows.prompt, rows.image),
+            [torch.tensor([0] * length) for length in lengths],
+        )
+        for lengths in (_branches(rows) if shared else _copies(rows))
+    ]
+
+
+def _branches(rows: Rows) -> Iterator[list[int]]:
+    """The lengths of each group's responses, where a group has its prompt once."""
     left = max(rows.budget, rows.prompt + rows.response)
     while left > rows.prompt:
         lengths = []
@@ -172,16 +178,22 @@ def micro_batch(vlm: VLM, rows: Rows) -> list[Branches]:
         while left > 0 and len(lengths) < rows.group:
             lengths.append(min(rows.response, left))
             left -= lengths[-1]
-        prompt = simulate.draw_prompt(vlm, rows.prompt, rows.image)
-        groups.append((prompt, [torch.tensor([0] * length) for length in lengths]))
-    return groups
+        yield lengths
 
 
-def _update(vlm: VLM, groups: Sequence[Branches], load: Load) -> tuple[int, int]:
+def _copies(rows: Rows) -> Iterator[list[int]]:
+    """The same where each response has its own prompt."""
+    left = max(1, rows.budget // (rows.prompt + rows.response))
+    while left:
+        yield [rows.response] * min(left, rows.group)
+        left -= min(left, rows.group)
+
+
+def _update(vlm: VLM, inputs: Inputs, load: Load) -> tuple[int, int]:
     """The highest memory of the forward and of the backward pass."""
     with Memory() as memory:
         with _precision(load):
-            logprobs, entropies = Pass(vlm)(SharedPrefix().inputs(groups))
+            logprobs, entropies = Pass(vlm)(inputs)
         loss, forward = logprobs.sum(), memory.peak
         memory.peak = memory.live
         loss.backward()
@@ -212,29 +224,24 @@ def generating(load: Load, rows: Rows, at_once: int) -> Generating:
             vlm.vision(prompts)
         looking = memory.peak - (memory.live if vlm.vision.frozen else 0)
         with _looked(vlm, prompts):
-            prefill, decode, cache = simulate.at_full_depth(vlm, lambda: _generate(vlm, prompts, rows, load))
+            reading, decode, cache = simulate.at_full_depth(vlm, lambda: _generate(vlm, prompts, rows, load))
         vlm.train()
-    peak = max(looking, prefill, decode)
+    peak = max(looking, reading, decode)
     return Generating(peak - cache, cache)
 
 
 def _generate(vlm: VLM, prompts: list[Prompt], rows: Rows, load: Load) -> tuple[int, ...]:
     """The highest memory of the prefill and of the last token, and that of all keys and values."""
     with Memory() as memory, _precision(load):
-        prefix = SharedBranches.prefill(vlm, prompts, rows.group, NoJournal())[1].prefix
-        prefill = memory.peak
-        branches, before = len(prompts) * rows.group, memory.live
-        cache = simulate.running_cache(vlm, prefix, branches, rows.response - 1)
-        kept = memory.live - before + sum(tensor.nbytes for tensor in (*prefix.keys, *prefix.values))
-        memory.peak = memory.live
-        hidden = vlm.hidden(
-            ids=torch.tensor([[0]] * branches),
-            positions=torch.tensor([[rows.prompt]] * branches).expand(3, -1, -1),
-            cache=cache,
-            prefix=prefix,
-        )
-        sample(vlm.logits(hidden[:, -1]), torch.empty((branches,), dtype=torch.float64))
-        return prefill, memory.peak, kept
+        before = memory.live
+        branches = prefill(vlm, prompts, rows.group, NoJournal())[1]
+        highest = memory.peak
+        tokens = torch.tensor([0] * len(prompts) * rows.group)
+        branches.step(tokens, tokens)
+        simulate.lengthen(branches, max(0, rows.response - 2))
+        kept, memory.peak = memory.live - before, memory.live
+        sample(branches.step(tokens, tokens), torch.empty(tokens.shape, dtype=torch.float64))
+        return highest, memory.peak, kept
 
 
 def _precision(load: Load) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models import adapters
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Layout, Plain, SharedPrefix
+from vlm_sapo.models.layout import Layout, choose
 from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
@@ -312,15 +312,12 @@ def _load(
 
 
 def _layout(name: str, vlm: VLM, console: Console) -> Layout:
-    if name == "plain":
-        return Plain()
-    if not vlm.attends_fully:
+    if name == "shared" and not vlm.attends_fully:
         console.warn(
             f"train.layout is shared, but {vlm.model.config.model_type} has layers without full attention; "
             "the plain layout is used"
         )
-        return Plain()
-    return SharedPrefix()
+    return choose(name, attends_fully=vlm.attends_fully)
 
 
 def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
