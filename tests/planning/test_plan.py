@@ -132,8 +132,8 @@ def test_a_deep_model_is_measured_by_a_few_layers(family, layers, tmp_path, monk
             context.setattr(simulate, "DEPTH", layers)
             context.setattr(simulate, "_period", len)
             passes.training.cache_clear(), passes.generating.cache_clear()
-            assert passes.training(load, ROWS) == few
-            assert passes.generating(load, ROWS, 2) == drawn
+            assert vars(passes.training(load, ROWS)) == pytest.approx(vars(few), rel=1e-3)
+            assert vars(passes.generating(load, ROWS, 2)) == pytest.approx(vars(drawn), rel=1e-3)
         passes.training.cache_clear(), passes.generating.cache_clear()
 
 
