@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_sapo.world import ElsewhereError
+from vlm_sapo.world import ElsewhereError, Interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -350,6 +351,10 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except Interrupted as error:
+        if _main_process():
+            words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
+            typer.echo(f"{error}; go on with: {shlex.join(['vlm-sapo', *words])}")
     except ElsewhereError:
         sys.exit(1)  # that process says why
 

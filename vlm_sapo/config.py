@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 from vlm_sapo.rolloutconfig import Rollout
+from vlm_sapo.runconfig import Checkpoint, Log, Run
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Run(Section):
-    name: str = "run"
-    """Name of the run; its folder is `runs/<name>` unless `run.dir` says otherwise."""
-    dir: str | None = None
-    """Folder that everything is written to. A folder with a checkpoint of the same config is resumed."""
-    seed: int = 0
-    """Seeds the order of the data and the sampling."""
-    overwrite: bool = False
-    """Start anew in a folder that holds a run, removing what that run wrote."""
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
 Part = Literal["vision", "merger", "language"]
@@ -312,18 +297,6 @@ class Eval(Section):
     """Reward part that is measured; null for the first one that reads the gold answer."""
 
 
-class Checkpoint(Section):
-    every: Count = 50
-    """Write a checkpoint every so many steps; 0 for never."""
-    keep: Positive = 2
-    """How many checkpoints stay."""
-
-
-class Log(Section):
-    rollouts: Count = 2
-    """Groups per step whose responses go to `rollouts.jsonl`."""
-
-
 PROMPT = ("system", "template", "verifier")
 
 
@@ -352,6 +325,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
+        self.checkpoint.check_best(self.eval.every)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
         if self.algo.correction and self.train.old_logprobs == "rollout":
@@ -388,6 +362,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _complete(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
+        self.checkpoint.check_best(self.eval.every)
         if any("response" not in task.columns for task in self.data.tasks):
             raise ValueError("data.columns.response must name the column with the demonstrations; add it")
         if self.eval.data and not self.reward.parts:

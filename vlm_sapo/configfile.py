@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import yaml
@@ -15,6 +16,25 @@ from vlm_sapo.yamlfile import find, parse, read_mapping
 T = TypeVar("T", bound=Section)
 TYPED = ("engine", "objective", "correction")
 """Sections that their type alone may stand for."""
+HARMLESS = (
+    "run.name",
+    "run.dir",
+    "run.accept_changes",
+    "checkpoint.",
+    "log.",
+    "reward.workers",
+    "rollout.prompts_per_batch",
+    "rollout.engine.servers",
+    "rollout.engine.patience",
+    "rollout.engine.timeout",
+    "rollout.engine.gpu_memory",
+    "model.gradient_checkpointing",
+    "train.tokens_per_microbatch",
+    "train.layout",
+    "train.shard",
+    "train.offload",
+)
+"""Beginnings of fields that change how a run is carried out, and no result of it."""
 VARIANTS = ("sapo", "grpo", "gspo", "cispo", "hf", "vllm", "vllm_server")
 """Values of `type`, which pydantic puts between a section and its fields."""
 
@@ -41,6 +61,44 @@ def check(kind: type[T], values: dict) -> T:
 def dump(config: Section) -> str:
     """The resolved config as YAML; loading it gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field whose value differs between two configs."""
+
+    field: str
+    before: Any
+    after: Any
+    harmless: bool
+    """Whether a run with the new value is still the same run."""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before} -> {self.after}"
+
+
+def differences(before: str, after: str) -> list[Change]:
+    """What changed between two configs that `dump` wrote."""
+    old, new = (_flat(parse(text)) for text in (before, after))
+    constant = new.get("train.schedule") == "constant"
+    return [
+        Change(
+            field,
+            old.get(field, "not there"),
+            new.get(field, "not there"),
+            field.startswith(HARMLESS) or (field == "train.steps" and constant),
+        )
+        for field in sorted(old.keys() | new.keys())
+        if field not in old or field not in new or old[field] != new[field]
+    ]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    prefix = f"{name}." if name else ""
+    return {key: item for part in value for key, item in _flat(value[part], f"{prefix}{part}").items()}
 
 
 def _override(values: dict, override: str) -> None:

@@ -52,9 +52,9 @@ def _check_combinations(config: TrainConfig | SftConfig, size: int, shard: int) 
             "its own; use vllm_server for engines on several GPUs",
         ),
         (
-            shard > 1 and engine.type == "vllm_server" and engine.weights == "nccl",
-            "rollout.engine.weights (nccl) sends whole weights from one process, and with train.shard each "
-            "has parts; use folder",
+            sharded and engine.type == "vllm_server" and engine.weights == "nccl",
+            "rollout.engine.weights (nccl) sends whole weights from a GPU, and with train.shard or "
+            "train.offload it has parts; use folder",
         ),
     ):
         if wrong:

@@ -15,6 +15,10 @@ class ElsewhereError(RuntimeError):
     """Another process failed, and says why itself."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, and did so between two steps."""
+
+
 class World:
     """All processes of a run, or the only one. Where a method says so, all processes must call it, in the
     same order; one that fails instead calls `tell`, which raises ElsewhereError in the others.

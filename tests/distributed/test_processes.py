@@ -76,7 +76,7 @@ class Runs:
             "reward": {"parts": [{"name": f"{folder}/reward.py:even"}], "workers": 1},
             "train": {"steps": 3, "lr": 1e-3, "prompts_per_step": 4, "minibatches": 2},
             "eval": {"data": {"source": "data/shapes.py:rows", "args": {"split": "test", "size": 5}}},
-            "checkpoint": {"every": 1, "keep": 3},
+            "checkpoint": {"every": 1, "keep_last": 3},
         }
         (folder / "train.yaml").write_text(yaml.safe_dump(values))
         for name in ("rollout", "reward"):

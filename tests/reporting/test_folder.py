@@ -1,5 +1,9 @@
 """The run's folder: what it keeps, what it refuses, what a cut-off write leaves."""
 
+import io
+import json
+from pathlib import Path
+
 import pytest
 
 from vlm_sapo.reporting.folder import RunFolder
@@ -8,7 +12,7 @@ from vlm_sapo.reporting.folder import RunFolder
 @pytest.fixture
 def folder(tmp_path):
     made = RunFolder(tmp_path / "run")
-    made.open("a: 1\n", overwrite=False)
+    made.begin("a: 1\n")
     return made
 
 
@@ -30,12 +34,47 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(folder):
     folder.append("metrics.jsonl", {"step": 1})
     (folder.path / "final").mkdir()
     (folder.path / "notes.txt").write_text("mine")
-    folder.open("a: 2\n", overwrite=True)
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "notes.txt"]
+    folder.clear()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
 
 
-def test_a_folder_without_results_takes_another_config(folder):
-    folder.open("a: 2\n", overwrite=False)
+def test_a_config_is_kept_only_with_results(folder):
+    assert folder.stored() is None
     folder.append("metrics.jsonl", {"step": 1})
-    with pytest.raises(ValueError, match="another config, which differs in: a: 2; a: 3"):
-        folder.open("a: 3\n", overwrite=False)
+    assert folder.stored() == "a: 1\n"
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be empty or hold a run"):
+        RunFolder(tmp_path).stored()
+
+
+def test_the_best_evaluations_the_later_one_of_equals(folder):
+    for step, share in enumerate((0.1, 0.5, 0.4, 0.5)):
+        folder.append("evaluations.jsonl", {"step": step, "name": "held-out", "pass@1": share})
+        folder.append("evaluations.jsonl", {"step": step, "name": "other", "pass@1": 1.0})
+    assert folder.best(0) == [] and folder.best(1) == [3] and folder.best(3) == [3, 1, 2]
+
+
+def test_lines_wait_for_a_full_disk(folder, monkeypatch):
+    folder.append("metrics.jsonl", {"step": 1})
+
+    def full(self, lines):
+        self.write('{"step": 2, "na')
+        raise OSError(28, "No space left on device")
+
+    class Full(io.TextIOWrapper):
+        writelines = full
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "open", lambda self, mode, encoding=None: Full(io.FileIO(self, mode)))
+        folder.append("metrics.jsonl", {"step": 2})
+        folder.append("metrics.jsonl", {"step": 3})
+        with pytest.raises(OSError, match="No space left"):
+            folder.settle()
+    assert [row["step"] for row in folder.read("metrics.jsonl")] == [1, 2, 3]
+    assert folder.path.joinpath("metrics.jsonl").read_text() == '{"step": 1}\n'
+    folder.append("metrics.jsonl", {"step": 4})
+    steps = [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]

@@ -77,7 +77,7 @@ def run(model_folder, tmp_path):
         "rollout": {"group": 4, "max_tokens": 8},
         "reward": {"parts": [{"name": f"{tmp_path}/reward.py:even"}], "workers": 1},
         "train": {"steps": 4, "lr": 1e-3, "prompts_per_step": 4, "minibatches": 2},
-        "checkpoint": {"every": 2, "keep": 2},
+        "checkpoint": {"every": 2, "keep_last": 2},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -104,7 +104,7 @@ def test_a_finished_run_is_reported_and_another_config_refused(settings, tmp_pat
     first = train(settings())
     assert train(settings()) == first
     assert "this run is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds a run with another config, which differs in: lr"):
+    with pytest.raises(ValueError, match="holds a run with another config: train.lr: 0.001 -> 0.0001. Cho"):
         train(settings("train.lr=1e-4"))
     train(settings("train.lr=1e-4", "train.steps=2", "run.overwrite=true"))
     assert len(metrics(tmp_path / "run")) == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vlm_sapo.types import Example, Prompt, RowError
@@ -124,6 +125,18 @@ class Mixture:
         for task, saved in state.items():
             self.streams[task].position, self.streams[task].skipped = saved["position"], saved["skipped"]
             self.drawn[task] = saved["drawn"]
+
+    @contextmanager
+    def or_back(self) -> Iterator[dict[str, dict[str, int]]]:
+        """Goes back to where it is now if the block fails, in this process or another. Yields that state."""
+        before = self.state()
+        try:
+            yield before
+            self.world.wait()  # so that all processes know of a failure here, and none goes on
+        except BaseException as error:
+            self.restore(before)
+            self.world.tell(error)
+            raise
 
     def _quotas(self, count: int) -> dict[str, int]:
         """How many prompts of each task come next."""

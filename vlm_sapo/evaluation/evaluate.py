@@ -75,6 +75,7 @@ def evaluate(
     for start in range(0, len(missing), together):
         own = missing[start : start + together][world.rank :: world.size]
         rows, prompts = _prompts(examples, own, encode, skip)
+        world.wait()  # a bad row in one process must not leave the others in a model that all share
         groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
         scored = score_groups(reward, prompts, groups)
         made = []

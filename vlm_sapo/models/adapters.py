@@ -64,14 +64,18 @@ def check(folder: Path, base: str) -> None:
             "give the adapter folder of a run's final/ or of peft"
         )
     kept = json.loads(settings.read_text())
-    if unusual := [name for name, plain in PLAIN.items() if (kept.get(name) or plain) != plain]:
+    unusual = [name for name, plain in PLAIN.items() if (kept.get(name) or plain) != plain]
+    if kept.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base model
+        unusual.append("init_lora_weights")
+    if unusual:
         raise ValueError(
             f"model.lora.adapter ({folder}) must be plain LoRA, and its adapter_config.json sets "
             f"{', '.join(f'{name}={kept[name]}' for name in unusual)}; merge it into its base model with "
             "peft, and begin with that"
         )
     own = kept.get("base_model_name_or_path") or base
-    if Path(own).name != Path(base).name:
+    folders = Path(own).is_dir() and Path(base).is_dir()
+    if Path(own).resolve() != Path(base).resolve() if folders else Path(own).name != Path(base).name:
         raise ValueError(
             f"model.lora.adapter ({folder}) was trained on {own} and model.path is {base}; give an adapter "
             "of this model, or correct base_model_name_or_path in adapter_config.json if they are the same"
@@ -113,15 +117,16 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
         layer.lora_A.float(), layer.lora_B.float()
 
 
-def save(
-    model: nn.Module, folder: Path, take: Callable[[torch.Tensor], torch.Tensor], *, write: bool
-) -> None:
-    """Writes the adapters as peft does; `take` makes a parameter a whole tensor."""
-    weights = {PREFIX + name: take(item.detach()) for name, item in get_peft_model_state_dict(model).items()}
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: item.cpu().contiguous() for name, item in weights.items()}, folder / FILE)
-        model.peft_config[NAME].save_pretrained(folder)
+def weights(model: nn.Module, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapters' weights as peft names them; `take` makes a parameter a whole tensor."""
+    return {PREFIX + name: take(item.detach()) for name, item in get_peft_model_state_dict(model).items()}
+
+
+def save(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the adapters as peft does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: item.cpu().contiguous() for name, item in weights.items()}, folder / FILE)
+    model.peft_config[NAME].save_pretrained(folder)
 
 
 @contextmanager

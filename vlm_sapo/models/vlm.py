@@ -170,17 +170,19 @@ class VLM(nn.Module):
         in host memory, all processes must call this, and those that don't `keep` them get empty tensors."""
         return stored_weights(self.model, whole if keep else discarded)
 
-    def save(self, folder: Path, *, write: bool = True) -> None:
-        """Writes weights (adapters merged), configs, tokenizer and processor so that transformers' Auto
-        classes load them. Of a sharded model all processes must call this, and one writes."""
-        weights = self.weights(keep=write)
-        if write:
-            save_model(self.model, folder, weights)
-            self.processor.save_pretrained(folder)
+    def adapter_weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The adapter's weights as peft has them; see `weights`."""
+        return adapters.weights(self.model, whole if keep else discarded)
 
-    def save_adapter(self, folder: Path, *, write: bool = True) -> None:
-        """Writes the adapter as peft does; see `save`."""
-        adapters.save(self.model, folder, whole if write else discarded, write=write)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes weights (those that `weights` gives, unless given), configs, tokenizer and processor so that
+        transformers' Auto classes load them."""
+        save_model(self.model, folder, weights)
+        self.processor.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the adapter as peft does."""
+        adapters.save(self.model, folder, self.adapter_weights() if weights is None else weights)
 
 
 def part_of(name: str) -> str:

@@ -96,7 +96,7 @@ def compare(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
     mixed = all(parts.values())
     for name, part in parts.items():
         if name == "log-probs" or mixed:
-            comparison = Comparison(parity.policy, part, budget=parity.budget)
+            comparison = Comparison(parity.policy, part, budget=parity.budget, world=parity.world)
             trainer = comparison.trainer()
             found = comparison.against(trainer)
             off = parity.off(comparison, trainer) if name == "log-probs" else []
@@ -120,7 +120,7 @@ def look_at_bans(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
     """Whether the engine leaves banned tokens out of its distribution."""
     vlm = parity.policy.vlm
     drawn = sum(int(item.ids.eq(token).sum()) for _, items in pairs for item in items for token in vlm.banned)
-    comparison = Comparison(parity.policy, pairs, budget=parity.budget)
+    comparison = Comparison(parity.policy, pairs, budget=parity.budget, world=parity.world)
     banned, unbanned = comparison.trainer(), comparison.without_bans()
     mass = float((1 - (unbanned - banned).exp()).clamp(min=0).mean())
     leaks = comparison.against(unbanned).mean < comparison.against(banned).mean and mass > parity.tolerance

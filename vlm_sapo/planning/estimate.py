@@ -63,8 +63,12 @@ class Estimator:
         if not train.offload:
             yield Row("gradients", training=gradients)
             yield Row.always("optimizer", 0 if train.optimizer.startswith("paged") else states)
-        if self.config.algo.kl and self.config.model.lora is None:
-            yield Row.always("reference model", base)
+        if self._has_reference:
+            yield Row.always("reference model", unsharded if train.offload else base)
+
+    @property
+    def _has_reference(self) -> bool:
+        return bool(self.config.algo.kl) and self.config.model.lora is None
 
     def _gathered(self) -> float:
         return memory.gathered(self.held, self.element) if self.sharded else 0.0
@@ -124,13 +128,15 @@ class Estimator:
         if train.offload:
             moved = memory.weights((item for item in self.held if item.unit != "whole"), self.shards)
             gradients = memory.gradients(self.held, self.shards)
-            yield "weights, gradients and optimizer", (moved + gradients) * each + states
+            copies = 2 if self._has_reference else 1
+            yield "weights, gradients and optimizer", (copies * moved + gradients) * each + states
         elif train.optimizer.startswith("paged"):
             yield "optimizer, as far as it moves there", states
         if isinstance(self.config.rollout.engine, Vllm):
             yield "the sleeping engine's weights", self._engine_weights() * each
         if self.shards > 1 and self.config.rollout.engine.type != "hf":
-            yield "whole weights for the engine", self._base() * BYTES[self.config.model.dtype]
+            makers = each if isinstance(self.config.rollout.engine, Vllm) else 1
+            yield "whole weights for the engine", self._base() * BYTES[self.config.model.dtype] * makers
         yield "pictures", passes.picture(self.load, self.rows) * self.prompts * each
         if features:
             yield "kept picture features", features * each

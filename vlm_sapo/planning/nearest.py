@@ -37,7 +37,7 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, E
         return next((option for option in options if estimator(*others, *option).estimate().fits), None)
 
     for large in _large(load(TrainConfig, name, overrides), gpus):
-        if not _allowed(load(TrainConfig, name, [*overrides, *large]), gpus):
+        if not _allowed(name, [*overrides, *large], gpus):
             continue
         base = estimator(*large)
         if base.least > gpus.memory:
@@ -75,10 +75,10 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
         yield tuple(change for _, group in chosen for change in group)
 
 
-def _allowed(config: TrainConfig, gpus: Gpus) -> bool:
+def _allowed(name: str, overrides: Sequence[str], gpus: Gpus) -> bool:
     """Whether `train` would take it."""
     try:
-        check(config, gpus.count)
+        check(load(TrainConfig, name, overrides), gpus.count)
     except ValueError:
         return False
     return True

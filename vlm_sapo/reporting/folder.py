@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,34 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.waiting: dict[str, list[str]] = {}
+        """Lines that could not be written yet, by log."""
 
-    def open(self, config: str, *, overwrite: bool) -> None:
-        """Makes the folder, or checks that what is there belongs to the same config.
+    def stored(self) -> str | None:
+        """The config of the run that left something here, which another one would mix with; None without.
 
-        Raises ValueError when the folder holds a run of another config, or something that is no run.
+        Raises ValueError when the folder holds something that is no run.
         """
         stored = self.path / "config.yaml"
-        if overwrite:
-            self.clear()
-        elif not stored.is_file() and self.path.is_dir() and any(self.path.iterdir()):
+        if not stored.is_file() and self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"run.dir ({self.path}) must be empty or hold a run; choose another folder")
-        elif self.has_results() and stored.read_text() != config:
-            lines = set(config.splitlines()) ^ set(stored.read_text().splitlines())
-            raise ValueError(
-                f"run.dir ({self.path}) holds a run with another config, which differs in: "
-                f"{'; '.join(sorted(line.strip() for line in lines)[:8])}. Choose another run.dir, "
-                "or start anew with run.overwrite=true"
-            )
+        return stored.read_text() if self.has_results() else None
+
+    def begin(self, config: str) -> None:
+        """Makes the folder, with this config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config)
+        self.replace("config.yaml", config)
+
+    def unfinish(self) -> None:
+        """Lets a finished run go on."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def best(self, count: int) -> list[int]:
+        """The steps with the best results of the first evaluation, the later one of equals."""
+        records = self.read("evaluations.jsonl")
+        first = [record for record in records if record["name"] == records[0]["name"]]
+        order = sorted(first, key=lambda record: (-record["pass@1"], -record["step"]))
+        return [record["step"] for record in order[:count]]
 
     def has_results(self) -> bool:
         """Whether a run left anything here that another config would mix with."""
@@ -53,17 +62,37 @@ class RunFolder:
                 target.unlink(missing_ok=True)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Adds one line to a log."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Adds one line to a log. While the disk is full lines wait for the next time."""
+        self.waiting.setdefault(name, []).append(json.dumps(record, ensure_ascii=False) + "\n")
+        with suppress(OSError):
+            self._write_waiting(name)
+
+    def _write_waiting(self, name: str) -> None:
+        """Writes what waits for a log, all of it or nothing."""
+        path = self.path / name
+        before = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(self.waiting.get(name, ()))
+                file.flush()
+        except OSError:
+            os.truncate(path, before)
+            raise
+        self.waiting[name] = []
+
+    def settle(self) -> None:
+        """Puts all that was logged on disk. Raises OSError where that can't be done."""
+        for name in LOGS:
+            self._write_waiting(name)
+            with (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log; a last line that was cut off in writing is left out."""
         path = self.path / name
-        if not path.is_file():
-            return []
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         records = []
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in (text + "".join(self.waiting.get(name, ()))).split("\n"):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
@@ -92,8 +121,8 @@ class RunFolder:
 class OthersFolder(RunFolder):
     """The same folder for a process that isn't the main one, which alone writes."""
 
-    def open(self, config: str, *, overwrite: bool) -> None:
-        """Nothing: the main process has."""
+    def settle(self) -> None:
+        """Nothing: the main process does."""
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Nothing: the main process does."""

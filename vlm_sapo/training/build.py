@@ -13,7 +13,6 @@ import torch
 
 from vlm_sapo import config as cfg
 from vlm_sapo.algo.advantages import ADVANTAGES
-from vlm_sapo.configfile import dump
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
@@ -25,17 +24,19 @@ from vlm_sapo.models.layout import Layout, choose
 from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import OthersFolder, RunFolder
+from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
-from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import minibatches
+from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.copies import Whole
+from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.launch import Processes, build_copies
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
+from vlm_sapo.training.resume import build_checkpoints
 from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Reporter, Training
 from vlm_sapo.training.selfcheck import SelfCheck
@@ -43,14 +44,6 @@ from vlm_sapo.types import Sampling
 from vlm_sapo.world import World
 
 EVAL_SEED = 1_000_003
-
-
-def open_folder(config: cfg.TrainConfig | cfg.SftConfig, world: World) -> RunFolder:
-    """The run's folder, made or found to belong to this config."""
-    folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
-    stored = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-    world.from_main(lambda: folder.open(dump(stored), overwrite=config.run.overwrite))
-    return folder
 
 
 def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Processes) -> Training:
@@ -163,7 +156,8 @@ def _build_core(
     console, world, accelerator = processes.console, processes.world, processes.accelerator
     reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
-    found = checkpoint.latest(folder.path / "checkpoints")
+    checkpoints = build_checkpoints(config, folder, processes)
+    found = checkpoints.newest()
     path, vlm = _load_trained(config.model, found, accelerator.device)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     background = World() if config.rollout.ahead else world  # what draws beside the loop tells by itself
@@ -190,7 +184,7 @@ def _build_core(
     rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
     if config.rollout.ahead:
         rollouts = Ahead(rollouts, last=config.train.steps, world=world)
-    progress, state = checkpoint.restore(found, policy) if found else (checkpoint.Progress(), None)
+    progress, state = restore(found, policy) if found else (Progress(), None)
     if state is not None:
         rollouts.restore(state)
     folder.rewind(progress.step)
@@ -207,7 +201,8 @@ def _build_core(
         ),
         progress=progress,
         checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
+        checkpoints=checkpoints,
+        interruption=Interruption(world),
         rollouts=rollouts,
         world=world,
     )

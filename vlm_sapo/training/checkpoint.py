@@ -1,25 +1,30 @@
-"""Checkpoints: written aside and renamed, so that a torn one is never taken for whole."""
+"""Checkpoints: written aside, listed in a manifest and renamed: a torn one is never taken for whole."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 
+from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.world import World
 
 NAME = re.compile(r"step_(\d+)")
+MANIFEST = "manifest.json"
+FAILURES = (OSError, SafetensorError)
+"""What writing to a full or broken disk raises."""
 
 
 @dataclass
@@ -37,67 +42,196 @@ class Progress:
         self.step, self.seconds = step, self.seconds + seconds
 
 
-def save(
-    folder: Path, policy: Policy, progress: Progress, rollouts: dict[str, Any], *, keep: int, world: World
-) -> Path:
-    """Writes `step_<n>` (model or adapter, optimizer, progress, state of the rollouts) and removes all but
-    the newest `keep`. All processes call it; each writes its part of the optimizer."""
-    target = folder / f"step_{progress.step:06d}"
-    partial = folder / f".{target.name}.partial"
-    progress.updates, progress.reuse_sampled = policy.vlm.version, policy.reuse_sampled
-    world.from_main(lambda: _begin(partial, progress, rollouts))
-    policy.save(partial, write=world.main)
-    with _quietly():
-        dcp.save(policy.optimizer_state(), checkpoint_id=partial / "optimizer")
-    world.from_main(lambda: _end(partial, target, keep))
-    return target
+class TornError(ValueError):
+    """A checkpoint's files are not those that its manifest lists."""
 
 
-def _begin(partial: Path, progress: Progress, rollouts: dict[str, Any]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.save(rollouts, partial / "rollouts.pt")
-    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+class Checkpoints:
+    """The checkpoints of a run, `step_<n>` in a folder: model or adapter, optimizer, progress, state of the
+    rollouts, and a manifest with every file's size and SHA-256.
+
+    The newest `last` stay, and those of the steps that `best` names. With `background` they are written
+    while training goes on, from a copy in host memory. A disk that is full leaves the ones before whole; the
+    run goes on with a warning, or stops, as `on_error` says. `settle_logs` puts on disk what was logged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        console: Console,
+        world: World,
+        last: int = 2,
+        best: Callable[[], Sequence[int]] = list,
+        background: bool = False,
+        on_error: Literal["warn", "stop"] = "warn",
+        settle_logs: Callable[[], None] = lambda: None,
+    ):
+        self.folder, self.console, self.world = folder, console, world
+        self.last, self.best, self.on_error, self.settle_logs = last, best, on_error, settle_logs
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self.pending: Future[None] | None = None
+        self.newest_step: int | None = None
+        """Step of the newest one that was begun or found."""
+
+    def save(self, policy: Policy, progress: Progress, rollouts: dict[str, Any]) -> None:
+        """Writes one. All processes call it."""
+        self.settle()
+        progress.updates, progress.reuse_sampled = policy.vlm.version, policy.reuse_sampled
+        self.newest_step = progress.step
+        parts = policy.parts(keep=self.world.main, copy=self.worker is not None)
+        state = partial_state(progress, rollouts)
+        if not self.world.main:
+            for _ in parts:
+                pass
+        elif self.worker is not None:
+            self.pending = self.worker.submit(self._write, progress.step, [state, *parts])
+        else:
+            self.pending = _done(self._write, progress.step, _all(state, parts))
+        if self.worker is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the one that is being written. All processes call it."""
+        if not self.world.from_main(self._settle):
+            self.newest_step = None
+
+    def _settle(self) -> bool:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return True
+        try:
+            pending.result()
+        except FAILURES as error:
+            text = f"a checkpoint could not be written ({error}); the ones before in {self.folder} are whole"
+            if self.on_error == "stop":
+                raise ValueError(f"{text}; make room, then start the same command again") from error
+            self.console.warn(f"{text}, and the run goes on (checkpoint.on_error)")
+            return False
+        return True
+
+    def close(self) -> None:
+        """Ends what writes in the background."""
+        if self.worker is not None:
+            self.worker.shutdown()
+
+    def _write(self, step: int, parts: Iterable[Callable[[Path], None]]) -> None:
+        target = self.folder / f"step_{step:06d}"
+        aside = self.folder / f".{target.name}.partial"
+        remaining = iter(parts)
+        try:
+            self.settle_logs()
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for part in remaining:
+                part(aside)
+            _seal(aside)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            _sync(self.folder)
+            self._prune()
+        except FAILURES:
+            for _ in remaining:  # other processes give their parts
+                pass
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _prune(self) -> None:
+        steps = _steps(self.folder)
+        for step in set(steps) - set(steps[-self.last :]) - set(self.best()):
+            shutil.rmtree(self.folder / f"step_{step:06d}")
+
+    def newest(self) -> Path | None:
+        """The newest whole one, or None; torn ones are named in a warning. All processes call it."""
+        found = self.world.from_main(self._newest)
+        self.newest_step = int(NAME.fullmatch(found.name)[1]) if found else None
+        return found
+
+    def _newest(self) -> Path | None:
+        for step in reversed(_steps(self.folder)):
+            path = self.folder / f"step_{step:06d}"
+            try:
+                check(path)
+                return path
+            except TornError as error:
+                self.console.warn(f"{error}; an older one is taken")
+        return None
 
 
-def _end(partial: Path, target: Path, keep: int) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in sorted(_checkpoints(target.parent))[:-keep]:
-        shutil.rmtree(target.parent / f"step_{old:06d}")
+def partial_state(progress: Progress, rollouts: dict[str, Any]) -> Callable[[Path], None]:
+    """What writes progress and state as they are now."""
+    text = json.dumps(asdict(progress))
 
+    def write(folder: Path) -> None:
+        torch.save(rollouts, buffer := io.BytesIO())  # which, unlike a file, can't be full
+        (folder / "rollouts.pt").write_bytes(buffer.getvalue())
+        (folder / "progress.json").write_text(text)
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder, or None."""
-    steps = _checkpoints(folder)
-    return folder / f"step_{max(steps):06d}" if steps else None
-
-
-def latest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint, or None."""
-    return max(_checkpoints(folder), default=None)
+    return write
 
 
 def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
     """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood, and
     the state of the rollouts. The number of processes may be another than when it was written."""
-    state = policy.optimizer_state()
-    with _quietly():
-        dcp.load(state, checkpoint_id=path / "optimizer")
-    policy.load_optimizer_state(state)
+    policy.load_optimizer(path)
     progress = Progress(**json.loads((path / "progress.json").read_text()))
     policy.vlm.version, policy.reuse_sampled = progress.updates, progress.reuse_sampled
     return progress, torch.load(path / "rollouts.pt", weights_only=True)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the remark that there is one process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def check(path: Path) -> None:
+    """Raises TornError where a checkpoint's files are not those of its manifest."""
+    if not (path / MANIFEST).is_file():
+        raise TornError(f"{path} is torn: it has no {MANIFEST}")
+    for name, listed in json.loads((path / MANIFEST).read_text()).items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != listed["bytes"]:
+            raise TornError(f"{path} is torn: {name} must have {listed['bytes']} bytes")
+        if _hash(file) != listed["sha256"]:
+            raise TornError(f"{path} is torn: {name} has other contents than were written")
 
 
-def _checkpoints(folder: Path) -> list[int]:
+def _seal(folder: Path) -> None:
+    """Puts everything on disk and lists it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    listed = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Puts a file, or a folder's list of files, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of the checkpoints in a folder, in order."""
     names = [NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return [int(match[1]) for match in names if match]
+    return sorted(int(match[1]) for match in names if match)
+
+
+def _all(first: Callable[[Path], None], rest: Iterator[Callable[[Path], None]]) -> Iterator[Callable]:
+    yield first
+    yield from rest
+
+
+def _done(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """The call's outcome as a future that has it."""
+    future: Future[None] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except FAILURES as error:
+        future.set_exception(error)
+    return future

@@ -41,7 +41,8 @@ class Copies(Protocol):
 
 
 class Whole:
-    """Each process has a copy; gradients are summed once per update, however many passes there were."""
+    """Each process has a copy; gradients are summed once per update, however many passes there were. What no
+    pass had a part in has a gradient of zero, in one process as in several."""
 
     def __init__(self, world: World, device: torch.device):
         self.world, self.device = world, device
@@ -56,11 +57,11 @@ class Whole:
         return work()
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        if self.world.size == 1:
-            return
         for parameter in parameters:
             if parameter.grad is None:  # no pass of this process had a part in it
                 parameter.grad = torch.zeros_like(parameter)
+        if self.world.size == 1:
+            return
         for bucket in _buckets(parameters):
             flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
             dist.all_reduce(flat)

@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     number."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard = check(config, size)
+    _check_installed(config)
     if (size > 1 or config.train.offload) and not dist.is_initialized():
         _connect(size)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
@@ -53,6 +55,15 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     console = (console or Console()) if world.main else SilentConsole()
     local = max(size // len(set(world.gather(socket.gethostname()))), 1)
     return Processes(accelerator, world, console, shard, local)
+
+
+def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
+    """Raises ValueError where the config needs bitsandbytes and it is missing."""
+    four_bits = config.model.lora is not None and config.model.lora.bits
+    needs = {"model.lora.bits": four_bits, "train.optimizer": config.train.optimizer != "adamw"}
+    if any(needs.values()) and find_spec("bitsandbytes") is None:
+        field = next(field for field, needed in needs.items() if needed)
+        raise ValueError(f"{field} needs bitsandbytes; pip install 'vlm-sapo[quantized]', or leave it out")
 
 
 def _connect(size: int) -> None:

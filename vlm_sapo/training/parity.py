@@ -99,8 +99,8 @@ def allowed(policy: Policy, engine_dtype: str) -> float:
 class Comparison:
     """Groups' log-probs by the engine, and by the trainer's pass under various assumptions."""
 
-    def __init__(self, policy: Policy, pairs: Pairs, *, budget: int):
-        self.policy, self.pairs, self.budget = policy, pairs, budget
+    def __init__(self, policy: Policy, pairs: Pairs, *, budget: int, world: World):
+        self.policy, self.pairs, self.budget, self.world = policy, pairs, budget, world
         self.engine = torch.cat([item.logprobs for _, completions in pairs for item in completions])
         lengths = [len(item.ids) for _, completions in pairs for item in completions]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
@@ -114,23 +114,24 @@ class Comparison:
         sizes = [sum(len(item.ids) for item in items) for _, items in self.pairs]
         return [float(gap.mean()) for gap in (self.engine - trainer).abs().split(sizes)]
 
-    def trainer(self, run: Callable | None = None, autocast: Callable | None = None) -> torch.Tensor:
-        """[K] log-probs of the trainer, or of another pass or precision."""
-        return self.policy.copies.alone(self.policy.vlm, lambda: self._trainer(run, autocast))
-
     @torch.no_grad()
-    def _trainer(self, run: Callable | None, autocast: Callable | None) -> torch.Tensor:
+    def trainer(self, run: Pass | None = None, autocast: Callable | None = None) -> torch.Tensor:
+        """[K] log-probs of the trainer, or of another pass or precision. All processes call it, and make
+        equally many passes."""
         autocast = autocast or self.policy.autocast
         run, layout = run or self.policy.forward_pass, self.policy.layout
         sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
         found: dict[tuple[int, int], torch.Tensor] = {}
-        for parts in layout.pack(sizes, self.budget):
+        packed = layout.pack(sizes, self.budget)
+        for number in range(max(self.world.gather(len(packed)))):
+            parts = packed[number % len(packed)]
             groups = [
                 (self.pairs[group][0], [self.pairs[group][1][place].ids for place in places])
                 for group, places in parts
             ]
             with autocast():
-                logprobs, _ = run(layout.inputs(groups).to(self.policy.accelerator.device))
+                inputs = layout.inputs(groups).to(self.policy.accelerator.device)
+                logprobs, _ = self.policy.copies.run(run, inputs)
             keys = [(group, place) for group, places in parts for place in places]
             for key, row in zip(keys, logprobs.cpu(), strict=True):
                 found[key] = row[: len(self.pairs[key[0]][1][key[1]].ids)].float()
@@ -200,7 +201,7 @@ class Parity:
             pairs = [(group.prompt, group.completions) for group in drawn.groups[: self.groups]]
         else:
             pairs = self.probe(examples)
-        comparison = Comparison(self.policy, pairs, budget=self.budget)
+        comparison = Comparison(self.policy, pairs, budget=self.budget, world=self.world)
         trainer = comparison.trainer()
         found = comparison.against(trainer)
         off = self.off(comparison, trainer)
@@ -239,12 +240,12 @@ class Parity:
         draws with the changed trainer and with the unchanged one."""
         with perturbed(self.policy.vlm, kinds):
             pairs = self.probe(examples)
-            comparison = Comparison(self.policy, pairs, budget=self.budget)
+            comparison = Comparison(self.policy, pairs, budget=self.budget, world=self.world)
             trainer = comparison.trainer()
             changed, worst = comparison.against(trainer), max(comparison.by_group(trainer))
             rounding = comparison.rounding()
         fresh = [(self.encode(prompt.example), items) for prompt, items in pairs]
-        comparison = Comparison(self.policy, fresh, budget=self.budget)
+        comparison = Comparison(self.policy, fresh, budget=self.budget, world=self.world)
         unchanged = comparison.against(comparison.trainer())
         if self.tolerance < COARSE:
             limit = 10 * self.tolerance
@@ -311,7 +312,7 @@ class Parity:
         return causes or ["none of the usual causes fits; `vlm-sapo check` tells more"]
 
     def _agrees(self, examples: Sequence[Example]) -> bool:
-        comparison = Comparison(self.policy, self.probe(examples), budget=self.budget)
+        comparison = Comparison(self.policy, self.probe(examples), budget=self.budget, world=self.world)
         return comparison.against(comparison.trainer()).mean <= self.tolerance
 
     def _agrees_after_another_sync(self, examples: Sequence[Example]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sapo.models import adapters
@@ -25,28 +22,11 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 from vlm_sapo.training.copies import Copies, Whole
 from vlm_sapo.training.memory import Memory
+from vlm_sapo.training.optimizer import Write, build_optimizer, load_state, schedule_factor, state_parts
 from vlm_sapo.world import World
 
 ADAPTER = "adapter"
 """Folder of a checkpoint's adapter."""
-
-
-def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at a step (0-based) of `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(total - warmup, 1)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
-
-
-def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """`adamw`, or one that holds its moments in 8 bits."""
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **options)
-    import bitsandbytes
-
-    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-    return vars(bitsandbytes.optim)[kinds[name]](parameters, **options)
 
 
 Loss = Callable[[torch.Tensor, MicroBatch, MiniBatch], torch.Tensor]
@@ -103,7 +83,8 @@ class Policy:
         self.memory = memory or Memory(UNLIMITED, Console())
         self.copies.spread(vlm)
         self.replay, self.balance = replay, balance
-        self.trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+        self.named = {name: item for name, item in vlm.named_parameters() if item.requires_grad}
+        self.trained = list(self.named.values())
         if not self.trained:
             raise ValueError("model.freeze must leave something to train; remove a part from it")
         self.forward_pass = Pass(vlm, temperature)
@@ -211,13 +192,9 @@ class Policy:
         grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         return whole(get_total_norm(grads))
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter names, each process's part of it."""
-        return get_optimizer_state_dict(self.vlm, self.optimizer)
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `optimizer_state` gave."""
-        set_optimizer_state_dict(self.vlm, self.optimizer, optim_state_dict=state)
+    def load_optimizer(self, folder: Path) -> None:
+        """Takes over the optimizer's state from a checkpoint."""
+        load_state(self.optimizer, self.named, folder)
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of a step (0-based) and returns it."""
@@ -226,15 +203,26 @@ class Policy:
             group["lr"] = rate
         return rate
 
-    def save(self, folder: Path, *, write: bool = True) -> None:
-        """Writes what `load_vlm` needs to go on: the adapter, where there is one, or else the model."""
-        if adapters.attached(self.vlm.model):
-            self.vlm.save_adapter(folder / ADAPTER, write=write)
+    def parts(self, *, keep: bool = True, copy: bool = False) -> Iterator[Write]:
+        """What writes a checkpoint into a folder, part by part: what `load_vlm` needs to go on (the adapter,
+        where there is one, or else the model) and the optimizer. With `copy` no part changes when training
+        goes on. Of a sharded model all processes go through it, and one keeps it."""
+        attached = adapters.attached(self.vlm.model)
+        weights = (self.vlm.adapter_weights if attached else self.vlm.weights)(keep=keep)
+        if copy:
+            weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
+        if attached:
+            yield lambda folder: self.vlm.save_adapter(folder / ADAPTER, weights)
         else:
-            self.vlm.save(folder, write=write)
+            yield lambda folder: self.vlm.save(folder, weights)
+        yield from state_parts(self.optimizer, self.named, keep=keep)
 
     def export(self, folder: Path, *, write: bool = True) -> None:
         """Writes model and processor, loadable by transformers' Auto classes, and beside it the adapter."""
-        self.vlm.save(folder, write=write)
+        weights = self.vlm.weights(keep=write)
+        if write:
+            self.vlm.save(folder, weights)
         if adapters.attached(self.vlm.model):
-            self.vlm.save_adapter(folder / ADAPTER, write=write)
+            weights = self.vlm.adapter_weights(keep=write)
+            if write:
+                self.vlm.save_adapter(folder / ADAPTER, weights)

@@ -91,14 +91,9 @@ class OnDemand:
 
     def draw(self, step: int, version: int) -> Drawn:
         """The groups of a step from the weights that the engine has."""
-        drawn = Drawn([], [], version, self.stream.state())
-        try:
+        with self.stream.or_back() as before:
+            drawn = Drawn([], [], version, before)
             self._draw(drawn, step)
-            self.stream.world.wait()  # so that all processes know of a failure here, and none goes on
-        except BaseException as error:
-            self.stream.restore(drawn.before)
-            self.stream.world.tell(error)
-            raise
         return drawn
 
     def _draw(self, drawn: Drawn, step: int) -> None:

@@ -17,14 +17,15 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
-from vlm_sapo.training import checkpoint
 from vlm_sapo.training.batch import MiniBatch
+from vlm_sapo.training.checkpoint import Checkpoints, Progress
+from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import Example, Group, Prompt
-from vlm_sapo.world import ElsewhereError, World
+from vlm_sapo.world import Interrupted, World
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
@@ -95,34 +96,43 @@ class Core:
     stream: Mixture
     encode: Callable[[Example], Prompt]
     evaluator: Evaluator
-    progress: checkpoint.Progress
+    progress: Progress
     checkpoint_every: int
-    keep: int
+    checkpoints: Checkpoints
+    interruption: Interruption
     rollouts: Rollouts
     world: World
 
     def close(self) -> None:
         """Ends what runs beside this process."""
         self.rollouts.close()
+        self.checkpoints.close()
 
     @contextmanager
     def rescuing(self, drawn: Drawn | None = None) -> Iterator[None]:
-        """Writes a checkpoint of the finished steps where the block, which lies between two, fails. `drawn`
-        was given out and not trained on; what an engine drew that disagrees is drawn anew."""
+        """Writes a checkpoint of the finished steps where the block, which lies between two, fails or is
+        interrupted. `drawn` was given out and not trained on; what an engine drew that disagrees is drawn
+        anew."""
         try:
-            yield
-            self.world.wait()
+            with self.interruption.at_once():
+                yield
+                self.world.wait()
         except Exception as error:
-            self.world.tell(error)
-            if self.progress.step and checkpoint.latest_step(self._checkpoints) != self.progress.step:
+            if not isinstance(error, Interrupted):  # of which all know
+                self.world.tell(error)
+            if self.progress.step and self.checkpoints.newest_step != self.progress.step:
+                disagrees = any(self.world.gather(isinstance(error, ParityError)))
                 if drawn is None:
                     state = self.rollouts.state()
-                elif isinstance(error, ParityError | ElsewhereError):
+                elif disagrees:
                     state = {"stream": drawn.before}
                 else:
                     state = self.rollouts.untrained(drawn)
                 self.save_checkpoint(state)
-                self.console.say(f"a checkpoint after {self.progress.step} steps is in {self._checkpoints}")
+                self.console.say(
+                    f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
+                )
+            self.checkpoints.settle()
             raise
 
     def checkpoint_if_due(self, step: int) -> None:
@@ -132,16 +142,11 @@ class Core:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint with this state of the rollouts."""
-        checkpoint.save(
-            self._checkpoints, self.policy, self.progress, state, keep=self.keep, world=self.world
-        )
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder.path / "checkpoints"
+        self.checkpoints.save(self.policy, self.progress, state)
 
     def finish(self, steps: int) -> dict:
         """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
+        self.checkpoints.settle()
         self.policy.export(self.folder.path / "final", write=self.world.main)
         return self.world.from_main(lambda: self._summarize(steps))
 
@@ -200,7 +205,7 @@ class Reporter:
         replaced = [group.without_pictures() for group in drawn.replaced]
         placed = list(zip(drawn.places, own, advantages, strict=True))
         memory = self.core.policy.memory
-        told = self.core.world.collect((placed, replaced, memory.shortages))
+        told = self.core.world.collect((placed, replaced, (memory.shortages, memory.budget)))
         if not told:
             return ""
         placed = sorted((item for items, _, _ in told for item in items), key=lambda item: item[0])
@@ -209,8 +214,9 @@ class Reporter:
         record = {"step": step} | further | meter.record(drawn.seconds)
         record |= group_metrics(groups, replaced, drawn.seconds)
         record |= task_metrics(groups, replaced, self.minibatches)
-        if shortages := sum(count for _, _, count in told):
-            record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": memory.budget}
+        if shortages := sum(count for _, _, (count, _) in told):
+            budget = min(budget for _, _, (_, budget) in told)
+            record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
         self.core.folder.append("metrics.jsonl", record)
         for _, group, values in placed[: self.rollouts]:
             for line in rollout_lines(group, values.tolist()):

@@ -132,6 +132,8 @@ class SelfCheck:
                 found = self._run(group, layout, packed)
             except torch.OutOfMemoryError as error:
                 short = str(error).partition(". ")[0]
+                if not memory.can_shrink:  # the others wait on their devices
+                    memory.shrink(memory.budget, short)
             told = [reason for reason in self.world.gather(short) if reason is not None]
             if not told:
                 break

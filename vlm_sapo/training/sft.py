@@ -12,8 +12,9 @@ from vlm_sapo.config import SftConfig, SftTrain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.batch import MicroBatch, MiniBatch, minibatches
-from vlm_sapo.training.build import build_sft, open_folder
+from vlm_sapo.training.build import build_sft
 from vlm_sapo.training.launch import join
+from vlm_sapo.training.resume import open_folder
 from vlm_sapo.training.run import FINISHED, Core
 from vlm_sapo.types import Completion, Group, Prompt, RowError
 
@@ -22,12 +23,12 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
     """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
     processes = join(config, console)
     console = processes.console
-    folder = open_folder(config, processes.world)
+    folder = open_folder(config, processes)
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
     core = build_sft(config, folder, processes)
-    with closing(core):
+    with closing(core), core.interruption.listening():
         columns = {task.task: task.columns["response"] for task in config.data.tasks}
         return loop(core, config.train, columns)
 
@@ -41,7 +42,7 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
         for step in range(core.progress.step + 1, train.steps + 1):
             started, meter = time.perf_counter(), StepMeter(core.world)
             lr = core.policy.set_step(step - 1)
-            with meter.time("data"), core.rescuing():
+            with meter.time("data"), core.rescuing(), core.stream.or_back():
                 prompts = core.stream.take(train.rows_per_step)
                 rows = [(prompt, demonstration(core, prompt, columns)) for prompt in prompts]
             with meter.time("update"):

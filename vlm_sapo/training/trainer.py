@@ -10,8 +10,9 @@ import torch
 from vlm_sapo.config import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
-from vlm_sapo.training.build import build_training, open_folder
+from vlm_sapo.training.build import build_training
 from vlm_sapo.training.launch import join
+from vlm_sapo.training.resume import open_folder
 from vlm_sapo.training.run import FINISHED, Training
 from vlm_sapo.types import Group
 
@@ -20,12 +21,12 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
     """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
     processes = join(config, console)
     console = processes.console
-    folder = open_folder(config, processes.world)
+    folder = open_folder(config, processes)
     if (summary := folder.summary()) is not None:
         console.say(FINISHED)
         return summary
     training = build_training(config, folder, processes)
-    with closing(training.core):
+    with closing(training.core), training.core.interruption.listening():
         return loop(training, config.train.steps)
 
 

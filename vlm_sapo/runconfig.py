@@ -1,0 +1,53 @@
+"""The sections of a run as such: its folder, its checkpoints, what it logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from vlm_sapo.dataconfig import Count, Positive, Section
+
+
+class Run(Section):
+    name: str = "run"
+    """Name of the run; its folder is `runs/<name>` unless `run.dir` says otherwise."""
+    dir: str | None = None
+    """Folder that everything is written to. A folder with a checkpoint of the same config is resumed."""
+    seed: int = 0
+    """Seeds the order of the data and the sampling."""
+    accept_changes: bool = False
+    """Go on in a folder whose run had another config, although that makes it another run."""
+    overwrite: bool = False
+    """Start anew in a folder that holds a run, removing what that run wrote."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class Checkpoint(Section):
+    every: Count = 50
+    """Write a checkpoint every so many steps; 0 for never."""
+    keep_last: Positive = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: Count = 0
+    """How many more stay: those with the best held-out result, of the steps that were evaluated."""
+    background: bool = False
+    """Write them while training goes on, from a copy of weights and optimizer in host memory."""
+    on_error: Literal["warn", "stop"] = "warn"
+    """When one can't be written (a full disk): go on and try again when the next one is due, or stop. The
+    ones before stay whole."""
+
+    def check_best(self, evaluated: int) -> None:
+        """Raises ValueError where no evaluation would fall on a checkpoint; `evaluated` is eval.every."""
+        if self.keep_best and (not self.every or not evaluated or evaluated % self.every):
+            raise ValueError(
+                f"checkpoint.keep_best ({self.keep_best}) keeps checkpoints of steps that were evaluated, so "
+                f"eval.every ({evaluated}) must be a multiple of checkpoint.every ({self.every}); use "
+                f"eval.every={self.every or 50} checkpoint.every={self.every or 50}"
+            )
+
+
+class Log(Section):
+    rollouts: Count = 2
+    """Groups per step whose responses go to `rollouts.jsonl`."""

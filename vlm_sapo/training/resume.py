@@ -1,0 +1,55 @@
+"""A run's folder and its checkpoints: new ones, or those of a run that goes on."""
+
+from __future__ import annotations
+
+from vlm_sapo import config as cfg
+from vlm_sapo.configfile import differences, dump
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.folder import OthersFolder, RunFolder
+from vlm_sapo.training.checkpoint import Checkpoints
+from vlm_sapo.training.launch import Processes
+
+
+def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
+    """The run's folder, made or found to belong to this config."""
+    world, console = processes.world, processes.console
+    folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
+    world.from_main(lambda: _open(folder, config, console))
+    return folder
+
+
+def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console) -> None:
+    asked = {"overwrite": False, "accept_changes": False}
+    text = dump(config.model_copy(update={"run": config.run.model_copy(update=asked)}))
+    stored = None if config.run.overwrite else folder.stored()
+    if config.run.overwrite:
+        folder.clear()
+    elif stored is not None and stored != text:
+        changes = differences(stored, text)
+        refused = [str(change) for change in changes if not change.harmless]
+        if refused and not config.run.accept_changes:
+            raise ValueError(
+                f"run.dir ({folder.path}) holds a run with another config: {'; '.join(refused)}. Choose "
+                "another run.dir, start anew with run.overwrite=true, or go on all the same with "
+                "run.accept_changes=true"
+            )
+        console.warn(f"this run goes on with changes: {'; '.join(map(str, changes))}")
+        folder.unfinish()
+    folder.begin(text)
+
+
+def build_checkpoints(
+    config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes
+) -> Checkpoints:
+    """The run's checkpoints, as its config wants them kept."""
+    given = config.checkpoint
+    return Checkpoints(
+        folder.path / "checkpoints",
+        console=processes.console,
+        world=processes.world,
+        last=given.keep_last,
+        best=lambda: folder.best(given.keep_best),
+        background=given.background,
+        on_error=given.on_error,
+        settle_logs=folder.settle,
+    )
