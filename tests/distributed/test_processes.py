@@ -151,6 +151,12 @@ def runs(tmp_path_factory, model_folder):
         made.run("plain-one-then-two", *SHARDED),
         made.run("bad", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}"),
         made.run(
+            "bad-evaluation",
+            "eval.data.source={folder}/rows.py:one_bad",
+            "eval.data.args={{size: 8}}",
+            *SHARDED,
+        ),
+        made.run(
             "skipping", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}", "data.on_error=skip"
         ),
     )
@@ -223,8 +229,9 @@ def test_two_copies_of_two_parts(runs):
     assert same(runs.final("once"), runs.final("once-in-four"))
 
 
-def test_a_row_that_fails_in_one_process_ends_both_with_its_name(runs):
-    failures = [(runs.folder / f"bad/failure_{rank}.txt").read_text() for rank in (0, 1)]
+@pytest.mark.parametrize("name", ["bad", "bad-evaluation"])
+def test_a_row_that_fails_in_one_process_ends_both_with_its_name(runs, name):
+    failures = [(runs.folder / f"{name}/failure_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("train-5" in failure and "answer" in failure for failure in failures)
     assert sum("ElsewhereError" in failure for failure in failures) == 1
 

@@ -200,6 +200,26 @@ def test_no_setting_is_near_that_train_would_refuse(tiny, monkeypatch):
     assert found.fits and check(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
 
 
+def test_frozen_parts_get_no_adapters(tiny):
+    """Nothing that the config refuses is tried."""
+    with pytest.raises(ValueError, match="no setting of this config does"):
+        nearest(tiny, ["model.freeze=[language]"], Gpus(1, 1, int(0.1 * GB)))
+
+
+def test_a_reference_model_goes_to_host_memory_with_the_weights(tiny):
+    alone, beside = (
+        Estimator(load(cfg.TrainConfig, tiny, ["train.offload=true", kl]), Gpus(1, 1, GB)).estimate()
+        for kl in ("algo.kl=0", "algo.kl=0.1")
+    )
+    assert beside.peak == alone.peak
+    (_, before), (_, after) = alone.host[0], beside.host[0]
+    assert after - before == memory.weights(passes.held(Load(tiny_model(tiny), "float32", False, False)))
+
+
+def tiny_model(tiny: str) -> str:
+    return load(cfg.TrainConfig, tiny, []).model.path
+
+
 def test_what_fits_fits(tiny):
     assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), None)
 

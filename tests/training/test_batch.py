@@ -13,7 +13,8 @@ from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import MicroBatch, minibatches
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
-from vlm_sapo.training.policy import Policy, schedule_factor
+from vlm_sapo.training.optimizer import schedule_factor
+from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import Group, Sampling, Score
 
 OBJECTIVES = {
@@ -307,3 +308,16 @@ def test_it_is_the_pass_that_failed_which_is_made_smaller(model_folder, encoder)
 def test_a_sharded_model_is_not_run_in_parts():
     with pytest.raises(SystemExit, match="set train.tokens_per_microbatch=50"):
         Memory(1000, Console(), can_shrink=False).shrink(100, "no room")
+
+
+def test_what_no_pass_reaches_has_a_gradient_of_zero(model_folder, encoder):
+    """As it has in several processes, of which another one may look at a picture: AdamW goes on with it."""
+    policy = make_policy(model_folder(), weight_decay=0.1)
+    tower = [parameter for name, parameter in policy.named.items() if "visual." in name]
+    before = [parameter.detach().clone() for parameter in tower]
+    (minibatch,) = split(policy, draw_groups(policy, encoder, [[1, 0, 0, 1]]))
+    assert all(prompt.pixels is None for micro in minibatch.micros for prompt, _ in micro.groups)
+    list(policy.accumulate(minibatch, loss_of()))
+    policy.step()
+    for old, new in zip(before, tower, strict=True):
+        torch.testing.assert_close(new.detach(), old * (1 - 1e-3 * 0.1))

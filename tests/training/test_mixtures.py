@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from tests.conftest import FAMILIES
 from tests.training.test_batch import REWARDS, advantages, draw_groups, loss_of
-from tests.training.test_runs import settings  # noqa: F401
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.vlm import load_vlm
@@ -164,13 +163,13 @@ def test_what_cannot_be_known_is_not_logged(folder, groups, model_folder):
 
 
 @pytest.mark.parametrize("override", ["algo.replay=r2", "algo.balance=0.01", "model.freeze=[router]"])
-def test_a_dense_model_is_refused(settings, override):  # noqa: F811
+def test_a_dense_model_is_refused(settings, override):
     with pytest.raises(ValueError, match=r"must be for a mixture of experts; .* is dense"):
         train(settings(override))
 
 
 @pytest.mark.parametrize("replay", ["r2", "r3"])
-def test_a_run_with_replay(settings, tmp_path, folder, replay):  # noqa: F811
+def test_a_run_with_replay(settings, tmp_path, folder, replay):
     options = [f"model.path={folder}", f"algo.replay={replay}", "algo.balance=0.01", "train.steps=2"]
     train(
         settings("algo.objective={type: grpo}", "model.gradient_checkpointing=true", "train.lr=0.1", *options)

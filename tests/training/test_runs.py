@@ -1,59 +1,19 @@
 """Whole runs of the tiny model: what they write, how they resume, how they fail."""
 
 import json
-import re
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import SHARED
+from tests.training.conftest import metrics
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.cli import main
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
-
-REWARD = """
-def even(response, example):
-    return float(len(response) % 2)
-
-def broken(response, example):
-    raise RuntimeError("no idea")
-"""
-
-
-@pytest.fixture
-def settings(model_folder, tmp_path):
-    (tmp_path / "reward.py").write_text(REWARD)
-
-    def make(*overrides, kind=cfg.TrainConfig):
-        values = {
-            "run": {"dir": str(tmp_path / "run")},
-            "model": {"path": str(model_folder())},
-            "data": {"source": "data/shapes.py:rows", "args": {"size": 20}},
-            "rollout": {"group": 4, "max_tokens": 8},
-            "reward": {"parts": [{"name": f"{tmp_path}/reward.py:even"}], "workers": 1},
-            "train": {"steps": 4, "lr": 1e-3},
-            "eval": {"data": {"source": "data/shapes.py:rows", "args": {"split": "test", "size": 6}}},
-            "checkpoint": {"every": 2},
-        }
-        if kind is cfg.TrainConfig:
-            values["train"] |= {"prompts_per_step": 4, "minibatches": 2}
-        else:
-            values["train"] |= {"rows_per_step": 8}
-            values["data"]["columns"] = {"response": "demonstration"}
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return configfile.load(kind, str(path), list(overrides))
-
-    return make
-
-
-def metrics(folder) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not re.match("time/|rollout/", k)} for row in rows]
+from vlm_sapo.types import RowError
 
 
 def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
@@ -106,6 +66,15 @@ def test_a_finished_run_is_reported_and_another_config_refused(settings, tmp_pat
     assert "this run is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds a run with another config: train.lr: 0.001 -> 0.0001. Cho"):
         train(settings("train.lr=1e-4"))
+    train(settings("train.lr=1e-4", "train.steps=2", "run.overwrite=true"))
+    assert len(metrics(tmp_path / "run")) == 2
+    changes = ("train.tokens_per_microbatch=100", "train.layout=plain", "train.steps=4", "train.lr=1e-4")
+    train(settings(*changes))  # a finished run goes on, in its own way
+    assert [row["lr"] for row in metrics(tmp_path / "run")] == [1e-4] * 4
+    said = capsys.readouterr().out
+    assert "goes on with changes: train.layout: shared -> plain; train.steps: 2 -> 4; train.tok" in said
+    train(settings(*changes, "train.lr=2e-4", "train.steps=5", "run.accept_changes=true"))
+    assert [row["lr"] for row in metrics(tmp_path / "run")] == [1e-4] * 4 + [2e-4]
     train(settings("train.lr=1e-4", "train.steps=2", "run.overwrite=true"))
     assert len(metrics(tmp_path / "run")) == 2
 
@@ -221,3 +190,31 @@ def test_two_steps_on_real_geometry(model_folder, tmp_path):
     assert all(
         row["problem"].count(".") <= 2 and set(row["parts"]) == {"accuracy", "format"} for row in rollouts
     )
+
+
+FRAGILE = """
+from pathlib import Path
+
+from data.shapes import rows as drawn
+
+def rows(size, broken):
+    found = list(drawn(split="train", size=size))
+    mended = not Path(broken).is_file()
+    return [row if mended or number != 13 else row | {"answer": ""} for number, row in enumerate(found)]
+"""
+
+
+def test_supervised_learning_loses_no_row_to_a_bad_one(settings, tmp_path):
+    """Once the row is mended the run goes on as if nothing had been."""
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    broken = tmp_path / "broken"
+    source = (f"data.source={tmp_path}/fragile.py:rows", f"data.args={{size: 20, broken: {broken}}}")
+    options = (*source, "eval.data=null", "train.rows_per_step=4", "checkpoint.every=0")
+    sft(settings(*options, f"run.dir={tmp_path}/whole", kind=cfg.SftConfig))
+    broken.touch()
+    with pytest.raises(RowError, match="train-13"):
+        sft(settings(*options, kind=cfg.SftConfig))
+    broken.unlink()
+    assert [row["step"] for row in metrics(tmp_path / "run")]
+    sft(settings(*options, kind=cfg.SftConfig))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

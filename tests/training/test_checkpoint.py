@@ -1,0 +1,159 @@
+"""Checkpoints: what is torn, what a full disk does, which stay, and writing in the background."""
+
+import json
+import re
+import shutil
+import signal
+
+import pytest
+
+from tests.training.conftest import metrics
+from vlm_sapo.training import checkpoint, interruption
+from vlm_sapo.training.checkpoint import Checkpoints
+from vlm_sapo.training.trainer import train
+from vlm_sapo.world import Interrupted
+
+NOTHING = ("eval.data=null", "checkpoint.every=1")
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "cut", "other bytes", "gone"])
+def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, settings, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    newest = run / "checkpoints/step_000004"
+    file = newest / "model.safetensors"
+    if damage == "no manifest":
+        (newest / checkpoint.MANIFEST).unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "other bytes":
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    else:
+        file.unlink()
+    capsys.readouterr()
+    train(settings(*NOTHING, "run.accept_changes=true"))  # for the reward's path
+    said = capsys.readouterr().out
+    assert f"{newest} is torn" in said and "an older one is taken" in said
+    assert metrics(run) == metrics(whole)
+    checkpoint.check(newest)
+
+
+def test_a_full_disk_leaves_the_ones_before_whole_and_the_run_going(
+    whole, settings, tmp_path, capsys, monkeypatch
+):
+    _full_at(monkeypatch, 3)
+    train(settings(*NOTHING, "checkpoint.keep_last=5"))
+    said = capsys.readouterr().out
+    assert "could not be written ([Errno 28] No space left on device)" in said and "goes on" in said
+    assert kept(tmp_path / "run") == [1, 2, 4]
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_full_disk_stops_the_run_where_that_is_wanted(whole, settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as disk:
+        _full_at(disk, 3)
+        with pytest.raises(ValueError, match=r"No space left.*step_.*|make room, then start the same comm"):
+            train(settings(*NOTHING, "checkpoint.on_error=stop"))
+    assert kept(tmp_path / "run") == [1, 2]
+    train(settings(*NOTHING, "checkpoint.on_error=stop"))
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def _full_at(monkeypatch, step: int) -> None:
+    """The disk is full when the checkpoint of a step is nearly written."""
+    seal = checkpoint._seal
+
+    def full(folder):
+        if folder.name == f".step_{step:06d}.partial":
+            raise OSError(28, "No space left on device")
+        seal(folder)
+
+    monkeypatch.setattr(checkpoint, "_seal", full)
+
+
+def kept(run) -> list[int]:
+    """The checkpoints that a run left, each of them whole; nothing else lies beside them."""
+    folders = sorted((run / "checkpoints").iterdir())
+    for folder in folders:
+        checkpoint.check(folder)
+    return [int(re.fullmatch(r"step_(\d+)", folder.name)[1]) for folder in folders]
+
+
+@pytest.mark.parametrize("kind", [(), ("model.lora.rank=4",)], ids=["whole", "adapters"])
+def test_writing_in_the_background_changes_nothing(settings, tmp_path, kind):
+    options = ("train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", *kind)
+    for name, more in (("fore", ()), ("back", ("checkpoint.background=true",))):
+        train(settings("eval.data=null", *options, *more, f"run.dir={tmp_path}/{name}"))
+    assert metrics(tmp_path / "fore") == metrics(tmp_path / "back")
+    listed = [manifests(tmp_path / name) for name in ("fore", "back")]
+    assert len(listed[0]) == 3 and listed[0] == listed[1]
+
+
+def manifests(run) -> list[dict]:
+    """Sizes and hashes of all checkpoints' files but the seconds that passed."""
+    found = []
+    for folder in sorted((run / "checkpoints").iterdir()):
+        files = json.loads((folder / checkpoint.MANIFEST).read_text())
+        files.pop("progress.json")
+        found.append(files)
+    return found
+
+
+def test_the_best_and_the_last_stay(settings, tmp_path, monkeypatch):
+    train(settings("checkpoint.every=1", "eval.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=1"))
+    records = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").read_text().splitlines()]
+    best = max(records[1:], key=lambda record: (record["pass@1"], record["step"]))["step"]
+    assert set(kept(tmp_path / "run")) in ({best, 4}, {4})
+
+
+def test_best_needs_evaluations_at_checkpoints(settings):
+    with pytest.raises(ValueError, match=r"eval.every \(3\) must be a multiple of checkpoint.every \(2\)"):
+        settings("checkpoint.keep_best=1", "eval.every=3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["draw", "update"])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
+    whole, settings, tmp_path, monkeypatch, number, phase
+):
+    """During a draw it ends at once, during an update after it; nothing is drawn or logged twice."""
+    from vlm_sapo.rollout.hf import HfEngine
+    from vlm_sapo.training.policy import Policy
+
+    owner, name = (HfEngine, "generate") if phase == "draw" else (Policy, "step")
+    inner, calls = vars(owner)[name], []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == (3 if phase == "draw" else 5):
+            signal.raise_signal(number)
+        return inner(self, *args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(owner, name, interrupted)
+        with pytest.raises(Interrupted):
+            train(settings("eval.data=null", "checkpoint.every=0"))
+    assert len(kept(tmp_path / "run")) == 1
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    train(settings("eval.data=null", "checkpoint.every=0"))
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_second_signal_ends_the_process(tmp_path):
+    from vlm_sapo.world import World
+
+    asked = interruption.Interruption(World())
+    with asked.listening():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted), asked.at_once():
+        pass
+
+
+def test_the_newest_of_nothing(tmp_path):
+    from vlm_sapo.reporting.console import Console
+    from vlm_sapo.world import World
+
+    assert Checkpoints(tmp_path / "none", console=Console(), world=World()).newest() is None
