@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 from vlm_sapo.rolloutconfig import Rollout
-from vlm_sapo.runconfig import Checkpoint, Log, Run
+from vlm_sapo.runconfig import Alarms, Checkpoint, Log, Run
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -225,6 +225,9 @@ class Optim(Section):
     """AdamW's decay rates."""
     max_grad_norm: Rate = 1.0
     """Gradients are scaled down to this norm."""
+    bad_updates: Count = 3
+    """Updates in a row that may be left out because their loss, gradient or an importance ratio is not
+    finite; with one more the run stops. The batch at fault goes to `bad_updates/` in the run's folder."""
     precision: Annotated[
         Literal["no", "bf16"],
         BeforeValidator(lambda given: "no" if given is False else given),  # what YAML makes of no
@@ -320,6 +323,7 @@ class TrainConfig(Section):
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    alarms: Alarms = Alarms()
     log: Log = Log()
 
     @model_validator(mode="after")

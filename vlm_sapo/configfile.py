@@ -21,6 +21,7 @@ HARMLESS = (
     "run.dir",
     "run.accept_changes",
     "checkpoint.",
+    "alarms.",
     "log.",
     "reward.workers",
     "rollout.prompts_per_batch",
@@ -31,6 +32,7 @@ HARMLESS = (
     "model.gradient_checkpointing",
     "train.tokens_per_microbatch",
     "train.layout",
+    "train.bad_updates",
     "train.shard",
     "train.offload",
 )

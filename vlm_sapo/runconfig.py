@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from vlm_sapo.dataconfig import Count, Positive, Section
+from pydantic import Field
+
+from vlm_sapo.dataconfig import Count, Positive, Rate, Section
+
+Factor = Annotated[float, Field(ge=1)]
 
 
 class Run(Section):
@@ -46,6 +50,23 @@ class Checkpoint(Section):
                 f"eval.every ({evaluated}) must be a multiple of checkpoint.every ({self.every}); use "
                 f"eval.every={self.every or 50} checkpoint.every={self.every or 50}"
             )
+
+
+class Alarms(Section):
+    window: Positive = 20
+    """Steps whose mean is compared."""
+    entropy: Rate = 0.1
+    """Alarm where the entropy is under this share of the first steps'."""
+    length: Factor = 4.0
+    """Alarm where responses are so many times longer or shorter than in the first steps."""
+    reward: Rate = 0.5
+    """Alarm where the mean reward is under this share of its best."""
+    grad_norm: Factor = 20.0
+    """Alarm where the gradient's norm is so many times that of the first steps."""
+    identical: Rate = 0.9
+    """Alarm where more than this share of responses equals another response to the same prompt."""
+    stop: bool = False
+    """Stop the run at an alarm, with a checkpoint; `checkpoint.keep_best` keeps the best one."""
 
 
 class Log(Section):

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
-WRITTEN = ("config.yaml", *LOGS, "summary.json", "curves.png", "checkpoints", "evaluations", "final")
+WRITTEN = (
+    "config.yaml",
+    *LOGS,
+    "summary.json",
+    "curves.png",
+    "checkpoints",
+    "evaluations",
+    "final",
+    "bad_updates",
+)
 
 
 class RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ class StepMeter:
         self._loss = 0.0
         self._has_reference = self._has_sampled = False
         self._start = time.perf_counter()
+        self.skipped = 0
+        """Updates that were left out."""
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -55,7 +58,12 @@ class StepMeter:
         self._usages += [] if usage is None else [usage.told(real)]
 
     def close_minibatch(self, grad_norm: float) -> None:
-        """Ends a mini-batch that had micro-batches. All processes call it."""
+        """Ends a mini-batch that had micro-batches; without a norm its update was left out. All processes
+        call it."""
+        if math.isnan(grad_norm):
+            self.skipped += 1
+            self._parts, self._usages, self._loss = [], [], 0.0
+            return
         told = self.world.collect((self._parts, self._usages, self._loss))
         if told:
             parts = [part for parts, _, _ in told for part in parts]
@@ -90,6 +98,7 @@ class StepMeter:
             worst = name.endswith("_max")
             record[f"policy/{name}"] = max(values) if worst else sum(values) / len(values)
         record = {"loss": record.pop("policy/loss", 0.0)} | record
+        record |= {"policy/skipped_updates": self.skipped} if self.skipped else {}
         for index, metrics in enumerate(self.minibatches):
             record |= {f"minibatch{index}/{name}": value for name, value in metrics.items()}
         record |= {f"time/{name}": value for name, value in (self.seconds | dict(seconds or {})).items()}
@@ -127,6 +136,7 @@ def group_metrics(
     return metrics | {
         "reward/zero_variance": sum(group.flat for group in groups) / len(groups),
         "rollout/groups": len(groups),
+        "response/identical": sum(map(_identical, groups)) / len(groups),
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
         "response/truncated": sum(completion.finish == "length" for completion in completions)
@@ -134,6 +144,12 @@ def group_metrics(
         "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
         "rollout/tokens_per_second": sum(lengths) / max(seconds["rollout"], 1e-9),
     }
+
+
+def _identical(group: Group) -> float:
+    """Share of a group's responses that equal another one of it."""
+    counts = Counter(tuple(completion.ids.tolist()) for completion in group.completions)
+    return sum(count for count in counts.values() if count > 1) / len(group.completions)
 
 
 def task_metrics(groups: Sequence[Group], replaced: Sequence[Group], minibatches: int) -> Metrics:

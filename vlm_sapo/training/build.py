@@ -30,13 +30,14 @@ from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.copies import Whole
+from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.launch import Processes, build_copies
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
-from vlm_sapo.training.resume import build_checkpoints
+from vlm_sapo.training.resume import build_alarms, build_checkpoints
 from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Reporter, Training
 from vlm_sapo.training.selfcheck import SelfCheck
@@ -99,7 +100,12 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
             balance=algo.balance,
         ),
         split=split,
-        report=Reporter(core, minibatches=train.minibatches, rollouts=config.log.rollouts),
+        report=Reporter(
+            core,
+            minibatches=train.minibatches,
+            rollouts=config.log.rollouts,
+            alarms=build_alarms(config, core),
+        ),
     )
 
 
@@ -263,6 +269,12 @@ def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampl
         replay=algo.replay != "none",
         balance=algo.balance > 0,
         copies=copies,
+        guard=Guard(
+            config.run.folder / "bad_updates",
+            processes.console,
+            limit=train.bad_updates,
+            world=processes.world,
+        ),
         memory=Memory(train.tokens_per_microbatch, processes.console, can_shrink=isinstance(copies, Whole)),
     )
 

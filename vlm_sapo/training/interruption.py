@@ -21,11 +21,11 @@ class Interruption:
     """
 
     def __init__(self, world: World):
-        self.world, self.asked, self._between = world, False, False
+        self.world, self.reason, self._between = world, "", False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        before = {number: signal.signal(number, self._signalled) for number in SIGNALS}
         try:
             yield
         finally:
@@ -35,17 +35,21 @@ class Interruption:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """In the block a signal raises Interrupted; so does one that came before. All processes call it."""
-        if any(self.world.gather(self.asked)):
-            raise Interrupted("stopped as asked")
+        if reason := max(self.world.gather(self.reason)):
+            raise Interrupted(f"stopped: {reason}")
         self._between = self.world.size == 1
         try:
             yield
         finally:
             self._between = False
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def ask(self, reason: str) -> None:
+        """Ends the run before its next step."""
+        self.reason = reason
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self.reason:
             sys.exit(128 + number)
-        self.asked = True
+        self.ask(signal.Signals(number).name)
         if self._between:
-            raise Interrupted("stopped as asked")
+            raise Interrupted(f"stopped: {self.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,6 +22,7 @@ from vlm_sapo.models.weights import whole
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 from vlm_sapo.training.copies import Copies, Whole
+from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.optimizer import Write, build_optimizer, load_state, schedule_factor, state_parts
 from vlm_sapo.world import World
@@ -51,7 +53,7 @@ class Policy:
     neither: its own pass gives them. With `replay` the experts of a mixture are those of the engine, where it
     told them, else those of the pass that gave the old log-probs. `balance` says that the loss wants the
     routers' probabilities with their gradient. `copies` says how several processes hold the
-    model, `memory` how large a micro-batch may be.
+    model, `memory` how large a micro-batch may be, `guard` which updates must be left out.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class Policy:
         memory: Memory | None = None,
         replay: bool = False,
         balance: bool = False,
+        guard: Guard | None = None,
     ):
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
         self.copies = copies or Whole(World(), accelerator.device)
         self.memory = memory or Memory(UNLIMITED, Console())
+        self.guard = guard or Guard(None, Console(), limit=0, world=World())
         self.copies.spread(vlm)
         self.replay, self.balance = replay, balance
         self.named = {name: item for name, item in vlm.named_parameters() if item.requires_grad}
@@ -162,6 +166,7 @@ class Policy:
         def learn(micro: MicroBatch) -> dict[str, Any]:
             logprobs, entropies = self.logprobs(micro)
             value = self.backward(loss(logprobs, micro, minibatch))
+            self.guard.look(micro, logprobs.detach(), value)
             return {"loss": value, "logprobs": logprobs.detach(), "entropies": entropies}
 
         done = self.memory.fitting(minibatch.micros, learn, layout=self.layout, undo=self.optimizer.zero_grad)
@@ -178,8 +183,12 @@ class Policy:
         return float(loss.detach())
 
     def step(self) -> float:
-        """One optimizer update; returns the gradient's norm before clipping."""
+        """One optimizer update; returns the gradient's norm before clipping, NaN where the update was left
+        out because it would have spoilt the weights."""
         norm = self.grad_norm()
+        if self.guard.refuses(float(norm)):
+            self.optimizer.zero_grad()
+            return math.nan
         clip_grads_with_norm_(self.trained, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -198,6 +207,7 @@ class Policy:
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of a step (0-based) and returns it."""
+        self.guard.step = step + 1
         rate = self.lr * schedule_factor(step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -1,13 +1,15 @@
-"""A run's folder and its checkpoints: new ones, or those of a run that goes on."""
+"""A run's folder, checkpoints and alarms: new ones, or those of a run that goes on."""
 
 from __future__ import annotations
 
 from vlm_sapo import config as cfg
 from vlm_sapo.configfile import differences, dump
+from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import OthersFolder, RunFolder
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
+from vlm_sapo.training.run import Core
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
@@ -53,3 +55,11 @@ def build_checkpoints(
         on_error=given.on_error,
         settle_logs=folder.settle,
     )
+
+
+def build_alarms(config: cfg.TrainConfig, core: Core) -> Alarms:
+    """What watches the metrics, with those of the steps that are done."""
+    thresholds = config.alarms.model_dump(exclude={"stop"})
+    alarms = Alarms(core.console, **thresholds, stop=core.interruption.ask if config.alarms.stop else None)
+    alarms.resume(core.folder.read("metrics.jsonl"))
+    return alarms

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vlm_sapo.data.stream import Mixture
+from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
@@ -189,8 +190,8 @@ class Training:
 class Reporter:
     """Writes a step's line of metrics, and the first `rollouts` groups of it, of all processes."""
 
-    def __init__(self, core: Core, *, minibatches: int, rollouts: int):
-        self.core, self.minibatches, self.rollouts = core, minibatches, rollouts
+    def __init__(self, core: Core, *, minibatches: int, rollouts: int, alarms: Alarms):
+        self.core, self.minibatches, self.rollouts, self.alarms = core, minibatches, rollouts, alarms
 
     def __call__(
         self,
@@ -218,6 +219,7 @@ class Reporter:
             budget = min(budget for _, _, (_, budget) in told)
             record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
         self.core.folder.append("metrics.jsonl", record)
+        self.alarms(record)
         for _, group, values in placed[: self.rollouts]:
             for line in rollout_lines(group, values.tolist()):
                 self.core.folder.append("rollouts.jsonl", {"step": step} | line)
@@ -227,11 +229,12 @@ class Reporter:
 def headline(record: dict) -> str:
     """The numbers of a step that matter most, for the console."""
     cut = f" ({record['response/truncated']:.0%} cut)" if record["response/truncated"] >= 0.05 else ""
-    trained = (
-        f"entropy {record['policy/entropy']:.3f}  effective update {record['policy/effective_update']:.3f}"
-        if "policy/effective_update" in record
-        else "no group with variance"
-    )
+    trained = "no group with variance"
+    if "policy/effective_update" in record:
+        update = record["policy/effective_update"]
+        trained = f"entropy {record['policy/entropy']:.3f}  effective update {update:.3f}"
+    elif "policy/skipped_updates" in record:
+        trained = "no update"
     return (
         f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}{cut}  {trained}  "
         f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import closing
 
@@ -48,7 +49,15 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
             with meter.time("update"):
                 loss, norm = update(core, rows)
             core.progress.advance(step, time.perf_counter() - started)
-            record = {"step": step, "lr": lr} | meter.record() | {"loss": loss, "policy/grad_norm": norm}
+            record = (
+                {"step": step, "lr": lr}
+                | meter.record()
+                | (
+                    {"policy/skipped_updates": 1}
+                    if math.isnan(norm)
+                    else {"loss": loss, "policy/grad_norm": norm}
+                )
+            )
             core.folder.append("metrics.jsonl", record)
             show(step, f"loss {loss:.4f}  {record['time/step']:.2f} s")
             with core.rescuing():

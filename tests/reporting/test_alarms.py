@@ -1,0 +1,79 @@
+"""When a run collapses, and when not."""
+
+import pytest
+
+from vlm_sapo.reporting.alarms import Alarms
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.runconfig import Alarms as Section
+
+HEALTHY = {
+    "policy/entropy": 1.0,
+    "response/tokens": 100.0,
+    "reward/mean": 0.5,
+    "policy/grad_norm": 0.2,
+    "response/identical": 0.1,
+}
+COLLAPSED = [
+    ("policy/entropy", 0.05, "entropy has collapsed: "),
+    ("response/tokens", 900.0, "responses have 500 tokens over the last 4 steps, 100 at the start"),
+    ("response/tokens", 5.0, "responses have "),
+    ("reward/mean", 0.1, "the reward has fallen to 0.200 over the last 4 steps, from 0.500"),
+    ("policy/grad_norm", 9.0, "gradients have a norm of 4.6 over the last 4 steps, 0.2 at the start"),
+    ("response/identical", 0.95, "of responses equal another one to their prompt over the last 4 steps"),
+]
+"""Alarm is given by the mean, so as soon as it is crossed."""
+
+
+def made(stop=None) -> Alarms:
+    thresholds = Section(window=4).model_dump(exclude={"stop"})
+    return Alarms(Console(), **thresholds, stop=stop)
+
+
+def watch(alarms, count, start=0, **changed):
+    for step in range(start, start + count):
+        alarms({"step": step} | HEALTHY | changed)
+
+
+@pytest.mark.parametrize(("name", "value", "text"), COLLAPSED)
+def test_a_collapse_is_said_once_and_stops_the_run_where_wanted(name, value, text, capsys):
+    reasons = []
+    alarms = made(reasons.append)
+    watch(alarms, 8)
+    assert capsys.readouterr().out == ""
+    watch(alarms, 8, start=8, **{name: value})
+    said = capsys.readouterr().out
+    assert said.count("warning") == len(reasons) == 1
+    watch(alarms, 1, start=16, **{name: value})
+    assert text in reasons[0]
+    assert capsys.readouterr().out == ""
+    watch(alarms, 8, start=17)
+    watch(alarms, 8, start=25, **{name: value})
+    assert capsys.readouterr().out.count("warning") == 1
+
+
+def test_noise_and_slow_change_are_no_collapse(capsys):
+    alarms = made()
+    for step in range(60):
+        factor = (0.3 if step % 3 else 2.4) * (1 + step / 60)
+        alarms({"step": step} | {name: value * factor for name, value in HEALTHY.items()})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_knows_how_it_began(capsys):
+    alarms = made()
+    alarms.resume([{"step": step} | HEALTHY for step in range(6)])
+    watch(alarms, 4, start=6, **{"policy/entropy": 0.01})
+    assert capsys.readouterr().out.count("entropy has collapsed") == 1
+    again = made()
+    again.resume(
+        [{"step": step} | HEALTHY | ({"policy/entropy": 0.01} if step > 5 else {}) for step in range(10)]
+    )
+    watch(again, 2, start=10, **{"policy/entropy": 0.01})
+    assert capsys.readouterr().out == ""
+
+
+def test_steps_without_an_update_leave_their_metrics_out(capsys):
+    alarms = made()
+    for step in range(9):
+        alarms({"step": step, "reward/mean": 0.0, "response/tokens": 100.0})
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,82 @@
+"""Updates whose numbers are none: left out, counted, kept, and too many of them an end."""
+
+import json
+
+import pytest
+import torch
+
+from tests.training.conftest import metrics
+from tests.training.test_batch import draw_groups, loss_of, make_policy, split
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.guard import Guard, NumbersError
+from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.trainer import train
+from vlm_sapo.world import World
+
+REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0]]
+
+
+@pytest.fixture
+def policy(model_folder, tmp_path):
+    guard = Guard(tmp_path / "bad", Console(), limit=1, world=World())
+    return make_policy(model_folder(), guard=guard)
+
+
+def weights(policy):
+    return [parameter.detach().clone() for parameter in policy.trained]
+
+
+def update(policy, encoder, *, loss=None, old=None) -> float:
+    (minibatch,) = split(policy, draw_groups(policy, encoder, REWARDS))
+    for micro in minibatch.micros:
+        micro.old = None if old is None else torch.full_like(micro.sampled, old)
+    policy.set_step(6)
+    list(policy.accumulate(minibatch, loss or loss_of()))
+    return policy.step()
+
+
+@pytest.mark.parametrize("wrong", ["ratio", "loss", "gradient"])
+def test_an_update_that_would_spoil_the_weights_is_left_out(policy, encoder, tmp_path, capsys, wrong):
+    ways = {
+        "ratio": {"old": -1000.0},
+        "loss": {"loss": lambda logprobs, *_: logprobs.sum() * float("inf")},
+        "gradient": {"loss": lambda logprobs, *_: (logprobs.sum() * 0).sqrt()},
+    }
+    before, version = weights(policy), policy.vlm.version
+    norm = update(policy, encoder, **ways[wrong])
+    assert norm != norm
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
+    assert policy.vlm.version == version
+    assert all(parameter.grad is None for parameter in policy.trained)
+    said = capsys.readouterr().out
+    assert "step 7: an update is left out" in said and wrong in said
+    if wrong != "gradient":
+        kept = torch.load(tmp_path / "bad/step_000007_process_0.pt", weights_only=True)
+        assert len(kept["rows"]) == len(kept["prompts"]) == len(kept["responses"]) == 2
+        assert wrong in kept["wrong"] and kept["logprobs"].shape == kept["mask"].shape
+    assert update(policy, encoder) > 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
+
+
+def test_too_many_in_a_row_are_an_end(policy, encoder):
+    update(policy, encoder, old=-1000.0)
+    update(policy, encoder)
+    update(policy, encoder, old=-1000.0)
+    with pytest.raises(NumbersError, match=r"2th in a row \(train.bad_updates is 1\); lower train.lr"):
+        update(policy, encoder, old=-1000.0)
+
+
+def test_a_run_goes_on_after_one(settings, tmp_path, monkeypatch):
+    inner, calls = PolicyLoss.__call__, []
+
+    def sometimes(self, *args):
+        calls.append(1)
+        return inner(self, *args) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(PolicyLoss, "__call__", sometimes)
+    train(settings("eval.data=null"))
+    rows = metrics(tmp_path / "run")
+    assert [row.get("policy/skipped_updates", 0) for row in rows] == [0, 1, 0, 0]
+    assert all(value == value for row in rows for value in row.values())
+    assert list((tmp_path / "run/bad_updates").iterdir())
+    json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[1])
