@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from qwen_vl_utils import fetch_image
 
@@ -27,6 +29,7 @@ class Encoder:
     ):
         self.vlm, self.max_tokens, self.limit = vlm, max_tokens, limit
         self.opening = _opening(vlm.processor)
+        self.plain = PlainText(vlm.processor)
         size = vlm.processor.image_processor.size
         self.min_pixels = min_pixels or size["shortest_edge"]
         self.max_pixels = max_pixels or size["longest_edge"]
@@ -39,19 +42,21 @@ class Encoder:
     def __call__(self, example: Example) -> Prompt:
         """Raises RowError when a picture cannot be resized or the prompt is longer than the limit."""
         processor = self.vlm.processor
+        problem, smuggled = self.plain.hide(example)
         images = tuple(self._resize(example, number) for number in range(len(example.images)))
-        messages = self._messages(example)
+        messages = self._messages(example, problem)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         self._check_marks(example, text)
         encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
-        ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
+        ids, types = self.plain.show(encoded["input_ids"][0], encoded["mm_token_type_ids"][0], smuggled)
+        grid = encoded.get("image_grid_thw")
         self.check_length(example, *self.count(ids))
         return Prompt(
             example=example,
-            text=text,
+            text=self.plain.shown(text, smuggled),
             opening=self.opening,
             ids=ids,
-            positions=self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid),
+            positions=self.vlm.rope_positions(ids, types, grid),
             images=images,
             pixels=encoded.get("pixel_values"),
             grid=grid,
@@ -62,12 +67,7 @@ class Encoder:
         (NaN)."""
         tokenizer = self.vlm.tokenizer
         text = text.removeprefix(prompt.opening)
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if smuggled := sorted(set(ids) & set(self.vlm.banned)):
-            raise RowError(
-                f"{prompt.example.label}: its demonstration holds {tokenizer.decode(smuggled)}, which no "
-                "response may contain; remove it"
-            )
+        ids = [*self.plain.ids(text), tokenizer.eos_token_id]
         unknown = torch.full((len(ids),), float("nan"))
         return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
 
@@ -83,8 +83,8 @@ class Encoder:
                 "crop or remove it"
             ) from error
 
-    def _messages(self, example: Example) -> list[dict]:
-        problem = example.problem if MARK in example.problem else MARK * len(example.images) + example.problem
+    def _messages(self, example: Example, problem: str) -> list[dict]:
+        problem = problem if MARK in problem else MARK * len(example.images) + problem
         pieces = example.template.replace("{problem}", problem).split(MARK)
         content: list[dict] = []
         for number, piece in enumerate(pieces):
@@ -94,13 +94,14 @@ class Encoder:
         return [*system, {"role": "user", "content": content}]
 
     def _check_marks(self, example: Example, text: str) -> None:
-        """Image tokens that the data set's own text smuggles in would shift the pictures."""
+        """Image tokens in the text would shift the pictures."""
         processor = self.vlm.processor
         if text.count(processor.image_token) != len(example.images) or processor.video_token in text:
             raise RowError(
                 f"{example.label}: its prompt has {text.count(processor.image_token)} places for "
-                f"{len(example.images)} pictures; the text must not contain {processor.image_token} or "
-                f"{processor.video_token}, and the chat template must place each picture once"
+                f"{len(example.images)} pictures; data.template and data.system must not contain "
+                f"{processor.image_token} or {processor.video_token}, and the chat template must place each "
+                "picture once"
             )
 
     def count(self, ids: torch.Tensor) -> tuple[int, int]:
@@ -115,6 +116,59 @@ class Encoder:
                 + self.limit.format(self.max_tokens)
                 + (", or shorten the row: most of it is text" if image_tokens < tokens / 2 else "")
             )
+
+
+class PlainText:
+    """Keeps the names of special tokens in a data set's text plain text: `<|im_end|>` there ends nothing.
+
+    While the chat template is applied another special token stands in for them, which the template and the
+    text have no use for.
+    """
+
+    def __init__(self, processor):
+        self.tokenizer = processor.tokenizer
+        self.names = [
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
+        pictures = {processor.image_token, processor.video_token}
+        turns = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("system", "user")]
+        frame = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        self.free = [name for name in self.names if name not in frame and name not in pictures]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, none of them special."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def hide(self, example: Example) -> tuple[str, list[str]]:
+        """The problem with a stand-in for every special token's name, and those names in order. Raises
+        RowError where there is none to stand in."""
+        found = self.pattern.findall(example.problem)
+        if not found:
+            return example.problem, []
+        own = example.template + (example.system or "")
+        stand_in = next((name for name in self.free if name not in own), None)
+        if stand_in is None:
+            raise RowError(
+                f"{example.label}: its text holds {found[0]}, a special token of this model; remove it"
+            )
+        return self.pattern.sub(stand_in, example.problem), [stand_in, *found]
+
+    def shown(self, text: str, hidden: list[str]) -> str:
+        """The text with the names instead of stand-ins."""
+        names = iter(hidden[1:])
+        return re.sub(re.escape(hidden[0]), lambda _: next(names), text) if hidden else text
+
+    def show(
+        self, ids: torch.Tensor, types: torch.Tensor, hidden: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and types [P] with the names' plain tokens instead of stand-ins."""
+        if not hidden:
+            return ids, types
+        stand_in, names = self.tokenizer.convert_tokens_to_ids(hidden[0]), iter(hidden[1:])
+        pieces = [self.ids(next(names)) if token == stand_in else [token] for token in ids.tolist()]
+        spread = torch.tensor([len(piece) for piece in pieces])
+        return torch.tensor([token for piece in pieces for token in piece]), types.repeat_interleave(spread)
 
 
 def _opening(processor) -> str:

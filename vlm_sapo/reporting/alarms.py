@@ -103,8 +103,8 @@ class Alarms:
             )
         if reward.full and reward.best > 0 and reward.now < self.reward * reward.best:
             found["reward"] = (
-                f"the reward has fallen to {reward.now:.3f} {over}, from {reward.best:.3f}; lower train.lr and "
-                "go on from the best checkpoint"
+                f"the reward has fallen to {reward.now:.3f} {over}, from {reward.best:.3f}; lower train.lr "
+                "and go on from the best checkpoint"
             )
         if norm.full and norm.now > self.grad_norm * norm.start:
             found["grad_norm"] = (
