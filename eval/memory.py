@@ -89,13 +89,14 @@ def measure(config: TrainConfig, device: str) -> float:
 
     from vlm_sapo.models.simulate import Memory
     from vlm_sapo.reporting.console import Console
-    from vlm_sapo.training.build import build_training, open_folder
+    from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
+    from vlm_sapo.training.resume import open_folder
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision
     processes = join(config, Console())
-    training = build_training(config, open_folder(config, processes.world), processes)
+    training = build_training(config, open_folder(config, processes), processes)
     policy = training.core.policy
     policy.vlm.stops = [-1]
     models = [policy.vlm] + ([policy.reference.vlm] if config.algo.kl else [])

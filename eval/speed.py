@@ -118,13 +118,14 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     import torch
 
     from vlm_sapo.reporting.console import Console
-    from vlm_sapo.training.build import build_training, open_folder
+    from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
+    from vlm_sapo.training.resume import open_folder
     from vlm_sapo.training.trainer import loop
 
     config = configure(args, folder)
     processes = join(config, Console())
-    training = build_training(config, open_folder(config, processes.world), processes)
+    training = build_training(config, open_folder(config, processes), processes)
     vlm = training.core.policy.vlm
     vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
     with closing(training.core):

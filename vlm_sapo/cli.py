@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -325,8 +327,7 @@ def _engine(name: str, args: str):
 
 def _quieten() -> None:
     """Silences the libraries' own progress bars and advice, which would bury the run's lines."""
-    import os
-
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers.utils import logging
@@ -354,15 +355,14 @@ def main() -> None:
     except Interrupted as error:
         if _main_process():
             words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
-            typer.echo(f"{error}; go on with: {shlex.join(['vlm-sapo', *words])}")
+            launcher = "your launcher and " if "RANK" in os.environ else ""
+            typer.echo(f"{error}; go on with: {launcher}{shlex.join(['vlm-sapo', *words])}")
     except ElsewhereError:
         sys.exit(1)  # that process says why
 
 
 def _main_process() -> bool:
     """Whether this is the process that prints, where a launcher started several."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

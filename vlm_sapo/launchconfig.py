@@ -15,8 +15,9 @@ def check(config: TrainConfig | SftConfig, size: int) -> int:
     else:
         minibatch, name = train.rows_per_step, "rows_per_step"
     if minibatch % size:
+        field, factor = name.partition(" / ")[0], train.minibatches if isinstance(train, Train) else 1
         times = [minibatch // size * size, minibatch // size * size + size]
-        options = " or ".join(str(number) for number in times if number)
+        options = " or ".join(f"train.{field}={number * factor}" for number in times if number)
         raise ValueError(
             f"train.{name} ({minibatch}) must be divisible by the number of processes ({size}, one for each "
             f"GPU), since a group stays in one; use {options}, or another number of processes"

@@ -29,8 +29,16 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
 @pytest.mark.parametrize(
     ("overrides", "size", "message"),
     [
-        ([], 3, r"prompts_per_step / minibatches \(8\) must be divisible by .*\(3, .*use 6 or 9"),
-        ([], 16, r"prompts_per_step / minibatches \(8\) .* processes \(16, .*use 16, or another"),
+        (
+            [],
+            3,
+            r"prompts_per_step / minibatches \(8\) must be divisible by .*\(3, .*use train.prompts_per_step=12 or train.prompts_per_step=18",
+        ),
+        (
+            [],
+            16,
+            r"prompts_per_step / minibatches \(8\) .* processes \(16, .*use train.prompts_per_step=32, or another",
+        ),
         (["train.shard=3"], 8, r"train.shard \(3\) must divide .* \(8, .*use one of 1, 2, 4, 8, or all"),
         (
             ["train.optimizer=adamw_8bit", "train.shard=2"],

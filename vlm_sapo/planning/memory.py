@@ -133,4 +133,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.gpus.memory and not self.short
+        return self.fits_within(1.0)
+
+    def fits_within(self, share: float) -> bool:
+        """Whether it takes at most this share of the memory."""
+        return self.peak <= share * self.gpus.memory and not self.short

@@ -12,6 +12,8 @@ from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, Estimate, Gpus
 from vlm_sapo.rolloutconfig import Vllm
 
+ROOM = 0.95
+"""Share of the memory that a recommended setting takes at most."""
 Changes = tuple[str, ...]
 """Overrides."""
 SHARD: tuple[int, Changes] = (1, ("train.shard=all",))
@@ -25,7 +27,7 @@ CHECKPOINTING = "model.gradient_checkpointing=true"
 
 
 def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, Estimate]:
-    """The overrides that change least and make a config fit, and what it then takes.
+    """The overrides that change least and make a config fit with some room, and what it then takes.
 
     Raises ValueError where none do.
     """
@@ -34,13 +36,14 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, E
         return Estimator(load(TrainConfig, name, [*overrides, *changes]), gpus)
 
     def fitting(options: Sequence[Changes], *others: str) -> Changes | None:
-        return next((option for option in options if estimator(*others, *option).estimate().fits), None)
+        roomy = (option for option in options if estimator(*others, *option).estimate().fits_within(ROOM))
+        return next(roomy, None)
 
     for large in _large(load(TrainConfig, name, overrides), gpus):
         if not _allowed(name, [*overrides, *large], gpus):
             continue
         base = estimator(*large)
-        if base.least > gpus.memory:
+        if base.least > ROOM * gpus.memory:
             continue
         small, generating = _small(base.config), _generating(base.config)
         least = fitting(generating[::-1], *large, *small[-1])

@@ -27,6 +27,10 @@ def parse_gpus(text: str) -> Gpus:
     return Gpus(nodes, each, int(size * GB))
 
 
+NARROW = 0.05
+"""Share of a GPU's memory that is little to have left."""
+
+
 def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Path | None) -> bool:
     """Prints the table and, where the config does not fit, the nearest setting that does; returns whether it
     fits as it is. `recommend` is where the config that fits is written."""
@@ -40,9 +44,15 @@ def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Pat
         changes, nearer = nearest(name, overrides, gpus)
         console.say(f"the nearest setting that fits, with {_totals(nearer)}:")
         console.say(f"    {shlex.join(changes)}")
+        if any(change.startswith("model.lora=") for change in changes):
+            console.say(
+                f"    adapters want a larger learning rate, which is left to you: try "
+                f"train.lr={10 * config.train.lr:g}"
+            )
     if recommend is not None:
         recommend.parent.mkdir(parents=True, exist_ok=True)
-        recommend.write_text(dump(load(TrainConfig, name, [*overrides, *changes])), encoding="utf-8")
+        named = (*overrides, *changes, f"run.name={recommend.stem}")
+        recommend.write_text(dump(load(TrainConfig, name, named)), encoding="utf-8")
         console.say(f"the config that fits is in {recommend}")
     return found.fits
 
@@ -53,9 +63,12 @@ def _print(config: TrainConfig, found: Estimate, console: Console) -> None:
     totals = [_gb(found.totals[phase]) for phase in used]
     console.table(["GB of each GPU", *used, ""], [*rows, ["in all", *totals, ""]])
     console.table(["GB of each node's host memory", ""], [[name, _gb(size)] for name, size in found.host])
-    gpus = f"{found.gpus.count} GPUs of {found.gpus.memory / GB:.0f} GB"
+    gpus = f"{found.gpus.count} GPU{'s' * (found.gpus.count > 1)} of {found.gpus.memory / GB:.0f} GB"
     verdict = "fits" if found.fits else "does not fit"
     reason = f"; {found.short}" if found.short else ""
+    spare = found.gpus.memory - found.peak
+    if found.fits and spare < NARROW * found.gpus.memory:
+        reason = f"; only {_gb(spare)} GB to spare, less than a prediction is sure of (docs/plan.md)"
     console.say(f"{config.model.path} {verdict} on {gpus}: {_totals(found)}{reason}")
 
 
