@@ -21,6 +21,8 @@ LAYERS = [
         "dataconfig",
         "rolloutconfig",
         "launchconfig",
+        "runconfig",
+        "trust",
         "world",
     },
     {"data", "models", "rewards"},

@@ -345,6 +345,7 @@ def _report(summary: dict) -> None:
 def main() -> None:
     """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # schedulers end runs so; processes end with them
+    os.umask(os.umask(0o077) | 0o002)  # what a run writes is no one else's to change
     try:
         app()
     except ValueError as error:

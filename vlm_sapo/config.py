@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from vlm_sapo.dataconfig import Count, Data, NotNegative, Positive, Rate, Rows, Section
 from vlm_sapo.rolloutconfig import Rollout
 from vlm_sapo.runconfig import Alarms, Checkpoint, Log, Run
+from vlm_sapo.trust import check_address, check_secrets
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -70,6 +71,14 @@ class RewardPart(Section):
     """The function takes lists of responses and examples and returns a list."""
     args: dict[str, Any] = {}
     """Keyword arguments of the verifier or function."""
+
+    @field_validator("args")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_secrets(value, "args")
+        if "url" in value:
+            check_address(str(value["url"]), "args.url")
+        return value
 
 
 RESERVED = {"mean", "zero_variance"}

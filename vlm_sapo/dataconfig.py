@@ -62,6 +62,8 @@ class Source(Section):
     """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
     limit: Positive | None = None
     """Use the first so many rows only."""
+    pictures_anywhere: bool = False
+    """Let rows of a file name pictures outside its folder. Rows of a Python function may in any case."""
     system: str | None = None
     """System prompt; null leaves it to the chat template."""
     template: str = "{problem}"

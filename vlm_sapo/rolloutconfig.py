@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlm_sapo.dataconfig import Count, NotNegative, Positive, Rate, Section
+from vlm_sapo.trust import check_address
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -52,8 +53,7 @@ class VllmServer(Section):
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list):
             for address in value:
-                if not str(address).startswith(("http://", "https://")):
-                    raise ValueError(f"{address} must be an address such as http://127.0.0.1:8000")
+                check_address(str(address), "servers")
         return value
 
 

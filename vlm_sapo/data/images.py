@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,17 +15,25 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, RuntimeError)
+"""What Pillow raises for a file that it can't read."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+"""What is read. Pillow knows more, and starts other programs for some."""
+LARGEST = 90_000_000
+"""Pixels of the largest picture that is decoded: 270 MB."""
 
-def decode(value: Any, folder: Path) -> Image.Image:
+
+def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
     """The picture behind `value`: a PIL image, bytes, a `{bytes, path}` mapping, a data URL, or a path.
 
-    Paths are relative to `folder`. The camera's orientation is applied, and transparency laid on white: black
-    lines on nothing would otherwise become black on black. Raises ValueError with one sentence.
+    Paths are relative to `folder`, and must stay in it unless they may lead `anywhere`. The camera's
+    orientation is applied, and transparency laid on white: black lines on nothing would otherwise become
+    black on black. Raises ValueError with one sentence.
     """
     if isinstance(value, Image.Image):
-        return _upright(value)
+        return _upright(value, "this picture")
     if isinstance(value, Mapping):
-        return decode(value.get("bytes") or value.get("path"), folder)
+        return decode(value.get("bytes") or value.get("path"), folder, anywhere=anywhere)
     if isinstance(value, bytes | bytearray):
         return _open(io.BytesIO(value), f"{len(value)} bytes")
     if isinstance(value, str) and value.startswith("data:"):
@@ -32,28 +41,57 @@ def decode(value: Any, folder: Path) -> Image.Image:
     if isinstance(value, str) and "://" in value:
         raise ValueError(f"{value} is an address; download the picture and give its path")
     if isinstance(value, str | Path) and str(value):
-        path = folder / value
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; paths are relative to the data file")
-        return _open(path, str(path))
+        return _open(_path(value, folder, anywhere), str(folder / value))
     raise ValueError(f"a {type(value).__name__} is no picture; give a path, bytes, a data URL or a PIL image")
+
+
+def _path(value: str | Path, folder: Path, anywhere: bool) -> Path:
+    path = folder / value
+    if not anywhere and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(
+            f"{value} leads out of {folder}, the folder of the data file; set data.pictures_anywhere=true if "
+            "you trust these rows"
+        )
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ValueError(f"{str(value)[:100]!r} is no path of a file ({error})") from error
+    if not found:
+        raise ValueError(f"{path} does not exist; paths are relative to the data file")
+    return path
 
 
 def _open(source: Any, name: str) -> Image.Image:
     try:
-        with Image.open(source) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > LARGEST:
+                most = LARGEST // 10**6
+                raise ValueError(f"it has {width}x{height} pixels, and {most} million are the most")
+            if picture.format != "MPO" and _has_frames(picture):  # phones put a preview behind the picture
+                raise ValueError("it has several frames or pages; save the one that is meant")
             picture.load()
-            return _upright(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return _upright(picture, name)
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it") from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _has_frames(picture: Image.Image) -> bool:
+    try:
+        picture.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _upright(picture: Image.Image, name: str) -> Image.Image:
     # Metadata that cannot be read fails in many ways inside Pillow, and leaves the picture as it is.
     with suppress(struct.error, AttributeError, TypeError, ValueError, KeyError, SyntaxError):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{name} has 32 bits per pixel, whose range nobody knows; save it with 8 or 16")
     if not picture.has_transparency_data:
         return picture
     layer = picture.convert("RGBA")

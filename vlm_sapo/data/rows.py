@@ -114,7 +114,8 @@ class ExampleSet(Sequence):
     `columns` maps the names `problem, answer, images, id, split` to the source's own, or to several of which
     the first counts that the rows have; `keep` holds a value, or a list of values, per column that a row must
     have; `split` chooses from rows that have a split column; `transform` rewrites a row before its columns
-    are read. `task, template, system, verifier` are those of every example.
+    are read. `task, template, system, verifier` are those of every example. Rows name pictures in the folder
+    of their file, or `anywhere`; those of a Python function may in any case.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class ExampleSet(Sequence):
         template: str = "{problem}",
         system: str | None = None,
         verifier: tuple[str, Mapping[str, Any]] | None = None,
+        anywhere: bool = False,
     ):
+        self.anywhere = anywhere or ".py:" in name
         self.rows, self.name, self.transform = rows, name, transform
         self.common = {"task": task, "template": template, "system": system, "verifier": verifier}
         path = locate(name.partition(":")[0])
@@ -227,7 +230,7 @@ class ExampleSet(Sequence):
         images = []
         for number, item in enumerate(values):
             try:
-                images.append(decode(item, self.folder))
+                images.append(decode(item, self.folder, anywhere=self.anywhere))
             except ValueError as error:
                 raise RowError(f"{label}: field {column}, picture {number + 1}: {error}") from error
         return tuple(images)

@@ -28,6 +28,7 @@ def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
         template=rows.template,
         system=rows.system,
         verifier=(rows.verifier.name, rows.verifier.args) if rows.verifier else None,
+        anywhere=rows.pictures_anywhere,
     )
 
 

@@ -153,7 +153,7 @@ def read_config(path: str):
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{wanted}; there is no config.json in that folder")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{wanted}; {error}") from error
     if "vision_config" not in config.to_dict():

@@ -246,7 +246,9 @@ def load_vlm(
         if lora is not None and lora.bits:
             quantized = _four_bits(config, lora.parts, dtype)
             extra = {"quantization_config": quantized, "device_map": {"": device}}
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **extra)
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+        )
 
     processor, model = _open(path, build)
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
@@ -304,9 +306,9 @@ def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Processor and model, or an error that says what is wrong with `model.path`."""
     check_folder(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_family(config.model_type, f"the model type of model.path {path}")
-        return AutoProcessor.from_pretrained(path), build(config)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False), build(config)
     except OSError as error:
         raise ValueError(
             f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"

@@ -26,6 +26,7 @@ from vlm_sapo.rewards.combine import (
     portable,
 )
 from vlm_sapo.rewards.pictures import share_pictures, with_pictures, without_pictures
+from vlm_sapo.trust import leave_network
 from vlm_sapo.types import Completion, Prompt, Response, Score
 
 CHUNK = 16
@@ -44,7 +45,9 @@ def _ready() -> None:
     """Nothing to do."""
 
 
-def _start(specs: Sequence[Mapping[str, Any]]) -> None:
+def _start(specs: Sequence[Mapping[str, Any]], isolated: bool) -> None:
+    if isolated:
+        leave_network()  # first: no process with threads can
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
@@ -105,13 +108,15 @@ class Reward:
     ):
         self.parts = [build_part(spec, number) for number, spec in enumerate(specs)]
         self.on_error, self.timeout = on_error, timeout
+        self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
+        """Whether the workers, which read what a model wrote, can do without the network."""
         self._cache: dict[tuple, list[Verdict]] = {}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
             initializer=_start,
-            initargs=([portable(spec) for spec in specs],),
+            initargs=([portable(spec) for spec in specs], self.isolated),
             context=context,
         )
         self._pool.schedule(_ready)  # starts the workers, which takes seconds, in the background

@@ -1,0 +1,177 @@
+"""Pictures and rows that were made to do harm, or came out broken: what happens to each."""
+
+import base64
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.conftest import picture
+from vlm_sapo.data.images import FORMATS, LARGEST, decode
+from vlm_sapo.data.rows import ExampleSet, open_rows
+from vlm_sapo.types import RowError
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes that says it has so many pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """A PNG whose comment unpacks to 200 MB."""
+    data = b"Comment\0\0" + zlib.compress(bytes(200_000_000))
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    whole = saved(picture())
+    return whole[:33] + chunk + whole[33:]
+
+
+FRAMES = [picture(0), picture(1)]
+REFUSED = {
+    "a bomb of 900 million pixels": (claims(30_000, 30_000), "30000x30000 pixels|cannot be read"),
+    "20,000 x 20,000": (claims(20_000, 20_000), "20000x20000 pixels|cannot be read"),
+    "a compressed comment": (text_bomb(), "cannot be read as a picture"),
+    "cut short": (saved(picture())[:100], "cannot be read as a picture"),
+    "cut short, JPEG": (saved(picture(size=(200, 200)), "JPEG")[:700], "cannot be read as a picture"),
+    "empty": (b"", "cannot be read|is no picture"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "cannot be read"),
+    "HTML": (b"<!doctype html><html>", "cannot be read"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "cannot be read"),
+    "animated GIF": (saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "several frames"),
+    "animated PNG": (saved(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "several frames"),
+    "animated WEBP": (saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "several frames"),
+    "TIFF of two pages": (saved(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "or pages"),
+    "32 bits": (saved(Image.fromarray(np.full((9, 9), 1e6, np.float32)), "TIFF"), "32 bits per pixel"),
+}
+READ = {
+    "1x1": saved(Image.new("RGB", (1, 1))),
+    "20,000 wide": saved(Image.new("L", (20_000, 30))),
+    "CMYK": saved(Image.new("CMYK", (40, 40)), "JPEG"),
+    "grey with alpha": saved(Image.new("LA", (40, 40))),
+    "palette": saved(picture().convert("P")),
+    "black and white": saved(picture().convert("1")),
+    "16 bits": saved(Image.fromarray(np.full((9, 9), 65535, np.uint16))),
+    "GIF of one frame": saved(picture(), "GIF"),
+    "phone's JPEG with a preview": saved(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_a_sentence(name, tmp_path):
+    data, sentence = REFUSED[name]
+    (tmp_path / "x.png").write_bytes(data)
+    for value in (data, "x.png", "data:image/png;base64," + base64.b64encode(data).decode()):
+        with pytest.raises(ValueError, match=sentence):
+            decode(value, tmp_path)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_odd_pictures_are_read(name, tmp_path):
+    made = decode(READ[name], tmp_path).convert("RGB")
+    assert made.size[0] * made.size[1] <= LARGEST
+
+
+def test_a_turned_picture_is_turned_back(tmp_path):
+    wide, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[0x0112] = 6
+    assert decode(saved(wide, "JPEG", exif=exif), tmp_path).size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["../secret.png", "a/../../secret.png", "/etc/passwd", "./../secret.png", {"path": "../secret.png"}],
+)
+def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
+    folder = tmp_path / "set"
+    (folder / "a").mkdir(parents=True)
+    picture().save(tmp_path / "secret.png")
+    (folder / "rows.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "image": value}) + "\n")
+    rows = open_rows(str(folder / "rows.jsonl"))
+    with pytest.raises(RowError, match="picture 1: .* leads out of .*pictures_anywhere=true"):
+        ExampleSet(rows, name=str(folder / "rows.jsonl"))[0]
+    if "secret" in str(value):
+        assert ExampleSet(rows, name=str(folder / "rows.jsonl"), anywhere=True)[0].images
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "file:///etc/passwd",
+        "http://169.254.169.254/latest/meta-data",
+        "http://127.0.0.1:1/x.png",
+        "ftp://example.org/x.png",
+        "x\0.png",
+        "x" * 5000,
+        "data:text/html,<script>",
+        "data:image/png;base64,????",
+        {"path": None},
+        7,
+    ],
+)
+def test_no_address_is_opened_and_no_name_breaks(value, tmp_path):
+    with pytest.raises(ValueError):
+        decode(value, tmp_path)
+
+
+WHOLE = [saved(picture(), kind) for kind in FORMATS]
+
+
+@given(
+    st.sampled_from(WHOLE),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8),
+    st.integers(0, 3000),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_pictures_are_read_or_a_sentence(tmp_path, data, changes, length):
+    torn = bytearray(data[: length or None])
+    for place, byte in changes:
+        if torn:
+            torn[place % len(torn)] = byte
+    try:
+        made = decode(bytes(torn), tmp_path)
+    except ValueError:
+        return
+    assert made.size[0] * made.size[1] <= LARGEST
+
+
+ROW = st.dictionaries(
+    st.sampled_from(["problem", "answer", "image", "images", "id", "split"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+
+
+@given(st.lists(ROW, min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_is_a_row_or_a_sentence(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        made = ExampleSet(open_rows(str(path)), name=str(path))
+    except ValueError:
+        return
+    for index in range(len(made)):
+        try:
+            assert isinstance(made[index].problem, str)
+        except ValueError as error:
+            assert "row" in str(error)

@@ -1,0 +1,62 @@
+"""What may not come in or go out: addresses that lead elsewhere, secrets in files that are kept, the network
+where a grader has no use for it."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+SECRET = re.compile(r"(^|_)(api_?key|secret|password|passwd|auth|credential|access_token)s?$", re.IGNORECASE)
+NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
+"""CLONE_NEWUSER and CLONE_NEWNET of Linux."""
+
+
+def check_address(address: str, field: str) -> None:
+    """Raises ValueError where an address is none of a server, holds a password, or is link-local (where
+    clouds keep a machine's credentials)."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{field} ({address}) must be an address such as http://127.0.0.1:8000")
+    if parts.username or parts.password:
+        raise ValueError(
+            f"{field} must not hold a name or password, since it is stored and logged; {parts.hostname} must "
+            "take its key from an environment variable"
+        )
+    if _is_link_local(parts.hostname):
+        raise ValueError(f"{field} ({address}) is link-local; give the server's own address")
+
+
+def _is_link_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_link_local
+    except ValueError:  # a name and no number
+        return False
+
+
+def check_secrets(values: Any, field: str) -> None:
+    """Raises ValueError where a mapping holds something that is called a secret: configs are stored, logged
+    and passed on."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if isinstance(value, str) and SECRET.search(str(name)):
+                raise ValueError(
+                    f"{field}.{name} is called a secret, and configs are stored beside the results; put it "
+                    "into an environment variable and give that variable's name as another argument"
+                )
+            check_secrets(value, f"{field}.{name}")
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            check_secrets(value, f"{field}.{number}")
+
+
+def leave_network() -> bool:
+    """Takes the network from this process, where Linux lets it; returns whether it did. Only in a process
+    without threads."""
+    with suppress(OSError, AttributeError):
+        return ctypes.CDLL(None, use_errno=True).unshare(NEW_USER | NEW_NETWORK) == 0
+    return False
