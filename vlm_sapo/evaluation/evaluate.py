@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.thumbnails import keep_pictures
+from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.rewards.answers import stated_answer
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
@@ -39,12 +40,17 @@ class SampleFile:
         self.done = {record["row"]: record for record in whole if record["benchmark"] == self.name}
         if len(whole) < len(lines) or not text.endswith("\n" if text else ""):
             self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
+        self.lines = Lines(self.path)
+
+    def settle(self) -> None:
+        """Puts all samples on disk. Raises OSError where that can't be done."""
+        if self.lines.waiting:
+            self.lines.settle()
 
     def add(self, records: list[dict], *, write: bool = True) -> None:
         """Keeps the records of a batch, and writes them."""
         if write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, records)))
+            self.lines.add(*map(_line, records))
         self.done |= {record["row"]: record for record in records}
 
 
@@ -85,6 +91,7 @@ def evaluate(
         told = [record for records in world.gather(made) for record in records]
         samples.add(sorted(told, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))
+    samples.settle()
     records = [samples.done[row] for row in sorted(samples.done)]
     if not records:
         raise ValueError("no usable row is left to evaluate on; run with on_error stop to see why")

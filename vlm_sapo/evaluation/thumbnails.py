@@ -19,8 +19,11 @@ def keep_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[str]:
         name = f"pictures/{hashlib.sha1(picture.tobytes()).hexdigest()[:16]}.jpg"
         names.append(name)
         if not (folder / name).exists():
-            (folder / "pictures").mkdir(exist_ok=True)
             small = picture.convert("RGB")
             small.thumbnail((SIDE, SIDE))
-            small.save(folder / name, quality=85)
+            try:
+                (folder / "pictures").mkdir(exist_ok=True)
+                small.save(folder / name, quality=85)
+            except OSError:  # of a full disk; they are for looking only, and the samples matter more
+                (folder / name).unlink(missing_ok=True)
     return names

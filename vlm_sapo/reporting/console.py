@@ -4,7 +4,7 @@ terminal."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -34,11 +34,16 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.rich.print(escape(text))
+        self._print(escape(text))
 
     def warn(self, text: str) -> None:
         """One line that stands out."""
-        self.rich.print(f"[bold yellow]warning:[/] {escape(text)}")
+        self._print(f"[bold yellow]warning:[/] {escape(text)}")
+
+    def _print(self, what: str | Table) -> None:
+        """A run outlives whoever listened, and the disk that its output goes to."""
+        with suppress(OSError):
+            self.rich.print(what)
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         """A table, the first column on the left, the others on the right but the last, which may wrap."""
@@ -48,7 +53,7 @@ class Console:
             table.add_column(name, justify="left" if number in (0, last) else "right", no_wrap=number < last)
         for row in rows:
             table.add_row(*map(escape, row))
-        self.rich.print(table)
+        self._print(table)
 
     @contextmanager
     def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from vlm_sapo.reporting.lines import Lines
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 WRITTEN = (
@@ -28,8 +29,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.waiting: dict[str, list[str]] = {}
-        """Lines that could not be written yet, by log."""
+        self.logs = {name: Lines(path / name) for name in LOGS}
 
     def stored(self) -> str | None:
         """The config of the run that left something here, which another one would mix with; None without.
@@ -72,36 +72,19 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds one line to a log. While the disk is full lines wait for the next time."""
-        self.waiting.setdefault(name, []).append(json.dumps(record, ensure_ascii=False) + "\n")
-        with suppress(OSError):
-            self._write_waiting(name)
-
-    def _write_waiting(self, name: str) -> None:
-        """Writes what waits for a log, all of it or nothing."""
-        path = self.path / name
-        before = path.stat().st_size if path.is_file() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(self.waiting.get(name, ()))
-                file.flush()
-        except OSError:
-            os.truncate(path, before)
-            raise
-        self.waiting[name] = []
+        self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n")
 
     def settle(self) -> None:
         """Puts all that was logged on disk. Raises OSError where that can't be done."""
-        for name in LOGS:
-            self._write_waiting(name)
-            with (self.path / name).open("rb") as file:
-                os.fsync(file.fileno())
+        for log in self.logs.values():
+            log.settle()
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log; a last line that was cut off in writing is left out."""
         path = self.path / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         records = []
-        for line in (text + "".join(self.waiting.get(name, ()))).split("\n"):
+        for line in (text + "".join(self.logs[name].waiting)).split("\n"):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

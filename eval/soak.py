@@ -1,0 +1,196 @@
+"""A long run of the quick start with faults at random, and what it takes meanwhile: memory, processes, files,
+threads; its held-out result beside that of a run without faults.
+
+unshare --user --map-root-user --mount python eval/soak.py --steps 1000 --out runs/soak
+
+Without `unshare` (or a root user) there is no small disk to fill, and that fault is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import subprocess
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+REWARD = '''
+import os
+import random
+import time
+
+from vlm_sapo.rewards.verifiers import auto
+
+def faulty(response, example, *, rate):
+    """What `auto` says, but sometimes never, and sometimes the process ends."""
+    dice = random.SystemRandom().random()
+    if dice < rate:
+        time.sleep(60)
+    elif dice < 2 * rate:
+        os._exit(1)
+    return auto(response, example)
+'''
+ROWS = '''
+from data.shapes import rows as drawn
+
+def rows(split, size, bad):
+    """The drawn world with every so many rows broken."""
+    found = drawn(split=split, size=size)
+    broken = {"images": [b"no picture"]}
+    return [row | broken if number % bad == 7 else row for number, row in enumerate(found)]
+'''
+
+
+class FullDisk(threading.Thread):
+    """Fills the disk of a folder now and then, for a while."""
+
+    def __init__(self, folder: Path, *, every: float, lasting: float):
+        super().__init__(daemon=True)
+        self.ballast, self.every, self.lasting = folder / "ballast", every, lasting
+        self.done, self.count = threading.Event(), 0
+
+    def run(self) -> None:
+        dice = random.Random(0)
+        while not self.done.wait(dice.uniform(0.5, 1.5) * self.every):
+            with suppress(OSError), self.ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(2**16)):
+                    pass
+            self.count += 1
+            self.done.wait(self.lasting)
+            self.ballast.unlink()
+
+
+def own_disk(folder: Path, size: str) -> bool:
+    """Puts a small disk under a folder, that only this process sees; whether the system lets it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+class Watch(threading.Thread):
+    """Looks at this process and its children."""
+
+    def __init__(self, metrics: Path, every: float):
+        super().__init__(daemon=True)
+        self.metrics, self.every, self.done = metrics, every, threading.Event()
+        self.seen: list[dict[str, int]] = []
+
+    def run(self) -> None:
+        while not self.done.wait(self.every):
+            self.seen.append(self.look())
+
+    def look(self) -> dict[str, int]:
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+        )
+        steps = self.metrics.read_text().count("\n") if self.metrics.is_file() else 0
+        return {
+            "steps": steps,
+            "resident MB": int(status["VmRSS"].split()[0]) // 1024,
+            "threads": int(status["Threads"]),
+            "files": len(os.listdir("/proc/self/fd")),
+            "children": len(children(os.getpid())),
+            "semaphores": len([name for name in os.listdir("/dev/shm") if name.startswith("sem.")]),
+        }
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    try:
+        own = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [child for number in map(int, own) for child in (number, *children(number))]
+
+
+def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> tuple[dict, list[dict], Counter]:
+    """The summary of a run, what was seen meanwhile, and how often each fault struck."""
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+    from vlm_sapo.training.trainer import train
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "rows.py").write_text(ROWS)
+    rate, bad = (2e-5, 37) if faults else (0.0, 10**9)
+    config = load(
+        TrainConfig,
+        "quickstart",
+        [
+            f"run.dir={folder}/run",
+            f"train.steps={steps}",
+            "train.lr=1e-5",
+            f"eval.every={steps // 4}",
+            f"checkpoint.every={max(1, steps // 40)}",
+            f"data.source={folder}/rows.py:rows",
+            f"data.args={{split: train, size: 4096, bad: {bad}}}",
+            "data.on_error=skip",
+            "reward.timeout=2",
+            f"reward.parts=[{{name: {folder}/reward.py:faulty, label: accuracy, args: {{rate: {rate}}}}}]",
+            *overrides,
+        ],
+    )
+    disk = FullDisk(folder / "run", every=20.0, lasting=3.0)
+    (folder / "run").mkdir(exist_ok=True)
+    can_fill = faults and own_disk(folder / "run", "60m")
+    watch = Watch(folder / "run/metrics.jsonl", every=2.0)
+    watch.start()
+    if can_fill:
+        disk.start()
+    try:
+        summary = train(config)
+    finally:
+        disk.done.set(), watch.done.set()
+        if can_fill:
+            disk.join()
+    watch.join()
+    gc.collect()
+    time.sleep(2)
+    watch.seen.append(watch.look())
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or twice"
+    struck = Counter({"full disk": disk.count, "bad row": summary.get("rows_skipped", 0)})
+    for row in rows:
+        struck["slow reward"] += row.get("outcome/accuracy/timeout", 0)
+        struck["dying worker"] += row.get("outcome/accuracy/crash", 0)
+    return summary, watch.seen, struck
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
+    parser.add_argument("overrides", nargs="*", help="Fields of the config, as for vlm-sapo train.")
+    args = parser.parse_args()
+    results = {}
+    for name in ("without faults", "with faults"):
+        place = args.out / name.replace(" ", "_")
+        summary, seen, struck = soak(
+            place.resolve(), args.steps, faults=name == "with faults", overrides=args.overrides
+        )
+        results[name] = summary | {"seen": seen, "struck": dict(struck)}
+        show(name, summary, seen, struck)
+    (args.out / "soak.json").write_text(json.dumps(results, indent=1))
+
+
+def show(name: str, summary: dict, seen: list[dict], struck: Counter) -> None:
+    """A table of about ten rows, the last one after the end."""
+    print(
+        f"\n{name}: {summary['seconds']} s, held-out {summary['eval_before']['pass@1']:.3f} before and "
+        f"{summary['eval_after']['pass@1']:.3f} after; {dict(struck)}"
+    )
+    print("| " + " | ".join(seen[0]) + " |\n" + "|---" * len(seen[0]) + "|")
+    running = [row for row in seen if row["steps"]]
+    chosen = [running[place * (len(running) - 1) // 9] for place in range(10)]
+    for row in chosen:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+if __name__ == "__main__":
+    main()

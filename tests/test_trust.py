@@ -1,0 +1,154 @@
+"""What may not come in or go out."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import picture
+from vlm_sapo.cli import main
+from vlm_sapo.config import RewardPart
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.trust import check_address, check_secrets, leave_network
+from vlm_sapo.types import Example, Response
+
+NETWORK = """
+import socket
+
+def connects(response, example, *, port):
+    with socket.socket() as line:
+        line.settimeout(2)
+        return float(line.connect_ex(("127.0.0.1", port)) == 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("file:///etc/passwd", "must be an address such as"),
+        ("ftp://example.org", "must be an address such as"),
+        ("localhost:8000", "must be an address such as"),
+        ("http://", "must be an address such as"),
+        ("http://me:word@example.org/v1", "must not hold a name or password.*example.org"),
+        ("http://169.254.169.254/v1", "is link-local"),
+        ("http://[fe80::1]/v1", "is link-local"),
+    ],
+)
+def test_addresses_that_lead_elsewhere(address, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        check_address(address, "args.url")
+    assert "word" not in str(raised.value).replace("password", "")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000/v1", "https://example.org", "http://[::1]:8000"])
+def test_addresses_of_servers(address):
+    check_address(address, "args.url")
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "API_KEY", "apikey", "openai_api_key", "password", "client_secret"]
+)
+def test_secrets_are_not_for_configs(name):
+    with pytest.raises(ValueError, match=f"args.{name} is called a secret.*environment variable") as raised:
+        RewardPart(name="math", args={name: "sk-123"})
+    assert "sk-123" not in str(raised.value).partition("[type=")[0]
+    with pytest.raises(ValueError, match=f"args.headers.0.{name}"):
+        check_secrets({"headers": [{name: "sk-123"}]}, "args")
+
+
+def test_the_name_of_a_variable_is_no_secret():
+    part = RewardPart(name="judge", args={"key_variable": "MY_KEY", "url": "http://127.0.0.1:1/v1", "key": 3})
+    assert part.args["key_variable"] == "MY_KEY"
+
+
+def _tries(queue) -> None:
+    queue.put(leave_network())
+
+
+def network_of(pid: int | str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    own = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for number in map(int, own) for child in (number, *children(number))]
+
+
+def can_leave() -> bool:
+    context = multiprocessing.get_context("forkserver")
+    queue = context.Queue()
+    process = context.Process(target=_tries, args=(queue,))
+    process.start()
+    left = queue.get(timeout=60)
+    process.join()
+    return left
+
+
+def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
+    if not can_leave():
+        pytest.skip("this system lets no process leave the network")
+    (tmp_path / "reward.py").write_text(NETWORK)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(5)
+        part = {"name": f"{tmp_path}/reward.py:connects", "args": {"port": server.getsockname()[1]}}
+        item = (Response("1", 1), Example("e", "p", "1"))
+        for specs, isolated in (([part], False), ([{"name": "math"}], True)):
+            reward = Reward(specs, workers=1)
+            assert reward.isolated == isolated
+            assert reward([item])[0].total == 1.0
+            assert any(network_of(pid) != network_of("self") for pid in children(os.getpid())) == isolated
+            reward.close()
+
+
+def test_pickled_weights_are_not_read(model_folder, tmp_path):
+    source = model_folder()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model.path"):
+        load_vlm(str(tmp_path))
+
+
+def test_code_in_a_model_folder_is_not_run(model_folder, tmp_path):
+    for file in model_folder().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    touched = tmp_path / "touched"
+    code = f"from pathlib import Path\nPath({str(touched)!r}).touch()\n"
+    (tmp_path / "evil.py").write_text(code)
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        path = tmp_path / name
+        if path.is_file():
+            kinds = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
+            values = json.loads(path.read_text()) | {"auto_map": dict.fromkeys(kinds, "evil.Evil")}
+            path.write_text(json.dumps(values))
+    try:
+        load_vlm(str(tmp_path))
+    except ValueError as error:
+        assert "evil" in str(error) or "trust" in str(error)
+    assert not touched.exists()
+
+
+def test_what_is_written_is_no_one_elses_to_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "p.png")
+    row = {"problem": "p", "answer": "1", "response": "\\boxed{1}", "image": "p.png"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr("sys.argv", ["vlm-sapo", "score", "rows.jsonl", "--out", "out/scored.jsonl"])
+    before = os.umask(0)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        os.umask(before)
+    assert not ended.value.code
+    made = [tmp_path / "out", tmp_path / "out/scored.jsonl"]
+    assert all(path.stat().st_mode & 0o002 == 0 for path in made if path.exists()) and made[1].exists()
