@@ -1,25 +1,28 @@
 """What may not come in or go out."""
 
 import json
-import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 from vlm_sapo.cli import main
 from vlm_sapo.config import RewardPart
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.trust import check_address, check_secrets, leave_network
+from vlm_sapo.trust import check_address, check_secrets
 from vlm_sapo.types import Example, Response
 
 NETWORK = """
 import socket
+import subprocess
+import sys
 
 def connects(response, example, *, port):
     with socket.socket() as line:
@@ -67,10 +70,6 @@ def test_the_name_of_a_variable_is_no_secret():
     assert part.args["key_variable"] == "MY_KEY"
 
 
-def _tries(queue) -> None:
-    queue.put(leave_network())
-
-
 def network_of(pid: int | str) -> str:
     return os.readlink(f"/proc/{pid}/ns/net")
 
@@ -82,13 +81,9 @@ def children(pid: int) -> list[int]:
 
 
 def can_leave() -> bool:
-    context = multiprocessing.get_context("forkserver")
-    queue = context.Queue()
-    process = context.Process(target=_tries, args=(queue,))
-    process.start()
-    left = queue.get(timeout=60)
-    process.join()
-    return left
+    code = "from vlm_sapo.trust import leave_network; print(leave_network())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip() == "True"
 
 
 def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
@@ -99,7 +94,7 @@ def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
         server.bind(("127.0.0.1", 0))
         server.listen(5)
         part = {"name": f"{tmp_path}/reward.py:connects", "args": {"port": server.getsockname()[1]}}
-        item = (Response("1", 1), Example("e", "p", "1"))
+        item = (Response("\\boxed{1}"), Example("e", "p", "1"))
         for specs, isolated in (([part], False), ([{"name": "math"}], True)):
             reward = Reward(specs, workers=1)
             assert reward.isolated == isolated

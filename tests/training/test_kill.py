@@ -43,6 +43,14 @@ def started(folder: Path, model: Path, options: tuple[str, ...]) -> multiprocess
     return process
 
 
+def wait_for(file: Path, process: multiprocessing.Process) -> float:
+    """Until the run has begun, and writes its config anew; when that was."""
+    before = file.stat().st_mtime_ns if file.is_file() else 0
+    while process.is_alive() and (not file.is_file() or file.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    return time.perf_counter()
+
+
 def phase_of(run: Path) -> str:
     """What a run was doing when it was killed, from what it left."""
     if any((run / "checkpoints").glob(".*.partial")):
@@ -64,8 +72,8 @@ def test_killed_at_random_moments(tmp_path_factory, capsys):
     dice, folder = random.Random(1), tmp_path_factory.mktemp("kill")
     new_model(folder / "model", family="qwen3_vl", corpus=CORPUS, shape=SMALL)
     (folder / "whole").mkdir()
-    begun = time.perf_counter()
     process = started(folder / "whole", folder / "model", OPTIONS)
+    begun = wait_for(folder / "whole/run/config.yaml", process)
     process.join()
     seconds = time.perf_counter() - begun
     assert process.exitcode == 0
@@ -78,7 +86,9 @@ def test_killed_at_random_moments(tmp_path_factory, capsys):
         left = 4
         while True:
             process = started(place, folder / "model", options)
-            process.join(dice.uniform(0, seconds) if left else None)
+            if left:
+                wait_for(place / "run/config.yaml", process)
+            process.join(dice.uniform(0, seconds * left / 4) if left else None)
             if process.exitcode is not None:
                 break
             os.kill(process.pid, signal.SIGKILL)
