@@ -19,7 +19,7 @@ from vlm_sapo.training.trainer import train
 
 KILLS = 20
 OPTIONS = (
-    "train.steps=6",
+    "train.steps=12",
     "eval.every=2",
     "checkpoint.every=2",
     "checkpoint.keep_best=1",
@@ -53,12 +53,15 @@ def wait_for(file: Path, process: multiprocessing.Process) -> float:
 
 def phase_of(run: Path) -> str:
     """What a run was doing when it was killed, from what it left."""
+
+    def lines(name: str) -> int:
+        return (run / name).read_text().count("\n") if (run / name).is_file() else 0
+
     if any((run / "checkpoints").glob(".*.partial")):
         return "writing a checkpoint"
-    lines = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
-    evaluated = sorted((run / "evaluations").glob("step_*")) if (run / "evaluations").is_dir() else []
-    recorded = (run / "evaluations.jsonl").read_text().count("\n") if evaluated else 0
-    return f"{'evaluating' if len(evaluated) > recorded else 'stepping'} after {lines} steps"
+    begun = len(list((run / "evaluations").glob("step_*")))
+    doing = "evaluating" if begun > lines("evaluations.jsonl") else "drawing or updating"
+    return f"{doing} after {lines('metrics.jsonl')} steps"
 
 
 def lines_of(run: Path, name: str, *left_out: str) -> list[dict]:

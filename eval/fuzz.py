@@ -1,0 +1,130 @@
+"""Throws what a fuzzer makes up at everything that reads responses, gold answers, configs and rows.
+
+python eval/fuzz.py box -max_total_time=60
+
+A parser must answer within SLOW seconds, or raise what it declares. The first argument is one of TARGETS; the
+others are libFuzzer's. Needs the `fuzz` extra.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+SLOW = 5.0
+"""Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
+
+with atheris.instrument_imports(include=["vlm_sapo"]):
+    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.configfile import load
+    from vlm_sapo.data.images import decode
+    from vlm_sapo.data.rows import ExampleSet, open_rows
+    from vlm_sapo.rewards.answers import BadGold, NoAnswer
+    from vlm_sapo.rewards.verifiers import VERIFIERS
+    from vlm_sapo.types import Example, Response
+
+FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))
+GOLDS = ["12", "B", r"\frac{1}{2}", "[1, 2, 3, 4]", '{"total": 9.5}', "Paris", "[[1, 2, 3, 4], [5, 6, 7, 8]]"]
+COLUMNS = {"options": ["one", "two", "three"], "answer_type": "float"}
+
+
+def verifier(name: str, **args: object) -> Callable[[str], None]:
+    """Grades a made-up response against each of some gold answers, and against itself."""
+
+    def run(text: str) -> None:
+        for gold in (*GOLDS, text):
+            for written in (text, rf"\boxed{{{text}}}"):
+                example = Example("1", "p", gold or " ", columns=COLUMNS)
+                response = Response(written, tokens=9, resized=((100, 50),))
+                try:
+                    score = VERIFIERS[name](response, example, **args)
+                except (NoAnswer, BadGold):
+                    continue
+                assert 0.0 <= score <= 1.0, score
+
+    return run
+
+
+def config(text: str) -> None:
+    """A config file and an override."""
+    path = FOLDER / "config.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    for given in ((str(path), []), ("quickstart", [text.replace("\0", "")])):
+        try:
+            load(TrainConfig, given[0], given[1])
+        except ValueError:
+            continue
+
+
+def rows(text: str) -> None:
+    """A file of JSON lines."""
+    path = FOLDER / "rows.jsonl"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        examples = ExampleSet(open_rows(str(path)), name=str(path))
+        for index in range(len(examples)):
+            json.dumps(examples[index].problem)
+    except ValueError:
+        return
+
+
+def pictures(text: str) -> None:
+    """A picture's bytes."""
+    try:
+        decode(text.encode("latin-1", errors="replace"), FOLDER)
+    except ValueError:
+        return
+
+
+PLAIN = (
+    "math",
+    "number",
+    "count",
+    "choice",
+    "exact",
+    "short",
+    "anls",
+    "auto",
+    "edit_distance",
+    "json_fields",
+)
+TARGETS: dict[str, Callable[[str], None]] = {
+    **{
+        name: verifier(name)
+        for name in ("math", "number", "count", "choice", "exact", "short", "anls", "auto")
+    },
+    "box": verifier("box"),
+    "boxes": verifier("boxes"),
+    "point_in_box": verifier("point_in_box"),
+    "json_fields": verifier("json_fields"),
+    "config": config,
+    "rows": rows,
+    "pictures": pictures,
+}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        raise SystemExit(f"the target must be one of {', '.join(TARGETS)}")
+    name = sys.argv.pop(1)
+    target = TARGETS[name]
+
+    def test(data: bytes) -> None:
+        text = data.decode("latin-1") if name == "pictures" else data.decode("utf-8", errors="replace")
+        begun = time.perf_counter()
+        target(text)
+        taken = time.perf_counter() - begun
+        assert taken < SLOW, f"{taken:.1f} s"
+
+    atheris.Setup(sys.argv, test)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
