@@ -235,7 +235,7 @@ def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
     assert found.fits and found.totals["training"] < whole.totals["training"]
     out = tmp_path / "made" / "fits.yaml"
     assert not plan_command(tiny, [], gpus, out)
-    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, changes)
+    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, [*changes, "run.name=fits"])
     least = Estimator(load(cfg.TrainConfig, tiny), gpus).least
     changes, found = nearest(tiny, [], Gpus(1, 1, int(0.9 * least)))
     assert found.fits and any(change.startswith(("train.optimizer", "model.lora")) for change in changes)
