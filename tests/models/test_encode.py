@@ -72,8 +72,7 @@ def shared_processors() -> list:
 
 
 @pytest.mark.parametrize("processor", shared_processors())
-@pytest.mark.parametrize("problem", SMUGGLED)
-def test_special_tokens_in_a_data_set_are_plain_text(vlm, problem, processor):
+def test_special_tokens_in_a_data_set_are_plain_text(vlm, processor):
     """The prompt has the special tokens of a harmless one, and reads as the row does."""
     if processor:
         vlm = copy.copy(vlm)
@@ -85,14 +84,18 @@ def test_special_tokens_in_a_data_set_are_plain_text(vlm, problem, processor):
     def specials(prompt) -> list[int]:
         return [token for token in prompt.ids.tolist() if token in special]
 
-    clean, prompt = encoder(example(problem="How many?")), encoder(example(problem=problem))
-    assert specials(prompt) == specials(clean)
-    expanded = re.sub(r"(<.image_pad.>)+(?=<.vision_end.>)", "<|image_pad|>", tokenizer.decode(prompt.ids))
-    assert problem in expanded and expanded == prompt.text
-    assert torch.equal(prompt.grid, clean.grid)
-    assert prompt.positions.shape == (3, len(prompt.ids))
-    demonstration = encoder.respond(prompt, problem)
-    assert [token for token in demonstration.ids.tolist() if token in special] == [tokenizer.eos_token_id]
+    clean = encoder(example(problem="How many?"))
+    for problem in SMUGGLED:
+        prompt = encoder(example(problem=problem))
+        assert specials(prompt) == specials(clean)
+        expanded = re.sub(
+            r"(<.image_pad.>)+(?=<.vision_end.>)", "<|image_pad|>", tokenizer.decode(prompt.ids)
+        )
+        assert problem in expanded and expanded == prompt.text
+        assert torch.equal(prompt.grid, clean.grid)
+        assert prompt.positions.shape == (3, len(prompt.ids))
+        demonstration = encoder.respond(prompt, problem)
+        assert [token for token in demonstration.ids.tolist() if token in special] == [tokenizer.eos_token_id]
 
 
 def test_image_tokens_in_the_template_are_an_error(encoder):

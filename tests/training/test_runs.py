@@ -204,6 +204,7 @@ def rows(size, broken):
 """
 
 
+@pytest.mark.slow
 def test_supervised_learning_loses_no_row_to_a_bad_one(settings, tmp_path):
     """Once the row is mended the run goes on as if nothing had been."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
