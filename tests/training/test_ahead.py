@@ -67,6 +67,7 @@ def asked(folder) -> list[list[str]]:
     return [[row["id"] for row in found if row["step"] == step] for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_ahead_keeps_the_order_of_the_data_and_counts_how_old_its_weights_are(settings, tmp_path):
     train(settings("ahead"))
     train(settings("same", "rollout.ahead=0"))
@@ -90,6 +91,7 @@ def test_what_ahead_draws_is_from_the_weights_a_step_before(settings, tmp_path, 
     assert order == one + two + "W" + "gggg" + "W"
 
 
+@pytest.mark.slow
 def test_evaluations_in_between_change_nothing(settings, tmp_path, server):
     held_out = "eval.data={source: 'data/shapes.py:rows', args: {split: test, size: 6}}"
     train(settings("plain"))

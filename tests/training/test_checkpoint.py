@@ -57,6 +57,7 @@ def test_a_full_disk_leaves_the_ones_before_whole_and_the_run_going(
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_where_that_is_wanted(whole, settings, tmp_path, monkeypatch):
     with monkeypatch.context() as disk:
         _full_at(disk, 3)

@@ -66,6 +66,7 @@ def test_too_many_in_a_row_are_an_end(policy, encoder):
         update(policy, encoder, old=-1000.0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_one(settings, tmp_path, monkeypatch):
     inner, calls = PolicyLoss.__call__, []
 

@@ -171,6 +171,7 @@ def test_only_the_faulty_kinds_are_named(model_folder):
     assert named and all("mlp" in kind for kind in named)
 
 
+@pytest.mark.slow
 def test_any_single_kind_that_does_not_arrive_is_caught(model_folder):
     """All kinds are changed at once, and one of them does not reach the engine."""
     run = Run(model_folder)
