@@ -62,7 +62,7 @@ def test_too_many_in_a_row_are_an_end(policy, encoder):
     update(policy, encoder, old=-1000.0)
     update(policy, encoder)
     update(policy, encoder, old=-1000.0)
-    with pytest.raises(NumbersError, match=r"2th in a row \(train.bad_updates is 1\); lower train.lr"):
+    with pytest.raises(NumbersError, match=r"number 2 in a row \(train.bad_updates is 1\); lower train.lr"):
         update(policy, encoder, old=-1000.0)
 
 

@@ -50,7 +50,7 @@ class Guard:
         text = f"step {self.step}: an update is left out, since {wrong}" + (f"; see {where}" if where else "")
         if self.in_a_row > self.limit:
             raise NumbersError(
-                f"{text}. It is the {self.in_a_row}th in a row (train.bad_updates is {self.limit}); lower "
+                f"{text}. It is number {self.in_a_row} in a row (train.bad_updates is {self.limit}); lower "
                 "train.lr, use model.dtype=float32, or look at the rows that it names"
             )
         self.console.warn(text)
