@@ -8,9 +8,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.conftest import picture
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.cli import app
+from vlm_sapo.data.sources import build_examples
 from vlm_sapo.training.trainer import train
 
 REWARD = """
@@ -104,3 +106,19 @@ def test_groups_without_variance_are_drawn_anew_within_their_task(settings, tmp_
         assert all((row["rollout/groups"] > 4) == bool(rounds) for row in rows)
         assert all("task/one/reward" in row for row in rows)
     assert flat[6] >= flat[0]
+
+
+def test_kept_rows_name_their_pictures_where_they_are(settings, tmp_path):
+    """Outside the folder of the kept rows, which the printed overrides allow."""
+    (tmp_path / "set").mkdir()
+    picture().save(tmp_path / "set/p.png")
+    rows = [{"problem": f"How many {n}?", "answer": "1", "image": "p.png"} for n in range(4)]
+    source = tmp_path / "set/rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(source=str(source))
+    command = ["filter", config, "--samples", "2", "--keep", "0..1", "--out", str(tmp_path / "kept")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    [line] = [line for line in result.output.splitlines() if line.startswith("train on them")]
+    loaded = configfile.load(cfg.TrainConfig, config, line.rpartition(": ")[2].split())
+    assert [len(example.images) for example in build_examples(loaded.data)] == [1] * 4

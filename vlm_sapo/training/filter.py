@@ -67,6 +67,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
             console.say(f"{task.task}: kept {kept} of {len(records)} rows in {target}")
             field = f"data.mixture.{number}" if config.data.mixture else "data"
             overrides += [f"{field}.source={target}", f"{field}.args=null", f"{field}.split=null"]
+            overrides.append(f"{field}.pictures_anywhere=true")  # each was read from where it is
     console.say(f"train on them with the same config and: {' '.join(overrides)}")
 
 
