@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
 from vlm_sapo.models import families
@@ -24,6 +25,16 @@ FAMILIES = tuple(families.FAMILIES)
 SHARING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families whose branches can share a prefix."""
 SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
+# The same examples every time; `--hypothesis-profile=deep` tries more, and others.
+settings.register_profile(
+    "same",
+    derandomize=True,
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("deep", settings.get_profile("same"), derandomize=False, max_examples=20_000)
+settings.load_profile("same")
 CORPUS = ["How many red shapes are there? \\boxed{2}", "Find x. The answer is 12."] * 20
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from vlm_sapo.reporting.console import visible
 from vlm_sapo.world import ElsewhereError, Interrupted
 
 app = typer.Typer(
@@ -351,7 +352,7 @@ def main() -> None:
     except ValueError as error:
         if not _raised_here(error):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(visible(f"error: {error}"), err=True)
         sys.exit(1)
     except Interrupted as error:
         if _main_process():

@@ -64,7 +64,7 @@ def test_shared_equals_plain(model_folder, family, shapes, checkpointing):
     assert_same(vlm, build(Encoder(vlm), shapes))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.lists(st.integers(1, 12), min_size=1, max_size=5)),

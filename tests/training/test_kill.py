@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
-import os
 import random
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from tests.training.conftest import metrics, short_run
 from vlm_sapo.models.tiny import new_model
 from vlm_sapo.training.trainer import train
 
-KILLS = 20
+KILLS, STEPS = 20, 12
 OPTIONS = (
-    "train.steps=12",
+    f"train.steps={STEPS}",
     "eval.every=2",
     "checkpoint.every=2",
     "checkpoint.keep_best=1",
@@ -29,39 +30,58 @@ OPTIONS = (
 BACKGROUND = ("checkpoint.background=true",)
 
 
-def run(folder: str, model: str, options: tuple[str, ...]) -> None:
-    """In a process of its own."""
+PHASES = {
+    "Checkpoints._write": "writing a checkpoint",
+    "Evaluator.at": "evaluating",
+    "OnDemand.draw": "drawing",
+    "Policy.accumulate": "updating",
+}
+"""What a process does while it is in a function; the first that holds."""
+
+
+def run(folder: str, model: str, options: tuple[str, ...], phase) -> None:
+    """In a process of its own, which says what it does."""
     torch.set_num_threads(1)
+    threading.Thread(target=tell, args=(phase,), daemon=True).start()
     train(short_run(Path(folder), Path(model), *options))
 
 
-def started(folder: Path, model: Path, options: tuple[str, ...]) -> multiprocessing.Process:
+def tell(phase) -> None:
+    """Writes down all the time what any thread of this process does."""
+    while True:
+        found = set()
+        for frame in sys._current_frames().values():
+            while frame is not None:
+                found.add(frame.f_code.co_qualname)
+                frame = frame.f_back
+        phase.value = next((name for place, name in PHASES.items() if place in found), "").encode()
+        time.sleep(0.001)
+
+
+def started(folder: Path, model: Path, options: tuple[str, ...]):
+    """A process that trains, and what it is doing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm_sapo.training.trainer"])
-    process = context.Process(target=run, args=(str(folder), str(model), options))
+    phase = context.Array("c", 40, lock=False)
+    process = context.Process(target=run, args=(str(folder), str(model), options, phase))
     process.start()
-    return process
+    return process, phase
 
 
-def wait_for(file: Path, process: multiprocessing.Process) -> float:
-    """Until the run has begun, and writes its config anew; when that was."""
-    before = file.stat().st_mtime_ns if file.is_file() else 0
-    while process.is_alive() and (not file.is_file() or file.stat().st_mtime_ns == before):
-        time.sleep(0.01)
-    return time.perf_counter()
+def killed(process, phase, run: Path, wanted: str, step: int, delay: float) -> str:
+    """Kills the process a moment after it is first seen doing what is wanted, with so many steps done.
+    Returns what it was doing then; nothing where it ended before."""
+    while process.is_alive() and (phase.value.decode() != wanted or steps_of(run) < step):
+        time.sleep(0.001)
+    time.sleep(delay)
+    last = phase.value.decode() or "between"
+    process.kill()
+    process.join()
+    return f"{last} after {steps_of(run)}" if process.exitcode == -signal.SIGKILL else ""
 
 
-def phase_of(run: Path) -> str:
-    """What a run was doing when it was killed, from what it left."""
-
-    def lines(name: str) -> int:
-        return (run / name).read_text().count("\n") if (run / name).is_file() else 0
-
-    if any((run / "checkpoints").glob(".*.partial")):
-        return "writing a checkpoint"
-    begun = len(list((run / "evaluations").glob("step_*")))
-    doing = "evaluating" if begun > lines("evaluations.jsonl") else "drawing or updating"
-    return f"{doing} after {lines('metrics.jsonl')} steps"
+def steps_of(run: Path) -> int:
+    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
 
 
 def lines_of(run: Path, name: str, *left_out: str) -> list[dict]:
@@ -71,14 +91,13 @@ def lines_of(run: Path, name: str, *left_out: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path_factory, capsys):
-    """Until there were twenty kills; in every second run checkpoints are written in the background."""
+    """Four times in each run, at a random step while it does each of four things; in every second run
+    checkpoints are written in the background."""
     dice, folder = random.Random(1), tmp_path_factory.mktemp("kill")
     new_model(folder / "model", family="qwen3_vl", corpus=CORPUS, shape=SMALL)
     (folder / "whole").mkdir()
-    process = started(folder / "whole", folder / "model", OPTIONS)
-    begun = wait_for(folder / "whole/run/config.yaml", process)
+    process, _ = started(folder / "whole", folder / "model", OPTIONS)
     process.join()
-    seconds = time.perf_counter() - begun
     assert process.exitcode == 0
     kills, number = [], 0
     while len(kills) < KILLS:
@@ -86,22 +105,17 @@ def test_killed_at_random_moments(tmp_path_factory, capsys):
         place = folder / f"run{number}"
         place.mkdir()
         options = OPTIONS + (BACKGROUND if number % 2 else ())
-        left = 4
-        while True:
-            process = started(place, folder / "model", options)
-            if left:
-                wait_for(place / "run/config.yaml", process)
-            process.join(dice.uniform(0, seconds * left / 4) if left else None)
-            if process.exitcode is not None:
-                break
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            left -= 1
-            kills.append(phase_of(place / "run"))
+        wanted = dice.sample(sorted(PHASES.values()), 4)
+        for phase, step in zip(wanted, sorted(dice.randrange(STEPS) for _ in wanted), strict=True):
+            process, doing = started(place, folder / "model", options)
+            kills += filter(None, [killed(process, doing, place / "run", phase, step, dice.uniform(0, 0.02))])
+        process, _ = started(place, folder / "model", options)
+        process.join()
         assert process.exitcode == 0
         same(folder / "whole/run", place / "run")
     with capsys.disabled():
         print(f"\n{len(kills)} kills in {number} runs: {', '.join(kills)}")
+    assert all(any(kill.startswith(phase) for kill in kills) for phase in PHASES.values())
 
 
 def same(whole: Path, run: Path) -> None:

@@ -24,6 +24,12 @@ LINES = 20
 """Lines that a run without a terminal prints at most for its steps."""
 
 
+def visible(text: str) -> str:
+    """The text with control characters, and what turns the writing around, as codes: a response must not
+    command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class Console:
     """Prints to standard output; `progress` shows a bar on a terminal and a line now and then elsewhere."""
 
@@ -34,11 +40,11 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._print(escape(text))
+        self._print(escape(visible(text)))
 
     def warn(self, text: str) -> None:
         """One line that stands out."""
-        self._print(f"[bold yellow]warning:[/] {escape(text)}")
+        self._print(f"[bold yellow]warning:[/] {escape(visible(text))}")
 
     def _print(self, what: str | Table) -> None:
         """A run outlives whoever listened, and the disk that its output goes to."""
@@ -52,7 +58,7 @@ class Console:
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number in (0, last) else "right", no_wrap=number < last)
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(visible(cell)) for cell in row))
         self._print(table)
 
     @contextmanager
