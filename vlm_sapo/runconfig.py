@@ -31,7 +31,7 @@ class Run(Section):
 
 class Checkpoint(Section):
     every: Count = 50
-    """Write a checkpoint every so many steps; 0 for never."""
+    """Write a checkpoint every so many steps and after the last one; 0 for never."""
     keep_last: Positive = 2
     """How many of the newest checkpoints stay."""
     keep_best: Count = 0

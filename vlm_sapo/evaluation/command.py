@@ -148,6 +148,7 @@ def _run(
                 skip=skip,
                 progress=lambda done: show(done, f"{done} problems graded"),
             )
+    samples.settle()
     console.samples(records[:3])
     for caution in cautions(result, settings, max_tokens):
         console.warn(f"{benchmark.name}: {caution}")

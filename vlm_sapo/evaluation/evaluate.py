@@ -22,7 +22,7 @@ LONGEST = 200
 
 @dataclass
 class SampleFile:
-    """`samples.jsonl` of a folder: a line per problem, written as batches are graded.
+    """`samples.jsonl` of a folder: a line per problem, written as batches are graded. Settle it in the end.
 
     `done` holds the finished problems by row; a line that was cut off in writing is dropped.
     """
@@ -32,7 +32,6 @@ class SampleFile:
     """The benchmark whose samples these are; a file may hold those of several."""
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "samples.jsonl"
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         lines = list(filter(None, text.split("\n")))
@@ -91,7 +90,6 @@ def evaluate(
         told = [record for records in world.gather(made) for record in records]
         samples.add(sorted(told, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))
-    samples.settle()
     records = [samples.done[row] for row in sorted(samples.done)]
     if not records:
         raise ValueError("no usable row is left to evaluate on; run with on_error stop to see why")

@@ -22,7 +22,7 @@ def keep_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[str]:
             small = picture.convert("RGB")
             small.thumbnail((SIDE, SIDE))
             try:
-                (folder / "pictures").mkdir(exist_ok=True)
+                (folder / "pictures").mkdir(parents=True, exist_ok=True)
                 small.save(folder / name, quality=85)
             except OSError:  # of a full disk; they are for looking only, and the samples matter more
                 (folder / name).unlink(missing_ok=True)

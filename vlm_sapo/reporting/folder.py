@@ -70,9 +70,10 @@ class RunFolder:
             else:
                 target.unlink(missing_ok=True)
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Adds one line to a log. While the disk is full lines wait for the next time."""
-        self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n")
+    def append(self, name: str, record: dict[str, Any], after: Lines | None = None) -> None:
+        """Adds one line to a log, on disk later than the lines of the file `after`. While the disk is full
+        lines wait for the next time."""
+        self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n", after=after)
 
     def settle(self) -> None:
         """Puts all that was logged on disk. Raises OSError where that can't be done."""
@@ -116,7 +117,7 @@ class OthersFolder(RunFolder):
     def settle(self) -> None:
         """Nothing: the main process does."""
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
+    def append(self, name: str, record: dict[str, Any], after: Lines | None = None) -> None:
         """Nothing: the main process does."""
 
     def rewind(self, step: int) -> None:

@@ -13,15 +13,21 @@ class Lines:
     def __init__(self, path: Path):
         self.path = path
         self.waiting: list[str] = []
+        self.first: list[Lines] = []
+        """Files whose lines must be on disk before what waits here is written."""
 
-    def add(self, *lines: str) -> None:
-        """Lines that end in a line feed."""
+    def add(self, *lines: str, after: Lines | None = None) -> None:
+        """Lines that end in a line feed; on disk later than all of the file `after`."""
         self.waiting += lines
+        self.first += [after] if after else []
         with suppress(OSError):
             self.write()
 
     def write(self) -> None:
         """Writes what waits, all of it or nothing. Raises OSError where that can't be done."""
+        for other in self.first:
+            other.settle()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -30,7 +36,7 @@ class Lines:
             if self.path.is_file():
                 os.truncate(self.path, before)
             raise
-        self.waiting = []
+        self.waiting, self.first = [], []
 
     def settle(self) -> None:
         """Puts everything on disk. Raises OSError where that can't be done."""

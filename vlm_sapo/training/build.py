@@ -332,8 +332,10 @@ def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
-def _measures(config, engine, encode, reward, processes, benchmarks) -> dict[str, Callable[[Path], tuple]]:
-    """By name, functions that evaluate into a folder: `held-out` on `eval.data`, and the benchmarks."""
+def _measures(
+    config, engine, encode, reward, processes, benchmarks
+) -> dict[str, Callable[[SampleFile], tuple]]:
+    """By name, functions that evaluate: `held-out` on `eval.data`, and the benchmarks."""
     draw = Sampling(
         config.eval.samples,
         config.rollout.max_tokens,
@@ -346,11 +348,10 @@ def _measures(config, engine, encode, reward, processes, benchmarks) -> dict[str
     console, world = processes.console, processes.world
     batch = problems_at_once(config.rollout.engine, config.rollout.prompts_per_batch)
     skip = config.data.on_error == "skip"
-    found: dict[str, Callable[[Path], tuple]] = {}
+    found: dict[str, Callable[[SampleFile], tuple]] = {}
 
-    def run(name: str, examples, reward: Reward, measure: Measure, sampling: Sampling, folder: Path):
-        samples = world.from_main(lambda: SampleFile(folder, name))
-        with console.progress(f"evaluate {name}", len(examples), lines=4) as show:
+    def run(examples, reward: Reward, measure: Measure, sampling: Sampling, samples: SampleFile):
+        with console.progress(f"evaluate {samples.name}", len(examples), lines=4) as show:
             return evaluate(
                 engine,
                 examples,
@@ -365,15 +366,15 @@ def _measures(config, engine, encode, reward, processes, benchmarks) -> dict[str
                 world=world,
             )
 
-    def run_benchmark(benchmark: Benchmark, folder: Path):
+    def run_benchmark(benchmark: Benchmark, samples: SampleFile):
         sampling = replace(draw, max_tokens=benchmark.max_tokens)
         with closing(Reward(benchmark.parts)) as own:
-            return run(benchmark.name, benchmark.examples, own, benchmark.measure, sampling, folder)
+            return run(benchmark.examples, own, benchmark.measure, sampling, samples)
 
     if config.eval.data is not None:
         examples = build_examples(config.eval.data, task=HELD_OUT)
         measure = Measure(config.eval.part or config.reward.measured)
-        found[HELD_OUT] = partial(run, HELD_OUT, examples, reward, measure, draw)
+        found[HELD_OUT] = partial(run, examples, reward, measure, draw)
     for benchmark in benchmarks:
         found[benchmark.name] = partial(run_benchmark, benchmark)
     return found

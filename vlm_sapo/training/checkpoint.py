@@ -130,7 +130,7 @@ class Checkpoints:
             os.replace(aside, target)
             _sync(self.folder)
             self._prune()
-        except FAILURES:
+        except Exception:
             for _ in remaining:  # other processes give their parts
                 pass
             shutil.rmtree(aside, ignore_errors=True)
@@ -232,6 +232,6 @@ def _done(function: Callable[..., None], *arguments: Any) -> Future[None]:
     future: Future[None] = Future()
     try:
         future.set_result(function(*arguments))
-    except FAILURES as error:
+    except Exception as error:
         future.set_exception(error)
     return future

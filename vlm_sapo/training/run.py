@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from vlm_sapo.data.stream import Mixture
+from vlm_sapo.evaluation.evaluate import SampleFile
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
 from vlm_sapo.training.batch import MiniBatch
-from vlm_sapo.training.checkpoint import Checkpoints, Progress
+from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.parity import ParityError
@@ -42,8 +43,8 @@ class Evaluator:
     """Measures the model and keeps results and samples in the run's folder; does nothing without anything to
     measure on."""
 
-    measures: dict[str, Callable[[Path], tuple[dict, list[dict]]]]
-    """By name, what evaluates into a folder."""
+    measures: dict[str, Callable[[SampleFile], tuple[dict, list[dict]]]]
+    """By name, what evaluates and keeps its samples."""
     every: int
     folder: RunFolder
     console: Console
@@ -61,8 +62,10 @@ class Evaluator:
         for name, run in self.measures.items():
             if name not in done:
                 self.ready()
-                result, records = run(folder)
-                self.folder.append("evaluations.jsonl", {"step": step, "name": name} | result)
+                samples = self.world.from_main(lambda name=name: SampleFile(folder, name))
+                result, records = run(samples)
+                record = {"step": step, "name": name} | result
+                self.folder.append("evaluations.jsonl", record, after=samples.lines)
                 self._say(f"{name} pass@1 after {step} steps", result, records)
 
     def _done(self, step: int, folder: Path) -> list[str]:
@@ -136,9 +139,9 @@ class Core:
             self.checkpoints.settle()
             raise
 
-    def checkpoint_if_due(self, step: int) -> None:
-        """Writes a checkpoint after every so many steps."""
-        if self.checkpoint_every and step % self.checkpoint_every == 0:
+    def checkpoint_if_due(self, step: int, *, last: int) -> None:
+        """Writes a checkpoint after every so many steps, and after the last one."""
+        if self.checkpoint_every and (step == last or step % self.checkpoint_every == 0):
             self.save_checkpoint(self.rollouts.state())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -148,8 +151,24 @@ class Core:
     def finish(self, steps: int) -> dict:
         """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
         self.checkpoints.settle()
-        self.policy.export(self.folder.path / "final", write=self.world.main)
-        return self.world.from_main(lambda: self._summarize(steps))
+        failed = None
+        try:
+            self.policy.export(self.folder.path / "final", write=self.world.main)
+        except FAILURES as error:
+            failed = error
+        return self.world.from_main(lambda: self._finish(steps, failed))
+
+    def _finish(self, steps: int, failed: Exception | None) -> dict:
+        try:
+            if failed is not None:
+                raise failed
+            return self._summarize(steps)
+        except FAILURES as error:
+            raise ValueError(
+                f"all {steps} steps are done, but the result cannot be written ({error}); the newest "
+                f"checkpoint in {self.checkpoints.folder} is of step {self.checkpoints.newest_step}: make "
+                "room, then start the same command again"
+            ) from error
 
     def _summarize(self, steps: int) -> dict:
         evaluations = self.folder.read("evaluations.jsonl")

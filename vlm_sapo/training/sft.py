@@ -62,7 +62,7 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
             show(step, f"loss {loss:.4f}  {record['time/step']:.2f} s")
             with core.rescuing():
                 core.evaluator.at(step, last=train.steps)
-            core.checkpoint_if_due(step)
+            core.checkpoint_if_due(step, last=train.steps)
     return core.finish(train.steps)
 
 

@@ -40,7 +40,7 @@ def loop(training: Training, steps: int) -> dict:
             show(step, advance(training, step))
             with core.rescuing():
                 core.evaluator.at(step, last=steps)
-            core.checkpoint_if_due(step)
+            core.checkpoint_if_due(step, last=steps)
     return core.finish(steps)
 
 
