@@ -1,5 +1,5 @@
-"""A long run of the quick start with faults at random, and what it takes meanwhile: memory, processes, files,
-threads; its held-out result beside that of a run without faults.
+"""A long run of the quick start with faults at random beside one without, each in a process of its own: what
+they take meanwhile (memory, processes, files, threads), and their held-out results.
 
 unshare --user --map-root-user --mount python eval/soak.py --steps 1000 --out runs/soak
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -86,18 +87,25 @@ class Watch(threading.Thread):
             self.seen.append(self.look())
 
     def look(self) -> dict[str, int]:
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-        )
         steps = self.metrics.read_text().count("\n") if self.metrics.is_file() else 0
         return {
             "steps": steps,
-            "resident MB": int(status["VmRSS"].split()[0]) // 1024,
-            "threads": int(status["Threads"]),
-            "files": len(os.listdir("/proc/self/fd")),
+            "resident MB": resident(os.getpid()),
+            "children's MB": sum(map(resident, children(os.getpid()))),
             "children": len(children(os.getpid())),
+            "threads": len(os.listdir("/proc/self/task")),
+            "files": len(os.listdir("/proc/self/fd")),
             "semaphores": len([name for name in os.listdir("/dev/shm") if name.startswith("sem.")]),
         }
+
+
+def resident(pid: int) -> int:
+    """Megabytes of a process in memory."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
 
 
 def children(pid: int) -> list[int]:
@@ -109,8 +117,9 @@ def children(pid: int) -> list[int]:
     return [child for number in map(int, own) for child in (number, *children(number))]
 
 
-def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> tuple[dict, list[dict], Counter]:
-    """The summary of a run, what was seen meanwhile, and how often each fault struck."""
+def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> dict:
+    """The summary of a run with `seen`, what was looked at meanwhile, and `struck`, how often each fault
+    did."""
     from vlm_sapo.config import TrainConfig
     from vlm_sapo.configfile import load
     from vlm_sapo.training.trainer import train
@@ -118,7 +127,7 @@ def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reward.py").write_text(REWARD)
     (folder / "rows.py").write_text(ROWS)
-    rate, bad = (2e-5, 37) if faults else (0.0, 10**9)
+    rate, bad = (1e-4, 37) if faults else (0.0, 10**9)
     config = load(
         TrainConfig,
         "quickstart",
@@ -143,8 +152,17 @@ def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> tup
     watch.start()
     if can_fill:
         disk.start()
+    restarts = 0
     try:
-        summary = train(config)
+        while True:
+            try:
+                summary = train(config)
+                break
+            except ValueError as error:  # a full disk at the very end: what a user would do
+                if "make room" not in str(error):
+                    raise
+                restarts += 1
+                time.sleep(disk.lasting)
     finally:
         disk.done.set(), watch.done.set()
         if can_fill:
@@ -156,10 +174,20 @@ def soak(folder: Path, steps: int, *, faults: bool, overrides: list[str]) -> tup
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or twice"
     struck = Counter({"full disk": disk.count, "bad row": summary.get("rows_skipped", 0)})
+    struck["started again"] = restarts
     for row in rows:
         struck["slow reward"] += row.get("outcome/accuracy/timeout", 0)
         struck["dying worker"] += row.get("outcome/accuracy/crash", 0)
-    return summary, watch.seen, struck
+    return summary | {"seen": watch.seen, "struck": struck}
+
+
+def run(name: str, place: Path, steps: int, overrides: list[str]) -> None:
+    """In a process of its own, so that what is seen is this run's."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    result = soak(place, steps, faults=name == "with_faults", overrides=overrides)
+    place.with_suffix(".json").write_text(json.dumps(result, indent=1))
 
 
 def main() -> None:
@@ -168,28 +196,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("overrides", nargs="*", help="Fields of the config, as for vlm-sapo train.")
     args = parser.parse_args()
-    results = {}
-    for name in ("without faults", "with faults"):
-        place = args.out / name.replace(" ", "_")
-        summary, seen, struck = soak(
-            place.resolve(), args.steps, faults=name == "with faults", overrides=args.overrides
-        )
-        results[name] = summary | {"seen": seen, "struck": dict(struck)}
-        show(name, summary, seen, struck)
-    (args.out / "soak.json").write_text(json.dumps(results, indent=1))
+    context = multiprocessing.get_context("spawn")
+    places = {name: args.out.resolve() / name for name in ("without_faults", "with_faults")}
+    processes = [
+        context.Process(target=run, args=(name, place, args.steps, args.overrides))
+        for name, place in places.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a run failed; see above")
+    for name, place in places.items():
+        show(name, json.loads(place.with_suffix(".json").read_text()))
 
 
-def show(name: str, summary: dict, seen: list[dict], struck: Counter) -> None:
-    """A table of about ten rows, the last one after the end."""
+def show(name: str, result: dict) -> None:
+    """A table of ten rows, and the change from the second tenth to the last."""
+    seen = [row for row in result["seen"] if row["steps"]]
     print(
-        f"\n{name}: {summary['seconds']} s, held-out {summary['eval_before']['pass@1']:.3f} before and "
-        f"{summary['eval_after']['pass@1']:.3f} after; {dict(struck)}"
+        f"\n{name}: {result['seconds']} s, held-out {result['eval_before']['pass@1']:.3f} before and "
+        f"{result['eval_after']['pass@1']:.3f} after; {result['struck']}"
     )
     print("| " + " | ".join(seen[0]) + " |\n" + "|---" * len(seen[0]) + "|")
-    running = [row for row in seen if row["steps"]]
-    chosen = [running[place * (len(running) - 1) // 9] for place in range(10)]
-    for row in chosen:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+    for place in range(10):
+        print("| " + " | ".join(map(str, seen[place * (len(seen) - 1) // 9].values())) + " |")
+    tenth = max(1, len(seen) // 10)
+    first, last = (
+        sum(row["resident MB"] + row["children's MB"] for row in rows) / len(rows)
+        for rows in (seen[tenth : 2 * tenth], seen[-tenth - 1 : -1])
+    )
+    print(f"memory: {first:.0f} MB in the second tenth, {last:.0f} MB in the last: {last / first - 1:+.1%}")
 
 
 if __name__ == "__main__":
