@@ -82,27 +82,9 @@ def pictures(text: str) -> None:
         return
 
 
-PLAIN = (
-    "math",
-    "number",
-    "count",
-    "choice",
-    "exact",
-    "short",
-    "anls",
-    "auto",
-    "edit_distance",
-    "json_fields",
-)
+ARGS = {name: {"gold_coordinates": "thousand"} for name in ("box", "point_in_box")}
 TARGETS: dict[str, Callable[[str], None]] = {
-    **{
-        name: verifier(name)
-        for name in ("math", "number", "count", "choice", "exact", "short", "anls", "auto")
-    },
-    "box": verifier("box"),
-    "boxes": verifier("boxes"),
-    "point_in_box": verifier("point_in_box"),
-    "json_fields": verifier("json_fields"),
+    **{name: verifier(name, **ARGS.get(name, {})) for name in VERIFIERS if name not in ("judge", "length")},
     "config": config,
     "rows": rows,
     "pictures": pictures,

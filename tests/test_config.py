@@ -4,6 +4,9 @@ import inspect
 from functools import partial
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
@@ -152,3 +155,48 @@ def test_every_field_has_a_text():
                 yield f"{section.__name__}.{name}"
 
     assert list(walk(cfg.TrainConfig)) + list(walk(cfg.SftConfig)) == []
+
+
+FIELDS = (
+    "model",
+    "path",
+    "data",
+    "source",
+    "train",
+    "steps",
+    "rollout",
+    "engine",
+    "type",
+    "run",
+    "reward",
+    "parts",
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(FIELDS),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.text(max_size=30))
+def test_any_file_and_override_is_a_config_or_a_sentence(tmp_path, content, override):
+    path = tmp_path / "any.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    for name, overrides in ((str(path), []), ("quickstart", [override])):
+        try:
+            assert isinstance(configfile.load(cfg.TrainConfig, name, overrides), cfg.TrainConfig)
+        except ValueError:
+            continue
+
+
+@given(st.binary(max_size=60) | st.text(alphabet="{}[]:-&*!|>#'\"\n\tab01 ", max_size=60).map(str.encode))
+def test_any_bytes_are_a_config_or_a_sentence(tmp_path, content):
+    path = tmp_path / "any.yaml"
+    path.write_bytes(content)
+    try:
+        configfile.load(cfg.TrainConfig, str(path), [])
+    except ValueError:
+        return

@@ -1,7 +1,9 @@
 """Runs on servers: synchronous and one step ahead, resumed, and after servers failed."""
 
 import json
+import random
 import re
+import threading
 
 import pytest
 import torch
@@ -232,3 +234,34 @@ def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
     assert all(0 < row["policy/correction_ess"] <= 1 + 1e-6 for row in later)
     assert all(row["minibatch0/ratio_max"] == 1.0 for row in later), "old log-probs are the policy's own"
     assert all(row["minibatch0/mismatch_mean"] > 1e-3 for row in later)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_servers_that_come_and_go_change_nothing(model_folder, settings, server, tmp_path, ahead):
+    """One of two at a time, at random moments, back with its first weights."""
+    options = ("train.steps=12", f"rollout.ahead={ahead}", "rollout.engine.patience=30")
+    train(settings("whole", *options))
+    other, done, restarts = ModelServer(model_folder()), threading.Event(), []
+
+    def disturb():
+        dice = random.Random(0)
+        while not done.wait(dice.uniform(0.2, 1.0)):
+            gone = dice.choice([server, other])
+            gone.close()
+            done.wait(dice.uniform(0.0, 0.5))
+            gone.open(gone.port)
+            restarts.append(gone)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        urls = f"rollout.engine.servers=[{server.url},{other.url}]"
+        train(settings("disturbed", *options, urls))
+    finally:
+        done.set()
+        thread.join()
+        other.close()
+    assert len(restarts) >= 4
+    assert numbers(tmp_path / "disturbed") == numbers(tmp_path / "whole")
+    assert rows(tmp_path / "disturbed", "rollouts.jsonl") == rows(tmp_path / "whole", "rollouts.jsonl")
