@@ -2,12 +2,15 @@
 
 import threading
 from contextlib import closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
 
+from tests.conftest import picture
 from vlm_sapo.rewards.combine import RewardError, build_part
+from vlm_sapo.rewards.pictures import share_pictures, with_pictures
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Example, Response
 
@@ -170,6 +173,18 @@ def test_async_functions_wait_together(reward):
     texts = ["sleep", *(f"fine {n}" for n in range(20))]
     first, *others = reward("waits", timeout=2.0)([(Response(text), row()) for text in texts])
     assert first.outcomes["waits"] == "timeout" and all(score.total == 1.0 for score in others)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_arrive_as_they_are(mode, tmp_path):
+    pictures = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
+    item = (Response("r"), row())
+    item = (item[0], replace(item[1], images=pictures))
+    [sent, again] = share_pictures([item, item], str(tmp_path))
+    assert sent[1].images is again[1].images and len(list(tmp_path.iterdir())) == 2
+    for found, image in zip(with_pictures(sent)[1].images, pictures, strict=True):
+        assert (found.mode, found.size) == (image.mode, image.size)
+        assert found.convert("RGB").tobytes() == image.convert("RGB").tobytes()
 
 
 def test_a_function_sees_picture_and_tokens(reward):

@@ -9,8 +9,10 @@ import pytest
 
 from tests.training.conftest import metrics
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.training import checkpoint, interruption
 from vlm_sapo.training.checkpoint import Checkpoints
+from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.trainer import train
 from vlm_sapo.world import Interrupted, World
 
@@ -66,6 +68,43 @@ def test_a_full_disk_stops_the_run_where_that_is_wanted(whole, settings, tmp_pat
     assert kept(tmp_path / "run") == [1, 2]
     train(settings(*NOTHING, "checkpoint.on_error=stop"))
     assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_full_disk_while_evaluating_loses_no_sample_and_no_step(settings, tmp_path, monkeypatch):
+    options = ("train.steps=3", "eval.every=1", "checkpoint.every=9")
+    train(settings(*options, f"run.dir={tmp_path}/usual"))
+    run, write = tmp_path / "full", Lines.write
+
+    def full(lines):
+        if "step_000001" in str(lines.path) and len((run / "metrics.jsonl").read_text().split("\n")) < 4:
+            raise OSError(28, "No space left on device")
+        write(lines)
+        if lines.path.name == "evaluations.jsonl" and lines.path.is_file():
+            for line in lines.path.read_text().splitlines():
+                samples = run / f"evaluations/step_{json.loads(line)['step']:06d}/samples.jsonl"
+                assert len(samples.read_text().splitlines()) == 6, "counted before its samples are there"
+
+    monkeypatch.setattr(Lines, "write", full)
+    train(settings(*options, f"run.dir={run}"))
+    assert metrics(run) == metrics(tmp_path / "usual")
+    for step in range(4):
+        name = f"evaluations/step_{step:06d}/samples.jsonl"
+        assert (run / name).read_text() == (tmp_path / "usual" / name).read_text()
+    steps = [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_result_that_cannot_be_written_is_written_later(whole, settings, tmp_path, monkeypatch):
+    options = ("eval.data=null", "checkpoint.every=3")
+    with monkeypatch.context() as disk:
+        disk.setattr(Policy, "export", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(ValueError, match="all 4 steps .* No space left.* is of step 4: make room"):
+            train(settings(*options))
+    assert kept(tmp_path / "run") == [3, 4]
+    train(settings(*options))
+    assert metrics(tmp_path / "run") == metrics(whole)
+    final = [folder / "final/model.safetensors" for folder in (tmp_path / "run", whole)]
+    assert final[0].read_bytes() == final[1].read_bytes()
 
 
 def _full_at(monkeypatch, step: int) -> None:
