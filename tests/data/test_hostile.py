@@ -51,7 +51,7 @@ REFUSED = {
     "cut short": (saved(picture())[:100], "cannot be read as a picture"),
     "cut short, JPEG": (saved(picture(size=(200, 200)), "JPEG")[:700], "cannot be read as a picture"),
     "empty": (b"", "cannot be read|is no picture"),
-    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "cannot be read"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "none of PNG, JPEG"),
     "HTML": (b"<!doctype html><html>", "cannot be read"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "cannot be read"),
     "animated GIF": (saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "several frames"),

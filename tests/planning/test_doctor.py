@@ -124,7 +124,8 @@ def test_what_is_worth_a_look(case):
 def test_one_answer_that_prevails_and_a_reward_that_takes_anything(case):
     for row in case.rows[:9]:
         row["answer"] = "7"
-    (case.folder / "mine.py").write_text("def any_answer(response, example): return 1.0\n")
+    mine = "def any_answer(response, example): return 1.0 + 0 * example.images[0].getpixel((0, 0))[0]\n"
+    (case.folder / "mine.py").write_text(mine)
     reward = {"parts": [{"name": f"{case.folder}/mine.py:any_answer"}], "workers": 1}
     _, _, findings = case.run(reward=reward)
     assert findings["train.jsonl", "one answer prevails"]["count"] == 9

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 """What is read. Pillow knows more, and starts other programs for some."""
@@ -28,7 +28,7 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
     black on black. Raises ValueError with one sentence.
     """
     if isinstance(value, Image.Image):
-        return _upright(value, "this picture")
+        return _upright(value)
     if isinstance(value, Mapping):
         return decode(value.get("bytes") or value.get("path"), folder, anywhere=anywhere)
     if isinstance(value, bytes | bytearray):
@@ -68,9 +68,10 @@ def _open(source: Any, name: str) -> Image.Image:
             if picture.format != "MPO" and _has_frames(picture):  # phones put a preview behind the picture
                 raise ValueError("it has several frames or pages; save the one that is meant")
             picture.load()
-            return _upright(picture, name)
+            return _upright(picture)
     except Exception as error:  # a damaged file makes Pillow's readers raise whatever they trip over
-        raise ValueError(f"{name} cannot be read as a picture ({error}); replace or remove it") from error
+        reason = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
 
 
 def _has_frames(picture: Image.Image) -> bool:
@@ -81,14 +82,14 @@ def _has_frames(picture: Image.Image) -> bool:
     return True
 
 
-def _upright(picture: Image.Image, name: str) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
     # Metadata that cannot be read fails in many ways inside Pillow, and leaves the picture as it is.
     with suppress(Exception):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError(f"{name} has 32 bits per pixel, whose range nobody knows; save it with 8 or 16")
+        raise ValueError("it has 32 bits per pixel, whose range nobody knows; save it with 8 or 16")
     if not picture.has_transparency_data:
         return picture
     layer = picture.convert("RGBA")

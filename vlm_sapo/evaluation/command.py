@@ -177,7 +177,7 @@ def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, 
         rows = inspect(benchmark.examples, encode, progress=lambda done: show(done, "rows looked at"))
     [verdict, *_] = benchmark.parts
     if reward.parts[0].builtin:  # a user's function may want another form of an answer
-        rows = check_golds(rows, reward, verdict["label"], verdict["name"], verdict["args"])
+        rows = check_golds(benchmark.examples, rows, reward, verdict)
     bad = [row.error or f"{row.example.label}: {row.gold}" for row in rows if row.error or row.gold]
     if not bad:
         return

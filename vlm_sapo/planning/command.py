@@ -72,7 +72,7 @@ def _examine(
     rows = _inspect(name, examples, encode, console)
     with closing(Reward([spec], on_error="zero")) as reward:
         [graded] = reward.parts
-        rows = check_golds(rows, reward, spec["label"], spec["name"], spec["args"])
+        rows = check_golds(examples, rows, reward, spec)
     return RowSet(name, rows, evaluated, max_tokens=longest, own_function=not graded.builtin)
 
 

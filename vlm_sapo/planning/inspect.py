@@ -19,12 +19,14 @@ from vlm_sapo.rewards.answers import Ungraded
 from vlm_sapo.rewards.golds import right, wrong
 from vlm_sapo.rewards.pictures import PictureSize
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.types import Example, Response, RowError
+from vlm_sapo.types import Example, Response, RowError, Score
 
 SIDE = 32
 """Of the grey thumbnail that near-duplicates are confirmed by."""
 AHEAD = 64
 """Rows that are read ahead of the one that is looked at."""
+TOGETHER = 256
+"""Rows whose gold answers are graded at once, with their pictures where a function of a user's grades."""
 
 
 @dataclass(frozen=True)
@@ -132,21 +134,28 @@ def fingerprint(picture: Image.Image) -> Print:
 
 
 def check_golds(
-    rows: Sequence[Inspected], reward: Reward, part: str, name: str, args: Mapping[str, Any]
+    examples: ExampleSet, rows: Sequence[Inspected], reward: Reward, spec: Mapping[str, Any]
 ) -> list[Inspected]:
-    """The rows with `gold` and `wrong` filled in: what a part of the reward, the verifier `name` with `args`,
-    says of the gold answer and of a wrong one."""
+    """The rows with `gold` and `wrong` filled in: what the part `spec` of the reward says of the gold answer
+    and of a wrong one. Functions of a user's see the pictures."""
+    label, name, args = spec["label"], spec["name"], spec["args"]
     readable = [row for row in rows if row.example is not None]
     made = {row.index: _responses(row, name, args) for row in readable}
-    items = [(response, row.example) for row in readable for response in made[row.index][:2]]
-    scores = iter(reward(items))
-    checked = {}
+    own = not all(part.builtin for part in reward.parts)
+    graded: list[Score] = []
+    for start in range(0, len(readable), TOGETHER):
+        items = []
+        for row in readable[start : start + TOGETHER]:
+            example = examples[row.index] if own else row.example
+            items += [(response, example) for response in made[row.index][:2]]
+        graded += reward(items)
+    scores, checked = iter(graded), {}
     for row in readable:
         good, bad, problem = made[row.index]
         one, other = next(scores), next(scores)
-        outcome, value, leaked = one.outcomes[part], one.parts[part], other.parts[part]
+        outcome, value, leaked = one.outcomes[label], one.parts[label], other.parts[label]
         if not problem and value < 1:
-            why = f"scores {value:g}" if outcome == "graded" else one.details[part] or outcome
+            why = f"scores {value:g}" if outcome == "graded" else one.details[label] or outcome
             problem = f"the gold answer {row.example.answer[:60]!r}, given as {str(good)[:80]!r}: {why}"
         leak = f"{str(bad)[:60]!r} scores {leaked:g} for the gold {row.example.answer[:60]!r}"
         checked[row.index] = replace(row, gold=problem, wrong=leak if leaked > 0 and not problem else "")
