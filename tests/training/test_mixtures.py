@@ -35,7 +35,7 @@ def update(policy, groups, loss, *, count=2, budget=10**6, fresh=True):
     """One step of the loop: its mini-batches, and its metrics."""
     batch = minibatches(groups, advantages(groups), count=count, layout=policy.layout, budget=budget)
     policy.score(batch, fresh=fresh)
-    meter = StepMeter(World(), loss.describe)
+    meter = StepMeter(World(), loss)
     for minibatch in batch:
         for micro in minibatch.micros:
             logprobs, entropies = policy.logprobs(micro)

@@ -83,6 +83,21 @@ def gate_metrics(
     """SAPO read at sequence level: |mean gate - gate of the mean| in log form, its bound, and the true
     gate."""
     tau = objectives.temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
+    variance, deviation = gate_deviation(logprobs, old, mask, tau)
+    true_gate = objectives.gate_weight(ratios.token(logprobs, old, mask).exp(), tau)
+    lengths = mask.sum(-1).clamp(min=1)
+    return {
+        "gate_deviation": float(deviation.mean()),
+        "gate_deviation_bound": float(((tau**2)[:, 0] / 4 * variance).mean()),
+        "gate_mean": float((torch.where(mask, true_gate, 0.0).sum(-1) / lengths).mean()),
+    }
+
+
+def gate_deviation(
+    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, tau: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] variance of log r within each sequence, and [N] |mean gate - gate of the mean| in log form, which
+    tau^2/4 times the variance bounds; `tau` is [N, 1]. Section 4 of arXiv 2511.20347."""
     log_ratio = ratios.token(logprobs, old, mask)
     lengths = mask.sum(-1).clamp(min=1)
     mean = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
@@ -93,15 +108,29 @@ def gate_metrics(
     def log_gate(values: torch.Tensor) -> torch.Tensor:
         return torch.cosh(0.5 * tau * values) ** -2
 
-    variance = average((log_ratio - mean) ** 2)
     deviation = (average(log_gate(log_ratio)) - log_gate(mean)[:, 0]).abs()
-    bound = (tau**2)[:, 0] / 4 * variance
-    true_gate = average(objectives.gate_weight(log_ratio.exp(), tau))
-    return {
-        "gate_deviation": float(deviation.mean()),
-        "gate_deviation_bound": float(bound.mean()),
-        "gate_mean": float(true_gate.mean()),
-    }
+    return average((log_ratio - mean) ** 2), deviation
+
+
+DECADES = torch.logspace(-6, 1, 29)
+"""Edges of the bins of small numbers, four in a factor of ten."""
+
+
+def histograms(
+    log_ratio: torch.Tensor, update: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
+) -> dict[str, list[int]]:
+    """Counts of a mini-batch's tokens: `log_ratio` in 59 bins between -DECADES, 0 and DECADES, those beyond
+    in the outer ones; `attenuated_pos` and `attenuated_neg`, |1 - effective update| by the advantage's sign,
+    in 30 bins under, between and over DECADES."""
+    values = log_ratio[mask]
+    places = torch.bucketize(values.abs(), DECADES.to(values))
+    signed = torch.where(values < 0, -places, places) + len(DECADES)
+    counts = {"log_ratio": torch.bincount(signed, minlength=2 * len(DECADES) + 1).tolist()}
+    advantage = advantage.expand_as(mask)
+    for name, where in (("pos", mask & (advantage > 0)), ("neg", mask & (advantage < 0))):
+        places = torch.bucketize((1 - update[where]).abs().to(values), DECADES.to(values))
+        counts[f"attenuated_{name}"] = torch.bincount(places, minlength=len(DECADES) + 1).tolist()
+    return counts
 
 
 def _quantiles(name: str, values: torch.Tensor) -> dict[str, float]:

@@ -1,5 +1,4 @@
-"""The files of a run's folder: `config.yaml, metrics.jsonl, rollouts.jsonl, evaluations.jsonl,
-summary.json`."""
+"""The files of a run's folder: `config.yaml`, the logs, `summary.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 
 from vlm_sapo.reporting.lines import Lines
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
+LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 WRITTEN = (
     "config.yaml",
     *LOGS,
@@ -21,6 +20,7 @@ WRITTEN = (
     "evaluations",
     "final",
     "bad_updates",
+    "pictures",
 )
 
 

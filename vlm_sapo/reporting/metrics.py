@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,18 +18,40 @@ from vlm_sapo.types import Group
 from vlm_sapo.world import World
 
 Metrics = dict[str, float]
-Describe = Callable[..., Metrics]
-"""(logprobs, old, advantages, mask, sampled) of a mini-batch, [N, T], to metrics of its objective; sampled is
-None where the engine's log-probs are the old ones."""
+
+
+class Described(Protocol):
+    """What tells what an objective did to a mini-batch; see training.loss.PolicyLoss."""
+
+    def describe(self, logprobs, old, advantages, mask, sampled) -> Metrics: ...
+
+    def distributions(self, logprobs, old, advantages, mask) -> dict[str, list]: ...
+
+    def effective(self, logprobs, old, advantages, mask) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an update saw of a response; all [R] float32."""
+
+    log_ratio: torch.Tensor
+    effective: torch.Tensor
+    """Share of the plain policy gradient that was left."""
+    entropy: torch.Tensor
 
 
 class StepMeter:
     """Times, and per-mini-batch diagnostics, of one step: of all processes' tokens, in the main one."""
 
-    def __init__(self, world: World, describe: Describe | None = None):
-        self.world, self.describe = world, describe
+    def __init__(self, world: World, loss: Described | None = None):
+        self.world, self.loss = world, loss
         self.seconds: dict[str, float] = defaultdict(float)
         self.minibatches: list[Metrics] = []
+        self.distributions: list[dict[str, list]] = []
+        """Histograms by mini-batch."""
+        self.traces: dict[int, Trace] = {}
+        """This process's, by the `id` of the response's tensor of token ids."""
+        self._traced: dict[int, Trace] = {}
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._usages: list[Usage] = []
         self._loss = 0.0
@@ -44,10 +68,21 @@ class StepMeter:
         self.seconds[name] += time.perf_counter() - start
 
     def add(
-        self, loss: float, logprobs, entropies, *, old, reference, advantages, mask, sampled, usage
+        self,
+        loss: float,
+        logprobs,
+        entropies,
+        *,
+        responses: Sequence[torch.Tensor],
+        old,
+        reference,
+        advantages,
+        mask,
+        sampled,
+        usage,
     ) -> None:
-        """One micro-batch: tensors [N, T], advantages [N, 1]; `reference` and `sampled` may be None, and
-        `usage` is, but for a mixture of experts."""
+        """One micro-batch: tensors [N, T], advantages [N, 1], the N responses' ids; `reference` and
+        `sampled` may be None, and `usage` is, but for a mixture of experts."""
         self._loss += loss
         kl = torch.zeros_like(logprobs) if reference is None else objectives.k3(logprobs, reference)
         self._has_reference, self._has_sampled = reference is not None, sampled is not None
@@ -55,21 +90,34 @@ class StepMeter:
         tensors = (logprobs, entropies, old, advantages.expand_as(mask), kl, engine, mask)
         real = mask.any(1)
         self._parts.append(tuple(tensor.detach()[real].cpu() for tensor in tensors))
+        self._trace(
+            responses, *(tensor.detach().cpu() for tensor in (logprobs, old, advantages, mask, entropies))
+        )
         self._usages += [] if usage is None else [usage.told(real)]
+
+    def _trace(self, responses, logprobs, old, advantages, mask, entropies) -> None:
+        log_ratio = torch.where(mask, logprobs - old, 0.0)
+        effective = self.loss.effective(logprobs, old, advantages, mask)
+        for row, response in enumerate(responses):
+            if mask[row].any():
+                count = len(response)
+                values = (log_ratio[row, :count], effective[row, :count], entropies[row, :count])
+                self._traced[id(response)] = Trace(*values)
 
     def close_minibatch(self, grad_norm: float) -> None:
         """Ends a mini-batch that had micro-batches; without a norm its update was left out. All processes
         call it."""
         if math.isnan(grad_norm):
             self.skipped += 1
-            self._parts, self._usages, self._loss = [], [], 0.0
+            self._parts, self._usages, self._loss, self._traced = [], [], 0.0, {}
             return
+        self.traces |= self._traced
         told = self.world.collect((self._parts, self._usages, self._loss))
         if told:
             parts = [part for parts, _, _ in told for part in parts]
             usages = [usage for _, usages, _ in told for usage in usages]
             self._describe(parts, usages, sum(loss for _, _, loss in told), grad_norm)
-        self._parts, self._usages, self._loss = [], [], 0.0
+        self._parts, self._usages, self._loss, self._traced = [], [], 0.0, {}
 
     def _describe(
         self, parts: list[tuple[torch.Tensor, ...]], usages: list[Usage], loss: float, grad_norm: float
@@ -83,7 +131,9 @@ class StepMeter:
         metrics = diagnostics.ratio_metrics(logprobs, old, mask)
         metrics |= diagnostics.clip_metrics(logprobs, old, advantages, mask)
         sampled = engine if self._has_sampled else None
-        metrics |= self.describe(logprobs, old, advantages, mask, sampled) if self.describe else {}
+        if self.loss is not None:
+            metrics |= self.loss.describe(logprobs, old, advantages, mask, sampled)
+            self.distributions.append(self.loss.distributions(logprobs, old, advantages, mask))
         metrics |= {"entropy": float(entropies[mask].mean()), "grad_norm": grad_norm, "loss": loss}
         metrics |= {"kl_reference": float(kl[mask].mean())} if self._has_reference else {}
         metrics |= usage_metrics(usages, int(mask.sum())) if usages else {}

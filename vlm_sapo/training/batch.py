@@ -4,6 +4,7 @@ each)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -64,9 +65,10 @@ class MicroBatch:
         routes = None if self.routes is None else self.routes[start:end]
         return MicroBatch(groups=groups, routes=routes, **chosen)
 
-    def tensors(self) -> dict[str, torch.Tensor | Usage | None]:
+    def tensors(self) -> dict[str, Any]:
         """What the step's metrics are computed from, beside the new log-probs."""
         return {
+            "responses": [response for _, responses in self.groups for response in responses],
             "old": self.old,
             "reference": self.reference,
             "advantages": self.advantages,

@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 
+from vlm_sapo.algo import ratios
 from vlm_sapo.algo.balance import sequence_balance
 from vlm_sapo.algo.correction import CORRECTIONS, correction_metrics, importance, mismatch_metrics
-from vlm_sapo.algo.diagnostics import Objective, gate_metrics, update_metrics
-from vlm_sapo.algo.objectives import OBJECTIVES, k3
+from vlm_sapo.algo.diagnostics import (
+    Objective,
+    effective_update,
+    gate_deviation,
+    gate_metrics,
+    histograms,
+    update_metrics,
+)
+from vlm_sapo.algo.objectives import OBJECTIVES, k3, temperature
 from vlm_sapo.algo.ratios import RATIOS
 from vlm_sapo.algo.reductions import REDUCTIONS
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 
+SEQUENCES = 32
+"""Of a mini-batch, whose variance and deviation are logged."""
 Correct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -51,6 +61,26 @@ class PolicyLoss:
             uneven = torch.where(lengths > 0, uneven, 0.0).sum()
             loss = loss + self.balance * uneven / minibatch.num_sequences
         return loss
+
+    def effective(self, logprobs, old, advantages, mask) -> torch.Tensor:
+        """[N, T] share of the plain policy gradient that is left of each token; advantages [N, 1] or
+        [N, T]."""
+        return effective_update(self.objective, self.ratio(logprobs, old, mask), advantages)
+
+    def distributions(self, logprobs, old, advantages, mask) -> dict[str, list]:
+        """Histograms of a whole mini-batch, all [N, T], and with SAPO `sequences`: of up to SEQUENCES the
+        variance of log r, the gate's deviation and tau^2/4."""
+        log_ratio = ratios.token(logprobs, old, mask)
+        update = self.effective(logprobs, old, advantages, mask)
+        found: dict[str, list] = histograms(log_ratio, update, advantages, mask)
+        if self.gate is not None:
+            tau = temperature(advantages[:, :1], **self.gate)
+            columns = (*gate_deviation(logprobs, old, mask, tau), tau[:, 0] ** 2 / 4)
+            stride = -(-len(mask) // SEQUENCES)
+            found["sequences"] = [
+                [float(f"{value:.3g}") for value in row] for row in torch.stack(columns, 1)[::stride].tolist()
+            ]
+        return found
 
     def describe(self, logprobs, old, advantages, mask, sampled) -> dict[str, float]:
         """Metrics of the objective on a whole mini-batch, all [N, T]; `sampled` is None where the engine's

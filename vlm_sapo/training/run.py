@@ -14,11 +14,12 @@ import torch
 
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.evaluation.evaluate import SampleFile
+from vlm_sapo.evaluation.thumbnails import keep_pictures
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
-from vlm_sapo.reporting.metrics import StepMeter, group_metrics, task_metrics
+from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress
 from vlm_sapo.training.interruption import Interruption
@@ -207,7 +208,8 @@ class Training:
 
 
 class Reporter:
-    """Writes a step's line of metrics, and the first `rollouts` groups of it, of all processes."""
+    """Writes a step's line of metrics and of histograms, and `rollouts` groups of it, of all processes: the
+    first, the last and those evenly between, since early groups are trained on while ratios are still 1."""
 
     def __init__(self, core: Core, *, minibatches: int, rollouts: int, alarms: Alarms):
         self.core, self.minibatches, self.rollouts, self.alarms = core, minibatches, rollouts, alarms
@@ -221,28 +223,58 @@ class Reporter:
         further: dict[str, float],
     ) -> str:
         """Returns the numbers that matter most. All processes call it."""
+        world, memory = self.core.world, self.core.policy.memory
         own = [group.without_pictures() for group in drawn.groups]
         replaced = [group.without_pictures() for group in drawn.replaced]
-        placed = list(zip(drawn.places, own, advantages, strict=True))
-        memory = self.core.policy.memory
-        told = self.core.world.collect((placed, replaced, (memory.shortages, memory.budget)))
+        chosen = evenly(len(own) * world.size, self.rollouts)
+        shown = [
+            Shown(place, group, values.tolist(), *self._seen(original, meter))
+            for place, original, group, values in zip(
+                drawn.places, drawn.groups, own, advantages, strict=True
+            )
+            if place in chosen
+        ]
+        placed = list(zip(drawn.places, own, strict=True))
+        told = world.collect((placed, replaced, shown, (memory.shortages, memory.budget)))
         if not told:
             return ""
-        placed = sorted((item for items, _, _ in told for item in items), key=lambda item: item[0])
-        groups = [group for _, group, _ in placed]
-        replaced = [group for _, groups, _ in told for group in groups]
+        placed = sorted((item for items, *_ in told for item in items), key=lambda item: item[0])
+        groups = [group for _, group in placed]
+        replaced = [group for _, groups, *_ in told for group in groups]
+        shown = sorted((item for _, _, items, _ in told for item in items), key=lambda item: item.place)
         record = {"step": step} | further | meter.record(drawn.seconds)
         record |= group_metrics(groups, replaced, drawn.seconds)
         record |= task_metrics(groups, replaced, self.minibatches)
-        if shortages := sum(count for _, _, (count, _) in told):
-            budget = min(budget for _, _, (_, budget) in told)
+        if shortages := sum(count for *_, (count, _) in told):
+            budget = min(budget for *_, (_, budget) in told)
             record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
         self.core.folder.append("metrics.jsonl", record)
         self.alarms(record)
-        for _, group, values in placed[: self.rollouts]:
-            for line in rollout_lines(group, values.tolist()):
-                self.core.folder.append("rollouts.jsonl", {"step": step} | line)
+        folder = self.core.folder
+        folder.append("histograms.jsonl", {"step": step, "minibatches": meter.distributions})
+        for item in shown:
+            for line in rollout_lines(item):
+                folder.append("rollouts.jsonl", {"step": step, "place": item.place} | line)
+            folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item))
         return headline(record)
+
+    def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None]]:
+        """Names of a group's pictures, which are kept, and what the update saw of its responses."""
+        names = keep_pictures(self.core.folder.path, group.prompt.images)
+        return names, [meter.traces.get(id(completion.ids)) for completion in group.completions]
+
+    def _trace(self, item: Shown) -> dict[str, list]:
+        """Token by token, by response: its text, and what the update saw, nothing where it saw none."""
+        tokenizer = self.core.policy.vlm.tokenizer
+        found: dict[str, list] = {
+            "pieces": [pieces(tokenizer, completion.ids.tolist()) for completion in item.group.completions]
+        }
+        for name in ("log_ratio", "effective", "entropy"):
+            found[name] = [
+                [float(f"{value:.4g}") for value in getattr(trace, name).tolist()] if trace else []
+                for trace in item.traces
+            ]
+        return found
 
 
 def headline(record: dict) -> str:
@@ -260,9 +292,41 @@ def headline(record: dict) -> str:
     )
 
 
-def rollout_lines(group: Group, advantages: Sequence[float]) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Shown:
+    """A group that people look at."""
+
+    place: int
+    group: Group
+    advantages: list[float]
+    pictures: list[str]
+    """Files of the pictures as the model saw them, small, relative to the run's folder."""
+    traces: list[Trace | None]
+
+
+def evenly(count: int, wanted: int) -> set[int]:
+    """So many places of 0 to count - 1, the first and the last among them."""
+    if wanted < 2:
+        return set(range(min(wanted, count)))
+    return {round(number * (count - 1) / (wanted - 1)) for number in range(wanted)}
+
+
+def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+    """Text by token; of characters that several tokens spell, at the last of them."""
+    found, waiting = [], []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        whole = not text.endswith("\ufffd") or len(waiting) == 4
+        found.append(text if whole else "")
+        waiting = [] if whole else waiting
+    return found
+
+
+def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
     """A group's responses for `rollouts.jsonl`."""
-    for completion, score, value in zip(group.completions, group.scores, advantages, strict=True):
+    group = item.group
+    for completion, score, value in zip(group.completions, group.scores, item.advantages, strict=True):
         yield {
             "id": group.prompt.example.id,
             "task": group.prompt.example.task,
@@ -275,4 +339,5 @@ def rollout_lines(group: Group, advantages: Sequence[float]) -> Iterator[dict[st
             "advantage": value,
             "tokens": len(completion.ids),
             "finish": completion.finish,
+            "pictures": item.pictures,
         }

@@ -47,7 +47,7 @@ def loop(training: Training, steps: int) -> dict:
 def advance(training: Training, step: int) -> str:
     """One step: draw groups, score them, update in mini-batches. Returns the numbers that matter most."""
     core, policy = training.core, training.core.policy
-    started, meter = time.perf_counter(), StepMeter(core.world, training.loss.describe)
+    started, meter = time.perf_counter(), StepMeter(core.world, training.loss)
     lr = policy.set_step(step - 1)
     with meter.time("draw"), core.rescuing():
         drawn = core.rollouts(step, policy.vlm)
