@@ -1,0 +1,202 @@
+"""What a report shows of a run: plain values, of a size that a page can hold."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_sapo.evaluation.compare import compare, read_samples
+from vlm_sapo.reporting.folder import RunFolder
+
+POINTS = 400
+"""Steps of a curve; longer runs are thinned."""
+CLOUDS = 40
+"""Steps whose histograms are kept."""
+CHANGED = 40
+"""Problems of an evaluation whose verdict changed."""
+FACTS = (
+    "model.path",
+    "algo.objective",
+    "algo.ratio",
+    "algo.advantage",
+    "algo.kl",
+    "train.lr",
+    "train.prompts_per_step",
+    "train.minibatches",
+    "rollout.group",
+    "rollout.temperature",
+    "rollout.max_tokens",
+    "run.seed",
+)
+"""Fields of the config that the summary names."""
+
+
+class Pictures:
+    """Files as data URLs, each once."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self._places: dict[Path, int | None] = {}
+
+    def place(self, path: Path) -> int | None:
+        """Where the picture stands in `urls`; None where there is no such file."""
+        if path not in self._places:
+            self._places[path] = len(self.urls) if path.is_file() else None
+            if path.is_file():
+                encoded = base64.b64encode(path.read_bytes()).decode()
+                self.urls.append(f"data:image/jpeg;base64,{encoded}")
+        return self._places[path]
+
+    def places(self, folder: Path, names: Sequence[str]) -> list[int | None]:
+        """Of several files in a folder."""
+        return [self.place(folder / name) for name in names]
+
+
+def collect(folders: Sequence[Path], groups: int) -> dict[str, Any]:
+    """Runs and pictures; `groups` is how many groups of each run are kept. Raises ValueError for a folder
+    that holds no run."""
+    pictures = Pictures()
+    runs = [_run(folder, groups, pictures) for folder in folders]
+    names = [run["name"] for run in runs]
+    for run in runs:
+        if names.count(run["name"]) > 1:
+            run["name"] = run["folder"]
+    return {"runs": runs, "pictures": pictures.urls}
+
+
+def _run(path: Path, groups: int, pictures: Pictures) -> dict[str, Any]:
+    folder = RunFolder(path)
+    metrics = folder.read("metrics.jsonl")
+    if not metrics:
+        raise ValueError(f"{path} must be the folder of a run with at least one step; it has no metrics.jsonl")
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    evaluations = folder.read("evaluations.jsonl")
+    return {
+        "name": path.resolve().name,
+        "folder": str(path),
+        "facts": {name: _text(_field(config, name)) for name in FACTS if _field(config, name) is not None},
+        "summary": folder.summary(),
+        "steps_planned": _field(config, "train.steps"),
+        "metrics": _columns(evenly(metrics, POINTS)),
+        "evaluations": evaluations,
+        "histograms": evenly(folder.read("histograms.jsonl"), CLOUDS),
+        "items": [
+            *_groups(folder, groups, pictures),
+            *_changed(path, evaluations, pictures),
+        ],
+    }
+
+
+def evenly(rows: list[Any], count: int) -> list[Any]:
+    """At most so many of the rows, the first and the last among them."""
+    if len(rows) <= count:
+        return rows
+    return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
+
+
+def _columns(rows: list[dict]) -> dict[str, list]:
+    """Numbers by name; null where a step has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_short(row.get(name)) for row in rows] for name in names}
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _field(config: dict, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _groups(folder: RunFolder, count: int, pictures: Pictures) -> list[dict[str, Any]]:
+    """The logged groups, with what the updates saw of them."""
+    found: dict[tuple, list[dict]] = {}
+    for row in folder.read("rollouts.jsonl"):
+        found.setdefault((row["step"], row["place"]), []).append(row)
+    traces = {(row["step"], row["place"]): row for row in folder.read("traces.jsonl")}
+    seen: dict[tuple, float] = {}
+    items = []
+    for key, rows in found.items():
+        mean = sum(row["reward"] for row in rows) / len(rows)
+        name = (rows[0]["task"], rows[0]["id"])
+        items.append(
+            _item(rows[0], f"step {key[0]}", pictures.places(folder.path, rows[0]["pictures"]))
+            | {
+                "kind": "rollout",
+                "step": key[0],
+                "mean": mean,
+                "changed": name in seen and seen[name] != mean,
+                "responses": [_response(row, traces.get(key), place) for place, row in enumerate(rows)],
+            }
+        )
+        seen.setdefault(name, mean)
+    return evenly(items, count)
+
+
+def _item(row: dict, title: str, pictures: list[int | None]) -> dict[str, Any]:
+    return {
+        "title": title,
+        "id": row["id"],
+        "problem": row["problem"],
+        "answer": row["answer"],
+        "pictures": pictures,
+        "task": row.get("task") or row.get("benchmark"),
+    }
+
+
+def _response(row: dict, trace: dict | None, place: int) -> dict[str, Any]:
+    seen = {name: trace[name][place] for name in ("pieces", "log_ratio", "effective", "entropy")} if trace else {}
+    return {
+        "text": row["response"],
+        "reward": row["reward"],
+        "parts": row["parts"],
+        "outcomes": {name: outcome for name, outcome in row["outcomes"].items() if outcome != "graded"},
+        "advantage": _short(row["advantage"]),
+        "tokens": row["tokens"],
+        "cut": row["finish"] == "length",
+        "boxes": row.get("boxes", []),
+    } | seen
+
+
+def _changed(path: Path, evaluations: list[dict], pictures: Pictures) -> list[dict[str, Any]]:
+    """The problems whose verdict differs between the first evaluation and the last."""
+    steps = sorted({row["step"] for row in evaluations})
+    folders = [path / "evaluations" / f"step_{step:06d}" for step in (steps[:1] + steps[-1:])]
+    if len(steps) < 2 or not all((folder / "samples.jsonl").is_file() for folder in folders):
+        return []
+    items = []
+    for comparison in compare(*map(read_samples, folders)):
+        for first, second in evenly(comparison.changed, CHANGED):
+            responses = [
+                {"text": text, "reward": score, "tokens": tokens, "cut": cut, "when": f"after {step} steps"}
+                for step, record in zip((steps[0], steps[-1]), (first, second), strict=True)
+                for text, score, tokens, cut in zip(
+                    record["responses"], record["scores"], record["tokens"], record["truncated"], strict=True
+                )
+            ]
+            last = second["scores"]
+            items.append(
+                _item(first, f"evaluation {comparison.benchmark}", pictures.places(folders[0], first["pictures"]))
+                | {
+                    "kind": "evaluation",
+                    "step": steps[-1],
+                    "mean": sum(last) / len(last),
+                    "changed": True,
+                    "responses": responses,
+                }
+            )
+    return items
