@@ -200,3 +200,9 @@ def test_any_bytes_are_a_config_or_a_sentence(tmp_path, content):
         configfile.load(cfg.TrainConfig, str(path), [])
     except ValueError:
         return
+
+
+@pytest.mark.parametrize("value", ["[1", "\x02", "{a: b: c}", "[" * 3000, "&a [*b]"])
+def test_an_override_that_is_no_yaml_is_named(value):
+    with pytest.raises(ValueError, match=r"override \(train.lr=.*must be valid YAML"):
+        configfile.load(cfg.TrainConfig, "quickstart", [f"train.lr={value}"])

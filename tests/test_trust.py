@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, picture
 from vlm_sapo.cli import main
 from vlm_sapo.config import RewardPart
+from vlm_sapo.dataconfig import Source
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.trust import check_address, check_secrets
@@ -41,6 +42,11 @@ def connects(response, example, *, port):
         ("http://me:word@example.org/v1", "must not hold a name or password.*example.org"),
         ("http://169.254.169.254/v1", "is link-local"),
         ("http://[fe80::1]/v1", "is link-local"),
+        ("http://2852039166/", "is link-local"),
+        ("http://0xa9fea9fe/", "is link-local"),
+        ("http://169.254.43518/", "is link-local"),
+        ("http://[::ffff:169.254.169.254]/", "is link-local"),
+        ("http://example.org/v1?api_key=word", "without . or #.*example.org"),
     ],
 )
 def test_addresses_that_lead_elsewhere(address, sentence):
@@ -55,7 +61,11 @@ def test_addresses_of_servers(address):
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "API_KEY", "apikey", "openai_api_key", "password", "client_secret"]
+    "name",
+    [
+        *("api_key", "API_KEY", "apikey", "openai_api_key", "password", "client_secret", "x-api-key", "pwd"),
+        *("hf_token", "accessToken", "Authorization", "bearer", "private_key", "auth"),
+    ],
 )
 def test_secrets_are_not_for_configs(name):
     with pytest.raises(ValueError, match=f"args.{name} is called a secret.*environment variable") as raised:
@@ -63,6 +73,17 @@ def test_secrets_are_not_for_configs(name):
     assert "sk-123" not in str(raised.value).partition("[type=")[0]
     with pytest.raises(ValueError, match=f"args.headers.0.{name}"):
         check_secrets({"headers": [{name: "sk-123"}]}, "args")
+
+
+def test_a_sources_arguments_and_what_looks_like_a_secret():
+    for args in (
+        {"token": "abcdefghijklmnop1"},
+        {"anything": "sk-abcdefgh12"},
+        {"x": {"y": "hf_abcdefghijk"}},
+    ):
+        with pytest.raises(ValueError, match="is called a secret or looks like one"):
+            Source(source="mine.py:rows", args=args)
+    assert Source(source="mine.py:rows", args={"token": "<answer>", "sort_key": "area", "keys": "a"})
 
 
 def test_the_name_of_a_variable_is_no_secret():

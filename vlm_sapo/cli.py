@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -14,6 +15,9 @@ import typer
 
 from vlm_sapo.reporting.console import visible
 from vlm_sapo.world import ElsewhereError, Interrupted
+
+ALARM = 3
+"""Exit code of a run that an alarm stopped."""
 
 app = typer.Typer(
     add_completion=False,
@@ -345,7 +349,7 @@ def _report(summary: dict) -> None:
 
 def main() -> None:
     """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # schedulers end runs so; processes end with them
+    signal.signal(signal.SIGTERM, _ended)  # schedulers end runs so; processes end with them
     os.umask(os.umask(0o077) | 0o002)  # what a run writes is no one else's to change
     try:
         app()
@@ -358,9 +362,17 @@ def main() -> None:
         if _main_process():
             words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
             launcher = "your launcher and " if "RANK" in os.environ else ""
-            typer.echo(f"{error}; go on with: {launcher}{shlex.join(['vlm-sapo', *words])}")
+            name = "vlm-sapo" if shutil.which("vlm-sapo") else sys.argv[0]
+            typer.echo(visible(f"{error}\ngo on with: {launcher}{shlex.join([name, *words])}"))
+        if error.alarm:
+            sys.exit(ALARM)
     except ElsewhereError:
         sys.exit(1)  # that process says why
+
+
+def _ended(number: int, _) -> None:
+    typer.echo(f"ended by {signal.Signals(number).name}", err=True)
+    sys.exit(128 + number)
 
 
 def _main_process() -> bool:

@@ -338,7 +338,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
-        self.checkpoint.check_best(self.eval.every)
+        self.checkpoint.check_best(self.eval.every, self.eval.data or self.eval.benchmarks)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
         if self.algo.correction and self.train.old_logprobs == "rollout":
@@ -375,7 +375,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _complete(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
-        self.checkpoint.check_best(self.eval.every)
+        self.checkpoint.check_best(self.eval.every, self.eval.data)
         if any("response" not in task.columns for task in self.data.tasks):
             raise ValueError("data.columns.response must name the column with the demonstrations; add it")
         if self.eval.data and not self.reward.parts:

@@ -115,7 +115,10 @@ def _override(values: dict, override: str) -> None:
         node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
             raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
-    value = parse(text) if text else None
+    try:
+        value = parse(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"override ({override}): {error}") from error
     if isinstance(node, list):
         _item(node, last, override)
         node[int(last)] = value
@@ -124,7 +127,7 @@ def _override(values: dict, override: str) -> None:
 
 
 def _item(values: list, index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(values):
+    if not index.isdecimal() or int(index) >= len(values):
         raise ValueError(f"override ({override}) must name an entry from 0 to {len(values) - 1}, not {index}")
     return values[int(index)]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from vlm_sapo.trust import check_secrets
 from vlm_sapo.yamlfile import find, read_mapping
 
 Positive = Annotated[int, Field(gt=0)]
@@ -20,10 +21,19 @@ class Section(BaseModel):
     )
 
 
+def _public(value: dict[str, Any]) -> dict[str, Any]:
+    check_secrets(value, "args")
+    return value
+
+
+PublicArgs = Annotated[dict[str, Any], AfterValidator(_public)]
+"""Arguments that hold no secret: the config is stored."""
+
+
 class Verifier(Section):
     name: str
     """A verifier, `path/to/file.py:function` or `package.module:function`."""
-    args: dict[str, Any] = {}
+    args: PublicArgs = {}
     """Its keyword arguments."""
 
 
@@ -51,7 +61,7 @@ class Source(Section):
     """Configuration of a hub id that has several."""
     split: str | None = None
     """Split of a hub id or folder that has several, or value of the split column of a JSONL file."""
-    args: dict[str, Any] = {}
+    args: PublicArgs = {}
     """Keyword arguments of a source that is a function."""
     columns: dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]] = {}
     """The source's own column names, by ours; of a list the first that the rows have. `response` is the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -42,8 +42,14 @@ class Checkpoint(Section):
     """When one can't be written (a full disk): go on and try again when the next one is due, or stop. The
     ones before stay whole."""
 
-    def check_best(self, evaluated: int) -> None:
-        """Raises ValueError where no evaluation would fall on a checkpoint; `evaluated` is eval.every."""
+    def check_best(self, evaluated: int, measures: Any) -> None:
+        """Raises ValueError where no evaluation would fall on a checkpoint; `evaluated` is eval.every, and
+        `measures` is empty where there is nothing to evaluate on."""
+        if self.keep_best and not measures:
+            raise ValueError(
+                f"checkpoint.keep_best ({self.keep_best}) keeps checkpoints by their evaluation, so "
+                "eval.data must be set"
+            )
         if self.keep_best and (not self.every or not evaluated or evaluated % self.every):
             raise ValueError(
                 f"checkpoint.keep_best ({self.keep_best}) keeps checkpoints of steps that were evaluated, so "
@@ -66,7 +72,8 @@ class Alarms(Section):
     identical: Rate = 0.9
     """Alarm where more than this share of responses equals another response to the same prompt."""
     stop: bool = False
-    """Stop the run at an alarm, with a checkpoint; `checkpoint.keep_best` keeps the best one."""
+    """Stop the run at an alarm, with a checkpoint and exit code 3; `checkpoint.keep_best` keeps the best one.
+    The same command goes on, and the same alarm is not given again before it was over."""
 
 
 class Log(Section):

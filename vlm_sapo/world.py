@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +19,42 @@ class ElsewhereError(RuntimeError):
 
 class Interrupted(Exception):
     """The run was asked to stop, and did so between two steps."""
+
+    def __init__(self, reason: str, *, alarm: bool = False):
+        super().__init__(f"stopped: {reason}")
+        self.alarm = alarm
+        """Whether an alarm asked for it, and not a signal."""
+
+
+class Shield:
+    """Keeps signals from ending a block halfway; what they ask for happens at its end."""
+
+    def __init__(self) -> None:
+        self.depth, self.waiting = 0, None
+
+    def raises(self, error: Interrupted) -> None:
+        """Raises the error, at once or when the block ends. In the main thread alone."""
+        if not self.depth:
+            raise error
+        self.waiting = error
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Only the main thread gets signals, and only it needs this."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.waiting is not None and not self.depth:
+            error, self.waiting = self.waiting, None
+            raise error
+
+
+shielded = Shield()
 
 
 class World:

@@ -24,8 +24,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """The value that a YAML text stands for."""
-    return yaml.load(text, Loader=_Loader)
+    """The value that a YAML text stands for. Raises ValueError where it stands for none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"this must be valid YAML ({error})") from error
 
 
 def find(name: str, folder: str, *, field: str) -> Path:
@@ -46,8 +49,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a file holds. Raises ValueError naming the file."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be valid YAML; {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} must be valid YAML; {error.__cause__ or error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields with values; it holds {type(values).__name__}")
     return values

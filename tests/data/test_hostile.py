@@ -6,7 +6,9 @@ import json
 import struct
 import zlib
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +110,41 @@ def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
         ExampleSet(rows, name=str(folder / "rows.jsonl"))[0]
     if "secret" in str(value):
         assert ExampleSet(rows, name=str(folder / "rows.jsonl"), anywhere=True)[0].images
+
+
+def test_a_link_does_not_lead_out(tmp_path):
+    (tmp_path / "set").mkdir()
+    picture().save(tmp_path / "secret.png")
+    (tmp_path / "set/x.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="leads out of .*pictures_anywhere=true"):
+        decode("x.png", tmp_path / "set", anywhere=False)
+    assert decode("x.png", tmp_path / "set").size
+
+
+@pytest.mark.parametrize("field", ["problem", "answer", "id"])
+def test_half_a_character_is_an_error_of_its_row(tmp_path, field):
+    row = {"problem": "p", "answer": "1", "id": "1"} | {field: "\ud83d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(RowError, match=f"field {field} holds half a character"):
+        ExampleSet(open_rows(str(tmp_path / "rows.jsonl")), name=str(tmp_path / "rows.jsonl"))[0]
+
+
+def test_a_picture_inside_another_column_is_not_opened(tmp_path):
+    """`datasets` would open its path, or its address, as the row is read."""
+    features = datasets.Features(
+        {
+            "problem": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "meta": {"a": datasets.Image(), "b": datasets.List({"c": datasets.Image()})},
+        }
+    )
+    address = {"path": "http://127.0.0.1:1/x.png", "bytes": None}
+    row = {"problem": "p", "answer": "1", "meta": {"a": address, "b": [{"c": address}]}}
+    plain = datasets.Dataset.from_list([row]).data.table
+    kept = plain.cast(features.arrow_schema).replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(kept, tmp_path / "rows.parquet")
+    [example] = ExampleSet(open_rows(str(tmp_path / "rows.parquet")), name=str(tmp_path / "rows.parquet"))
+    assert example.columns["meta"]["a"] == address and example.columns["meta"]["b"][0]["c"] == address
 
 
 @pytest.mark.parametrize(

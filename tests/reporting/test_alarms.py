@@ -1,5 +1,7 @@
 """When a run collapses, and when not."""
 
+import random
+
 import pytest
 
 from vlm_sapo.reporting.alarms import Alarms
@@ -57,6 +59,23 @@ def test_noise_and_slow_change_are_no_collapse(capsys):
         factor = (0.3 if step % 3 else 2.4) * (1 + step / 60)
         alarms({"step": step} | {name: value * factor for name, value in HEALTHY.items()})
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_begins_to_learn_is_no_collapse(capsys):
+    """Nothing to learn from at first, then small gradients; a reward about 0."""
+    alarms, dice = made(), random.Random(0)
+    for step in range(400):
+        norm, reward = (0.0, 0.0) if step < 8 else (0.03, dice.gauss(0, 0.02))
+        alarms({"step": step} | HEALTHY | {"policy/grad_norm": norm, "reward/mean": reward})
+    assert capsys.readouterr().out == ""
+
+
+def test_an_alarm_that_comes_and_goes_is_given_once(capsys):
+    alarms = made()
+    watch(alarms, 8)
+    for step in range(8, 60):
+        alarms({"step": step} | HEALTHY | {"policy/entropy": 0.098 if step % 3 else 0.103})
+    assert capsys.readouterr().out.count("entropy has collapsed") == 1
 
 
 def test_a_resumed_run_knows_how_it_began(capsys):

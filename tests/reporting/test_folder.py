@@ -68,7 +68,7 @@ def test_lines_wait_for_a_full_disk(folder, monkeypatch):
         writelines = full
 
     with monkeypatch.context() as disk:
-        disk.setattr(Path, "open", lambda self, mode, encoding=None: Full(io.FileIO(self, mode)))
+        disk.setattr(Path, "open", lambda self, mode, **_: Full(io.FileIO(self, mode)))
         folder.append("metrics.jsonl", {"step": 2})
         folder.append("metrics.jsonl", {"step": 3})
         with pytest.raises(OSError, match="No space left"):

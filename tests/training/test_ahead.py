@@ -128,7 +128,8 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("ahead", BOTH)
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path, server, ahead, capsys):
     """It dies in step 3, after which no checkpoint is due, and comes back with its first weights."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0")

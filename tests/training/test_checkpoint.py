@@ -4,28 +4,37 @@ import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.training.conftest import metrics
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.lines import Lines
+from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training import checkpoint, interruption
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.rollouts import OnDemand
 from vlm_sapo.training.trainer import train
 from vlm_sapo.world import Interrupted, World
 
 NOTHING = ("eval.data=null", "checkpoint.every=1")
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "cut", "other bytes", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["no manifest", "cut manifest", "empty manifest", "odd manifest", "cut", "other bytes", "gone"]
+)
 def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, tmp_path, capsys, damage):
     newest = tmp_path / "checkpoints/step_000004"
     shutil.copytree(whole / "checkpoints", newest.parent)
     file = newest / "model.safetensors"
     if damage == "no manifest":
         (newest / checkpoint.MANIFEST).unlink()
+    elif "manifest" in damage:
+        text = (newest / checkpoint.MANIFEST).read_text()
+        texts = {"cut manifest": text[:40], "empty manifest": "{}", "odd manifest": "[]"}
+        (newest / checkpoint.MANIFEST).write_text(texts[damage])
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "other bytes":
@@ -36,6 +45,59 @@ def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, tmp_path, caps
     assert made.newest() == newest.parent / "step_000003" and made.newest_step == 3
     said = capsys.readouterr().out
     assert f"{newest} is torn" in said and "an older one is taken" in said
+    assert (newest.parent / "torn_step_000004").is_dir()  # and doesn't count among those that stay
+
+
+def test_where_all_are_torn_nothing_is_trained_anew(whole, settings, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    before = (run / "metrics.jsonl").read_text()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no checkpoint of this run is whole .*run.overwrite=true"):
+            train(settings(*NOTHING, "run.accept_changes=true"))
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_killed_process_left_half_written_is_dropped(whole, settings, tmp_path):
+    """Half a character, too."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    (run / "checkpoints/.step_000009.partial").mkdir()
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write('{"step": 5, "problem": "角'.encode()[:-1])
+    train(settings(*NOTHING, "run.accept_changes=true"))
+    assert metrics(run) == metrics(whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("train.steps=2", r"train.steps \(2\) must be 4 or more"),
+        ("train.steps=6", "is finished and left no checkpoint"),
+    ],
+)
+def test_a_finished_run_is_not_trained_anew(settings, tmp_path, change, sentence):
+    options = ("eval.data=null", "checkpoint.every=0")
+    train(settings(*options))
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=sentence):
+        train(settings(*options, change))
+    assert train(settings(*options, "alarms.window=7"))["steps"] == 4
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_overwriting_wants_a_run(settings, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be empty or hold a run"):
+        train(settings(*NOTHING, "run.overwrite=true"))
+    assert (tmp_path / "run/checkpoints/mine.txt").is_file()
 
 
 def test_a_run_goes_on_from_the_newest_whole_one(whole, settings, tmp_path):
@@ -160,23 +222,29 @@ def test_best_needs_evaluations_at_checkpoints(settings):
         settings("checkpoint.keep_best=1", "eval.every=3")
 
 
-@pytest.mark.parametrize(("number", "phase"), [(signal.SIGTERM, "draw"), (signal.SIGINT, "update")])
+@pytest.mark.parametrize(
+    ("number", "phase"), [(signal.SIGTERM, "draw"), (signal.SIGINT, "update"), (signal.SIGTERM, "drawn")]
+)
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     whole, settings, tmp_path, monkeypatch, number, phase
 ):
-    """During a draw it ends at once, during an update after it; nothing is drawn or logged twice."""
-    from vlm_sapo.rollout.hf import HfEngine
-    from vlm_sapo.training.policy import Policy
-
+    """During a draw it ends at once, and where that is just done too, during an update after it; nothing is
+    drawn or logged twice, or left out."""
     before = signal.getsignal(number)
-    owner, name = (HfEngine, "generate") if phase == "draw" else (Policy, "step")
+    owner, name, call = {
+        "draw": (HfEngine, "generate", 3),
+        "drawn": (OnDemand, "__call__", 3),
+        "update": (Policy, "step", 5),
+    }[phase]
     inner, calls = vars(owner)[name], []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == (3 if phase == "draw" else 5):
-            signal.raise_signal(number)
-        return inner(self, *args, **kwargs)
+        if len(calls) != call:
+            return inner(self, *args, **kwargs)
+        made = inner(self, *args, **kwargs) if phase == "drawn" else None
+        signal.raise_signal(number)
+        return made or inner(self, *args, **kwargs)
 
     with monkeypatch.context() as context:
         context.setattr(owner, name, interrupted)
@@ -188,14 +256,48 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
-def test_a_second_signal_ends_the_process(tmp_path):
+def test_a_second_signal_ends_the_process(monkeypatch):
     asked = interruption.Interruption(World())
     with asked.listening():
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher's, of the same request
+        monkeypatch.setattr(interruption, "TWICE", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted), asked.at_once():
         pass
+
+
+def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
+    asked = interruption.Interruption(World())
+    monkeypatch.setattr(interruption, "TWICE", 0.0)
+    with asked.listening():
+        asked.ask("the reward has fallen", alarm=True)
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="the reward has fallen") as raised, asked.at_once():
+        pass
+    assert raised.value.alarm
+
+
+def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, monkeypatch):
+    asked, lines = interruption.Interruption(World()), Lines(tmp_path / "log")
+    stat = Path.stat
+
+    def signalled(self, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return stat(self, **options)
+
+    with asked.listening(), pytest.raises(Interrupted), asked.at_once(), monkeypatch.context() as context:
+        lines.add("1\n")
+        context.setattr(Path, "stat", signalled)
+        lines.add("2\n")
+    assert (tmp_path / "log").read_text() == "1\n2\n" and not lines.waiting
+
+
+def test_half_a_character_is_written(tmp_path):
+    lines = Lines(tmp_path / "log")
+    lines.add('"\ud83d"\n')
+    assert json.loads((tmp_path / "log").read_text()) == "\ud83d"
 
 
 def test_the_newest_of_nothing(tmp_path):

@@ -122,6 +122,7 @@ def test_frozen_parts_stay_as_they_were(settings, tmp_path, model_folder):
     assert not any("visual" in name and "merger" not in name for name in changed)
 
 
+@pytest.mark.slow
 def test_sft_lowers_its_loss_and_its_result_trains_on(settings, tmp_path):
     summary = sft(settings("train.steps=30", "train.lr=1e-2", kind=cfg.SftConfig))
     rows = metrics(tmp_path / "run")

@@ -44,7 +44,7 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
 
 def _path(value: str | Path, folder: Path, anywhere: bool) -> Path:
     path = folder / value
-    if not anywhere and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+    if not anywhere and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{value} leads out of {folder}, the folder of the data file; set data.pictures_anywhere=true if "
             "you trust these rows"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,23 @@ def _pick_split(rows: Any, split: str | None, source: str) -> Any:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Leaves pictures as bytes, so that a broken one is an error of its row and not of the whole set."""
-    import datasets
-
+    """Leaves pictures as bytes, at any depth: a broken one is an error of its row and not of the whole set,
+    and no column opens files or addresses by itself."""
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        if (raw := _raw(feature)) != feature:
+            rows = rows.cast_column(name, raw)
     return rows
+
+
+def _raw(feature: Any) -> Any:
+    """A feature of `datasets` whose pictures, sounds and films stay as they are stored."""
+    if isinstance(feature, Mapping):
+        return {name: _raw(inner) for name, inner in feature.items()}
+    if hasattr(feature, "decode"):
+        return replace(feature, decode=False)
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=_raw(feature.feature))
+    return feature
 
 
 class ExampleSet(Sequence):
@@ -173,6 +182,7 @@ class ExampleSet(Sequence):
                 raise RowError(
                     f"{label}: field {where[field]} is empty; give it a value or filter the row out"
                 )
+        _check_text(label, {where["problem"]: problem, where["answer"]: answer, "id": key})
         images = self._images(row, label)
         marks = str(problem).count(MARK)
         if marks not in (0, len(images)):
@@ -251,6 +261,17 @@ def holds_picture(value: Any) -> bool:
     """Whether a column's value is a picture or a list of them, as objects or as bytes."""
     items = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(x, Image | bytes) or (isinstance(x, Mapping) and "bytes" in x) for x in items)
+
+
+def _check_text(label: str, values: Mapping[str, Any]) -> None:
+    """Raises RowError for text that no file or tokenizer can hold."""
+    for name, value in values.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"{label}: field {name} holds half a character ({error.reason}); mend or remove it"
+            ) from error
 
 
 def _first(names: str | Sequence[str], row: Row) -> str | None:

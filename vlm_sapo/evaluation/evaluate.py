@@ -10,6 +10,7 @@ from pathlib import Path
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.thumbnails import keep_pictures
 from vlm_sapo.reporting.lines import Lines
+from vlm_sapo.reporting.lines import replace as replace_file
 from vlm_sapo.rewards.answers import stated_answer
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
@@ -33,12 +34,12 @@ class SampleFile:
 
     def __post_init__(self) -> None:
         self.path = self.folder / "samples.jsonl"
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         lines = list(filter(None, text.split("\n")))
         whole = [record for record in map(_parsed, lines) if record is not None]
         self.done = {record["row"]: record for record in whole if record["benchmark"] == self.name}
         if len(whole) < len(lines) or not text.endswith("\n" if text else ""):
-            self.path.write_text("".join(map(_line, whole)), encoding="utf-8")
+            replace_file(self.path, "".join(map(_line, whole)))
         self.lines = Lines(self.path)
 
     def settle(self) -> None:

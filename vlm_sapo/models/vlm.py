@@ -247,7 +247,12 @@ def load_vlm(
             quantized = _four_bits(config, lora.parts, dtype)
             extra = {"quantization_config": quantized, "device_map": {"": device}}
         return AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",  # whatever the folder asks for, which may be code from the hub
+            **extra,
         )
 
     processor, model = _open(path, build)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from vlm_sapo.reporting.lines import Lines
+from vlm_sapo.reporting.lines import Lines, replace
 
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 WRITTEN = (
@@ -57,6 +56,10 @@ class RunFolder:
         order = sorted(first, key=lambda record: (-record["pass@1"], -record["step"]))
         return [record["step"] for record in order[:count]]
 
+    def steps(self) -> int:
+        """How many steps were logged."""
+        return max((record["step"] for record in self.read("metrics.jsonl")), default=0)
+
     def has_results(self) -> bool:
         """Whether a run left anything here that another config would mix with."""
         return (self.path / "checkpoints").is_dir() or any(self.read(name) for name in LOGS)
@@ -83,7 +86,8 @@ class RunFolder:
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log; a last line that was cut off in writing is left out."""
         path = self.path / name
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # a process that was killed may have left half a character at the end
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         records = []
         for line in (text + "".join(self.logs[name].waiting)).split("\n"):
             try:
@@ -101,9 +105,7 @@ class RunFolder:
 
     def replace(self, name: str, text: str) -> None:
         """Writes a file as a whole or not at all."""
-        temporary = self.path / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        replace(self.path / name, text)
 
     def summary(self) -> dict[str, Any] | None:
         """What a finished run wrote last, or None."""

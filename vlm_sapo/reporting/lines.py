@@ -6,6 +6,21 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from vlm_sapo.world import shielded
+
+ERRORS = "backslashreplace"
+"""Half a character, which UTF-8 can't hold, becomes an escape, which JSON can read."""
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all, and puts it on disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8", errors=ERRORS) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
 
 class Lines:
     """Appends whole lines. While the disk is full they wait for the next time."""
@@ -25,12 +40,16 @@ class Lines:
 
     def write(self) -> None:
         """Writes what waits, all of it or nothing. Raises OSError where that can't be done."""
+        with shielded():  # a signal must not leave half a line, or write one twice
+            self._write()
+
+    def _write(self) -> None:
         for other in self.first:
             other.settle()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors=ERRORS) as file:
                 file.writelines(self.waiting)
         except OSError:
             if self.path.is_file():

@@ -194,6 +194,10 @@ def _build_core(
     if state is not None:
         rollouts.restore(state)
     folder.rewind(progress.step)
+    if world.main and (logged := len(folder.read("metrics.jsonl"))) != progress.step:
+        console.warn(
+            f"metrics.jsonl has {logged} of the {progress.step} steps that the checkpoint has behind it"
+        )
     console.say(_banner(config, vlm, stream, processes, found))
     measures = _measures(config, engine, encode, reward, processes, benchmarks)
     return Core(

@@ -29,11 +29,13 @@ FAILURES = (OSError, SafetensorError)
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, seconds spent, and updates of the weights."""
+    """Where a run stands: steps done, seconds spent, updates of the weights, and how many of the last ones
+    were left out."""
 
     step: int = 0
     seconds: float = 0.0
     updates: int = 0
+    left_out: int = 0
     reuse_sampled: bool = False
     """Whether the engine's log-probs serve as old ones; decided at the start of the run."""
 
@@ -78,6 +80,7 @@ class Checkpoints:
         """Writes one. All processes call it."""
         self.settle()
         progress.updates, progress.reuse_sampled = policy.vlm.version, policy.reuse_sampled
+        progress.left_out = policy.guard.in_a_row
         self.newest_step = progress.step
         parts = policy.parts(keep=self.world.main, copy=self.worker is not None)
         state = partial_state(progress, rollouts)
@@ -85,9 +88,12 @@ class Checkpoints:
             for _ in parts:
                 pass
         elif self.worker is not None:
-            self.pending = self.worker.submit(self._write, progress.step, [state, *parts])
+            copies = [state, *parts]
+            logged = _done(self.settle_logs)  # here, since lines are added to the logs meanwhile
+            write = self.worker.submit
+            self.pending = logged if logged.exception() else write(self._write, progress.step, copies)
         else:
-            self.pending = _done(self._write, progress.step, _all(state, parts))
+            self.pending = _done(self._write, progress.step, _all(state, parts), first=self.settle_logs)
         if self.worker is None:
             self.settle()
 
@@ -115,12 +121,14 @@ class Checkpoints:
         if self.worker is not None:
             self.worker.shutdown()
 
-    def _write(self, step: int, parts: Iterable[Callable[[Path], None]]) -> None:
+    def _write(
+        self, step: int, parts: Iterable[Callable[[Path], None]], first: Callable[[], None] = lambda: None
+    ) -> None:
         target = self.folder / f"step_{step:06d}"
         aside = self.folder / f".{target.name}.partial"
         remaining = iter(parts)
         try:
-            self.settle_logs()
+            first()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for part in remaining:
@@ -142,19 +150,32 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"step_{step:06d}")
 
     def newest(self) -> Path | None:
-        """The newest whole one, or None; torn ones are named in a warning. All processes call it."""
+        """The newest whole one, or None where there never was one; torn ones are named in a warning and
+        renamed. Raises ValueError where all are torn. All processes call it."""
         found = self.world.from_main(self._newest)
         self.newest_step = int(NAME.fullmatch(found.name)[1]) if found else None
         return found
 
     def _newest(self) -> Path | None:
+        for partial in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        torn = []
         for step in reversed(_steps(self.folder)):
             path = self.folder / f"step_{step:06d}"
             try:
                 check(path)
-                return path
             except TornError as error:
-                self.console.warn(f"{error}; an older one is taken")
+                torn.append((path, error))
+                continue
+            for other, error in torn:
+                self.console.warn(f"{error}; an older one is taken, and it is called torn_{other.name} now")
+                other.rename(other.with_name(f"torn_{other.name}"))
+            return path
+        if torn:
+            raise ValueError(
+                f"no checkpoint of this run is whole ({'; '.join(str(error) for _, error in torn)}); put one "
+                "back, or start anew with run.overwrite=true"
+            )
         return None
 
 
@@ -176,19 +197,28 @@ def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
     policy.load_optimizer(path)
     progress = Progress(**json.loads((path / "progress.json").read_text()))
     policy.vlm.version, policy.reuse_sampled = progress.updates, progress.reuse_sampled
+    policy.guard.in_a_row = progress.left_out
     return progress, torch.load(path / "rollouts.pt", weights_only=True)
 
 
 def check(path: Path) -> None:
-    """Raises TornError where a checkpoint's files are not those of its manifest."""
+    """Raises TornError where a checkpoint's files are not those of its manifest, or can't be read."""
     if not (path / MANIFEST).is_file():
         raise TornError(f"{path} is torn: it has no {MANIFEST}")
-    for name, listed in json.loads((path / MANIFEST).read_text()).items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != listed["bytes"]:
-            raise TornError(f"{path} is torn: {name} must have {listed['bytes']} bytes")
-        if _hash(file) != listed["sha256"]:
-            raise TornError(f"{path} is torn: {name} has other contents than were written")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if missing := {"progress.json", "rollouts.pt"} - manifest.keys():
+            raise TornError(f"{path} is torn: {MANIFEST} lists no {', '.join(sorted(missing))}")
+        for name, listed in manifest.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != listed["bytes"]:
+                raise TornError(f"{path} is torn: {name} must have {listed['bytes']} bytes")
+            if _hash(file) != listed["sha256"]:
+                raise TornError(f"{path} is torn: {name} has other contents than were written")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, TornError):
+            raise
+        raise TornError(f"{path} is torn: it can't be read ({error})") from error
 
 
 def _seal(folder: Path) -> None:
@@ -198,6 +228,11 @@ def _seal(folder: Path) -> None:
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files
     }
     (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
+    put_on_disk(folder)
+
+
+def put_on_disk(folder: Path) -> None:
+    """All files of a folder, and the lists of them."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
@@ -227,11 +262,11 @@ def _all(first: Callable[[Path], None], rest: Iterator[Callable[[Path], None]]) 
     yield from rest
 
 
-def _done(function: Callable[..., None], *arguments: Any) -> Future[None]:
+def _done(function: Callable[..., None], *arguments: Any, **options: Any) -> Future[None]:
     """The call's outcome as a future that has it."""
     future: Future[None] = Future()
     try:
-        future.set_result(function(*arguments))
+        future.set_result(function(*arguments, **options))
     except Exception as error:
         future.set_exception(error)
     return future

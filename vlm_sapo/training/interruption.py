@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from vlm_sapo.world import Interrupted, World
+from vlm_sapo.world import Interrupted, World, shielded
 
+TWICE = 2.0
+"""Seconds within which signals are one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -17,11 +21,14 @@ class Interruption:
     """What a signal does between `listening` begins and ends.
 
     Between two steps, which is most of the time, it ends the work at once; an update is finished first.
-    Several processes agree on it after a step. A second signal ends the process where it is.
+    Several processes agree on it after a step. A second signal, TWICE seconds later, ends the process where
+    it is: launchers pass on what the processes get themselves.
     """
 
     def __init__(self, world: World):
-        self.world, self.reason, self._between = world, "", False
+        self.world, self.reason, self.alarm, self._between = world, "", False, False
+        self._first = math.inf
+        """When the first signal came."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -35,21 +42,26 @@ class Interruption:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """In the block a signal raises Interrupted; so does one that came before. All processes call it."""
-        if reason := max(self.world.gather(self.reason)):
-            raise Interrupted(f"stopped: {reason}")
+        reason, alarm = max(self.world.gather((self.reason, self.alarm)))
+        if reason:
+            raise Interrupted(reason, alarm=alarm)
         self._between = self.world.size == 1
         try:
             yield
         finally:
             self._between = False
 
-    def ask(self, reason: str) -> None:
+    def ask(self, reason: str, *, alarm: bool = False) -> None:
         """Ends the run before its next step."""
-        self.reason = reason
+        self.reason, self.alarm = reason, alarm
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if self.reason:
+        now = time.monotonic()
+        if now - self._first > TWICE:
             sys.exit(128 + number)
-        self.ask(signal.Signals(number).name)
+        self._first = min(self._first, now)
+        if not self.reason:
+            self.ask(signal.Signals(number).name)
         if self._between:
-            raise Interrupted(f"stopped: {self.reason}")
+            self._between = False
+            shielded.raises(Interrupted(self.reason, alarm=self.alarm))

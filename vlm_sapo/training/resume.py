@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from vlm_sapo import config as cfg
 from vlm_sapo.configfile import differences, dump
 from vlm_sapo.reporting.alarms import Alarms
@@ -25,6 +27,7 @@ def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: C
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=asked)}))
     stored = None if config.run.overwrite else folder.stored()
     if config.run.overwrite:
+        folder.stored()  # or what lies there is no run's
         folder.clear()
     elif stored is not None and stored != text:
         changes = differences(stored, text)
@@ -35,8 +38,20 @@ def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: C
                 "another run.dir, start anew with run.overwrite=true, or go on all the same with "
                 "run.accept_changes=true"
             )
+        steps = {change.field: change for change in changes}.get("train.steps")
+        if steps is not None and steps.after < (done := folder.steps()):
+            raise ValueError(
+                f"train.steps ({steps.after}) must be {done} or more: the run in {folder.path} has done so "
+                "many; choose another run.dir, or start anew with run.overwrite=true"
+            )
         console.warn(f"this run goes on with changes: {'; '.join(map(str, changes))}")
-        folder.unfinish()
+        if folder.summary() is not None and (steps is not None or refused):
+            if not (folder.path / "checkpoints").is_dir():
+                raise ValueError(
+                    f"the run in {folder.path} is finished and left no checkpoint to go on from "
+                    "(checkpoint.every=0); choose another run.dir, or start anew with run.overwrite=true"
+                )
+            folder.unfinish()
     folder.begin(text)
 
 
@@ -60,6 +75,10 @@ def build_checkpoints(
 def build_alarms(config: cfg.TrainConfig, core: Core) -> Alarms:
     """What watches the metrics, with those of the steps that are done."""
     thresholds = config.alarms.model_dump(exclude={"stop"})
-    alarms = Alarms(core.console, **thresholds, stop=core.interruption.ask if config.alarms.stop else None)
+    alarms = Alarms(
+        core.console,
+        **thresholds,
+        stop=partial(core.interruption.ask, alarm=True) if config.alarms.stop else None,
+    )
     alarms.resume(core.folder.read("metrics.jsonl"))
     return alarms

@@ -29,7 +29,8 @@ class Drawn:
     version: int
     """`VLM.version` of the weights that drew them."""
     before: dict[str, Any]
-    """The stream's state before."""
+    """The stream's state before, and after."""
+    after: dict[str, Any] = field(default_factory=dict)
     replaced: list[Group] = field(default_factory=list)
     """Groups without variance that others were drawn for."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -56,11 +57,12 @@ class Rollouts(Protocol):
     def settle(self) -> None:
         """Waits until the engine is free."""
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on after the steps that were given out: tensors and plain values."""
+    def trained(self) -> None:
+        """What was given out last was trained on."""
 
-    def untrained(self, drawn: Drawn) -> dict[str, Any]:
-        """What it needs to give the last step out again."""
+    def state(self, *, anew: bool = False) -> dict[str, Any]:
+        """What `restore` needs to go on after the steps that were trained on: tensors and plain values. What
+        was given out and not trained on is given out again, drawn `anew` where the engine is at fault."""
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -80,6 +82,15 @@ class OnDemand:
     sampling: Sampling
     prompts_per_step: int
     resample: int = 0
+    before: dict[str, Any] | None = None
+    """The stream's state before what was given out and not trained on."""
+
+    @contextmanager
+    def giving(self) -> Iterator[dict[str, Any]]:
+        """What the block takes from the stream is given out. Yields the stream's state before."""
+        with self.stream.or_back() as before:
+            self.before = before
+            yield before
 
     def __call__(self, step: int, vlm: VLM) -> Drawn:
         started = time.perf_counter()
@@ -91,9 +102,10 @@ class OnDemand:
 
     def draw(self, step: int, version: int) -> Drawn:
         """The groups of a step from the weights that the engine has."""
-        with self.stream.or_back() as before:
+        with self.giving() as before:
             drawn = Drawn([], [], version, before)
             self._draw(drawn, step)
+            drawn.after = self.stream.state()
         return drawn
 
     def _draw(self, drawn: Drawn, step: int) -> None:
@@ -139,11 +151,11 @@ class OnDemand:
     def settle(self) -> None:
         """Nothing goes on in between."""
 
-    def state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state()}
+    def trained(self) -> None:
+        self.before = None
 
-    def untrained(self, drawn: Drawn) -> dict[str, Any]:
-        return {"stream": drawn.before}  # the same weights draw the same again
+    def state(self, *, anew: bool = False) -> dict[str, Any]:
+        return {"stream": self.before or self.stream.state()}  # the same weights draw the same again
 
     def restore(self, state: dict[str, Any]) -> None:
         self.stream.restore(state["stream"])
@@ -165,7 +177,9 @@ class Ahead:
         self.rollouts, self.last, self.world = rollouts, last, world
         self.engine, self.sampling = rollouts.engine, rollouts.sampling
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self.pending: Future[Drawn] | None = None
+        self.flight: tuple[Drawn | None, Future[Drawn] | None] = (None, None)
+        """What was given out and not trained on, and the step after it; changed at once, since a signal may
+        come at any time."""
 
     def __call__(self, step: int, vlm: VLM) -> Drawn:
         self.settle()
@@ -173,37 +187,47 @@ class Ahead:
         self.engine.sync(vlm)
         self.world.wait()  # or one would draw on while another has failed
         waited = time.perf_counter() - started
-        drawn = self.rollouts.draw(step, vlm.version) if self.pending is None else self.pending.result()
+        _, pending = self.flight
+        drawn = self.rollouts.draw(step, vlm.version) if pending is None else pending.result()
         drawn.seconds["sync"] = waited
         more = step < self.last
-        self.pending = self.worker.submit(self.rollouts.draw, step + 1, vlm.version) if more else None
+        following = self.worker.submit(self.rollouts.draw, step + 1, vlm.version) if more else None
+        self.flight = drawn, following
         return drawn
 
+    def trained(self) -> None:
+        _, following = self.flight
+        self.flight = None, following
+        if following is None:
+            self.rollouts.trained()
+
     def settle(self) -> None:
-        if self.pending is not None:
-            self.pending.exception()
+        _, following = self.flight
+        if following is not None:
+            following.exception()
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, anew: bool = False) -> dict[str, Any]:
         self.settle()
-        following = self._following()
-        return self.rollouts.state() | ({"pending": pack(following, self.world)} if following else {})
+        given, following = self.flight
+        next_ = given or self._drawn(following)
+        if next_ is None:
+            return self.rollouts.state()
+        if anew:
+            return {"stream": next_.before}
+        return {"stream": next_.after, "pending": pack(next_, self.world)}
 
-    def untrained(self, drawn: Drawn) -> dict[str, Any]:
-        self.settle()
-        following = self._following()
-        after = following.before if following else self.rollouts.stream.state()
-        return {"stream": after, "pending": pack(drawn, self.world)}
-
-    def _following(self) -> Drawn | None:
+    @staticmethod
+    def _drawn(following: Future[Drawn] | None) -> Drawn | None:
         """The groups of the next step, where they could be drawn."""
-        failed = self.pending is None or self.pending.exception() is not None
-        return None if failed else self.pending.result()
+        failed = following is None or following.exception() is not None
+        return None if failed else following.result()
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rollouts.restore(state)
         if "pending" in state:
-            self.pending = Future()
-            self.pending.set_result(unpack(state["pending"], self.rollouts.stream))
+            following: Future[Drawn] = Future()
+            following.set_result(unpack(state["pending"], self.rollouts.stream))
+            self.flight = None, following
 
     def close(self) -> None:
         self.rollouts.close()
@@ -226,6 +250,7 @@ def pack(drawn: Drawn, world: World) -> dict[str, Any]:
     return {
         "version": drawn.version,
         "before": drawn.before,
+        "after": drawn.after,
         "groups": {place: item for told in world.gather(own) for place, item in told.items()},
         "replaced": [item for told in world.gather(replaced) for item in told],
         "seconds": dict(drawn.seconds),
@@ -247,6 +272,7 @@ def unpack(packed: dict[str, Any], stream: Mixture) -> Drawn:
         places=list(groups),
         version=packed["version"],
         before=packed["before"],
+        after=packed["after"],
         replaced=[one(item) for item in replaced],
         seconds=defaultdict(float, packed["seconds"]),
     )

@@ -21,7 +21,7 @@ from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.training.batch import MiniBatch
-from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress
+from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.parity import ParityError
@@ -113,11 +113,16 @@ class Core:
         self.rollouts.close()
         self.checkpoints.close()
 
+    def advance(self, step: int, seconds: float) -> None:
+        """A step is done; it took so long."""
+        self.progress.advance(step, seconds)
+        self.rollouts.trained()
+
     @contextmanager
-    def rescuing(self, drawn: Drawn | None = None) -> Iterator[None]:
+    def rescuing(self) -> Iterator[None]:
         """Writes a checkpoint of the finished steps where the block, which lies between two, fails or is
-        interrupted. `drawn` was given out and not trained on; what an engine drew that disagrees is drawn
-        anew."""
+        interrupted. What was given out and not trained on is given out again; what an engine drew that
+        disagrees is drawn anew."""
         try:
             with self.interruption.at_once():
                 yield
@@ -125,15 +130,10 @@ class Core:
         except Exception as error:
             if not isinstance(error, Interrupted):  # of which all know
                 self.world.tell(error)
+            self.checkpoints.settle()
             if self.progress.step and self.checkpoints.newest_step != self.progress.step:
                 disagrees = any(self.world.gather(isinstance(error, ParityError)))
-                if drawn is None:
-                    state = self.rollouts.state()
-                elif disagrees:
-                    state = {"stream": drawn.before}
-                else:
-                    state = self.rollouts.untrained(drawn)
-                self.save_checkpoint(state)
+                self.save_checkpoint(self.rollouts.state(anew=disagrees))
                 self.console.say(
                     f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
                 )
@@ -163,6 +163,8 @@ class Core:
         try:
             if failed is not None:
                 raise failed
+            self.folder.settle()
+            put_on_disk(self.folder.path / "final")
             return self._summarize(steps)
         except FAILURES as error:
             raise ValueError(
@@ -182,6 +184,10 @@ class Core:
                 summary[f"{name}/{record['name']}" if place else name] = short
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
+            self.console.warn(
+                f"{self.stream.skipped} times a row was left out that can't be used (data.on_error=skip); "
+                "vlm-sapo doctor names them"
+            )
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
         self.console.say(
             f"done: {steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"

@@ -25,7 +25,7 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
     processes = join(config, console)
     console = processes.console
     folder = open_folder(config, processes)
-    if (summary := folder.summary()) is not None:
+    if (summary := processes.world.from_main(folder.summary)) is not None:
         console.say(FINISHED)
         return summary
     core = build_sft(config, folder, processes)
@@ -43,12 +43,12 @@ def loop(core: Core, train: SftTrain, columns: dict[str, str]) -> dict:
         for step in range(core.progress.step + 1, train.steps + 1):
             started, meter = time.perf_counter(), StepMeter(core.world)
             lr = core.policy.set_step(step - 1)
-            with meter.time("data"), core.rescuing(), core.stream.or_back():
+            with meter.time("data"), core.rescuing(), core.rollouts.giving():
                 prompts = core.stream.take(train.rows_per_step)
                 rows = [(prompt, demonstration(core, prompt, columns)) for prompt in prompts]
             with meter.time("update"):
                 loss, norm = update(core, rows)
-            core.progress.advance(step, time.perf_counter() - started)
+            core.advance(step, time.perf_counter() - started)
             record = (
                 {"step": step, "lr": lr}
                 | meter.record()

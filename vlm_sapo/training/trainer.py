@@ -22,7 +22,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
     processes = join(config, console)
     console = processes.console
     folder = open_folder(config, processes)
-    if (summary := folder.summary()) is not None:
+    if (summary := processes.world.from_main(folder.summary)) is not None:
         console.say(FINISHED)
         return summary
     training = build_training(config, folder, processes)
@@ -51,7 +51,7 @@ def advance(training: Training, step: int) -> str:
     lr = policy.set_step(step - 1)
     with meter.time("draw"), core.rescuing():
         drawn = core.rollouts(step, policy.vlm)
-    with meter.time("check"), core.rescuing(drawn):
+    with meter.time("check"), core.rescuing():
         checked = training.check(step, drawn)
     behind = policy.vlm.version - drawn.version
     advantages = [advantages_of(training, group) for group in drawn.groups]
@@ -64,7 +64,7 @@ def advance(training: Training, step: int) -> str:
                 meter.add(**passed)
             if minibatch.micros:
                 meter.close_minibatch(policy.step())
-    core.progress.advance(step, time.perf_counter() - started)
+    core.advance(step, time.perf_counter() - started)
     extra = {"lr": lr, "rollout/updates_behind": behind} | checked
     return training.report(step, meter, drawn, advantages, extra)
 
