@@ -42,7 +42,7 @@ LAYERS = [
         "training.parity",
         "training.selfcheck",
     },
-    {"planning.command", "training.run"},
+    {"planning.command", "training.run", "report"},
     {"training.build"},
     {"training.trainer", "training.sft", "training.filter", "planning.check", "planning.serve"},
     {"cli"},

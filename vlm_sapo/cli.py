@@ -202,6 +202,24 @@ def compare(
     compare_command(run_a, run_b, out or run_b / "compare.html")
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are laid over each other.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the first run's folder by default.")
+    ] = None,
+    groups: Annotated[int, typer.Option(min=2, help="Groups of responses to hold, by run.")] = 100,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on loopback while the runs go on, instead.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for a free one.")] = 8600,
+) -> None:
+    """Write one HTML page of runs: results, curves, what the updates did, and the responses with pictures."""
+    from vlm_sapo.report.command import report_command
+
+    report_command(runs, out or runs[0] / "report.html", groups=groups, watch=watch, port=port)
+
+
 @app.command("filter")
 def filter_rows(
     config: ConfigArgument,

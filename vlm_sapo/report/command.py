@@ -11,11 +11,11 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from vlm_sapo.report.collect import collect
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.report.collect import collect
 
 
-def report_command(folders: Sequence[Path], out: Path, groups: int, watch: bool, port: int) -> None:
+def report_command(folders: Sequence[Path], out: Path, *, groups: int, watch: bool, port: int) -> None:
     """Writes `out`; with `watch` serves it on loopback, made anew on every visit, until interrupted."""
     console = Console()
     if not watch:
@@ -35,12 +35,14 @@ def report_command(folders: Sequence[Path], out: Path, groups: int, watch: bool,
 
 def page(data: dict, *, refresh: int = 0) -> str:
     """The report as one file; with `refresh` it asks for itself anew every so many seconds."""
-    parts = files("vlm_sapo.reporting.report")
+    parts = files("vlm_sapo.report")
     text = parts.joinpath("page.html").read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
         text = text.replace(f"/*{name}*/", parts.joinpath(name).read_text(encoding="utf-8"))
     # what a response says must not end the script that holds it
-    held = json.dumps(data | {"refresh": refresh}, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    held = json.dumps(data | {"refresh": refresh}, ensure_ascii=False, allow_nan=False).replace(
+        "<", "\\u003c"
+    )
     before, after = text.split("/*data*/")
     text = before + held + after
     before, after = text.split("/*plotly*/")

@@ -74,7 +74,9 @@ def _run(path: Path, groups: int, pictures: Pictures) -> dict[str, Any]:
     folder = RunFolder(path)
     metrics = folder.read("metrics.jsonl")
     if not metrics:
-        raise ValueError(f"{path} must be the folder of a run with at least one step; it has no metrics.jsonl")
+        raise ValueError(
+            f"{path} must be the folder of a run with at least one step; it has no metrics.jsonl"
+        )
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     evaluations = folder.read("evaluations.jsonl")
     return {
@@ -159,7 +161,11 @@ def _item(row: dict, title: str, pictures: list[int | None]) -> dict[str, Any]:
 
 
 def _response(row: dict, trace: dict | None, place: int) -> dict[str, Any]:
-    seen = {name: trace[name][place] for name in ("pieces", "log_ratio", "effective", "entropy")} if trace else {}
+    seen = (
+        {name: trace[name][place] for name in ("pieces", "log_ratio", "effective", "entropy")}
+        if trace
+        else {}
+    )
     return {
         "text": row["response"],
         "reward": row["reward"],
@@ -190,7 +196,11 @@ def _changed(path: Path, evaluations: list[dict], pictures: Pictures) -> list[di
             ]
             last = second["scores"]
             items.append(
-                _item(first, f"evaluation {comparison.benchmark}", pictures.places(folders[0], first["pictures"]))
+                _item(
+                    first,
+                    f"evaluation {comparison.benchmark}",
+                    pictures.places(folders[0], first["pictures"]),
+                )
                 | {
                     "kind": "evaluation",
                     "step": steps[-1],

@@ -39,7 +39,7 @@ function chart(parent, title, note, traces, layout = {}) {
     legend: { orientation: "h", y: 1.12, x: 0 }, hovermode: "closest", ...layout,
     xaxis: { ...axis, ...(layout.xaxis || {}) }, yaxis: { ...axis, ...(layout.yaxis || {}) },
   }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
-  return area;
+  new ResizeObserver(() => area.offsetParent && Plotly.Plots.resize(area)).observe(area);
 }
 
 /* ---- summary ---- */
@@ -106,7 +106,7 @@ function drawCurves(page) {
     charts.replaceChildren();
     for (const [title, wanted, note] of CURVES) {
       const traces = data.runs.flatMap((run, number) => Object.keys(run.metrics).filter(wanted).map((name, place) => ({
-        x: run.metrics.step, y: average(run.metrics[name], Number(smooth.value)), mode: "lines", connectgaps: true,
+        x: run.metrics.step, y: average(title.startsWith("Outcomes") ? run.metrics[name].map((count) => count ?? 0) : run.metrics[name], Number(smooth.value)), mode: "lines", connectgaps: true,
         name: data.runs.length > 1 ? `${run.name}: ${name.replace(/^[a-z]+\//, "")}` : name.replace(/^[a-z]+\//, ""),
         line: { width: 1.6, color: PALETTE[(data.runs.length > 1 ? number : place) % PALETTE.length], dash: data.runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][place % 4] : "solid" },
       })));
@@ -121,7 +121,7 @@ function drawCurves(page) {
 
 /* ---- what the update did: ratios and gate ---- */
 const DECADES = Array.from({ length: 29 }, (_, place) => 10 ** (-6 + place / 4));
-const tick = (value) => (value >= 0.01 && value < 100 ? String(Number(value.toPrecision(2))) : value.toExponential(0).replace("e", "·10^").replace("+", ""));
+const tick = (value) => (value >= 0.01 && value < 100 ? String(Number(value.toPrecision(2))) : `10<sup>${Math.round(Math.log10(value))}</sup>`);
 function drawGate(page) {
   const choose = make("select", { "aria-label": "Run", onchange: () => fill() }, data.runs.map((run, place) => make("option", { value: place }, run.name)));
   const slider = make("input", { type: "range", min: 0, "aria-label": "Step", oninput: () => histograms() });
@@ -154,7 +154,7 @@ function drawGate(page) {
     const sequences = row.minibatches.flatMap((one) => one.sequences || []).filter(([variance]) => variance > 0);
     if (sequences.length) {
       const most = Math.max(...sequences.map(([variance]) => variance)), bound = Math.max(...sequences.map((each) => each[2]));
-      const inside = sequences.filter(([variance, deviation, factor]) => deviation <= factor * variance * 1.001).length;
+      const inside = sequences.filter(([variance, deviation, factor]) => deviation <= factor * variance * 1.01).length;
       chart(clouds, "Token gates against a sequence gate", `${inside} of ${sequences.length} responses lie under the bound tau²/4 · variance of section 4 of the paper`, [
         { x: sequences.map((each) => each[0]), y: sequences.map((each) => each[1]), mode: "markers", name: "a response", marker: { size: 5, opacity: 0.7 } },
         { x: [0, most], y: [0, bound * most], mode: "lines", name: "bound", line: { dash: "dash" } },
@@ -171,7 +171,7 @@ function drawGate(page) {
   ];
   function fill() {
     slider.max = Math.max(0, run().histograms.length - 1);
-    slider.value = slider.max;
+    slider.value = Math.max(0, run().histograms.findLastIndex((row) => row.minibatches.length));
     histograms();
     rest.replaceChildren();
     for (const [title, names, note] of OVER) {
@@ -179,7 +179,7 @@ function drawGate(page) {
         x: one.metrics.step, y: one.metrics[name], mode: "lines", connectgaps: true, name: `${data.runs.length > 1 ? `${one.name}: ` : ""}${name.slice(7)}`,
         line: { width: 1.6, color: PALETTE[(data.runs.length > 1 ? number : place) % PALETTE.length], dash: data.runs.length > 1 ? ["solid", "dot", "dash"][place] : "solid" },
       })));
-      if (traces.length) chart(rest, title, note, traces, { xaxis: { title: { text: "step" } } });
+      if (traces.length) chart(rest, title, note, traces, { xaxis: { title: { text: "step" } }, yaxis: title.startsWith("Share") || title.startsWith("What") ? { rangemode: "tozero" } : {} });
     }
   }
   fill();
@@ -272,18 +272,18 @@ const DRAW = { summary: drawSummary, curves: drawCurves, gate: drawGate, browser
 const drawn = new Set();
 function open(name) {
   for (const page of Object.keys(PAGES)) {
-    $(page).hidden = page !== name;
+    $(`page-${page}`).hidden = page !== name;
     $(`tab-${page}`).setAttribute("aria-selected", page === name);
     $(`tab-${page}`).tabIndex = page === name ? 0 : -1;
   }
   if (!drawn.has(name)) {
     drawn.add(name);
-    DRAW[name]($(name));
+    DRAW[name]($(`page-${name}`));
   }
   history.replaceState(null, "", `#${name}`);
 }
 for (const [name, text] of Object.entries(PAGES)) {
-  $("tabs").append(make("button", { role: "tab", id: `tab-${name}`, "aria-controls": name, onclick: () => open(name), onkeydown: (event) => {
+  $("tabs").append(make("button", { role: "tab", id: `tab-${name}`, "aria-controls": `page-${name}`, onclick: () => { open(name); $(`page-${name}`).focus({ preventScroll: true }); }, onkeydown: (event) => {
     const names = Object.keys(PAGES), step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
     const other = names[(names.indexOf(name) + step + names.length) % names.length];
