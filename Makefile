@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-distributed test-vllm check-gpu lint coldstart bench bench-gpu clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -24,6 +24,16 @@ test-slow: setup
 # Two processes against one, on this machine.
 test-distributed: setup
 	$(BIN)/python -m pytest -m distributed
+
+# The report in a real browser: the system's Chromium, or one that playwright brings.
+test-report: .venv/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+.venv/browser: .venv/installed
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --editable '.[browser]'
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1 \
+		|| $(BIN)/playwright install chromium
+	touch $@
 
 # The contract of rollout engines with the real vLLM, on a CPU, in an environment of its own. pip takes a CPU
 # wheel of torch where one is at hand; vLLM's CPU build wants that version.

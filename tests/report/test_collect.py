@@ -1,0 +1,106 @@
+"""What a report holds of a run, and that nothing in it can get out of its place."""
+
+import json
+import math
+import re
+import shutil
+import threading
+import urllib.request
+from urllib.error import HTTPError
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.report.conftest import HOSTILE
+from vlm_sapo.cli import app
+from vlm_sapo.report import command
+from vlm_sapo.report.collect import collect, evenly
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_a_page_holds_the_run(runs, tmp_path):
+    out = tmp_path / "new/report.html"
+    done = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    [first, second] = data_of(out.read_text())["runs"]
+    assert (first["name"], second["name"]) == ("run", "other")
+    assert first["metrics"]["step"] == [1, 2, 3, 4]
+    assert [row["step"] for row in first["evaluations"]] == [0, 2, 4]
+    groups = [item for item in first["items"] if item["kind"] == "rollout"]
+    assert len(groups) == 8 and all(len(group["responses"]) == 4 for group in groups)
+    for response in groups[1]["responses"]:
+        assert len(response["pieces"]) == response["tokens"]
+        assert len(response["log_ratio"]) in (0, response["tokens"])
+    counted = [sum(one["log_ratio"]) for row in first["histograms"] for one in row["minibatches"]]
+    assert counted and all(count > 0 for count in counted)
+
+
+def test_the_first_minibatch_is_on_policy_and_a_later_one_is_not(runs):
+    [run] = collect(runs[:1], 100)["runs"]
+    first, second = next(row["minibatches"] for row in run["histograms"] if len(row["minibatches"]) == 2)
+    middle = len(first["log_ratio"]) // 2
+    assert first["log_ratio"][middle] == sum(first["log_ratio"])
+    assert second["log_ratio"][middle] < sum(second["log_ratio"])
+
+
+def test_text_of_a_response_stays_text(runs):
+    page = command.page(collect(runs, 100))
+    assert HOSTILE not in page and page.count("<script") == 3
+    assert data_of(page)["runs"][0]["items"][0]["responses"][0]["text"] == HOSTILE
+
+
+def test_a_run_that_has_just_begun_and_pictures_that_are_gone(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    for name in ("evaluations.jsonl", "histograms.jsonl", "traces.jsonl", "summary.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "pictures")
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"loss": math.nan}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    [found] = data_of(command.page(collect([run], 100)))["runs"]
+    assert found["metrics"]["loss"] == [None] and found["items"][0]["pictures"] == [None]
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_folder_without_a_run_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path} must be the folder of a run"):
+        collect([tmp_path], 10)
+
+
+def test_thinning_keeps_both_ends():
+    assert evenly(list(range(10)), 4) == [0, 3, 6, 9]
+    assert evenly([1, 2], 4) == [1, 2]
+
+
+def test_watch_serves_this_machine_alone(runs, monkeypatch, capsys):
+    served = threading.Event()
+    servers = []
+
+    class Server(command.ThreadingHTTPServer):
+        def serve_forever(self):
+            servers.append(self)
+            served.set()
+            super().serve_forever()
+
+    monkeypatch.setattr(command, "ThreadingHTTPServer", Server)
+    options = {"out": None, "groups": 10, "watch": True, "port": 0}
+    thread = threading.Thread(target=command.report_command, args=(runs,), kwargs=options)
+    thread.start()
+    assert served.wait(20)
+    address, port = servers[0].server_address
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+            assert data_of(answer.read().decode())["refresh"] == 10
+        for path, host in (("/../config.yaml", f"127.0.0.1:{port}"), ("/", "example.org:80")):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host})
+            with pytest.raises(HTTPError, match="404"):
+                urllib.request.urlopen(request, timeout=20)
+    finally:
+        servers[0].shutdown()
+        thread.join()
+    assert address == "127.0.0.1"
