@@ -78,4 +78,9 @@ class Alarms(Section):
 
 class Log(Section):
     rollouts: Count = 2
-    """Groups per step whose responses go to `rollouts.jsonl`."""
+    """Groups per step whose responses go to `rollouts.jsonl` and into the report, the first and the last
+    among them."""
+    to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Trackers that also get numbers, histograms and, every tenth step, pictures."""
+    project: str = "vlm_sapo"
+    """What the trackers call the project; a run is called like its folder."""

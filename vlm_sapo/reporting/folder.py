@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sapo.reporting.lines import Lines, replace
+from vlm_sapo.reporting.trackers import Trackers
 
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 WRITTEN = (
@@ -20,6 +21,9 @@ WRITTEN = (
     "final",
     "bad_updates",
     "pictures",
+    "tensorboard",
+    "wandb",
+    "trackers.json",
 )
 
 
@@ -29,6 +33,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.logs = {name: Lines(path / name) for name in LOGS}
+        self.trackers: Trackers | None = None
+        """Get every record that is logged."""
 
     def stored(self) -> str | None:
         """The config of the run that left something here, which another one would mix with; None without.
@@ -77,6 +83,13 @@ class RunFolder:
         """Adds one line to a log, on disk later than the lines of the file `after`. While the disk is full
         lines wait for the next time."""
         self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n", after=after)
+        if self.trackers is not None:
+            self.trackers(name, record)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self.trackers is not None:
+            self.trackers.close()
 
     def settle(self) -> None:
         """Puts all that was logged on disk. Raises OSError where that can't be done."""

@@ -37,7 +37,7 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
-from vlm_sapo.training.resume import build_alarms, build_checkpoints
+from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
 from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Reporter, Training
 from vlm_sapo.training.selfcheck import SelfCheck
@@ -193,11 +193,7 @@ def _build_core(
     progress, state = restore(found, policy) if found else (Progress(), None)
     if state is not None:
         rollouts.restore(state)
-    folder.rewind(progress.step)
-    if world.main and (logged := len(folder.read("metrics.jsonl"))) != progress.step:
-        console.warn(
-            f"metrics.jsonl has {logged} of the {progress.step} steps that the checkpoint has behind it"
-        )
+    go_on(config, folder, processes, progress.step)
     console.say(_banner(config, vlm, stream, processes, found))
     measures = _measures(config, engine, encode, reward, processes, benchmarks)
     return Core(

@@ -9,6 +9,7 @@ from vlm_sapo.configfile import differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import OthersFolder, RunFolder
+from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.run import Core
@@ -70,6 +71,29 @@ def build_checkpoints(
         on_error=given.on_error,
         settle_logs=folder.settle,
     )
+
+
+def go_on(
+    config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes, step: int
+) -> None:
+    """Makes logs and trackers ready for what comes after `step`."""
+    folder.rewind(step)
+    if not processes.world.main:
+        return
+    if (logged := len(folder.read("metrics.jsonl"))) != step:
+        processes.console.warn(
+            f"metrics.jsonl has {logged} of the {step} steps that lie behind the checkpoint"
+        )
+    if config.log.to:
+        folder.trackers = build_trackers(
+            config.log.to,
+            project=config.log.project,
+            name=folder.path.resolve().name,
+            folder=folder.path,
+            config=config.model_dump(mode="json"),
+            step=step,
+            warn=processes.console.warn,
+        )
 
 
 def build_alarms(config: cfg.TrainConfig, core: Core) -> Alarms:

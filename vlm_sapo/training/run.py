@@ -112,6 +112,7 @@ class Core:
         """Ends what runs beside this process."""
         self.rollouts.close()
         self.checkpoints.close()
+        self.folder.close()
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done; it took so long."""
