@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -154,9 +155,8 @@ class MLflow:
 
     def numbers(self, step: int, values: Numbers) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(
-            self.id, metrics=[self.metric(name, value, now, step) for name, value in values.items()]
-        )
+        metrics = [self.metric(_allowed(name), value, now, step) for name, value in values.items()]
+        self.client.log_batch(self.id, metrics=metrics)
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Nothing."""
@@ -168,6 +168,11 @@ class MLflow:
 
     def close(self) -> None:
         self.client.set_terminated(self.id)
+
+
+def _allowed(name: str) -> str:
+    """MLflow refuses the @ of pass@1."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 TRACKERS: dict[str, Callable[..., Tracker]] = {
