@@ -45,10 +45,12 @@ LAYERS = [
     {"planning.command", "training.run", "report"},
     {"training.build"},
     {"training.trainer", "training.sft", "training.filter", "planning.check", "planning.serve"},
+    {"exits"},
+    {"api"},
     {"cli"},
 ]
 OWNERS = {
-    "transformers": ("models", "rollout/hf.py", "cli.py"),
+    "transformers": ("models", "rollout/hf.py", "exits.py"),
     "vllm": ("rollout",),
     "matplotlib": ("reporting",),
 }

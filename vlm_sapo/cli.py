@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import signal
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlm_sapo.reporting.console import visible
-from vlm_sapo.world import ElsewhereError, Interrupted
-
-ALARM = 3
-"""Exit code of a run that an alarm stopped."""
+from vlm_sapo.exits import main_process, quieten, run
 
 app = typer.Typer(
     add_completion=False,
@@ -36,30 +26,20 @@ ANY_LENGTH = ["train.steps=1"]
 """What only looks at rows needs no length of training."""
 
 
-@app.command()
-def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+@app.command("train")
+def train_(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train a model by reinforcement learning."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.api import load_config, train
 
-    parsed = load(TrainConfig, config, overrides or [])
-    _quieten()
-    from vlm_sapo.training.trainer import train as run
-
-    _report(run(parsed))
+    _report(train(load_config(config, *(overrides or []))))
 
 
-@app.command()
-def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
+@app.command("sft")
+def sft_(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Cold start: supervised learning on demonstrations."""
-    from vlm_sapo.config import SftConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.api import load_sft_config, sft
 
-    parsed = load(SftConfig, config, overrides or [])
-    _quieten()
-    from vlm_sapo.training.sft import sft as run
-
-    _report(run(parsed))
+    _report(sft(load_sft_config(config, *(overrides or []))))
 
 
 @app.command()
@@ -79,7 +59,7 @@ def doctor(
     from vlm_sapo.configfile import load
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    _quieten()
+    quieten()
     from vlm_sapo.planning.command import doctor_command
 
     if not doctor_command(parsed, [name for name in against.split(",") if name], out):
@@ -110,7 +90,7 @@ def score(
 
 
 @app.command("eval")
-def evaluate(
+def evaluate_(
     benchmark: Annotated[
         str, typer.Option(help="NAME[:VARIANT][=FILE], several with commas; eval/README.md.")
     ],
@@ -145,49 +125,30 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on benchmarks."""
-    names = benchmark.split(",")
-    for wrong, message in (
-        ((model is None) == (responses is None), "give --model, or --responses with recorded ones"),
-        (
-            data and len(names) > 1,
-            f"--data ({data}) is for one benchmark; for several write --benchmark NAME=FILE,NAME=FILE",
-        ),
-        (on_error not in ("stop", "skip"), f"--on-error ({on_error}) must be stop or skip"),
-        (
-            dtype not in ("float32", "bfloat16", "float16"),
-            f"--dtype ({dtype}) must be float32, bfloat16 or float16",
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
-    if data:
-        names = [f"{names[0]}={data}"]
-    from vlm_sapo.evaluation.benchmarks import read_definition
+    from vlm_sapo.api import evaluate
 
-    for name in names:
-        read_definition(name)  # before the heavy imports
-    drawing = _engine(engine, engine_args)
-    _quieten()
-    from vlm_sapo.evaluation.command import Settings, eval_command
-
-    settings = Settings(
+    evaluate(
+        benchmark,
         model=model,
-        responses=responses,
+        data=data,
         samples=samples,
-        temperature=temperature if temperature is not None else float(samples > 1),
-        seed=seed,
+        limit=limit,
+        engine=engine,
+        engine_args=engine_args,
+        out=out,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
         max_tokens=max_tokens,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         dtype=dtype,
-        limit=limit,
+        batch=batch,
+        seed=seed,
         on_error=on_error,
-        engine=engine if engine_args == "{}" else f"{engine} {engine_args}",
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
+        responses=responses,
     )
-    eval_command(settings, names, out, batch, drawing)
 
 
 @app.command()
@@ -241,7 +202,7 @@ def filter_rows(
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
-    _quieten()
+    quieten()
     from vlm_sapo.training.filter import filter_command
 
     filter_command(parsed, samples=samples, keep=(low, high), out=out)
@@ -259,7 +220,7 @@ def check(
     from vlm_sapo.configfile import load
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    _quieten()
+    quieten()
     from vlm_sapo.planning.check import check_command
 
     if not check_command(parsed, rows=rows, samples=samples):
@@ -280,7 +241,7 @@ def serve(
     from vlm_sapo.configfile import load
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    _quieten()
+    quieten()
     from vlm_sapo.planning.serve import serve_command
 
     serve_command(parsed, host=host, port=port, extra=extra, only_print=only_print)
@@ -303,7 +264,7 @@ def plan(
     from vlm_sapo.configfile import load
 
     load(TrainConfig, config, overrides or [])
-    _quieten()
+    quieten()
     from vlm_sapo.planning.plan import parse_gpus, plan_command
 
     if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
@@ -323,7 +284,7 @@ def new_model(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a real Qwen-VL model with random weights, processor and tokenizer, for tests and measurements."""
-    _quieten()
+    quieten()
     from vlm_sapo.models.tiny import SHAPES
     from vlm_sapo.models.tiny import new_model as build
     from vlm_sapo.plugins import resolve
@@ -335,75 +296,15 @@ def new_model(
     typer.echo(f"{folder}: {family}, {parameters:,} parameters")
 
 
-def _engine(name: str, args: str):
-    """The engine section of a name and a YAML mapping; alone on its GPU, it may take most of it."""
-    from vlm_sapo.configfile import check
-    from vlm_sapo.rolloutconfig import Rollout
-    from vlm_sapo.yamlfile import parse
-
-    fields = parse(args)
-    if not isinstance(fields, dict):
-        raise ValueError(f"--engine-args ({args}) must be a YAML mapping such as '{{tensor_parallel: 2}}'")
-    alone = {"gpu_memory": 0.9} if name == "vllm" else {}
-    return check(Rollout, {"engine": {"type": name} | alone | fields}).engine
-
-
-def _quieten() -> None:
-    """Silences the libraries' own progress bars and advice, which would bury the run's lines."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _report(summary: dict) -> None:
     before, after = summary.get("eval_before"), summary.get("eval_after")
-    if before and after and _main_process():
+    if before and after and main_process():
         typer.echo(f"held-out pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
 
 
 def main() -> None:
-    """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
-    signal.signal(signal.SIGTERM, _ended)  # schedulers end runs so; processes end with them
-    os.umask(os.umask(0o077) | 0o002)  # what a run writes is no one else's to change
-    try:
-        app()
-    except ValueError as error:
-        if not _raised_here(error):
-            raise
-        typer.echo(visible(f"error: {error}"), err=True)
-        sys.exit(1)
-    except Interrupted as error:
-        if _main_process():
-            words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
-            launcher = "your launcher and " if "RANK" in os.environ else ""
-            name = "vlm-sapo" if shutil.which("vlm-sapo") else sys.argv[0]
-            typer.echo(visible(f"{error}\ngo on with: {launcher}{shlex.join([name, *words])}"))
-        if error.alarm:
-            sys.exit(ALARM)
-    except ElsewhereError:
-        sys.exit(1)  # that process says why
-
-
-def _ended(number: int, _) -> None:
-    typer.echo(f"ended by {signal.Signals(number).name}", err=True)
-    sys.exit(128 + number)
-
-
-def _main_process() -> bool:
-    """Whether this is the process that prints, where a launcher started several."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether the error was raised by this package's own code, and not inside a library."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    """Runs the command line."""
+    run(app)
 
 
 if __name__ == "__main__":

@@ -176,8 +176,17 @@ class Correction(Section):
         return self
 
 
+class Own(Section):
+    type: Literal["own"]
+    function: str
+    """`path/to/file.py:function` of (log_ratio, advantage), both [N, T] or broadcast to it, that returns the
+    losses [N, T]; docs/examples/objective.py."""
+    args: dict[str, Any] = {}
+    """Its keyword arguments."""
+
+
 class Algo(Section):
-    objective: Annotated[Sapo | Grpo | Gspo | Cispo, Field(discriminator="type")] = Sapo()
+    objective: Annotated[Sapo | Grpo | Gspo | Cispo | Own, Field(discriminator="type")] = Sapo()
     """What a token's importance ratio and advantage contribute."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the importance ratio."""

@@ -9,12 +9,17 @@ import urllib.request
 from urllib.error import HTTPError
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.report.conftest import HOSTILE
+from tests.training.conftest import short_run
 from vlm_sapo.cli import app
 from vlm_sapo.report import command
 from vlm_sapo.report.collect import collect, evenly
+from vlm_sapo.rewards.boxes import shown
+from vlm_sapo.training.trainer import train
+from vlm_sapo.types import Example, Response
 
 
 def data_of(page: str) -> dict:
@@ -104,3 +109,21 @@ def test_watch_serves_this_machine_alone(runs, monkeypatch, capsys):
         servers[0].shutdown()
         thread.join()
     assert address == "127.0.0.1"
+
+
+def test_gold_boxes_are_shown_on_their_picture(model_folder, tmp_path):
+    rows = "def rows(split, size):\n    from tests.conftest import picture\n    return [{'problem': 'Where?', 'answer': '[12, 6, 36, 24]', 'images': [picture(n)]} for n in range(size)]\n"
+    (tmp_path / "boxes.py").write_text(rows)
+    options = (f"data.source={tmp_path}/boxes.py:rows", "data.args={split: train, size: 8}", "eval.data=null")
+    train(short_run(tmp_path, model_folder(), "reward.parts=[{name: box}]", *options))
+    [run] = collect([tmp_path / "run"], 100)["runs"]
+    assert run["items"][0]["boxes"] == [[0.25, 0.125, 0.75, 0.5]]
+
+
+def test_boxes_of_a_response():
+    example = Example("1", "p", "[10, 20, 30, 40]", images=(Image.new("RGB", (100, 200)),))
+    response = Response(r"\boxed{[200, 100, 600, 400]}", resized=((1000, 1000),))
+    golds, given = shown(response, example, {"coordinates": "thousand"})
+    assert golds == [(0.1, 0.1, 0.3, 0.2)] and given == [(0.2, 0.1, 0.6, 0.4)]
+    assert shown(Response("no"), example, {}) == ([(0.1, 0.1, 0.3, 0.2)], [])
+    assert shown(response, Example("1", "p", "none"), {}) == ([], [])

@@ -140,6 +140,7 @@ def _groups(folder: RunFolder, count: int, pictures: Pictures) -> list[dict[str,
             | {
                 "kind": "rollout",
                 "step": key[0],
+                "boxes": rows[0].get("gold_boxes", []),
                 "mean": mean,
                 "changed": name in seen and seen[name] != mean,
                 "responses": [_response(row, traces.get(key), place) for place, row in enumerate(rows)],

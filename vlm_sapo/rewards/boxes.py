@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
@@ -168,6 +169,21 @@ def in_coordinates(
     if args.get("layout", "xyxy") == "xyxy":
         return scaled
     return [(left, top, right - left, bottom - top) for left, top, right, bottom in scaled]
+
+
+def shown(response: Response, example: Example, args: Mapping[str, Any]) -> tuple[list[Box], list[Box]]:
+    """The gold boxes and those of the response as shares of the picture's sides, by the arguments of `box`;
+    none where none can be read."""
+    gold = args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original")
+    given = args.get("layout", "xyxy"), args.get("coordinates", "resized")
+    with suppress(BadGold, ValueError):
+        golds = [_to_share(four, *gold, response, example) for four in gold_boxes(example)]
+        try:
+            text = fenced_json(response) or find_answer(response, args.get("finding", "marked"))
+        except NoAnswer:
+            return golds, []
+        return golds, [_to_share(four, *given, response, example) for four in _fours(text)]
+    return [], []
 
 
 def _to_share(four, layout: str, coordinates: Coordinates, response: Response, example: Example) -> Box:

@@ -105,6 +105,7 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
             minibatches=train.minibatches,
             rollouts=config.log.rollouts,
             alarms=build_alarms(config, core),
+            parts=[(part.name, part.args) for part in config.reward.parts],
         ),
     )
 

@@ -24,6 +24,7 @@ from vlm_sapo.algo.diagnostics import (
 from vlm_sapo.algo.objectives import OBJECTIVES, k3, temperature
 from vlm_sapo.algo.ratios import RATIOS
 from vlm_sapo.algo.reductions import REDUCTIONS
+from vlm_sapo.plugins import resolve
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
 
 SEQUENCES = 32
@@ -108,7 +109,9 @@ def build_loss(
     """`objective` and `correction` are the fields of the config's sections, `type` among them."""
     parameters = {name: value for name, value in objective.items() if name != "type"}
     return PolicyLoss(
-        objective=partial(OBJECTIVES[objective["type"]], **parameters),
+        objective=_own(**parameters)
+        if objective["type"] == "own"
+        else partial(OBJECTIVES[objective["type"]], **parameters),
         ratio=RATIOS[ratio],
         reduce=partial(REDUCTIONS[reduction], max_tokens=max_tokens),
         kl=kl,
@@ -116,6 +119,11 @@ def build_loss(
         correct=None if correction is None else partial(_correct, **correction),
         balance=balance,
     )
+
+
+def _own(function: str, args: dict[str, Any]) -> Objective:
+    """A function of the user's."""
+    return partial(resolve(function, field="algo.objective.function"), **args)
 
 
 def _correct(

@@ -20,6 +20,8 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
+from vlm_sapo.rewards.boxes import Box, shown
+from vlm_sapo.rewards.golds import own_verifier
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.interruption import Interruption
@@ -27,12 +29,14 @@ from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
-from vlm_sapo.types import Example, Group, Prompt
+from vlm_sapo.types import Example, Group, Prompt, Response
 from vlm_sapo.world import Interrupted, World
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
 
+Boxes = tuple[list[Box], list[Box]]
+"""Gold ones and the response's, as shares of the picture's sides."""
 MANY = 0.25
 """Share of responses cut or without an answer from which an evaluation says so."""
 HELD_OUT = "held-out"
@@ -218,8 +222,18 @@ class Reporter:
     """Writes a step's line of metrics and of histograms, and `rollouts` groups of it, of all processes: the
     first, the last and those evenly between, since early groups are trained on while ratios are still 1."""
 
-    def __init__(self, core: Core, *, minibatches: int, rollouts: int, alarms: Alarms):
+    def __init__(
+        self,
+        core: Core,
+        *,
+        minibatches: int,
+        rollouts: int,
+        alarms: Alarms,
+        parts: Sequence[tuple[str, dict]],
+    ):
         self.core, self.minibatches, self.rollouts, self.alarms = core, minibatches, rollouts, alarms
+        self.parts = parts
+        """Names and arguments of the reward's."""
 
     def __call__(
         self,
@@ -265,10 +279,18 @@ class Reporter:
             folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item))
         return headline(record)
 
-    def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None]]:
-        """Names of a group's pictures, which are kept, and what the update saw of its responses."""
+    def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None], list[Boxes]]:
+        """Names of a group's pictures, which are kept, and by response what the update saw of it and its
+        boxes."""
         names = keep_pictures(self.core.folder.path, group.prompt.images)
-        return names, [meter.traces.get(id(completion.ids)) for completion in group.completions]
+        traces = [meter.traces.get(id(completion.ids)) for completion in group.completions]
+        example = group.prompt.example
+        asked = [own_verifier(example, name, args) for name, args in self.parts]
+        args = next((args for name, args in asked if name in ("box", "point_in_box")), None)
+        if args is None:
+            return names, traces, [([], [])] * len(traces)
+        responses = [Response.of(group.prompt, completion) for completion in group.completions]
+        return names, traces, [shown(response, example, args) for response in responses]
 
     def _trace(self, item: Shown) -> dict[str, list]:
         """Token by token, by response: its text, and what the update saw, nothing where it saw none."""
@@ -309,6 +331,7 @@ class Shown:
     pictures: list[str]
     """Files of the pictures as the model saw them, small, relative to the run's folder."""
     traces: list[Trace | None]
+    boxes: list[Boxes]
 
 
 def evenly(count: int, wanted: int) -> set[int]:
@@ -333,7 +356,8 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
 def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
     """A group's responses for `rollouts.jsonl`."""
     group = item.group
-    for completion, score, value in zip(group.completions, group.scores, item.advantages, strict=True):
+    rows = zip(group.completions, group.scores, item.advantages, item.boxes, strict=True)
+    for completion, score, value, (golds, given) in rows:
         yield {
             "id": group.prompt.example.id,
             "task": group.prompt.example.task,
@@ -347,4 +371,5 @@ def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
             "tokens": len(completion.ids),
             "finish": completion.finish,
             "pictures": item.pictures,
+            **({"gold_boxes": golds, "boxes": given} if golds or given else {}),
         }
