@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
+from docs.build import config_page
 from tests.conftest import ROOT, example
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
@@ -34,6 +35,10 @@ def blocks(language: str) -> list[str]:
     return [block for path in DOCUMENTS for block in pattern.findall(path.read_text())]
 
 
+SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log"
+FIELD = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)[`=]")
+OTHERS = {"data.columns.response", "model.language_model", "model.visual"}
+"""Names in the documents that are no fields: a column, and parts of a model."""
 LINES = [line for block in blocks("bash") for line in block.splitlines()]
 LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
@@ -114,3 +119,28 @@ def test_links_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_page_of_fields_is_that_of_the_classes():
+    """`python docs/build.py` writes it anew."""
+    assert (ROOT / "docs/config.md").read_text() == config_page()
+
+
+def test_fields_that_the_documents_name_exist():
+    known = set(re.findall(r"^\| `([a-z_.]+)`", (ROOT / "docs/config.md").read_text(), re.MULTILINE))
+    sections = {name.rsplit(".", count)[0] for name in known for count in (1, 2)}
+    for path in DOCUMENTS:
+        for name in FIELD.findall(path.read_text()):
+            assert name.endswith(".yaml") or name in known | sections | OTHERS, f"{path}: {name}"
+
+
+def test_shipped_configs_that_the_documents_name_exist():
+    for path in DOCUMENTS:
+        for name in re.findall(r"`(\w+_\dx\w+gb)`", path.read_text()):
+            assert (ROOT / f"configs/{name}.yaml").is_file(), f"{path}: {name}"
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert "://" in target or (path.parent / target).exists(), f"{path}: {target}"
