@@ -42,7 +42,7 @@ LAYERS = [
         "training.parity",
         "training.selfcheck",
     },
-    {"planning.command", "training.run", "report"},
+    {"planning.command", "training.run", "training.reporter", "report"},
     {"training.build"},
     {"training.trainer", "training.sft", "training.filter", "planning.check", "planning.serve"},
     {"exits"},

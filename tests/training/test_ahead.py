@@ -15,7 +15,7 @@ from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.training import run
+from vlm_sapo.training import reporter
 from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.trainer import train
 
@@ -113,13 +113,13 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
     options = ("rollout.resample=1",)
     train(settings("whole", *options))
 
-    def stop(record):
+    def stop(record, rewards):
         if record["step"] == 3:
             raise Stopped
         return ""
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run, "headline", stop)
+        patch.setattr(reporter, "headline", stop)
         train(settings("resumed", *options))
     train(settings("resumed", *options))
     assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")

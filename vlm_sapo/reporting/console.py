@@ -3,6 +3,7 @@ terminal."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -28,6 +29,15 @@ def visible(text: str) -> str:
     """The text with control characters, and what turns the writing around, as codes: a response must not
     command the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def duration(seconds: float) -> str:
+    """Such as 5 min, 3 h 20 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class Console:
@@ -66,7 +76,13 @@ class Console:
         """Yields a function `(done, text)` that shows how far the work is; without a terminal in about so
         many lines."""
         if not self.rich.is_terminal:
-            yield lambda done, text="": self._line(name, done, total, text, lines)
+            begun = time.perf_counter()
+
+            def show(done: int, text: str = "") -> None:
+                rate = (time.perf_counter() - begun) / max(done - start, 1)
+                self._line(name, done, total, text, lines, left=rate * (total - done))
+
+            yield show
             return
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -81,10 +97,10 @@ class Console:
             task = bar.add_task(name, total=total, completed=start, text="")
             yield lambda done, text="": bar.update(task, completed=done, text=text)
 
-    def _line(self, name: str, done: int, total: int, text: str, lines: int) -> None:
+    def _line(self, name: str, done: int, total: int, text: str, lines: int, left: float) -> None:
         stride = max(1, total // lines)
         if text and (done % stride == 0 or done in (1, total)):
-            self.say(f"{name} {done}/{total}  {text}")
+            self.say(f"{name} {done}/{total}  {text}" + (f"  {duration(left)} left" if left >= 60 else ""))
 
     def samples(self, records: Iterable[dict]) -> None:
         """Problems with the model's response, so that a person sees what it says."""

@@ -37,9 +37,10 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
+from vlm_sapo.training.reporter import Reporter
 from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
 from vlm_sapo.training.rollouts import Ahead, OnDemand
-from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Reporter, Training
+from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
 from vlm_sapo.world import World

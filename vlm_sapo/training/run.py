@@ -14,14 +14,9 @@ import torch
 
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.evaluation.evaluate import SampleFile
-from vlm_sapo.evaluation.thumbnails import keep_pictures
-from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.folder import RunFolder
-from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
-from vlm_sapo.rewards.boxes import Box, shown
-from vlm_sapo.rewards.golds import own_verifier
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.interruption import Interruption
@@ -29,14 +24,12 @@ from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
-from vlm_sapo.types import Example, Group, Prompt, Response
+from vlm_sapo.types import Example, Prompt
 from vlm_sapo.world import Interrupted, World
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
 
-Boxes = tuple[list[Box], list[Box]]
-"""Gold ones and the response's, as shares of the picture's sides."""
 MANY = 0.25
 """Share of responses cut or without an answer from which an evaluation says so."""
 HELD_OUT = "held-out"
@@ -211,165 +204,9 @@ class Training:
     loss: PolicyLoss
     split: Callable[..., list[MiniBatch]]
     """(groups, advantages, layout=..., budget=...) to mini-batches."""
-    report: Reporter
+    report: Callable[..., str]
+    """Writes what a step leaves, and returns the numbers that matter most."""
 
     def check(self, step: int, drawn: Drawn) -> dict[str, float]:
         """All checks."""
         return {name: value for check in self.checks for name, value in check(step, drawn).items()}
-
-
-class Reporter:
-    """Writes a step's line of metrics and of histograms, and `rollouts` groups of it, of all processes: the
-    first, the last and those evenly between, since early groups are trained on while ratios are still 1."""
-
-    def __init__(
-        self,
-        core: Core,
-        *,
-        minibatches: int,
-        rollouts: int,
-        alarms: Alarms,
-        parts: Sequence[tuple[str, dict]],
-    ):
-        self.core, self.minibatches, self.rollouts, self.alarms = core, minibatches, rollouts, alarms
-        self.parts = parts
-        """Names and arguments of the reward's."""
-
-    def __call__(
-        self,
-        step: int,
-        meter: StepMeter,
-        drawn: Drawn,
-        advantages: Sequence[torch.Tensor],
-        further: dict[str, float],
-    ) -> str:
-        """Returns the numbers that matter most. All processes call it."""
-        world, memory = self.core.world, self.core.policy.memory
-        own = [group.without_pictures() for group in drawn.groups]
-        replaced = [group.without_pictures() for group in drawn.replaced]
-        chosen = evenly(len(own) * world.size, self.rollouts)
-        shown = [
-            Shown(place, group, values.tolist(), *self._seen(original, meter))
-            for place, original, group, values in zip(
-                drawn.places, drawn.groups, own, advantages, strict=True
-            )
-            if place in chosen
-        ]
-        placed = list(zip(drawn.places, own, strict=True))
-        told = world.collect((placed, replaced, shown, (memory.shortages, memory.budget)))
-        if not told:
-            return ""
-        placed = sorted((item for items, *_ in told for item in items), key=lambda item: item[0])
-        groups = [group for _, group in placed]
-        replaced = [group for _, groups, *_ in told for group in groups]
-        shown = sorted((item for _, _, items, _ in told for item in items), key=lambda item: item.place)
-        record = {"step": step} | further | meter.record(drawn.seconds)
-        record |= group_metrics(groups, replaced, drawn.seconds)
-        record |= task_metrics(groups, replaced, self.minibatches)
-        if shortages := sum(count for *_, (count, _) in told):
-            budget = min(budget for *_, (_, budget) in told)
-            record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
-        self.core.folder.append("metrics.jsonl", record)
-        self.alarms(record)
-        folder = self.core.folder
-        folder.append("histograms.jsonl", {"step": step, "minibatches": meter.distributions})
-        for item in shown:
-            for line in rollout_lines(item):
-                folder.append("rollouts.jsonl", {"step": step, "place": item.place} | line)
-            folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item))
-        return headline(record)
-
-    def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None], list[Boxes]]:
-        """Names of a group's pictures, which are kept, and by response what the update saw of it and its
-        boxes."""
-        names = keep_pictures(self.core.folder.path, group.prompt.images)
-        traces = [meter.traces.get(id(completion.ids)) for completion in group.completions]
-        example = group.prompt.example
-        asked = [own_verifier(example, name, args) for name, args in self.parts]
-        args = next((args for name, args in asked if name in ("box", "point_in_box")), None)
-        if args is None:
-            return names, traces, [([], [])] * len(traces)
-        responses = [Response.of(group.prompt, completion) for completion in group.completions]
-        return names, traces, [shown(response, example, args) for response in responses]
-
-    def _trace(self, item: Shown) -> dict[str, list]:
-        """Token by token, by response: its text, and what the update saw, nothing where it saw none."""
-        tokenizer = self.core.policy.vlm.tokenizer
-        found: dict[str, list] = {
-            "pieces": [pieces(tokenizer, completion.ids.tolist()) for completion in item.group.completions]
-        }
-        for name in ("log_ratio", "effective", "entropy"):
-            found[name] = [
-                [float(f"{value:.4g}") for value in getattr(trace, name).tolist()] if trace else []
-                for trace in item.traces
-            ]
-        return found
-
-
-def headline(record: dict) -> str:
-    """The numbers of a step that matter most, for the console."""
-    cut = f" ({record['response/truncated']:.0%} cut)" if record["response/truncated"] >= 0.05 else ""
-    trained = "no group with variance"
-    if "policy/effective_update" in record:
-        update = record["policy/effective_update"]
-        trained = f"entropy {record['policy/entropy']:.3f}  effective update {update:.3f}"
-    elif "policy/skipped_updates" in record:
-        trained = "no update"
-    return (
-        f"reward {record['reward/mean']:.3f}  tokens {record['response/tokens']:.1f}{cut}  {trained}  "
-        f"{record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s)"
-    )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A group that people look at."""
-
-    place: int
-    group: Group
-    advantages: list[float]
-    pictures: list[str]
-    """Files of the pictures as the model saw them, small, relative to the run's folder."""
-    traces: list[Trace | None]
-    boxes: list[Boxes]
-
-
-def evenly(count: int, wanted: int) -> set[int]:
-    """So many places of 0 to count - 1, the first and the last among them."""
-    if wanted < 2:
-        return set(range(min(wanted, count)))
-    return {round(number * (count - 1) / (wanted - 1)) for number in range(wanted)}
-
-
-def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    """Text by token; of characters that several tokens spell, at the last of them."""
-    found, waiting = [], []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        whole = not text.endswith("\ufffd") or len(waiting) == 4
-        found.append(text if whole else "")
-        waiting = [] if whole else waiting
-    return found
-
-
-def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
-    """A group's responses for `rollouts.jsonl`."""
-    group = item.group
-    rows = zip(group.completions, group.scores, item.advantages, item.boxes, strict=True)
-    for completion, score, value, (golds, given) in rows:
-        yield {
-            "id": group.prompt.example.id,
-            "task": group.prompt.example.task,
-            "problem": group.prompt.example.problem,
-            "answer": group.prompt.example.answer,
-            "response": completion.text,
-            "reward": score.total,
-            "parts": dict(score.parts),
-            "outcomes": dict(score.outcomes),
-            "advantage": value,
-            "tokens": len(completion.ids),
-            "finish": completion.finish,
-            "pictures": item.pictures,
-            **({"gold_boxes": golds, "boxes": given} if golds or given else {}),
-        }
