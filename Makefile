@@ -25,12 +25,12 @@ test-slow: setup
 test-distributed: setup
 	$(BIN)/python -m pytest -m distributed
 
-# The report in a real browser: the system's Chromium, or one that playwright brings.
+# The report in a real browser (the system's Chromium, or one that playwright brings), and all trackers.
 test-report: .venv/browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m report
 
 .venv/browser: .venv/installed
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --editable '.[browser]'
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --editable '.[browser,trackers]'
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1 \
 		|| $(BIN)/playwright install chromium
 	touch $@

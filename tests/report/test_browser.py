@@ -6,7 +6,7 @@ import pytest
 
 from vlm_sapo.report.command import report_command
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.report
 COLOURED = "nodes => nodes.some(node => !/ 0\\)$/.test(node.style.backgroundColor || ' 0)'))"
 
 
