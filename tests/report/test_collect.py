@@ -63,10 +63,14 @@ def test_a_run_that_has_just_begun_and_pictures_that_are_gone(runs, tmp_path):
     for name in ("evaluations.jsonl", "histograms.jsonl", "traces.jsonl", "summary.json"):
         (run / name).unlink()
     shutil.rmtree(run / "pictures")
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    older = [{name: row[name] for name in row if name not in ("place", "pictures")} for row in rows[4:]]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4] + older))
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"loss": math.nan}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     [found] = data_of(command.page(collect([run], 100)))["runs"]
     assert found["metrics"]["loss"] == [None] and found["items"][0]["pictures"] == [None]
+    assert found["items"][1]["pictures"] == [] and len(found["items"][1]["responses"]) == 4
 
 
 @pytest.mark.parametrize("content", [None, ""])

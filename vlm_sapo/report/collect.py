@@ -128,15 +128,16 @@ def _groups(folder: RunFolder, count: int, pictures: Pictures) -> list[dict[str,
     """The logged groups, with what the updates saw of them."""
     found: dict[tuple, list[dict]] = {}
     for row in folder.read("rollouts.jsonl"):
-        found.setdefault((row["step"], row["place"]), []).append(row)
+        place = row.get("place", row["id"])  # older runs have no places and no pictures
+        found.setdefault((row["step"], place), []).append(row)
     traces = {(row["step"], row["place"]): row for row in folder.read("traces.jsonl")}
     seen: dict[tuple, float] = {}
     items = []
     for key, rows in found.items():
         mean = sum(row["reward"] for row in rows) / len(rows)
-        name = (rows[0]["task"], rows[0]["id"])
+        name = (rows[0].get("task"), rows[0]["id"])
         items.append(
-            _item(rows[0], f"step {key[0]}", pictures.places(folder.path, rows[0]["pictures"]))
+            _item(rows[0], f"step {key[0]}", pictures.places(folder.path, rows[0].get("pictures", [])))
             | {
                 "kind": "rollout",
                 "step": key[0],
@@ -171,7 +172,7 @@ def _response(row: dict, trace: dict | None, place: int) -> dict[str, Any]:
         "text": row["response"],
         "reward": row["reward"],
         "parts": row["parts"],
-        "outcomes": {name: outcome for name, outcome in row["outcomes"].items() if outcome != "graded"},
+        "outcomes": {name: outcome for name, outcome in row.get("outcomes", {}).items() if outcome != "graded"},
         "advantage": _short(row["advantage"]),
         "tokens": row["tokens"],
         "cut": row["finish"] == "length",
