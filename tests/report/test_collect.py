@@ -131,3 +131,31 @@ def test_boxes_of_a_response():
     assert golds == [(0.1, 0.1, 0.3, 0.2)] and given == [(0.2, 0.1, 0.6, 0.4)]
     assert shown(Response("no"), example, {}) == ([(0.1, 0.1, 0.3, 0.2)], [])
     assert shown(response, Example("1", "p", "none"), {}) == ([], [])
+
+
+def test_the_page_is_as_large_as_asked_for(runs):
+    few = collect(runs[:1], 2)
+    groups = [item for item in few["runs"][0]["items"] if item["kind"] == "rollout"]
+    used = {place for item in few["runs"][0]["items"] for place in item["pictures"]}
+    assert len(groups) == 2 and len(used) == len(few["pictures"])
+
+
+def test_marks_of_the_page_in_a_text_and_pictures_of_elsewhere(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"problem": "/*plotly*/ /*data*/ \ud83d", "reward": math.inf, "pictures": ["/etc/hostname"]}
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (run / "traces.jsonl").open("a") as file:
+        file.write('{"step": 9, "place": 0, "pieces": [["cut')
+    data = data_of(command.page(collect([run], 100)))
+    shown_items = [item for item in data["runs"][0]["items"] if item["kind"] == "rollout"]
+    assert {tuple(item["pictures"]) for item in shown_items} == {(None,)}
+    assert shown_items[0]["problem"] == "/*plotly*/ /*data*/ \\ud83d"
+
+
+def test_the_bound_holds_for_every_response(runs):
+    [run] = collect(runs[:1], 100)["runs"]
+    points = [point for row in run["histograms"] for one in row["minibatches"] for point in one["sequences"]]
+    assert points and all(deviation <= factor * variance * 1.001 for variance, deviation, factor in points)

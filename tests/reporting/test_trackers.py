@@ -1,13 +1,16 @@
 """Trackers of a real run, each read back with its own library (`make test-report`)."""
 
 import json
+import signal
 
 import pytest
 
 from tests.training.conftest import short_run
 from vlm_sapo.reporting import trackers
 from vlm_sapo.reporting.trackers import EDGES, Trackers
+from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.trainer import train
+from vlm_sapo.world import Interrupted, World
 
 
 @pytest.fixture
@@ -69,8 +72,8 @@ def test_trackio(run, monkeypatch, tmp_path):
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     _, rows = run("trackio")
     [found] = trackio.Api().runs("mine")
-    assert found.name == "run" and found.config["train"]["steps"] == 2
-    logs = trackio.SQLiteStorage.get_logs("mine", "run")
+    assert found.name.startswith("run-") and found.config["train"]["steps"] == 2
+    logs = trackio.SQLiteStorage.get_logs("mine", found.name)
     rewards = {log["step"]: log["reward/mean"] for log in logs if "reward/mean" in log}
     assert rewards == {row["step"]: pytest.approx(row["reward/mean"]) for row in rows}
     assert any("policy/log_ratio" in log for log in logs)
@@ -116,3 +119,29 @@ def test_one_that_is_not_installed_is_named(run, monkeypatch):
 def test_histograms_have_an_edge_more_than_bins(tmp_path):
     assert len(EDGES["log_ratio"]) == 60 and len(EDGES["attenuated_pos"]) == 31
     Trackers({}, tmp_path, print)("metrics.jsonl", {"step": 1, "loss": float("nan"), "name": "x"})
+
+
+def test_what_trackers_get(tmp_path):
+    """A picture once for each group, names that MLflow allows, and a signal is not a tracker's failure."""
+
+    class Kept:
+        id = ""
+        got: list[tuple] = []
+
+        def numbers(self, step, values):
+            signal.raise_signal(signal.SIGTERM)
+
+        def picture(self, *args):
+            self.got.append(args)
+
+    told = []
+    made = Trackers({"kept": Kept()}, tmp_path, told.append)
+    row = {"step": 1, "pictures": ["a.jpg"], "problem": "p", "response": "r", "reward": 1.0, "answer": "1"}
+    for place in (0, 0, 3, 3):
+        made("rollouts.jsonl", row | {"place": place})
+    assert [name for _, name, *_ in Kept.got] == ["rollouts/0", "rollouts/3"]
+    asked = Interruption(World())
+    with asked.listening(), pytest.raises(Interrupted), asked.at_once():
+        made("metrics.jsonl", {"step": 1, "loss": 1.0})
+    assert not told and "kept" in made.made
+    assert trackers._allowed("task//data/../x.py:rows/pass@1") == "task/_/data/_/x.py:rows/pass_1"

@@ -97,8 +97,9 @@ def gate_deviation(
     logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, tau: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] variance of log r within each sequence, and [N] |mean gate - gate of the mean| in log form, which
-    tau^2/4 times the variance bounds; `tau` is [N, 1]. Section 4 of arXiv 2511.20347."""
-    log_ratio = ratios.token(logprobs, old, mask)
+    tau^2/4 times the variance bounds; `tau` is [N, 1]. Section 4 of arXiv 2511.20347. In float64: both gates
+    are close to 1."""
+    log_ratio, tau = ratios.token(logprobs.double(), old.double(), mask), tau.double()
     lengths = mask.sum(-1).clamp(min=1)
     mean = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
 

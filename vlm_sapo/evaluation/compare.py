@@ -79,8 +79,11 @@ def read_samples(folder: Path) -> dict[str, dict[tuple, dict]]:
         hint = f"; give one of {', '.join(str(p.parent) for p in inside)}" if inside else ""
         raise ValueError(f"{folder} must hold samples.jsonl, as `vlm-sapo eval` writes it{hint}")
     found: dict[str, dict[tuple, dict]] = {}
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
-        record = json.loads(line)
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a process that was killed, or writes just now
+            continue
         record["folder"] = str(folder)
         found.setdefault(record["benchmark"], {})[(record["row"], record["id"])] = record
     return found

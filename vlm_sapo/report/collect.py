@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ POINTS = 400
 """Steps of a curve; longer runs are thinned."""
 CLOUDS = 40
 """Steps whose histograms are kept."""
+KEY = re.compile(rb'\{"step": (\d+), "place": (\d+),')
+"""How a line of traces.jsonl begins."""
+LARGEST = 2_000_000
+"""Bytes of a picture; those of a run are small."""
 CHANGED = 40
 """Problems of an evaluation whose verdict changed."""
 FACTS = (
@@ -47,15 +52,17 @@ class Pictures:
     def place(self, path: Path) -> int | None:
         """Where the picture stands in `urls`; None where there is no such file."""
         if path not in self._places:
-            self._places[path] = len(self.urls) if path.is_file() else None
-            if path.is_file():
+            there = path.is_file() and path.stat().st_size < LARGEST
+            self._places[path] = len(self.urls) if there else None
+            if there:
                 encoded = base64.b64encode(path.read_bytes()).decode()
                 self.urls.append(f"data:image/jpeg;base64,{encoded}")
         return self._places[path]
 
     def places(self, folder: Path, names: Sequence[str]) -> list[int | None]:
-        """Of several files in a folder."""
-        return [self.place(folder / name) for name in names]
+        """Of several files in a folder; none of one that a name leads out to."""
+        paths = [(folder / name).resolve() for name in names]
+        return [self.place(path) if path.is_relative_to(folder.resolve()) else None for path in paths]
 
 
 def collect(folders: Sequence[Path], groups: int) -> dict[str, Any]:
@@ -67,7 +74,18 @@ def collect(folders: Sequence[Path], groups: int) -> dict[str, Any]:
     for run in runs:
         if names.count(run["name"]) > 1:
             run["name"] = run["folder"]
-    return {"runs": runs, "pictures": pictures.urls}
+    return _plain({"runs": runs, "pictures": pictures.urls})
+
+
+def _plain(value: Any) -> Any:
+    """The same without numbers that JSON can't hold, and without half characters."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _run(path: Path, groups: int, pictures: Pictures) -> dict[str, Any]:
@@ -130,25 +148,56 @@ def _groups(folder: RunFolder, count: int, pictures: Pictures) -> list[dict[str,
     for row in folder.read("rollouts.jsonl"):
         place = row.get("place", row["id"])  # older runs have no places and no pictures
         found.setdefault((row["step"], place), []).append(row)
-    traces = {(row["step"], row["place"]): row for row in folder.read("traces.jsonl")}
     seen: dict[tuple, float] = {}
-    items = []
+    changed, means = set(), {}
     for key, rows in found.items():
-        mean = sum(row["reward"] for row in rows) / len(rows)
+        means[key] = sum(row["reward"] for row in rows) / len(rows)
         name = (rows[0].get("task"), rows[0]["id"])
+        if seen.setdefault(name, means[key]) != means[key]:
+            changed.add(key)
+    where = _traced(folder.path / "traces.jsonl")
+    keys = evenly([key for key in found if key in where] or list(found), count)
+    traces = _traces(folder.path / "traces.jsonl", [where[key] for key in keys if key in where])
+    items = []
+    for key in keys:
+        rows = found[key]
         items.append(
             _item(rows[0], f"step {key[0]}", pictures.places(folder.path, rows[0].get("pictures", [])))
             | {
                 "kind": "rollout",
                 "step": key[0],
                 "boxes": rows[0].get("gold_boxes", []),
-                "mean": mean,
-                "changed": name in seen and seen[name] != mean,
+                "mean": means[key],
+                "changed": key in changed,
                 "responses": [_response(row, traces.get(key), place) for place, row in enumerate(rows)],
             }
         )
-        seen.setdefault(name, mean)
-    return evenly(items, count)
+    return items
+
+
+def _traced(path: Path) -> dict[tuple[int, int], int]:
+    """Where in the file the line of each step and place begins."""
+    found: dict[tuple[int, int], int] = {}
+    if path.is_file():
+        with path.open("rb") as file:
+            place = 0
+            for line in file:
+                if (match := KEY.match(line)) and line.endswith(b"\n"):
+                    found[(int(match[1]), int(match[2]))] = place
+                place += len(line)
+    return found
+
+
+def _traces(path: Path, places: Sequence[int]) -> dict[tuple, dict]:
+    """The lines that begin there; the others, which may be many, are not read."""
+    found = {}
+    if places:
+        with path.open("rb") as file:
+            for place in places:
+                file.seek(place)
+                row = json.loads(file.readline())
+                found[(row["step"], row["place"])] = row
+    return found
 
 
 def _item(row: dict, title: str, pictures: list[int | None]) -> dict[str, Any]:
@@ -172,7 +221,9 @@ def _response(row: dict, trace: dict | None, place: int) -> dict[str, Any]:
         "text": row["response"],
         "reward": row["reward"],
         "parts": row["parts"],
-        "outcomes": {name: outcome for name, outcome in row.get("outcomes", {}).items() if outcome != "graded"},
+        "outcomes": {
+            name: outcome for name, outcome in row.get("outcomes", {}).items() if outcome != "graded"
+        },
         "advantage": _short(row["advantage"]),
         "tokens": row["tokens"],
         "cut": row["finish"] == "length",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -43,10 +44,9 @@ def page(data: dict, *, refresh: int = 0) -> str:
     held = json.dumps(data | {"refresh": refresh}, ensure_ascii=False, allow_nan=False).replace(
         "<", "\\u003c"
     )
-    before, after = text.split("/*data*/")
-    text = before + held + after
-    before, after = text.split("/*plotly*/")
-    return before + get_plotlyjs() + after
+    before, rest = text.split("/*data*/")
+    between, after = rest.split("/*plotly*/")
+    return "".join((before, held, between, get_plotlyjs(), after))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -62,7 +62,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/" or host not in ("127.0.0.1", "localhost"):
             self.send_error(404)
             return
-        body = page(collect(self.folders, self.groups), refresh=10).encode()
+        try:
+            body = page(collect(self.folders, self.groups), refresh=10).encode()
+        except (OSError, ValueError, LookupError) as error:  # of a run that writes just now
+            body = f"<meta http-equiv=refresh content=5><p>{escape(str(error))}; trying again".encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

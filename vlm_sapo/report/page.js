@@ -154,11 +154,11 @@ function drawGate(page) {
       { barmode: "group", xaxis: { tickvals: [0, 5, 9, 13, 17, 21, 25], ticktext: ["0", ...[5, 9, 13, 17, 21, 25].map((at) => tick(DECADES[at - 1]))], title: { text: "|1 - f'(r)|" } }, yaxis: { tickformat: ".0%" } });
     const sequences = row.minibatches.flatMap((one) => one.sequences || []).filter(([variance]) => variance > 0);
     if (sequences.length) {
-      const most = Math.max(...sequences.map(([variance]) => variance)), bound = Math.max(...sequences.map((each) => each[2]));
-      const inside = sequences.filter(([variance, deviation, factor]) => deviation <= factor * variance * 1.01).length;
+      const most = Math.max(...sequences.map(([variance]) => variance)), factors = [...new Set(sequences.map((each) => each[2]))];
+      const inside = sequences.filter(([variance, deviation, factor]) => deviation <= factor * variance * 1.001).length;
       chart(clouds, "Token gates against a sequence gate", `${inside} of ${sequences.length} responses lie under the bound tau²/4 · variance of section 4 of the paper`, [
         { x: sequences.map((each) => each[0]), y: sequences.map((each) => each[1]), mode: "markers", name: "a response", marker: { size: 5, opacity: 0.7 } },
-        { x: [0, most], y: [0, bound * most], mode: "lines", name: "bound", line: { dash: "dash" } },
+        ...factors.map((factor) => ({ x: [0, most], y: [0, factor * most], mode: "lines", name: `bound, tau ${shown(2 * Math.sqrt(factor), 2)}`, line: { dash: "dash" } })),
       ], { xaxis: { title: { text: "variance of log r within the response" } }, yaxis: { title: { text: "deviation" } } });
     }
   }
@@ -240,7 +240,8 @@ function drawBrowser(page) {
     if (!item) return;
     const name = $("colour").value, [, colour, note] = COLOURS[name];
     const values = (each) => (name === "attenuated" ? (each.effective || []).map((value) => Math.abs(1 - value)) : each[name] || []);
-    const most = Math.max(1e-9, ...item.responses.flatMap((each) => values(each).map(Math.abs)));
+    let most = 1e-9; // of all tokens, which may be too many for the arguments of Math.max
+    for (const each of item.responses) for (const value of values(each)) most = Math.max(most, Math.abs(value));
     area.append(make("h2", {}, `${item.title} · ${item.task} · ${item.id}`));
     area.append(make("div", { class: `problem ${item.pictures.length ? "" : "bare"}` },
       item.pictures.length ? make("div", {}, item.pictures.map((place) => picture(place, item))) : null,
@@ -254,7 +255,7 @@ function drawBrowser(page) {
     const facts = [each.when, `${each.tokens} tokens${each.cut ? ", cut" : ""}`, each.advantage == null ? null : `advantage ${shown(each.advantage, 2)}`,
       ...(parts.length > 1 ? parts.map(([name, value]) => `${name} ${shown(value, 2)}`) : []), ...Object.entries(each.outcomes || {}).map(([name, outcome]) => `${name}: ${outcome}`)];
     const text = colour && values.length
-      ? each.pieces.map((piece, place) => make("span", { style: `background:${colour(values[place], most)}`, title: shown(values[place], 5) }, piece))
+      ? [...each.pieces.map((piece, place) => make("span", { style: `background:${colour(values[place], most)}`, title: shown(values[place], 5) }, piece)), each.pieces.length < each.tokens ? ` ... (${each.tokens - each.pieces.length} more tokens are not traced)` : ""]
       : each.text;
     return make("article", { class: each.reward >= 0.5 ? "good" : "" },
       make("header", {}, make("b", {}, `reward ${shown(each.reward, 2)}`), facts.filter(Boolean).map((fact) => make("span", {}, fact))),
@@ -296,4 +297,5 @@ $("title").textContent = data.runs.map((run) => run.name).join(" and ");
 document.title = `${$("title").textContent}: report`;
 open(location.hash.slice(1) in PAGES ? location.hash.slice(1) : "summary");
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload());
-if (data.refresh) setTimeout(() => location.reload(), data.refresh * 1000);
+/* A page that follows a run is asked for anew, but not from under a reader's eyes. */
+if (data.refresh) setInterval(() => ["#summary", "#curves"].includes(location.hash) && location.reload(), data.refresh * 1000);

@@ -21,6 +21,8 @@ from rich.table import Table
 
 WIDTH = 160
 """Of tables where there is no terminal."""
+SPEED = 3600.0
+"""Seconds whose steps tell how much time is left."""
 LINES = 20
 """Lines that a run without a terminal prints at most for its steps."""
 
@@ -93,7 +95,7 @@ class Console:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.rich) as bar:
+        with Progress(*columns, console=self.rich, speed_estimate_period=SPEED) as bar:
             task = bar.add_task(name, total=total, completed=start, text="")
             yield lambda done, text="": bar.update(task, completed=done, text=text)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlm_sapo.algo.diagnostics import DECADES
+from vlm_sapo.world import Interrupted, shielded
 
 Numbers = Mapping[str, float]
 PICTURES = 10
@@ -111,15 +114,15 @@ class WandB:
 
 
 class Trackio:
-    """trackio: `trackio show`; `TRACKIO_DIR` says where it keeps its data."""
-
-    id = ""
+    """trackio: `trackio show`; `TRACKIO_DIR` says where it keeps its data. It knows runs by name, so each
+    gets one of its own."""
 
     def __init__(self, folder: Path, project: str, name: str, config: dict, id: str, step: int):
         import trackio
 
         self.trackio = trackio
-        self.run = trackio.init(project, name=name, config=config, resume="allow", embed=False)
+        self.id = id or f"{name}-{secrets.token_hex(3)}"
+        self.run = trackio.init(project, name=self.id, config=config, resume="allow", embed=False)
 
     def numbers(self, step: int, values: Numbers) -> None:
         self.run.log(dict(values), step=step)
@@ -156,7 +159,8 @@ class MLflow:
     def numbers(self, step: int, values: Numbers) -> None:
         now = int(time.time() * 1000)
         metrics = [self.metric(_allowed(name), value, now, step) for name, value in values.items()]
-        self.client.log_batch(self.id, metrics=metrics)
+        for start in range(0, len(metrics), 500):  # it takes 1,000 at once
+            self.client.log_batch(self.id, metrics=metrics[start : start + 500])
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Nothing."""
@@ -171,8 +175,9 @@ class MLflow:
 
 
 def _allowed(name: str) -> str:
-    """MLflow refuses the @ of pass@1."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """MLflow refuses the @ of pass@1, and names that aren't plain paths."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)
 
 
 TRACKERS: dict[str, Callable[..., Tracker]] = {
@@ -189,6 +194,8 @@ class Trackers:
 
     def __init__(self, made: Mapping[str, Tracker], folder: Path, warn: Callable[[str], None]):
         self.made, self.folder, self.warn = dict(made), folder, warn
+        self.sent: tuple[int, int] | None = None
+        """Step and place of the last picture."""
 
     def __call__(self, log: str, record: Mapping[str, Any]) -> None:
         """A record of one of the run's logs."""
@@ -201,6 +208,9 @@ class Trackers:
         elif log == "histograms.jsonl":
             self._histograms(step, record["minibatches"])
         elif log == "rollouts.jsonl" and step % PICTURES == 1 and record["pictures"]:
+            if (key := (step, record["place"])) == self.sent:
+                return  # the group's first response goes with its picture
+            self.sent = key
             name, caption = f"rollouts/{record['place']}", _caption(record)
             self._each(
                 lambda tracker: tracker.picture(step, name, self.folder / record["pictures"][0], caption)
@@ -219,10 +229,15 @@ class Trackers:
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.made.items()):
             try:
-                call(tracker)
+                with shielded():  # a signal is not the tracker's failure
+                    call(tracker)
+            except Interrupted:
+                raise
             except Exception as error:  # of a service; the run's own files have everything
                 self.warn(f"{name} failed ({error!r}) and gets nothing more of this run")
                 del self.made[name]
+                with suppress(Exception):
+                    tracker.close()
 
 
 def _add_histogram(step: int, name: str, counts: list[int], edges: list[float], tracker: Tracker) -> None:

@@ -79,7 +79,7 @@ class PolicyLoss:
             columns = (*gate_deviation(logprobs, old, mask, tau), tau[:, 0] ** 2 / 4)
             stride = -(-len(mask) // SEQUENCES)
             found["sequences"] = [
-                [float(f"{value:.3g}") for value in row] for row in torch.stack(columns, 1)[::stride].tolist()
+                [float(f"{value:.5g}") for value in row] for row in torch.stack(columns, 1)[::stride].tolist()
             ]
         return found
 

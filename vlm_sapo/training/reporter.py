@@ -19,6 +19,10 @@ from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.training.run import Core
 from vlm_sapo.types import Group, Response
 
+TRACED = 32_768
+"""Tokens of a step that are traced at most, shared by its logged responses."""
+OFTEN, SELDOM = 50, 10
+"""The first so many steps are traced, and after them every so manyth."""
 TREND = 10
 """Steps whose mean reward is compared with that of as many before."""
 Boxes = tuple[list[Box], list[Box]]
@@ -84,7 +88,9 @@ class Reporter:
         for item in shown:
             for line in rollout_lines(item):
                 folder.append("rollouts.jsonl", {"step": step, "place": item.place} | line)
-            folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item))
+            if step <= OFTEN or step % SELDOM == 0:
+                most = TRACED // sum(len(other.traces) for other in shown)
+                folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item, most))
         self.rewards.append(record["reward/mean"])
         return headline(record, self.rewards)
 
@@ -101,15 +107,18 @@ class Reporter:
         responses = [Response.of(group.prompt, completion) for completion in group.completions]
         return names, traces, [shown(response, example, args) for response in responses]
 
-    def _trace(self, item: Shown) -> dict[str, list]:
-        """Token by token, by response: its text, and what the update saw, nothing where it saw none."""
+    def _trace(self, item: Shown, most: int) -> dict[str, list]:
+        """Token by token, by response: its text, and what the update saw, nothing where it saw none; of the
+        first `most` tokens."""
         tokenizer = self.core.policy.vlm.tokenizer
         found: dict[str, list] = {
-            "pieces": [pieces(tokenizer, completion.ids.tolist()) for completion in item.group.completions]
+            "pieces": [
+                pieces(tokenizer, completion.ids[:most].tolist()) for completion in item.group.completions
+            ]
         }
         for name in ("log_ratio", "effective", "entropy"):
             found[name] = [
-                [float(f"{value:.4g}") for value in getattr(trace, name).tolist()] if trace else []
+                [float(f"{value:.4g}") for value in getattr(trace, name)[:most].tolist()] if trace else []
                 for trace in item.traces
             ]
         return found
