@@ -175,7 +175,7 @@ def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or twice"
     struck = Counter({"full disk": disk.count, "bad row": summary.get("rows_skipped", 0)})
-    struck["started again"] = restarts
+    struck |= {"started again": restarts, "slow reward": 0, "dying worker": 0}
     struck.update((folder / "faults.log").read_text().splitlines() if rate else ())
     return summary | {"seen": watch.seen, "struck": struck}
 
