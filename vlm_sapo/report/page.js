@@ -31,14 +31,14 @@ function table(header, rows) {
 /* A chart with a caption that says in words what it shows. */
 function chart(parent, title, note, traces, layout = {}) {
   const extra = traces.length > 2 ? Math.ceil(traces.length / 2) : traces.length > 1 ? 1 : 0; // rows of the legend
-  const area = make("div", { class: "chart", style: `height:calc(${extra * 1.2}rem + 15rem)`, role: "img", "aria-label": `${title}. ${note}` });
+  const area = make("div", { class: "chart", style: `height:calc(${extra * 1.3}rem + 16rem)`, role: "img", "aria-label": `${title}. ${note}` });
   parent.append(make("figure", {}, make("figcaption", {}, title, make("small", {}, note)), area));
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
   Plotly.newPlot(area, traces, {
     margin: { l: 45, r: 10, t: 8, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--text"), size: 12 }, colorway: PALETTE, showlegend: traces.length > 1,
-    legend: { orientation: "h", y: -40 / 240, yanchor: "top", x: 0 }, hovermode: "closest", ...layout,
-    xaxis: { ...axis, ...(layout.xaxis || {}) }, yaxis: { ...axis, ...(layout.yaxis || {}) },
+    legend: { orientation: "h", y: -0.3, yanchor: "top", x: 0 }, hovermode: "closest", ...layout,
+    xaxis: { ...axis, ...(layout.xaxis || {}), title: { standoff: 2, ...(layout.xaxis || {}).title } }, yaxis: { ...axis, ...(layout.yaxis || {}) },
   }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
   new ResizeObserver(() => area.offsetParent && Plotly.Plots.resize(area)).observe(area);
 }
