@@ -1,12 +1,15 @@
 """The examples of docs/examples, each used by a real run, and the Python interface."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import vlm_sapo
 from tests.conftest import ROOT
 from tests.training.conftest import short_run
+from vlm_sapo.training.loss import build_loss
 
 EXAMPLES = {
     "reward": ["reward.parts=[{name: docs/examples/reward.py:main_colour, args: {partly: 0.5}}]"],
@@ -64,3 +67,40 @@ def test_the_python_interface(model_folder, tmp_path):
         vlm_sapo.evaluate("mmk12")
     with pytest.raises(AttributeError):
         vlm_sapo.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["{type: own, function: docs/examples/objective.py:none}"], "algo.objective.function"),
+        (
+            ["{type: own, function: docs/examples/objective.py:bell, args: {widht: 1}}"],
+            "algo.objective.args .*widht",
+        ),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_named(overrides, sentence):
+    config = vlm_sapo.load_config("quickstart", *(f"algo.objective={each}" for each in overrides))
+    with pytest.raises(ValueError, match=sentence):
+        build_loss(
+            config.algo.objective.model_dump(), ratio="token", reduction="token_mean", kl=0.0, max_tokens=8
+        )
+
+
+def test_another_type_takes_no_fields_of_the_first():
+    config = vlm_sapo.load_config("quickstart", "algo.objective.type=own", "algo.objective.function=a.py:b")
+    assert config.algo.objective.model_dump() == {"type": "own", "function": "a.py:b", "args": {}}
+    with pytest.raises(ValueError, match="algo.objective.function is missing"):
+        vlm_sapo.load_config("quickstart", "algo.objective.type=own")
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from vlm_sapo.rewards.pool import Reward\nfrom vlm_sapo.types import Example, Response\n"
+        "print(Reward([{'name': 'math'}], workers=1)([(Response('1'), Example('1', 'p', '1'))]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0 and "if __name__ == '__main__'" in done.stderr

@@ -380,6 +380,7 @@ class SftConfig(Section):
     train: SftTrain
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
 
     @model_validator(mode="after")
     def _complete(self):

@@ -37,7 +37,7 @@ HARMLESS = (
     "train.offload",
 )
 """Beginnings of fields that change how a run is carried out, and no result of it."""
-VARIANTS = ("sapo", "grpo", "gspo", "cispo", "hf", "vllm", "vllm_server")
+VARIANTS = ("sapo", "grpo", "gspo", "cispo", "own", "hf", "vllm", "vllm_server")
 """Values of `type`, which pydantic puts between a section and its fields."""
 
 
@@ -123,6 +123,8 @@ def _override(values: dict, override: str) -> None:
         _item(node, last, override)
         node[int(last)] = value
     else:
+        if last == "type" and path and path[-1] in TYPED and node.get("type", value) != value:
+            node.clear()  # another type has other fields
         node[last] = value
 
 
@@ -139,7 +141,7 @@ def _explain(kind: type[Section], item: dict) -> str:
     if item["type"] == "extra_forbidden":
         valid = _fields_at(kind, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?" if close else "remove it"
+        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?" if close else "remove it."
         return f"{field} is not a field; {hint} Fields there: {', '.join(valid)}"
     if item["type"] == "missing":
         return f"{field} is missing; add it to the config file or to the command line as {field}=..."

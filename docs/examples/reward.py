@@ -12,7 +12,8 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 150, 70), "blue": (40, 90, 220), 
 def main_colour(response, example, partly=0.3):
     """1 for the colour with most pixels, `partly` for another one that is there, else 0."""
     counts = dict.fromkeys(COLOURS, 0)
-    for count, pixel in example.images[0].convert("RGB").getcolors(maxcolors=2**24):
+    image = example.images[0].convert("RGB")
+    for count, pixel in image.getcolors(maxcolors=image.width * image.height):
         if max(pixel) - min(pixel) > 40:  # grey is background
             counts[min(COLOURS, key=lambda name: distance(pixel, COLOURS[name]))] += count
     answer = (marked_answer(response) or "").strip().lower()

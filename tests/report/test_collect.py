@@ -77,8 +77,20 @@ def test_a_run_that_has_just_begun_and_pictures_that_are_gone(runs, tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=f"{tmp_path} must be the folder of a run"):
+    with pytest.raises(ValueError, match=f"{tmp_path} must be the folder of a run; it has no step"):
         collect([tmp_path], 10)
+
+
+def test_what_runs_are_and_where_they_differ(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("timeout: 10.0", "timeout: 3.0"))
+    one, two = (run["facts"] for run in collect([runs[0], other, runs[0]], 2)["runs"])
+    assert (one["reward.timeout"], two["reward.timeout"]) == ("10.0", "3.0")
+    assert "reward.parts" in one and "data.source" in one and "checkpoint.every" not in one
+    with pytest.raises(ValueError, match="there is no such folder"):
+        collect([tmp_path / "none"], 2)
 
 
 def test_thinning_keeps_both_ends():

@@ -109,6 +109,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
     options = ("rollout.resample=1",)
     train(settings("whole", *options))

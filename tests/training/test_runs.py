@@ -60,6 +60,7 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_and_another_config_refused(settings, tmp_path, capsys):
     first = train(settings())
     assert train(settings()) == first

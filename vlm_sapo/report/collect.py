@@ -27,6 +27,9 @@ CHANGED = 40
 """Problems of an evaluation whose verdict changed."""
 FACTS = (
     "model.path",
+    "data.source",
+    "data.args",
+    "reward.parts",
     "algo.objective",
     "algo.ratio",
     "algo.advantage",
@@ -69,7 +72,8 @@ def collect(folders: Sequence[Path], groups: int) -> dict[str, Any]:
     """Runs and pictures; `groups` is how many groups of each run are kept. Raises ValueError for a folder
     that holds no run."""
     pictures = Pictures()
-    runs = [_run(folder, groups, pictures) for folder in folders]
+    runs = [_run(folder, groups, pictures) for folder in dict.fromkeys(map(Path.resolve, folders))]
+    _keep_facts([run["facts"] for run in runs])
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -92,15 +96,14 @@ def _run(path: Path, groups: int, pictures: Pictures) -> dict[str, Any]:
     folder = RunFolder(path)
     metrics = folder.read("metrics.jsonl")
     if not metrics:
-        raise ValueError(
-            f"{path} must be the folder of a run with at least one step; it has no metrics.jsonl"
-        )
+        what = "it has no step in metrics.jsonl" if path.is_dir() else "there is no such folder"
+        raise ValueError(f"{path} must be the folder of a run; {what}")
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     evaluations = folder.read("evaluations.jsonl")
     return {
         "name": path.resolve().name,
         "folder": str(path),
-        "facts": {name: _text(_field(config, name)) for name in FACTS if _field(config, name) is not None},
+        "facts": _flat(config),
         "summary": folder.summary(),
         "steps_planned": _field(config, "train.steps"),
         "metrics": _columns(evenly(metrics, POINTS)),
@@ -136,6 +139,27 @@ def _field(config: dict, name: str) -> Any:
     for part in name.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
+
+
+def _flat(config: dict, path: str = "") -> dict[str, str]:
+    """Values by field, lists as a whole; what has no value is left out."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{path}{name}.")
+        elif value is not None and value != []:
+            found[f"{path}{name}"] = _text(value)
+    return found
+
+
+def _keep_facts(runs: list[dict[str, str]]) -> None:
+    """Leaves the fields that say what the runs are, and those in which they differ."""
+    names = dict.fromkeys(name for facts in runs for name in facts)
+    differ = {name for name in names if len({facts.get(name) for facts in runs}) > 1}
+    kept = {name for name in names if name.startswith(FACTS)} | (differ - {"run.dir", "run.name"})
+    for facts in runs:
+        for name in facts.keys() - kept:
+            del facts[name]
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -125,7 +126,13 @@ class Reward:
         """Scores of (response, example) pairs, in order."""
         keys = [_key(item) for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
-        graded = dict(zip(new, self._grade(list(new.values())), strict=True))
+        try:
+            graded = dict(zip(new, self._grade(list(new.values())), strict=True))
+        except BrokenProcessPool as error:
+            raise RewardError(
+                "the reward's processes end as they start; they import the script that was started: what it "
+                "runs must stand under `if __name__ == '__main__':`"
+            ) from error
         verdicts = [graded.get(key) or self._cache[key] for key in keys]
         if len(self._cache) + len(graded) > CACHED:
             self._cache.clear()

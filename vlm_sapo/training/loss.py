@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -122,8 +123,15 @@ def build_loss(
 
 
 def _own(function: str, args: dict[str, Any]) -> Objective:
-    """A function of the user's."""
-    return partial(resolve(function, field="algo.objective.function"), **args)
+    """A function of the user's. Raises ValueError where it doesn't take these arguments."""
+    found = resolve(function, field="algo.objective.function")
+    try:
+        signature(found).bind(None, None, **args)
+    except TypeError as error:
+        raise ValueError(
+            f"algo.objective.args ({args}) must fit {function}{signature(found)}; {error}"
+        ) from error
+    return partial(found, **args)
 
 
 def _correct(
