@@ -37,20 +37,14 @@ TEXTS = {
     "format string": "%s%n{0.__class__}${jndi:ldap://x}\\boxed{3}",
 }
 MEGABYTES = {
-    "one word": "x",
     "one number": "1",
     "answers": "the answer is 3 ",
-    "boxes": "\\boxed{3}",
     "open boxes": "\\boxed{",
     "open lists": "[",
     "lists": "[1, 2, 3, 4], ",
-    "objects": '{"a": ',
     "fences": "```json\n",
-    "spaces": " ",
     "thoughts": "<think>",
-    "points": ".",
     "right to left": "\u202e\u05d0",
-    "zeros": "\0",
 }
 
 

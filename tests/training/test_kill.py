@@ -55,7 +55,7 @@ def tell(phase) -> None:
                 found.add(frame.f_code.co_qualname)
                 frame = frame.f_back
         phase.value = next((name for place, name in PHASES.items() if place in found), "").encode()
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def started(folder: Path, model: Path, options: tuple[str, ...]):
@@ -72,7 +72,7 @@ def killed(process, phase, run: Path, wanted: str, step: int, delay: float) -> s
     """Kills the process a moment after it is first seen doing what is wanted, with so many steps done.
     Returns what it was doing then; nothing where it ended before."""
     while process.is_alive() and (phase.value.decode() != wanted or steps_of(run) < step):
-        time.sleep(0.001)
+        time.sleep(0.003)
     time.sleep(delay)
     last = phase.value.decode() or "between"
     process.kill()

@@ -15,7 +15,7 @@ OWN_DISK = ("unshare", "--user", "--map-root-user", "--mount")
 @pytest.mark.slow
 def test_faults_at_random(tmp_path, capsys):
     allowed = subprocess.run([*OWN_DISK, "true"], capture_output=True, check=False).returncode == 0
-    script = [sys.executable, ROOT / "eval/soak.py", "--steps=60", "--rate=3e-3", f"--out={tmp_path}"]
+    script = [sys.executable, ROOT / "eval/soak.py", "--steps=40", "--rate=3e-3", f"--out={tmp_path}"]
     done = subprocess.run(
         [*(OWN_DISK if allowed else ()), *map(str, script)],
         cwd=ROOT,
