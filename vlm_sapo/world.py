@@ -30,7 +30,8 @@ class Shield:
     """Keeps signals from ending a block halfway; what they ask for happens at its end."""
 
     def __init__(self) -> None:
-        self.depth, self.waiting = 0, None
+        self.depth = 0
+        self.waiting: Interrupted | None = None
 
     def raises(self, error: Interrupted) -> None:
         """Raises the error, at once or when the block ends. In the main thread alone."""
@@ -47,6 +48,9 @@ class Shield:
         self.depth += 1
         try:
             yield
+        except BaseException:
+            self.waiting = None  # the block's own failure comes first; who was asked to stop remembers it
+            raise
         finally:
             self.depth -= 1
         if self.waiting is not None and not self.depth:

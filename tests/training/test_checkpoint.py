@@ -294,6 +294,25 @@ def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, mon
     assert (tmp_path / "log").read_text() == "1\n2\n" and not lines.waiting
 
 
+def test_a_signal_while_the_disk_is_full_stops_no_later_line(tmp_path, monkeypatch):
+    """The line waits, the request too: it ends the next block between two steps and nothing before."""
+    asked, lines = interruption.Interruption(World()), Lines(tmp_path / "log")
+
+    def full(self, **options):
+        signal.raise_signal(signal.SIGTERM)
+        raise OSError(28, "No space left on device")
+
+    with asked.listening():
+        with asked.at_once(), monkeypatch.context() as context:
+            context.setattr(Path, "stat", full)
+            context.setattr(Path, "is_file", lambda self: True)
+            lines.add("1\n")
+        lines.add("2\n")  # of an update, which a signal must not end
+        with pytest.raises(Interrupted), asked.at_once():
+            pass
+    assert (tmp_path / "log").read_text() == "1\n2\n"
+
+
 def test_half_a_character_is_written(tmp_path):
     lines = Lines(tmp_path / "log")
     lines.add('"\ud83d"\n')
