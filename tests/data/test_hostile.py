@@ -136,15 +136,18 @@ def test_a_picture_inside_another_column_is_not_opened(tmp_path):
             "problem": datasets.Value("string"),
             "answer": datasets.Value("string"),
             "meta": {"a": datasets.Image(), "b": datasets.List({"c": datasets.Image()})},
+            "more": datasets.Json(),
         }
     )
     address = {"path": "http://127.0.0.1:1/x.png", "bytes": None}
-    row = {"problem": "p", "answer": "1", "meta": {"a": address, "b": [{"c": address}]}}
+    meta = {"a": address, "b": [{"c": address}]}
+    row = {"problem": "p", "answer": "1", "meta": meta, "more": '{"x": [1]}'}
     plain = datasets.Dataset.from_list([row]).data.table
     kept = plain.cast(features.arrow_schema).replace_schema_metadata(features.arrow_schema.metadata)
     pq.write_table(kept, tmp_path / "rows.parquet")
     [example] = ExampleSet(open_rows(str(tmp_path / "rows.parquet")), name=str(tmp_path / "rows.parquet"))
     assert example.columns["meta"]["a"] == address and example.columns["meta"]["b"][0]["c"] == address
+    assert example.columns["more"] == {"x": [1]}, "what is no file is read as ever"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL.Image import Image
 
 from vlm_sapo.data.images import decode
@@ -107,10 +108,11 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _raw(feature: Any) -> Any:
-    """A feature of `datasets` whose pictures, sounds and films stay as they are stored."""
+    """A feature of `datasets` whose pictures, sounds and films, which are bytes and a path, stay as they are
+    stored."""
     if isinstance(feature, Mapping):
         return {name: _raw(inner) for name, inner in feature.items()}
-    if hasattr(feature, "decode"):
+    if hasattr(feature, "decode") and pa.types.is_struct(feature.pa_type):
         return replace(feature, decode=False)
     if hasattr(feature, "feature"):
         return replace(feature, feature=_raw(feature.feature))
