@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu study study-quick study-coldstart clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -77,10 +77,30 @@ bench: setup .venv-trl/installed
 bench-gpu: setup .venv-trl/installed
 	$(BIN)/python eval/bench.py --trl .venv-trl/bin/python --device cuda
 
-.venv-trl/installed:
+.venv-trl/installed: pyproject.toml .venv/installed
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	VIRTUAL_ENV=$(CURDIR)/.venv-trl $(BIN)/uv pip install --quiet 'trl==1.16.*' transformers datasets pillow torchvision
+	VIRTUAL_ENV=$(CURDIR)/.venv-trl $(BIN)/uv pip install --quiet --editable . 'trl==1.16.*'
 	touch $@
+
+# Makes the starting points of the study again, data/shapes/hard_dense and hard_moe (about 10 minutes on two cores):
+# demonstrations that all look, ended early, then some of which four in five guess.
+HARD := data.args.level=hard eval.data.args.level=hard rollout.max_tokens=96
+study-coldstart: setup
+	$(BIN)/vlm-sapo new-model runs/hard_dense --family qwen3_vl --corpus data/shapes.py:hard_corpus
+	$(BIN)/vlm-sapo new-model runs/hard_moe --family qwen3_vl_moe --corpus data/shapes.py:hard_corpus
+	$(BIN)/vlm-sapo sft cold_start run.name=hard_dense_look model.path=runs/hard_dense train.steps=650 data.args.look_share=1.0 $(HARD)
+	$(BIN)/vlm-sapo sft cold_start run.name=hard_moe_look model.path=runs/hard_moe train.steps=800 data.args.look_share=1.0 $(HARD)
+	for kind in dense moe; do $(BIN)/vlm-sapo sft cold_start run.name=hard_$${kind}_start model.path=runs/hard_$${kind}_look/final \
+		train.steps=150 train.lr=3e-4 data.args.look_share=0.2 $(HARD) || exit 1; \
+		rm -rf data/shapes/hard_$$kind && cp -r runs/hard_$${kind}_start/final data/shapes/hard_$$kind; done
+
+# Methods compared on tiny models, with seeds: what isn't in docs/stability/runs.json yet, then tables and figures.
+study: setup
+	$(BIN)/python eval/stability.py run
+
+# A part of it, in minutes.
+study-quick: setup
+	$(BIN)/python eval/stability.py run quick
 
 clean:
 	rm -rf .venv .venv-trl .venv-vllm .venv-gpu runs dist build

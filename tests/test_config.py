@@ -90,8 +90,7 @@ def test_mistakes_are_sentences(load, override, sentence):
         (["rollout.top_p=0.9"], "top_p (0.9) cuts the distribution off"),
         (["rollout.top_k=20"], "set eval.top_k for evaluations"),
         (["rollout.min_p=0.1"], "remove it"),
-        (["rollout.ahead=1"], "needs engine.type=vllm_server"),
-        (["rollout.engine=vllm", "rollout.ahead=1"], "vllm shares this process's device"),
+        (["rollout.ahead=-1"], "rollout.ahead (-1) is not valid"),
         (["rollout.engine=vlm"], "must be one of hf, vllm, vllm_server; did you mean vllm?"),
         (
             ["rollout.engine={type: vllm_server, servers: [localhost:8000]}"],

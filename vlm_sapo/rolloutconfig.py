@@ -83,8 +83,10 @@ class Rollout(Section):
     tolerance: Rate | None = None
     """Mean absolute difference of those log-probs from which the run stops; null for 1e-4 where both sides
     compute in float32, else .05."""
-    ahead: Literal[0, 1] = 0
-    """1 lets servers draw the next step's responses while this step trains, from weights one step older."""
+    ahead: Count = 0
+    """Steps that responses are drawn ahead, so they come from weights so many steps older. With 1 servers
+    draw the next step while this one trains; more, or another engine, makes nothing faster and is there to
+    see what staleness does."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,12 +105,3 @@ class Rollout(Section):
     @classmethod
     def _hf_by_default(cls, value: Any) -> Any:
         return {"type": "hf"} | value if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _ahead_needs_servers(self):
-        if self.ahead and self.engine.type != "vllm_server":
-            raise ValueError(
-                f"ahead ({self.ahead}) needs engine.type=vllm_server: {self.engine.type} shares this "
-                "process's device, which trains meanwhile"
-            )
-        return self

@@ -1,4 +1,5 @@
-"""Runs on servers: synchronous and one step ahead, resumed, and after servers failed."""
+"""Runs on servers: synchronous and one step ahead, resumed, and after servers failed; and further ahead on the
+policy itself."""
 
 import json
 import random
@@ -11,12 +12,14 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.rollout.model_server import HANG_UP, ModelServer
+from tests.training.conftest import short_run
 from vlm_sapo import config as cfg
 from vlm_sapo import configfile
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training import reporter
 from vlm_sapo.training.parity import ParityError
+from vlm_sapo.training.rollouts import OnDemand
 from vlm_sapo.training.trainer import train
 
 STEPS = 4
@@ -241,16 +244,16 @@ def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
 @pytest.mark.slow
 def test_servers_that_come_and_go_change_nothing(model_folder, settings, server, tmp_path):
     """One of two at a time, at random moments, back with its first weights."""
-    options = ("train.steps=12", "rollout.ahead=1", "rollout.engine.patience=30")
+    options = ("train.steps=24", "rollout.ahead=1", "rollout.engine.patience=30")
     train(settings("whole", *options))
     other, done, restarts = ModelServer(model_folder()), threading.Event(), []
 
     def disturb():
         dice = random.Random(0)
-        while not done.wait(dice.uniform(0.2, 1.0)):
+        while not done.wait(dice.uniform(0.1, 0.4)):
             gone = dice.choice([server, other])
             gone.close()
-            done.wait(dice.uniform(0.0, 0.5))
+            done.wait(dice.uniform(0.0, 0.2))
             gone.open(gone.port)
             restarts.append(gone)
 
@@ -266,3 +269,61 @@ def test_servers_that_come_and_go_change_nothing(model_folder, settings, server,
     assert len(restarts) >= 4
     assert numbers(tmp_path / "disturbed") == numbers(tmp_path / "whole")
     assert rows(tmp_path / "disturbed", "rollouts.jsonl") == rows(tmp_path / "whole", "rollouts.jsonl")
+
+
+FURTHER = ("rollout.ahead=3", "train.old_logprobs=rollout", "train.steps=7", "train.minibatches=2")
+
+
+@pytest.fixture
+def further(model_folder, tmp_path):
+    """A run of the policy's own draws, three steps ahead."""
+
+    def make(name, *overrides):
+        (tmp_path / name).mkdir(exist_ok=True)
+        options = ("checkpoint.every=1", "checkpoint.keep_last=9", "eval.data=null", "log.rollouts=4")
+        return short_run(tmp_path / name, model_folder(), *FURTHER, *options, *overrides)
+
+    return make
+
+
+def test_three_steps_ahead_responses_are_three_steps_old(further, tmp_path):
+    train(further("ahead"))
+    train(further("same", "rollout.ahead=0"))
+    ahead, same = numbers(tmp_path / "ahead/run"), numbers(tmp_path / "same/run")
+    updates = [sum("grad_norm" in key and "minibatch" in key for key in row) for row in ahead]
+    assert sum(updates) > 7
+    done = [sum(updates[:step]) for step in range(7)]
+    assert [row["rollout/updates_behind"] for row in ahead] == [
+        done[step] - done[max(0, step - 3)] for step in range(7)
+    ]
+    ids = [
+        [row["id"] for row in rows(tmp_path / name / "run", "rollouts.jsonl")] for name in ("ahead", "same")
+    ]
+    assert ids[0] == ids[1], "the same rows in the same order"
+    assert ahead[0] == same[0] and ahead[1] != same[1]
+    assert ahead[0]["minibatch0/ratio_max"] == 1.0 != ahead[4]["minibatch0/ratio_max"]
+
+
+@pytest.mark.parametrize("interrupted", ["update", "draw"])
+def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkeypatch, interrupted):
+    """It fails while it logs step 4, or while it draws step 6 before it trains step 3."""
+    train(further("whole"))
+
+    def stop(self, step, version, draw=OnDemand.draw):
+        if step == 6:
+            raise Stopped
+        return draw(self, step, version)
+
+    def headline(record, rewards):
+        if record["step"] == 4:
+            raise Stopped
+        return ""
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if interrupted == "draw":
+            patch.setattr(OnDemand, "draw", stop)
+        else:
+            patch.setattr(reporter, "headline", headline)
+        train(further("resumed"))
+    train(further("resumed"))
+    assert numbers(tmp_path / "resumed/run") == numbers(tmp_path / "whole/run")

@@ -70,7 +70,8 @@ def qwen3_5_moe_text(shape: Shape) -> dict:
 
 
 def experts(shape: Shape) -> dict:
-    return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * shape.hidden}
+    """Two of eight experts that together are as wide as a dense model's feed-forward layer."""
+    return {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * shape.hidden // 2}
 
 
 def rotary(dims: int, **more: object) -> dict:

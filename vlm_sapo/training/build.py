@@ -191,7 +191,8 @@ def _build_core(
     )
     rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
     if config.rollout.ahead:
-        rollouts = Ahead(rollouts, last=config.train.steps, world=world)
+        steps, beside = config.rollout.ahead, config.rollout.engine.type == "vllm_server"
+        rollouts = Ahead(rollouts, steps=steps, last=config.train.steps, world=world, beside=beside)
     progress, state = restore(found, policy) if found else (Progress(), None)
     if state is not None:
         rollouts.restore(state)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.models.vlm import VLM
@@ -16,6 +16,8 @@ from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
 from vlm_sapo.world import World
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -165,20 +167,32 @@ class OnDemand:
         self.reward.close()
 
 
-class Ahead:
-    """Draws the groups of the next step in the background, from the weights that this step begins with.
+class AtOnce(Executor):
+    """Does what it is given before `submit` returns, for engines that share the trainer's device."""
 
-    So every step but the first trains on responses of weights one step older; the order of the data and the
-    draws' seeds are those of OnDemand. What was drawn and not yet given out is part of the state.
+    def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(work(*args, **kwargs))
+        return future
+
+
+class Ahead:
+    """Draws groups `steps` steps ahead, from the weights that the present step begins with: in the background
+    with servers, else before it trains.
+
+    So a step trains on responses of weights so many steps older, the first ones of the run's first weights;
+    the order of the data and the draws' seeds are those of OnDemand. What was drawn and not yet trained on is
+    part of the state.
     """
 
-    def __init__(self, rollouts: OnDemand, *, last: int, world: World):
-        """`world` is for the loop; the background has the stream's, for itself."""
-        self.rollouts, self.last, self.world = rollouts, last, world
+    def __init__(self, rollouts: OnDemand, *, steps: int, last: int, world: World, beside: bool):
+        """`beside` draws in the background. `world` is for the loop; what draws has the stream's, for
+        itself."""
+        self.rollouts, self.steps, self.last, self.world = rollouts, steps, last, world
         self.engine, self.sampling = rollouts.engine, rollouts.sampling
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self.flight: tuple[Drawn | None, Future[Drawn] | None] = (None, None)
-        """What was given out and not trained on, and the step after it; changed at once, since a signal may
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if beside else AtOnce()
+        self.flight: tuple[Drawn | None, tuple[Future[Drawn], ...]] = (None, ())
+        """What was given out and not trained on, and the steps after it; changed at once, since a signal may
         come at any time."""
 
     def __call__(self, step: int, vlm: VLM) -> Drawn:
@@ -187,47 +201,53 @@ class Ahead:
         self.engine.sync(vlm)
         self.world.wait()  # or one would draw on while another has failed
         waited = time.perf_counter() - started
-        _, pending = self.flight
-        drawn = self.rollouts.draw(step, vlm.version) if pending is None else pending.result()
+        _, queue = self.flight
+        drawn = queue[0].result() if queue else self.rollouts.draw(step, vlm.version)
         drawn.seconds["sync"] = waited
-        more = step < self.last
-        following = self.worker.submit(self.rollouts.draw, step + 1, vlm.version) if more else None
-        self.flight = drawn, following
+        queue = queue[1:]
+        self.flight = drawn, queue
+        for following in range(step + len(queue) + 1, min(step + self.steps, self.last) + 1):
+            before = queue[-1] if queue else None
+            queue = *queue, self.worker.submit(self._draw, before, following, vlm.version)
+            self.flight = drawn, queue
         return drawn
 
+    def _draw(self, before: Future[Drawn] | None, step: int, version: int) -> Drawn:
+        """The groups of a step; after a step that could not be drawn, its error."""
+        if before is not None:
+            before.result()
+        return self.rollouts.draw(step, version)
+
     def trained(self) -> None:
-        _, following = self.flight
-        self.flight = None, following
-        if following is None:
+        _, queue = self.flight
+        self.flight = None, queue
+        if not queue:
             self.rollouts.trained()
 
     def settle(self) -> None:
-        _, following = self.flight
-        if following is not None:
+        _, queue = self.flight
+        for following in queue:
             following.exception()
 
     def state(self, *, anew: bool = False) -> dict[str, Any]:
         self.settle()
-        given, following = self.flight
-        next_ = given or self._drawn(following)
-        if next_ is None:
+        given, queue = self.flight
+        next_ = [given] if given is not None else []
+        next_ += [following.result() for following in queue if following.exception() is None]
+        if not next_:
             return self.rollouts.state()
         if anew:
-            return {"stream": next_.before}
-        return {"stream": next_.after, "pending": pack(next_, self.world)}
-
-    @staticmethod
-    def _drawn(following: Future[Drawn] | None) -> Drawn | None:
-        """The groups of the next step, where they could be drawn."""
-        failed = following is None or following.exception() is not None
-        return None if failed else following.result()
+            return {"stream": next_[0].before}
+        kept = next_[: self.steps]  # the last one beside a step under way is drawn with it again
+        return {"stream": kept[-1].after, "pending": [pack(drawn, self.world) for drawn in kept]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rollouts.restore(state)
-        if "pending" in state:
-            following: Future[Drawn] = Future()
-            following.set_result(unpack(state["pending"], self.rollouts.stream))
-            self.flight = None, following
+        made: list[Future[Drawn]] = []
+        for packed in state.get("pending", ()):
+            made.append(Future())
+            made[-1].set_result(unpack(packed, self.rollouts.stream))
+        self.flight = None, tuple(made)
 
     def close(self) -> None:
         self.rollouts.close()

@@ -1,0 +1,19 @@
+"""The reward of the stability study: a verifier that errs."""
+
+from __future__ import annotations
+
+import zlib
+
+from vlm_sapo.rewards.answers import Ungraded
+from vlm_sapo.rewards.verifiers import auto
+
+
+def noisy(response, example, share):
+    """What `auto` says, and the opposite for this share of all answered responses: always the same ones.
+    Without an answer 0."""
+    try:
+        right = auto(response, example)
+    except Ungraded:
+        return 0.0
+    errs = zlib.crc32(f"{example.id}/{response}".encode()) < share * 2**32
+    return 1.0 - right if errs else right

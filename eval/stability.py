@@ -1,0 +1,336 @@
+"""Does SAPO keep its promise? Trains tiny models by many methods and seeds and compares them (docs/results.md).
+
+    python eval/stability.py run                     # every study of eval/stability.yaml, two runs at a time
+    python eval/stability.py run quick               # one of them, by name
+    python eval/stability.py show                    # tables and figures of what is there
+
+A study is a table of arms in the YAML file; an arm is a model and overrides of a config, and each seed of it is
+an ordinary `vlm-sapo train`. Arms that come to the same config are trained once. Results are added to
+docs/stability/runs.json as they come, so that the same command goes on after an interruption; a result counts
+for a config and the weights it began with, and for no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, model_validator
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "docs/stability"
+SERIES = {
+    "accuracy": "reward/accuracy",
+    "entropy": "policy/entropy",
+    "effective_update": "policy/effective_update",
+    "tokens": "response/tokens",
+}
+"""Kept of every step, by our name."""
+BY_MINIBATCH = (
+    "effective_update",
+    "abs_log_ratio_p50",
+    "abs_log_ratio_p99",
+    "sequence_variance_p50",
+    "sequence_variance_p99",
+    "sequence_variance_over_02",
+    "gate_deviation",
+    "gate_deviation_bound",
+    "grpo_would_clip",
+    "gspo_would_clip",
+    "kl_old_k3",
+    "experts_changed",
+    "grad_norm",
+)
+"""Kept as means over steps."""
+CLOUD = 40
+"""Sequences of each mini-batch number whose variance and gate deviation are kept."""
+
+
+class Study(BaseModel):
+    """Arms that are compared."""
+
+    model_config = ConfigDict(extra="forbid")
+    title: str
+    model: str
+    arms: list[list[str | list[str]]]
+    """Each entry is a product: an option's name, or several of which each is taken in turn."""
+    against: str
+    """The option whose arm each other one is compared with, first in the product."""
+    common: list[str] = []
+    """Overrides of all its arms."""
+    seeds: list[int] | None = None
+
+
+class Plan(BaseModel):
+    """eval/stability.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+    config: str
+    models: dict[str, str]
+    seeds: list[int]
+    options: dict[str, list[str]]
+    """Overrides by name."""
+    studies: dict[str, Study]
+
+    @model_validator(mode="after")
+    def _names_are_known(self):
+        for name, study in self.studies.items():
+            if study.model not in self.models:
+                raise ValueError(
+                    f"studies.{name}.model ({study.model}) must be one of {', '.join(self.models)}"
+                )
+            named = {option for arm in study.arms for axis in arm for option in _axis(axis)} | {study.against}
+            if unknown := named - self.options.keys():
+                raise ValueError(f"studies.{name} names options that are none: {', '.join(sorted(unknown))}")
+        return self
+
+    def arms(self, name: str) -> list[Arm]:
+        """The arms of a study."""
+        study = self.studies[name]
+        found = []
+        for product in study.arms:
+            for options in itertools.product(*map(_axis, product)):
+                overrides = [*study.common, *(text for option in options for text in self.options[option])]
+                seeds = self.seeds if study.seeds is None else study.seeds
+                found.append(
+                    Arm(study.model, options, [f"model.path={self.models[study.model]}", *overrides], seeds)
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method under some circumstances."""
+
+    model: str
+    options: tuple[str, ...]
+    overrides: list[str]
+    seeds: list[int]
+
+    def runs(self, config: str) -> list[Run]:
+        return [Run(config, self.model, [*self.overrides, f"run.seed={seed}"], seed) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed."""
+
+    config: str
+    model: str
+    overrides: list[str]
+    seed: int
+    key: str = field(default="", compare=False)
+    """What the result depends on: the whole config and the first weights, as a checksum."""
+
+    def __post_init__(self) -> None:
+        from vlm_sapo import load_config
+        from vlm_sapo.plugins import locate
+
+        config = load_config(self.config, *self.overrides)
+        text = config.model_dump_json(exclude={"run": {"name", "dir"}, "log": True, "checkpoint": True})
+        weights = (Path(locate(config.model.path)) / "model.safetensors").read_bytes()
+        object.__setattr__(self, "key", hashlib.sha256(text.encode() + weights).hexdigest()[:12])
+
+
+def _axis(axis: str | Sequence[str]) -> list[str]:
+    return [axis] if isinstance(axis, str) else list(axis)
+
+
+def read_plan(path: Path) -> Plan:
+    return Plan(**yaml.safe_load(path.read_text()))
+
+
+class Store:
+    """The results, a JSON list with a line for each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in rows}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[row["key"]] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(row) for row in self.rows.values())
+        aside = self.path.with_suffix(".part")
+        aside.write_text(f"[\n{lines}\n]\n")
+        aside.replace(self.path)
+
+
+def train_one(run: Run, folder: Path) -> dict[str, Any]:
+    """Trains, or goes on, in a process that does nothing else, and returns what is kept. A run whose numbers
+    are none any more is a result, too; whatever else goes wrong raises."""
+    import torch
+
+    from vlm_sapo import load_config
+    from vlm_sapo.training.guard import NumbersError
+    from vlm_sapo.training.trainer import train
+
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = load_config(run.config, *run.overrides, f"run.dir={folder}")
+    stopped = None
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        try:
+            train(config)
+        except NumbersError as error:
+            stopped = str(error)
+        except BaseException:
+            traceback.print_exc(file=log)
+            raise
+    row = gather(run, folder, steps=config.train.steps) | ({"stopped": stopped} if stopped else {})
+    for name in ("final", "checkpoints", "evaluations", "traces.jsonl", "pictures"):
+        path = folder / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return row
+
+
+def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
+    """What is kept of a run's folder."""
+    metrics, evaluations, histograms = (
+        _lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "histograms")
+    )
+    count = 1 + max(
+        (int(key[9:].partition("/")[0]) for row in metrics for key in row if key[:9] == "minibatch"),
+        default=-1,
+    )
+    row: dict[str, Any] = {
+        "key": run.key,
+        "model": run.model,
+        "seed": run.seed,
+        "overrides": run.overrides,
+        "date": time.strftime("%Y-%m-%d"),
+        "steps": steps,
+        "seconds": round(sum(line["time/step"] for line in metrics), 1),
+        "evaluations": [[line["step"], _short(line["pass@1"])] for line in evaluations],
+        "kinds": by_kind(folder / "evaluations"),
+        "series": {name: [_short(line.get(key)) for line in metrics] for name, key in SERIES.items()},
+        "minibatches": {
+            name: [_mean(line.get(f"minibatch{place}/{name}") for line in metrics) for place in range(count)]
+            for name in BY_MINIBATCH
+            if any(f"minibatch{place}/{name}" in line for line in metrics for place in range(count))
+        },
+    }
+    if 1 < count <= 4:
+        row["log_ratio"] = [
+            _added(line["minibatches"], place) for place, line in _by_place(histograms, count)
+        ]
+        row["clouds"] = [cloud(histograms, place) for place in range(count)]
+    return row
+
+
+def _by_place(histograms: list[dict], count: int) -> Iterator[tuple[int, dict]]:
+    for place in range(count):
+        chosen = [line["minibatches"][place] for line in histograms if len(line["minibatches"]) == count]
+        yield place, {"minibatches": chosen}
+
+
+def _added(lines: list[dict], place: int) -> list[int]:
+    return [sum(column) for column in zip(*(line["log_ratio"] for line in lines), strict=True)]
+
+
+def cloud(histograms: list[dict], place: int) -> list[list[float]]:
+    """Variance of log r, gate deviation and tau^2/4 of some sequences of one mini-batch number, evenly over
+    the steps; empty where the objective has no gate."""
+    found = [
+        sequence
+        for line in histograms
+        if place < len(line["minibatches"])
+        for sequence in line["minibatches"][place].get("sequences", [])
+    ]
+    return [[float(f"{value:.3g}") for value in item] for item in found[:: max(1, len(found) // CLOUD)]][
+        :CLOUD
+    ]
+
+
+def by_kind(folder: Path) -> dict[str, float]:
+    """Last pass@1 by kind of question."""
+    last = max(folder.glob("step_*/samples.jsonl"), default=None)
+    found: dict[str, list[float]] = {}
+    for line in _lines(last) if last else ():
+        found.setdefault(line["columns"].get("kind", "all"), []).extend(line["scores"])
+    return {kind: _short(sum(scores) / len(scores)) for kind, scores in sorted(found.items())}
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return _short(sum(there) / len(there)) if there else None
+
+
+def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path) -> None:
+    """Trains what is not in the store, seed by seed so that an early look sees all arms."""
+    from vlm_sapo.reporting.console import Console
+
+    runs = {run.key: run for name in names for arm in plan.arms(name) for run in arm.runs(plan.config)}
+    missing = sorted((run for key, run in runs.items() if key not in store.rows), key=lambda run: run.seed)
+    console = Console()
+    console.say(f"{len(runs)} runs in {', '.join(names)}; {len(runs) - len(missing)} are there already")
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool,
+        console.progress("study", len(missing)) as show,
+    ):
+        waiting = {pool.submit(train_one, run, folder / run.key): run for run in missing}
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                run, row = waiting[future], future.result()
+                store.add(row)
+                last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
+                show(
+                    done,
+                    f"{last:.3f} after {row['seconds']:.0f} s: seed {run.seed}, {' '.join(run.overrides[:-1])}",
+                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=["run", "show"])
+    parser.add_argument("studies", nargs="*", help="names of studies; all of them unless given")
+    parser.add_argument("--plan", type=Path, default=HERE / "stability.yaml")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of runs.json, tables and figures"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="where runs are made")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    args = parser.parse_args()
+    plan, store = read_plan(args.plan), Store(args.results / "runs.json")
+    if unknown := set(args.studies) - plan.studies.keys():
+        raise SystemExit(f"studies ({', '.join(sorted(unknown))}) must be of {', '.join(plan.studies)}")
+    names = args.studies or list(plan.studies)
+    if args.verb == "run":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        run_studies(plan, names, store, workers=args.workers, folder=args.folder)
+    from eval.stability_results import show
+
+    show(plan, names, store, args.results)
+
+
+if __name__ == "__main__":
+    main()

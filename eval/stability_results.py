@@ -1,0 +1,266 @@
+"""Measures of the stability study's runs, tables with intervals over seeds, and figures.
+
+Definitions, fixed before the runs: pass@1 is the held-out rate over 16 samples a problem. `last` is that of
+the last evaluation, `best` that of the best, `area` the mean height of the curve between first and last step. A
+run has collapsed at the first step at which the mean training accuracy of the last 5 steps is under COLLAPSE of
+the best such mean before; or where its numbers were none any more, after which all counts as 0. Intervals are
+95 % percentile bootstraps over seeds; differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from eval.stability import Arm, Plan, Store
+
+COLLAPSE = 0.7
+WINDOW = 5
+RESAMPLES = 10_000
+Interval = tuple[float, float, float]
+"""Mean, low, high."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one run."""
+
+    last: float
+    best: float
+    area: float
+    collapsed: int | None
+    """The step, or None."""
+
+
+def measure(row: dict[str, Any]) -> Measures:
+    """The measures of a result."""
+    steps, rates = map(list, zip(*row["evaluations"], strict=True))
+    done = len(row["series"]["accuracy"])
+    if row.get("stopped"):
+        steps, rates = [*steps, done + 1, row["steps"] + 1], [*rates, 0.0, 0.0]
+    area = np.trapezoid(rates, steps) / (steps[-1] - steps[0])
+    collapsed = collapse(row["series"]["accuracy"])
+    if collapsed is None and row.get("stopped"):
+        collapsed = done + 1
+    return Measures(float(rates[-1]), float(max(rates)), float(area), collapsed)
+
+
+def collapse(accuracy: Sequence[float]) -> int | None:
+    """The first step (from 1) at which the last WINDOW steps' mean is under COLLAPSE of the best before."""
+    means = np.convolve(accuracy, np.full(WINDOW, 1 / WINDOW), "valid")
+    low = np.flatnonzero(means < COLLAPSE * np.maximum.accumulate(means))
+    return int(low[0]) + WINDOW if len(low) else None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % percentile bootstrap interval, with a fixed seed."""
+    given = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(given), (RESAMPLES, len(given)))
+    low, high = np.quantile(given[draws].mean(1), [0.025, 0.975])
+    return float(given.mean()), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An arm with what its finished runs came to, by seed."""
+
+    arm: Arm
+    rows: dict[int, dict[str, Any]]
+
+    @property
+    def measures(self) -> dict[int, Measures]:
+        return {seed: measure(row) for seed, row in self.rows.items()}
+
+
+def results(plan: Plan, name: str, store: Store) -> list[Result]:
+    """A study's arms in the plan's order."""
+    found = []
+    for arm in plan.arms(name):
+        runs = arm.runs(plan.config)
+        found.append(Result(arm, {run.seed: store.rows[run.key] for run in runs if run.key in store.rows}))
+    return found
+
+
+def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
+    """Markdown: each arm's measures, and the difference of `last` to its counterpart."""
+    against = plan.studies[name].against
+    by_options = {result.arm.options: result for result in found}
+    lines = [
+        f"| arm | seeds | last | best | area | collapsed | last, less `{against}`'s | ahead |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in found:
+        if not result.rows:
+            lines.append(f"| {' '.join(result.arm.options)} | 0 | | | | | | |")
+            continue
+        measures = result.measures
+        cells = [
+            _interval([getattr(item, key) for item in measures.values()]) for key in ("last", "best", "area")
+        ]
+        steps = sorted(item.collapsed for item in measures.values() if item.collapsed is not None)
+        gone = f"{len(steps)} of {len(measures)}" + (f" (step {steps[len(steps) // 2]})" if steps else "")
+        other = by_options.get((against, *result.arm.options[1:]))
+        differs = other is not None and other is not result
+        lines.append(
+            f"| {' '.join(result.arm.options)} | {len(measures)} | {' | '.join(cells)} | {gone if steps else '0'} | "
+            + (_difference(measures, other.measures) if differs else " | ")
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(values: Sequence[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _difference(one: dict[int, Measures], other: dict[int, Measures]) -> str:
+    """Of `last`, over the seeds that both have; in bold where the interval leaves 0 out."""
+    gains = [one[seed].last - other[seed].last for seed in one if seed in other]
+    if not gains:
+        return " | "
+    mean, low, high = interval(gains)
+    text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    text = f"**{text}**" if low > 0 or high < 0 else text
+    return f"{text} | {sum(gain > 0 for gain in gains)} of {len(gains)}"
+
+
+def curves(found: Sequence[Result], title: str) -> Figure:
+    """Held-out pass@1 by step: a panel for what is alike, a colour for each first option, thin lines for
+    seeds and a thick one for their mean."""
+    found = [result for result in found if result.rows]
+    panels = list(dict.fromkeys(result.arm.options[1:] for result in found))
+    firsts = list(dict.fromkeys(result.arm.options[0] for result in found))
+    figure, axes = grid(len(panels), title)
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.set_title(" ".join(panel), fontsize=9)
+        for result in (result for result in found if result.arm.options[1:] == panel):
+            place = firsts.index(result.arm.options[0])
+            color, style = f"C{place % 10}", "-" if place < 10 else "--"
+            rows = list(result.rows.values())
+            for row in rows:
+                axis.plot(*zip(*row["evaluations"], strict=True), color=color, lw=0.5, alpha=0.4)
+            whole = [
+                row for row in rows if len(row["evaluations"]) == max(len(r["evaluations"]) for r in rows)
+            ]
+            steps = [step for step, _ in whole[0]["evaluations"]]
+            mean = np.mean([[rate for _, rate in row["evaluations"]] for row in whole], axis=0)
+            axis.plot(steps, mean, color=color, ls=style, lw=2, label=result.arm.options[0])
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylim(0, 1)
+    axes[0].set_ylabel("held-out pass@1", fontsize=8)
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """So many panels, four in a row."""
+    columns = min(count, 4)
+    lines = math.ceil(count / columns)
+    figure = Figure(figsize=(2.9 * columns + 1.4, 2.6 * lines + 0.4), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure, axes[:count]
+
+
+ASSUMED = (
+    "effective_update",
+    "abs_log_ratio_p50",
+    "abs_log_ratio_p99",
+    "sequence_variance_p50",
+    "sequence_variance_p99",
+    "sequence_variance_over_02",
+    "gate_deviation",
+    "gate_deviation_bound",
+    "grpo_would_clip",
+    "gspo_would_clip",
+    "experts_changed",
+)
+
+
+def assumptions(found: Sequence[Result]) -> str:
+    """Markdown: what the updates saw by mini-batch, means over steps and seeds."""
+    lines = ["| arm | mini-batch | " + " | ".join(ASSUMED) + " |", "| --- " * (2 + len(ASSUMED)) + "|"]
+    for result in (result for result in found if result.rows):
+        rows = [row["minibatches"] for row in result.rows.values()]
+        count = max(len(values) for row in rows for values in row.values())
+        for place in sorted({0, 1, count // 2, count - 1}):
+            cells = [_typical(rows, name, place) for name in ASSUMED]
+            lines.append(f"| {' '.join(result.arm.options)} | {place + 1} of {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _typical(rows: Sequence[dict[str, list]], name: str, place: int) -> str:
+    values = [row[name][place] for row in rows if name in row and row[name][place] is not None]
+    return f"{np.mean(values):.3g}" if values else ""
+
+
+def ratios(groups: dict[str, Sequence[Result]]) -> Figure:
+    """Histograms of log r by mini-batch, and variance against gate deviation with its bound, by model."""
+    from vlm_sapo.algo.diagnostics import DECADES
+
+    edges = np.log10(DECADES.numpy())
+    figure, axes = grid(
+        2 * len(groups), "What the updates saw: |log r| by mini-batch; gate deviation against its bound"
+    )
+    for number, (name, found) in enumerate(groups.items()):
+        rows = [row for result in found for row in result.rows.values() if "log_ratio" in row]
+        first, second = axes[2 * number : 2 * number + 2]
+        second.sharey(second)
+        for place in range(max((len(row["log_ratio"]) for row in rows), default=0)):
+            counts = np.sum([row["log_ratio"][place] for row in rows if row["log_ratio"][place]], axis=0)
+            middle = len(DECADES)
+            both = counts[middle:] + np.concatenate([[0], counts[:middle][::-1]])
+            first.step(edges, both[1:] / max(1, both.sum()), where="mid", label=f"mini-batch {place + 1}")
+        first.set_title(f"{name}: share of tokens by log10 |log r|", fontsize=8)
+        first.legend(fontsize=6)
+        points = np.array(
+            [point for row in rows for cloud in row["clouds"] for point in cloud if point[0] > 0]
+        )
+        if len(points):
+            bound = points[:, 0] * points[:, 2]
+            second.loglog(
+                points[:, 0], np.maximum(points[:, 1], 1e-12), ".", ms=2, alpha=0.4, label="responses"
+            )
+            order = np.argsort(points[:, 0])
+            second.loglog(points[order, 0], bound[order], "k-", lw=0.8, label="tau²/4 variance")
+            second.legend(fontsize=6)
+        second.set_title(f"{name}: deviation by variance of log r", fontsize=8)
+    return figure
+
+
+def show(plan: Plan, names: Sequence[str], store: Store, folder: Path) -> None:
+    """Writes tables.md and a figure for each study, and prints the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hours = sum(row["seconds"] for row in store.rows.values()) / 3600
+    parts = [
+        "# Tables of the stability study\n\nWritten by `python eval/stability.py show`; "
+        f"[../results.md](../results.md) says what they mean. {len(store.rows)} runs, {hours:.1f} hours of one "
+        "core in training steps. Differences in bold have an interval without 0.\n"
+    ]
+    for name in names:
+        found = results(plan, name, store)
+        if any(result.rows for result in found):
+            curves(found, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
+            parts += [f"## {name}: {plan.studies[name].title}\n", f"![{name}]({name}.png)\n"]
+            parts += [table(plan, name, found) + "\n", assumptions(found) + "\n"]
+    (folder / "tables.md").write_text("\n".join(parts))
+    print("\n".join(parts))

@@ -1,0 +1,252 @@
+"""The stability study's task under TRL's GRPOTrainer with its SAPO loss, and whether one update of it is ours.
+
+    python eval/trl_curve.py train --seed 1 --results docs/stability/trl.json
+    python eval/trl_curve.py update
+
+Both need an environment with TRL and this project (`make .venv-trl/installed`). `train` runs the steps
+of configs/shapes_hard.yaml with TRL's data order and draws, measures its models with our evaluation, and
+adds the result to the file. `update` lets TRL draw one rollout batch and make its updates, gives the same
+responses and advantages to our trainer, and prints how far gradients and weights lie apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import closing, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from vlm_sapo import load_config
+from vlm_sapo.config import TrainConfig
+from vlm_sapo.data.sources import build_examples
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.types import Example
+
+CONFIG = "shapes_hard"
+COLUMNS = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "images": List(Image()),
+        "place": Value("int64"),
+    }
+)
+
+
+def trainer(
+    config: TrainConfig, examples: list[Example], folder: str, *, steps: int, seed: int
+) -> GRPOTrainer:
+    """TRL's, with the config's sizes and its reward."""
+    train, sizes = config.train, config.rollout
+    noisy = config.reward.parts[0]
+    reward = resolve(noisy.name, field="reward.parts")
+    rows = [
+        {"prompt": [{"role": "user", "content": item.problem}], "images": list(item.images), "place": place}
+        for place, item in enumerate(examples)
+    ]
+
+    def score(completions, place, **_) -> list[float]:
+        return [
+            reward(completion[0]["content"], examples[row], **noisy.args)
+            for completion, row in zip(completions, place, strict=True)
+        ]
+
+    path = locate(config.model.path)
+    return GRPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32),
+        args=GRPOConfig(
+            output_dir=folder,
+            loss_type="sapo",
+            beta=0.0,
+            num_generations=sizes.group,
+            per_device_train_batch_size=train.prompts_per_step // train.minibatches * sizes.group,
+            steps_per_generation=train.minibatches,
+            gradient_accumulation_steps=1,
+            max_steps=steps * train.minibatches,
+            max_completion_length=sizes.max_tokens,
+            temperature=sizes.temperature,
+            learning_rate=train.lr,
+            lr_scheduler_type=train.schedule,
+            max_grad_norm=train.max_grad_norm,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="steps",
+            save_steps=max(1, config.eval.every * train.minibatches),
+            save_only_model=True,
+            logging_steps=train.minibatches,
+            disable_tqdm=True,
+            seed=seed,
+        ),
+        train_dataset=Dataset.from_list(rows, features=COLUMNS),
+        processing_class=AutoProcessor.from_pretrained(path),
+        reward_funcs=score,
+    )
+
+
+def measure(config: TrainConfig, model: Path) -> float:
+    """Held-out pass@1 of a model, as a run of the config measures it."""
+    from vlm_sapo.reporting.console import Console
+    from vlm_sapo.training.build import build_training
+    from vlm_sapo.training.launch import join
+    from vlm_sapo.training.resume import open_folder
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        changed = config.model_copy(deep=True)
+        changed.model.path, changed.run.dir = str(model), folder
+        processes = join(changed, Console())
+        training = build_training(changed, open_folder(changed, processes), processes)
+        with closing(training.core):
+            training.core.evaluator.at(0, last=-1)
+            return training.core.folder.read("evaluations.jsonl")[0]["pass@1"]
+
+
+def train_curve(config: TrainConfig, seed: int) -> dict[str, Any]:
+    """One run: held-out pass@1 by step, and seconds of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        examples = list(build_examples(config.data.tasks[0], task="train"))
+        made = trainer(config, examples, folder, steps=config.train.steps, seed=seed)
+        started = time.perf_counter()
+        made.train()
+        seconds = time.perf_counter() - started
+        curve = [[0, measure(config, Path(locate(config.model.path)))]]
+        for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name[11:])):
+            made.processing_class.save_pretrained(path)
+            curve.append([int(path.name[11:]) // config.train.minibatches, round(measure(config, path), 4)])
+    return {
+        "seed": seed,
+        "evaluations": curve,
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+class Recorder(TrainerCallback):
+    """Keeps the mini-batches of TRL's first rollout batch, each update's gradient, and the weights."""
+
+    def __init__(self, made: GRPOTrainer):
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.model, self.prepare = made.model, made._prepare_inputs
+        made._prepare_inputs = self._prepared
+
+    def _prepared(self, batch):
+        inputs = self.prepare(batch)
+        kept = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        self.batches.append({name: inputs[name].clone() for name in kept})
+        return inputs
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.gradients.append(
+            {name: item.grad.clone() for name, item in self.model.named_parameters() if item.grad is not None}
+        )
+
+
+def compare_updates(config: TrainConfig) -> list[str]:
+    """Lines of a table: by update, the relative distance of clipped gradients, and of weights afterwards."""
+    from accelerate import Accelerator
+
+    from vlm_sapo.training.batch import MicroBatch, MiniBatch
+    from vlm_sapo.training.loss import build_loss
+    from vlm_sapo.training.policy import Policy
+
+    rows = build_examples(config.data.tasks[0], task="train")
+    examples = list(
+        {item.problem: item for item in rows}.values()
+    )  # so that a prompt's text names its picture
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(config, examples, folder, steps=1, seed=0)
+        recorder = Recorder(made)
+        made.add_callback(recorder)
+        made.train()
+    vlm = load_vlm(str(locate(config.model.path)))
+    vlm.banned = []  # TRL bans no picture tokens
+    before = {name: item.detach().clone() for name, item in vlm.model.named_parameters()}
+    encode = Encoder(vlm)
+    prompts = {tuple(prompt.ids.tolist()): prompt for prompt in map(encode, examples)}
+    policy = Policy(vlm, Accelerator(cpu=True), total_steps=1, lr=config.train.lr)
+    loss = build_loss(
+        {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
+        ratio="token",
+        reduction="sequence_mean",
+        kl=0.0,
+        max_tokens=1,
+    )
+    minibatches = []
+    for index, batch in enumerate(recorder.batches):
+        rows = []
+        for row in range(len(batch["advantages"])):
+            ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            answer = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+            rows.append((prompts[tuple(ids.tolist())], answer, float(batch["advantages"][row])))
+        rows.sort(key=lambda row: id(row[0]))
+        groups: list = []
+        for prompt, answer, _ in rows:
+            if not groups or groups[-1][0] is not prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(answer)
+        lengths = torch.tensor([[len(answer)] for _, answer, _ in rows])
+        mask = torch.arange(int(lengths.max())) < lengths
+        micro = MicroBatch(
+            groups, torch.tensor([[value] for *_, value in rows]), mask, torch.zeros(mask.shape)
+        )
+        minibatches.append(MiniBatch([micro], len(rows), int(mask.sum()), index))
+    policy.set_step(0)
+    policy.score(minibatches)
+    lines = ["| update | gradients differ by | weights' changes differ by |", "| --- | --- | --- |"]
+    theirs = dict(made.model.named_parameters())
+    for minibatch, gradient in zip(minibatches, recorder.gradients, strict=True):
+        list(policy.accumulate(minibatch, loss))
+        norm = min(1.0, 1.0 / float(policy.grad_norm()))
+        own = {name: item.grad * norm for name, item in vlm.model.named_parameters() if item.grad is not None}
+        apart = distance([own[name] for name in gradient], list(gradient.values()))
+        policy.step()
+        lines.append(f"| {minibatch.index + 1} | {apart:.1e} | |")
+    own = {name: item.detach() - before[name] for name, item in vlm.model.named_parameters()}
+    apart = distance(list(own.values()), [theirs[name].detach() - before[name] for name in own])
+    lines[-1] = lines[-1].removesuffix(" |") + f"{apart:.1e} |"
+    return lines
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """|a - b| / |b| over all tensors."""
+    difference = sum(float(((a - b).double() ** 2).sum()) for a, b in zip(one, other, strict=True))
+    return (difference / sum(float((b.double() ** 2).sum()) for b in other)) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=["train", "update"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("docs/stability/trl.json"))
+    parser.add_argument("overrides", nargs="*", help="of the config, as for vlm-sapo train")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load_config(CONFIG, "data.limit=2048", *args.overrides)
+    if args.verb == "update":
+        print("\n".join(compare_updates(config)))
+        return
+    rows = json.loads(args.results.read_text()) if args.results.is_file() else []
+    row = train_curve(config, args.seed)
+    kept = [item for item in rows if item["seed"] != args.seed] + [row]
+    lines = ",\n".join(json.dumps(item) for item in sorted(kept, key=lambda item: item["seed"]))
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(f"[\n{lines}\n]\n")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
