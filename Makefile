@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu study study-quick study-coldstart clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu study study-quick study-coldstart study-trl clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -101,6 +101,11 @@ study: setup
 # A part of it, in minutes.
 study-quick: setup
 	$(BIN)/python eval/stability.py run quick
+
+# The same task under TRL, and one of its updates beside ours.
+study-trl: .venv-trl/installed
+	.venv-trl/bin/python eval/trl_curve.py update
+	for seed in 1 2 3 4 5; do .venv-trl/bin/python eval/trl_curve.py train --seed $$seed || exit 1; done
 
 clean:
 	rm -rf .venv .venv-trl .venv-vllm .venv-gpu runs dist build

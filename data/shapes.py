@@ -1,5 +1,5 @@
-"""A drawn world: cells with coloured shapes, and questions about them. The quick start's level has nine cells;
-the hard one, on which methods are compared, has sixteen with more shapes, longer listings and sums.
+"""A drawn world: cells with coloured shapes, and questions about them. The quick start's level has nine
+cells; the hard one, on which methods are compared, has sixteen with more shapes, longer listings and sums.
 
 Every row is drawn from its index, so a split needs no files: `rows(split="train", size=1000)` is a sequence
 of dicts with `id, problem, images, answer, kind`, `choices` where the answer is one of a few words, and

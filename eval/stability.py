@@ -1,19 +1,21 @@
-"""Does SAPO keep its promise? Trains tiny models by many methods and seeds and compares them (docs/results.md).
+"""Does SAPO keep its promise? Trains tiny models by many methods and seeds and compares them
+(docs/results.md).
 
     python eval/stability.py run                     # every study of eval/stability.yaml, two runs at a time
     python eval/stability.py run quick               # one of them, by name
     python eval/stability.py show                    # tables and figures of what is there
 
-A study is a table of arms in the YAML file; an arm is a model and overrides of a config, and each seed of it is
-an ordinary `vlm-sapo train`. Arms that come to the same config are trained once. Results are added to
-docs/stability/runs.json as they come, so that the same command goes on after an interruption; a result counts
-for a config and the weights it began with, and for no other.
+A study is a table of arms in the YAML file; an arm is a model and overrides of a config, and each seed of it
+is an ordinary `vlm-sapo train`. Arms that come to the same config are trained once. Results are added to
+docs/stability/runs.json as they come, so that the same command goes on after an interruption; a result
+counts for a config and the weights it began with, and for no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -177,14 +179,16 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     import torch
 
     from vlm_sapo import load_config
+    from vlm_sapo.exits import quieten
     from vlm_sapo.training.guard import NumbersError
     from vlm_sapo.training.trainer import train
 
+    quieten()
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(run.config, *run.overrides, f"run.dir={folder}")
     stopped = None
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
         try:
             train(config)
         except NumbersError as error:
@@ -289,7 +293,7 @@ def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int,
     console.say(f"{len(runs)} runs in {', '.join(names)}; {len(runs) - len(missing)} are there already")
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
         console.progress("study", len(missing)) as show,
     ):
         waiting = {pool.submit(train_one, run, folder / run.key): run for run in missing}
@@ -298,12 +302,13 @@ def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int,
                 run, row = waiting[future], future.result()
                 store.add(row)
                 last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
-                show(
-                    done,
-                    f"{last:.3f} after {row['seconds']:.0f} s: seed {run.seed}, {' '.join(run.overrides[:-1])}",
-                )
+                told = f"{last:.3f} after {row['seconds']:.0f} s: {' '.join(run.overrides[1:])}"
+                show(done, told)
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            for future in waiting:  # what was under way and came to its end
+                if not future.cancelled() and future.exception() is None:
+                    store.add(future.result())
             raise
 
 
@@ -326,10 +331,19 @@ def main() -> None:
     names = args.studies or list(plan.studies)
     if args.verb == "run":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        run_studies(plan, names, store, workers=args.workers, folder=args.folder)
-    from eval.stability_results import show
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with (args.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(
+                    f"another study is being run in {args.folder}; wait for it, or give --folder"
+                ) from None
+            run_studies(plan, names, store, workers=args.workers, folder=args.folder)
+    from vlm_sapo.plugins import resolve
 
-    show(plan, names, store, args.results)
+    show = resolve(f"{HERE}/stability_results.py:show", field="show")
+    show(plan, store, args.results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measures of the stability study's runs, tables with intervals over seeds, and figures.
 
 Definitions, fixed before the runs: pass@1 is the held-out rate over 16 samples a problem. `last` is that of
-the last evaluation, `best` that of the best, `area` the mean height of the curve between first and last step. A
-run has collapsed at the first step at which the mean training accuracy of the last 5 steps is under COLLAPSE of
-the best such mean before; or where its numbers were none any more, after which all counts as 0. Intervals are
-95 % percentile bootstraps over seeds; differences are paired by seed.
+the last evaluation, `best` that of the best, `area` the mean height of the curve between first and last step.
+A run has collapsed at the first step at which the mean training accuracy of the last 5 steps is under
+COLLAPSE of the best such mean before; or where its numbers were none any more, after which all counts as 0.
+Intervals are 95 % percentile bootstraps over seeds; differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -109,11 +109,9 @@ def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
         gone = f"{len(steps)} of {len(measures)}" + (f" (step {steps[len(steps) // 2]})" if steps else "")
         other = by_options.get((against, *result.arm.options[1:]))
         differs = other is not None and other is not result
-        lines.append(
-            f"| {' '.join(result.arm.options)} | {len(measures)} | {' | '.join(cells)} | {gone if steps else '0'} | "
-            + (_difference(measures, other.measures) if differs else " | ")
-            + " |"
-        )
+        difference = _difference(measures, other.measures) if differs else " | "
+        told = [" ".join(result.arm.options), len(measures), *cells, gone if steps else 0, difference]
+        lines.append(f"| {' | '.join(map(str, told))} |")
     return "\n".join(lines)
 
 
@@ -213,42 +211,33 @@ def _typical(rows: Sequence[dict[str, list]], name: str, place: int) -> str:
     return f"{np.mean(values):.3g}" if values else ""
 
 
-def ratios(groups: dict[str, Sequence[Result]]) -> Figure:
-    """Histograms of log r by mini-batch, and variance against gate deviation with its bound, by model."""
+def ratios(groups: dict[str, Result]) -> Figure:
+    """By model: the tokens' |log r| by mini-batch, and responses' gate deviation with its bound."""
     from vlm_sapo.algo.diagnostics import DECADES
 
-    edges = np.log10(DECADES.numpy())
-    figure, axes = grid(
-        2 * len(groups), "What the updates saw: |log r| by mini-batch; gate deviation against its bound"
-    )
-    for number, (name, found) in enumerate(groups.items()):
-        rows = [row for result in found for row in result.rows.values() if "log_ratio" in row]
-        first, second = axes[2 * number : 2 * number + 2]
-        second.sharey(second)
-        for place in range(max((len(row["log_ratio"]) for row in rows), default=0)):
+    figure = Figure(figsize=(4.5 * len(groups), 6), layout="constrained")
+    axes = figure.subplots(2, len(groups), squeeze=False, sharex="row", sharey="row")
+    middle = len(DECADES)
+    for (name, result), upper, lower in zip(groups.items(), *axes, strict=True):
+        rows = [row for row in result.rows.values() if "log_ratio" in row]
+        for place in range(len(rows[0]["log_ratio"])):
             counts = np.sum([row["log_ratio"][place] for row in rows if row["log_ratio"][place]], axis=0)
-            middle = len(DECADES)
-            both = counts[middle:] + np.concatenate([[0], counts[:middle][::-1]])
-            first.step(edges, both[1:] / max(1, both.sum()), where="mid", label=f"mini-batch {place + 1}")
-        first.set_title(f"{name}: share of tokens by log10 |log r|", fontsize=8)
-        first.legend(fontsize=6)
-        points = np.array(
-            [point for row in rows for cloud in row["clouds"] for point in cloud if point[0] > 0]
-        )
-        if len(points):
-            bound = points[:, 0] * points[:, 2]
-            second.loglog(
-                points[:, 0], np.maximum(points[:, 1], 1e-12), ".", ms=2, alpha=0.4, label="responses"
-            )
-            order = np.argsort(points[:, 0])
-            second.loglog(points[order, 0], bound[order], "k-", lw=0.8, label="tau²/4 variance")
-            second.legend(fontsize=6)
-        second.set_title(f"{name}: deviation by variance of log r", fontsize=8)
+            share = (counts[middle + 1 :] + counts[:middle][::-1]) / counts.sum()
+            upper.step(DECADES, share, where="post", label=f"mini-batch {place + 1}")
+        upper.set(xscale="log", title=name, xlabel="|log r|", ylabel="share of tokens")
+        points = [point for row in rows for cloud in row["clouds"][1:] for point in cloud]
+        variance, deviation, factor = np.array(points).T
+        order = np.argsort(variance)
+        lower.plot(variance, np.maximum(deviation, 1e-9), ".", ms=2, alpha=0.4, label="responses")
+        lower.plot(variance[order], (factor * variance)[order], "k-", lw=0.8, label="tau²/4 variance")
+        lower.axvline(0.02, color="grey", lw=0.8, ls=":")
+        lower.set(xscale="log", yscale="log", xlabel="variance of log r", ylabel="|mean gate - gate of mean|")
+        upper.legend(fontsize=7), lower.legend(fontsize=7)
     return figure
 
 
-def show(plan: Plan, names: Sequence[str], store: Store, folder: Path) -> None:
-    """Writes tables.md and a figure for each study, and prints the tables."""
+def show(plan: Plan, store: Store, folder: Path) -> None:
+    """Writes tables.md and a figure for each study that has results, and prints the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     hours = sum(row["seconds"] for row in store.rows.values()) / 3600
     parts = [
@@ -256,11 +245,20 @@ def show(plan: Plan, names: Sequence[str], store: Store, folder: Path) -> None:
         f"[../results.md](../results.md) says what they mean. {len(store.rows)} runs, {hours:.1f} hours of one "
         "core in training steps. Differences in bold have an interval without 0.\n"
     ]
-    for name in names:
+    for name in plan.studies:
         found = results(plan, name, store)
         if any(result.rows for result in found):
             curves(found, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
             parts += [f"## {name}: {plan.studies[name].title}\n", f"![{name}]({name}.png)\n"]
             parts += [table(plan, name, found) + "\n", assumptions(found) + "\n"]
+    groups = {
+        name: result
+        for name in ("methods", "mixture")
+        if name in plan.studies
+        for result in results(plan, name, store)
+        if result.arm.options == ("sapo", "4-updates", "lr-3e-5") and result.rows
+    }
+    if groups:
+        ratios(groups).savefig(folder / "ratios.png", dpi=100)
     (folder / "tables.md").write_text("\n".join(parts))
     print("\n".join(parts))

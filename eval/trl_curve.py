@@ -1,4 +1,4 @@
-"""The stability study's task under TRL's GRPOTrainer with its SAPO loss, and whether one update of it is ours.
+"""The stability study's task under TRL's GRPOTrainer with its SAPO loss, and whether its update is ours.
 
     python eval/trl_curve.py train --seed 1 --results docs/stability/trl.json
     python eval/trl_curve.py update

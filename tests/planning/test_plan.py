@@ -278,7 +278,9 @@ def test_a_folder_without_a_config_is_named(tmp_path):
 
 
 SHIPPED = sorted(
-    path.stem for path in shipped("configs").glob("*.yaml") if path.stem not in ("quickstart", "cold_start")
+    path.stem
+    for path in shipped("configs").glob("*.yaml")
+    if path.stem not in ("quickstart", "cold_start", "shapes_hard")
 )
 CARD = re.compile(r"_((?:\d+x)?\d+x\d+gb)$")
 
