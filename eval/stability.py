@@ -25,7 +25,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path) -> None:
-    """Trains what is not in the store, seed by seed so that an early look sees all arms."""
+    """Trains what is not in the store, seed by seed so that an early look sees all arms. An interruption
+    reaches the runs under way, which leave checkpoints."""
     from vlm_sapo.reporting.console import Console
 
     runs = {run.key: run for name in names for arm in plan.arms(name) for run in arm.runs(plan.config)}
@@ -292,24 +293,37 @@ def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int,
     console = Console()
     console.say(f"{len(runs)} runs in {', '.join(names)}; {len(runs) - len(missing)} are there already")
     context = multiprocessing.get_context("spawn")
+    queue, under_way = iter(missing), {}
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         console.progress("study", len(missing)) as show,
+        storing(store, under_way),
     ):
-        waiting = {pool.submit(train_one, run, folder / run.key): run for run in missing}
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                run, row = waiting[future], future.result()
-                store.add(row)
-                last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
-                told = f"{last:.3f} after {row['seconds']:.0f} s: {' '.join(run.overrides[1:])}"
-                show(done, told)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            for future in waiting:  # what was under way and came to its end
-                if not future.cancelled() and future.exception() is None:
-                    store.add(future.result())
-            raise
+        for run in itertools.islice(
+            queue, workers
+        ):  # no more than that, or an interruption would begin others
+            under_way[pool.submit(train_one, run, folder / run.key)] = run
+        for done in range(1, len(missing) + 1):
+            future = next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
+            row = future.result()
+            store.add(row)
+            run = under_way.pop(future)
+            for further in itertools.islice(queue, 1):
+                under_way[pool.submit(train_one, further, folder / further.key)] = further
+            last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
+            show(done, f"{last:.3f} after {row['seconds']:.0f} s: {' '.join(run.overrides[1:])}")
+
+
+@contextlib.contextmanager
+def storing(store: Store, under_way: dict[Future, Run]) -> Iterator[None]:
+    """Where the block fails or is interrupted, keeps what is still brought to its end."""
+    try:
+        yield
+    except BaseException:
+        for future in as_completed(under_way):
+            if future.exception() is None:
+                store.add(future.result())
+        raise
 
 
 def main() -> None:
@@ -339,7 +353,10 @@ def main() -> None:
                 raise SystemExit(
                     f"another study is being run in {args.folder}; wait for it, or give --folder"
                 ) from None
-            run_studies(plan, names, store, workers=args.workers, folder=args.folder)
+            try:
+                run_studies(plan, names, store, workers=args.workers, folder=args.folder)
+            except KeyboardInterrupt:
+                raise SystemExit("stopped; the same command goes on") from None
     from vlm_sapo.plugins import resolve
 
     show = resolve(f"{HERE}/stability_results.py:show", field="show")

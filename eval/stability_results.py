@@ -9,6 +9,7 @@ Intervals are 95 % percentile bootstraps over seeds; differences are paired by s
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 COLLAPSE = 0.7
 WINDOW = 5
 RESAMPLES = 10_000
+FEWEST = 3
+"""Seeds from which a difference may be more than a tie."""
 Interval = tuple[float, float, float]
 """Mean, low, high."""
 
@@ -94,12 +97,12 @@ def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
     against = plan.studies[name].against
     by_options = {result.arm.options: result for result in found}
     lines = [
-        f"| arm | seeds | last | best | area | collapsed | last, less `{against}`'s | ahead |",
+        f"| arm | seeds | last | best | area | collapsed | last, and area, less `{against}`'s | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in found:
         if not result.rows:
-            lines.append(f"| {' '.join(result.arm.options)} | 0 | | | | | | |")
+            lines.append(f"| {' '.join(result.arm.options)} | 0 |  |  |  |  |  |  |")
             continue
         measures = result.measures
         cells = [
@@ -109,8 +112,10 @@ def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
         gone = f"{len(steps)} of {len(measures)}" + (f" (step {steps[len(steps) // 2]})" if steps else "")
         other = by_options.get((against, *result.arm.options[1:]))
         differs = other is not None and other is not result
-        difference = _difference(measures, other.measures) if differs else " | "
-        told = [" ".join(result.arm.options), len(measures), *cells, gone if steps else 0, difference]
+        differences = [
+            _difference(measures, other.measures, key) if differs else "" for key in ("last", "area")
+        ]
+        told = [" ".join(result.arm.options), len(measures), *cells, gone if steps else 0, *differences]
         lines.append(f"| {' | '.join(map(str, told))} |")
     return "\n".join(lines)
 
@@ -120,15 +125,16 @@ def _interval(values: Sequence[float]) -> str:
     return f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _difference(one: dict[int, Measures], other: dict[int, Measures]) -> str:
-    """Of `last`, over the seeds that both have; in bold where the interval leaves 0 out."""
-    gains = [one[seed].last - other[seed].last for seed in one if seed in other]
+def _difference(one: dict[int, Measures], other: dict[int, Measures], key: str) -> str:
+    """Of a measure, over the seeds that both have, and at how many of them `one` is ahead; in bold where the
+    interval of at least FEWEST seeds leaves 0 out."""
+    gains = [getattr(one[seed], key) - getattr(other[seed], key) for seed in one if seed in other]
     if not gains:
-        return " | "
+        return ""
     mean, low, high = interval(gains)
     text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    text = f"**{text}**" if low > 0 or high < 0 else text
-    return f"{text} | {sum(gain > 0 for gain in gains)} of {len(gains)}"
+    text = f"**{text}**" if len(gains) >= FEWEST and (low > 0 or high < 0) else text
+    return f"{text}, {sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
 def curves(found: Sequence[Result], title: str) -> Figure:
@@ -165,8 +171,8 @@ def curves(found: Sequence[Result], title: str) -> Figure:
 
 
 def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """So many panels, four in a row."""
-    columns = min(count, 4)
+    """So many panels, five in a row."""
+    columns = min(count, 5)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(2.9 * columns + 1.4, 2.6 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
@@ -228,12 +234,43 @@ def ratios(groups: dict[str, Result]) -> Figure:
         points = [point for row in rows for cloud in row["clouds"][1:] for point in cloud]
         variance, deviation, factor = np.array(points).T
         order = np.argsort(variance)
-        lower.plot(variance, np.maximum(deviation, 1e-9), ".", ms=2, alpha=0.4, label="responses")
-        lower.plot(variance[order], (factor * variance)[order], "k-", lw=0.8, label="tau²/4 variance")
+        lower.plot(variance[order], (factor * variance)[order], "k-", lw=0.8, label="bound: tau²/4 variance")
+        lower.plot(variance, np.maximum(deviation, 1e-9), ".", ms=3, alpha=0.6, label="responses")
         lower.axvline(0.02, color="grey", lw=0.8, ls=":")
-        lower.set(xscale="log", yscale="log", xlabel="variance of log r", ylabel="|mean gate - gate of mean|")
+        lower.set(
+            xscale="log",
+            yscale="log",
+            xlabel="variance of log r",
+            ylabel="|mean gate - gate of mean|",
+            title=name,
+        )
         upper.legend(fontsize=7), lower.legend(fontsize=7)
     return figure
+
+
+def beside_trl(ours: Result, theirs: list[dict[str, Any]]) -> tuple[Figure, str]:
+    """The learning curves of the same task under TRL and here, and a Markdown table with the times."""
+    figure = Figure(figsize=(4.6, 3), layout="constrained")
+    axis = figure.subplots()
+    lines = ["| trainer | seeds | last | area | seconds a run |", "| --- | --- | --- | --- | --- |"]
+    for name, rows, color in (("vlm_sapo", list(ours.rows.values()), "C0"), ("TRL", theirs, "C1")):
+        for row in rows:
+            axis.plot(*zip(*row["evaluations"], strict=True), color=color, lw=0.5, alpha=0.5)
+        steps = [step for step, _ in rows[0]["evaluations"]]
+        rates = np.array([[rate for _, rate in row["evaluations"]] for row in rows])
+        axis.plot(steps, rates.mean(0), color=color, lw=2, label=name)
+        areas = [np.trapezoid(row, steps) / steps[-1] for row in rates]
+        seconds = np.mean([row["seconds"] for row in rows])
+        cells = [name, len(rows), _interval(rates[:, -1]), _interval(areas), f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    axis.set(xlabel="step", ylabel="held-out pass@1", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure, "\n".join(lines)
+
+
+BASE = ("sapo", "4-updates", "lr-3e-5")
+"""The arm that is looked at closely, and set beside TRL's."""
 
 
 def show(plan: Plan, store: Store, folder: Path) -> None:
@@ -242,8 +279,8 @@ def show(plan: Plan, store: Store, folder: Path) -> None:
     hours = sum(row["seconds"] for row in store.rows.values()) / 3600
     parts = [
         "# Tables of the stability study\n\nWritten by `python eval/stability.py show`; "
-        f"[../results.md](../results.md) says what they mean. {len(store.rows)} runs, {hours:.1f} hours of one "
-        "core in training steps. Differences in bold have an interval without 0.\n"
+        f"[../results.md](../results.md) says what they mean. {len(store.rows)} runs, {hours:.1f} hours of "
+        "one core in training steps. Differences in bold have an interval without 0.\n"
     ]
     for name in plan.studies:
         found = results(plan, name, store)
@@ -256,9 +293,14 @@ def show(plan: Plan, store: Store, folder: Path) -> None:
         for name in ("methods", "mixture")
         if name in plan.studies
         for result in results(plan, name, store)
-        if result.arm.options == ("sapo", "4-updates", "lr-3e-5") and result.rows
+        if result.arm.options == BASE and result.rows
     }
     if groups:
         ratios(groups).savefig(folder / "ratios.png", dpi=100)
+    path = folder / "trl.json"
+    if "methods" in groups and path.is_file():
+        figure, text = beside_trl(groups["methods"], json.loads(path.read_text()))
+        figure.savefig(folder / "trl.png", dpi=100)
+        parts += ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
     (folder / "tables.md").write_text("\n".join(parts))
     print("\n".join(parts))

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("docs/stability/trl.json"))
     parser.add_argument("overrides", nargs="*", help="of the config, as for vlm-sapo train")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     config = load_config(CONFIG, "data.limit=2048", *args.overrides)
     if args.verb == "update":

@@ -93,7 +93,8 @@ def test_intervals():
 
 def test_differences_are_paired_by_seed_and_ties_are_not_bold():
     plan = PLAN.model_copy(update={"seeds": [1, 2, 3]})
-    sapo, grpo, gspo = plan.arms("methods")[:3]
+    arms = {arm.options: arm for arm in plan.arms("methods")}
+    sapo, grpo, gspo = (arms[name, "4-updates", "lr-3e-5"] for name in ("sapo", "grpo", "gspo"))
     levels = {1: 0.2, 2: 0.5, 3: 0.8}  # seeds differ far more than methods
 
     def rows(gains):
@@ -108,7 +109,7 @@ def test_differences_are_paired_by_seed_and_ties_are_not_bold():
     ]
     lines = table(plan, "methods", found).splitlines()[2:]
     assert lines[0].endswith("| 0 |  |  |")
-    assert re.search(r"\*\*\+0\.013 \(\+0\.010 to \+0\.020\)\*\* \| 3 of 3", lines[1])
+    assert re.search(r"\| \*\*\+0\.013 \(\+0\.010 to \+0\.020\)\*\*, 3 of 3 \| \*\*\+0\.007 ", lines[1])
     assert "**" not in lines[2] and "2 of 3" in lines[2]
 
 
