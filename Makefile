@@ -84,28 +84,30 @@ bench-gpu: setup .venv-trl/installed
 
 # Makes the starting points of the study again, data/shapes/hard_dense and hard_moe (about 10 minutes on two cores):
 # demonstrations that all look, ended early, then some of which four in five guess.
-HARD := data.args.level=hard eval.data.args.level=hard rollout.max_tokens=96
+HARD := run.overwrite=true data.args.level=hard eval.data.args.level=hard rollout.max_tokens=96
 study-coldstart: setup
 	$(BIN)/vlm-sapo new-model runs/hard_dense --family qwen3_vl --corpus data/shapes.py:hard_corpus
 	$(BIN)/vlm-sapo new-model runs/hard_moe --family qwen3_vl_moe --corpus data/shapes.py:hard_corpus
 	$(BIN)/vlm-sapo sft cold_start run.name=hard_dense_look model.path=runs/hard_dense train.steps=650 data.args.look_share=1.0 $(HARD)
 	$(BIN)/vlm-sapo sft cold_start run.name=hard_moe_look model.path=runs/hard_moe train.steps=800 data.args.look_share=1.0 $(HARD)
-	for kind in dense moe; do $(BIN)/vlm-sapo sft cold_start run.name=hard_$${kind}_start model.path=runs/hard_$${kind}_look/final \
-		train.steps=150 train.lr=3e-4 data.args.look_share=0.2 $(HARD) || exit 1; \
-		rm -rf data/shapes/hard_$$kind && cp -r runs/hard_$${kind}_start/final data/shapes/hard_$$kind; done
+	for kind in dense moe; do \
+		$(BIN)/vlm-sapo sft cold_start run.name=hard_$${kind}_start model.path=runs/hard_$${kind}_look/final \
+			train.steps=150 train.lr=3e-4 data.args.look_share=0.2 $(HARD) && rm -rf data/shapes/hard_$$kind \
+			&& cp -r runs/hard_$${kind}_start/final data/shapes/hard_$$kind || exit 1; done
 
 # Methods compared on tiny models, with seeds: what isn't in docs/stability/runs.json yet, then tables and figures.
 study: setup
 	$(BIN)/python eval/stability.py run
 
-# A part of it, in minutes.
+# A part of it, anew, in minutes; what it finds goes to runs/.
 study-quick: setup
-	$(BIN)/python eval/stability.py run quick
+	$(BIN)/python eval/stability.py run quick --results runs/study_quick
 
-# The same task under TRL, and one of its updates beside ours.
+# The same task under TRL, and one of its rollout batches under both.
 study-trl: .venv-trl/installed
 	.venv-trl/bin/python eval/trl_curve.py update
-	for seed in 1 2 3 4 5; do .venv-trl/bin/python eval/trl_curve.py train --seed $$seed || exit 1; done
+	.venv-trl/bin/python eval/trl_curve.py train --seeds 1 2 3 4 5
+	$(BIN)/python eval/stability.py show
 
 clean:
 	rm -rf .venv .venv-trl .venv-vllm .venv-gpu runs dist build

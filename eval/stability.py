@@ -8,7 +8,7 @@
 A study is a table of arms in the YAML file; an arm is a model and overrides of a config, and each seed of it
 is an ordinary `vlm-sapo train`. Arms that come to the same config are trained once. Results are added to
 docs/stability/runs.json as they come, so that the same command goes on after an interruption; a result
-counts for a config and the weights it began with, and for no other.
+counts for a config and the model it began with, and for no other. Code is not looked at: --again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from vlm_sapo.plugins import locate, resolve
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs/stability"
@@ -42,7 +46,7 @@ SERIES = {
     "tokens": "response/tokens",
 }
 """Kept of every step, by our name."""
-BY_MINIBATCH = (
+BY_UPDATE = (
     "effective_update",
     "abs_log_ratio_p50",
     "abs_log_ratio_p99",
@@ -57,7 +61,7 @@ BY_MINIBATCH = (
     "experts_changed",
     "grad_norm",
 )
-"""Kept as means over steps."""
+"""Kept by the number of the update in its step, as means over the steps that had so many."""
 CLOUD = 40
 """Sequences of each mini-batch number whose variance and gate deviation are kept."""
 
@@ -70,8 +74,8 @@ class Study(BaseModel):
     model: str
     arms: list[list[str | list[str]]]
     """Each entry is a product: an option's name, or several of which each is taken in turn."""
-    against: str
-    """The option whose arm each other one is compared with, first in the product."""
+    against: list[str]
+    """Options: an arm is compared with the one that has this option in the place of one of its own."""
     common: list[str] = []
     """Overrides of all its arms."""
     seeds: list[int] | None = None
@@ -95,7 +99,8 @@ class Plan(BaseModel):
                 raise ValueError(
                     f"studies.{name}.model ({study.model}) must be one of {', '.join(self.models)}"
                 )
-            named = {option for arm in study.arms for axis in arm for option in _axis(axis)} | {study.against}
+            named = {option for arm in study.arms for axis in arm for option in _axis(axis)}
+            named |= set(study.against)
             if unknown := named - self.options.keys():
                 raise ValueError(f"studies.{name} names options that are none: {', '.join(sorted(unknown))}")
         return self
@@ -136,16 +141,16 @@ class Run:
     overrides: list[str]
     seed: int
     key: str = field(default="", compare=False)
-    """What the result depends on: the whole config and the first weights, as a checksum."""
+    """Checksum of the config and of the model that it begins with. Code is not in it."""
 
     def __post_init__(self) -> None:
         from vlm_sapo import load_config
-        from vlm_sapo.plugins import locate
 
         config = load_config(self.config, *self.overrides)
-        text = config.model_dump_json(exclude={"run": {"name", "dir"}, "log": True, "checkpoint": True})
-        weights = (Path(locate(config.model.path)) / "model.safetensors").read_bytes()
-        object.__setattr__(self, "key", hashlib.sha256(text.encode() + weights).hexdigest()[:12])
+        beside = {"run": {"name", "dir"}, "log": True, "checkpoint": True}
+        text = config.model_dump_json(exclude=beside, exclude_defaults=True)  # new fields change no key
+        model = (path.read_bytes() for path in sorted(locate(config.model.path).iterdir()))
+        object.__setattr__(self, "key", hashlib.sha256(b"".join([text.encode(), *model])).hexdigest()[:12])
 
 
 def _axis(axis: str | Sequence[str]) -> list[str]:
@@ -188,7 +193,7 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(run.config, *run.overrides, f"run.dir={folder}")
     stopped = None
-    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), alone(log):
         try:
             train(config)
         except NumbersError as error:
@@ -196,11 +201,18 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc(file=log)
             raise
-    row = gather(run, folder, steps=config.train.steps) | ({"stopped": stopped} if stopped else {})
-    for name in ("final", "checkpoints", "evaluations", "traces.jsonl", "pictures"):
-        path = folder / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    return row
+    return gather(run, folder, steps=config.train.steps) | ({"stopped": stopped} if stopped else {})
+
+
+@contextlib.contextmanager
+def alone(file: IO) -> Iterator[None]:
+    """Holds the file's lock. Raises SystemExit where another process has it: two that write the same files
+    would spoil both."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another study has {file.name}; wait for it, or end it") from None
+    yield
 
 
 def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
@@ -208,10 +220,10 @@ def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
     metrics, evaluations, histograms = (
         _lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "histograms")
     )
-    count = 1 + max(
-        (int(key[9:].partition("/")[0]) for row in metrics for key in row if key[:9] == "minibatch"),
-        default=-1,
-    )
+    updates = [
+        sum(re.fullmatch(r"minibatch\d+/grad_norm", key) is not None for key in line) for line in metrics
+    ]
+    count = max(updates, default=0)
     row: dict[str, Any] = {
         "key": run.key,
         "model": run.model,
@@ -219,43 +231,34 @@ def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
         "overrides": run.overrides,
         "date": time.strftime("%Y-%m-%d"),
         "steps": steps,
+        "updates": sum(updates),
         "seconds": round(sum(line["time/step"] for line in metrics), 1),
         "evaluations": [[line["step"], _short(line["pass@1"])] for line in evaluations],
         "kinds": by_kind(folder / "evaluations"),
         "series": {name: [_short(line.get(key)) for line in metrics] for name, key in SERIES.items()},
         "minibatches": {
             name: [_mean(line.get(f"minibatch{place}/{name}") for line in metrics) for place in range(count)]
-            for name in BY_MINIBATCH
+            for name in BY_UPDATE
             if any(f"minibatch{place}/{name}" in line for line in metrics for place in range(count))
         },
     }
+    row["minibatches"]["steps"] = [sum(place < number for number in updates) for place in range(count)]
     if 1 < count <= 4:
-        row["log_ratio"] = [
-            _added(line["minibatches"], place) for place, line in _by_place(histograms, count)
+        told = [
+            [line["minibatches"][place] for line in histograms if place < len(line["minibatches"])]
+            for place in range(count)
         ]
-        row["clouds"] = [cloud(histograms, place) for place in range(count)]
+        row["log_ratio"] = [
+            [sum(bin_) for bin_ in zip(*(line["log_ratio"] for line in lines), strict=True)] for lines in told
+        ]
+        row["clouds"] = [cloud(lines) for lines in told]
     return row
 
 
-def _by_place(histograms: list[dict], count: int) -> Iterator[tuple[int, dict]]:
-    for place in range(count):
-        chosen = [line["minibatches"][place] for line in histograms if len(line["minibatches"]) == count]
-        yield place, {"minibatches": chosen}
-
-
-def _added(lines: list[dict], place: int) -> list[int]:
-    return [sum(column) for column in zip(*(line["log_ratio"] for line in lines), strict=True)]
-
-
-def cloud(histograms: list[dict], place: int) -> list[list[float]]:
-    """Variance of log r, gate deviation and tau^2/4 of some sequences of one mini-batch number, evenly over
-    the steps; empty where the objective has no gate."""
-    found = [
-        sequence
-        for line in histograms
-        if place < len(line["minibatches"])
-        for sequence in line["minibatches"][place].get("sequences", [])
-    ]
+def cloud(lines: list[dict]) -> list[list[float]]:
+    """Variance of log r, gate deviation and tau^2/4 of some sequences, evenly over the steps; empty where the
+    objective has no gate."""
+    found = [sequence for line in lines for sequence in line.get("sequences", [])]
     return [[float(f"{value:.3g}") for value in item] for item in found[:: max(1, len(found) // CLOUD)]][
         :CLOUD
     ]
@@ -283,9 +286,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return _short(sum(there) / len(there)) if there else None
 
 
-def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path) -> None:
+def run_studies(
+    plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path, keep: bool = False
+) -> None:
     """Trains what is not in the store, seed by seed so that an early look sees all arms. An interruption
-    reaches the runs under way, which leave checkpoints."""
+    reaches the runs under way, which leave checkpoints; with `keep` all folders stay."""
     from vlm_sapo.reporting.console import Console
 
     runs = {run.key: run for name in names for arm in plan.arms(name) for run in arm.runs(plan.config)}
@@ -308,6 +313,8 @@ def run_studies(plan: Plan, names: Sequence[str], store: Store, *, workers: int,
             row = future.result()
             store.add(row)
             run = under_way.pop(future)
+            if not keep:
+                shutil.rmtree(folder / run.key)
             for further in itertools.islice(queue, 1):
                 under_way[pool.submit(train_one, further, folder / further.key)] = further
             last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
@@ -337,30 +344,36 @@ def main() -> None:
         "--results", type=Path, default=RESULTS, help="folder of runs.json, tables and figures"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="where runs are made")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--keep", action="store_true", help="keep the runs' folders, for vlm-sapo report")
+    parser.add_argument(
+        "--again", action="store_true", help="train what is there already, too: after a change of code"
+    )
     args = parser.parse_args()
-    plan, store = read_plan(args.plan), Store(args.results / "runs.json")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plan = read_plan(args.plan)
     if unknown := set(args.studies) - plan.studies.keys():
         raise SystemExit(f"studies ({', '.join(sorted(unknown))}) must be of {', '.join(plan.studies)}")
-    names = args.studies or list(plan.studies)
+    args.results.mkdir(parents=True, exist_ok=True)
+    results = args.results / "runs.json"
     if args.verb == "run":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        args.folder.mkdir(parents=True, exist_ok=True)
-        with (args.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SystemExit(
-                    f"another study is being run in {args.folder}; wait for it, or give --folder"
-                ) from None
-            try:
-                run_studies(plan, names, store, workers=args.workers, folder=args.folder)
-            except KeyboardInterrupt:
-                raise SystemExit("stopped; the same command goes on") from None
-    from vlm_sapo.plugins import resolve
-
+        with results.with_suffix(".lock").open("w") as lock, alone(lock):
+            run(plan, args.studies or list(plan.studies), Store(results), args)
     show = resolve(f"{HERE}/stability_results.py:show", field="show")
-    show(plan, store, args.results)
+    show(plan, Store(results), args.results)
+
+
+def run(plan: Plan, names: Sequence[str], store: Store, args: argparse.Namespace) -> None:
+    """The verb `run`."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.again:
+        for key in {run.key for name in names for arm in plan.arms(name) for run in arm.runs(plan.config)}:
+            store.rows.pop(key, None)
+            shutil.rmtree(args.folder / key, ignore_errors=True)
+    try:
+        run_studies(plan, names, store, workers=args.workers, folder=args.folder, keep=args.keep)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Measures of the stability study's runs, tables with intervals over seeds, and figures.
 
-Definitions, fixed before the runs: pass@1 is the held-out rate over 16 samples a problem. `last` is that of
+Definitions: pass@1 is the held-out rate over 16 samples a problem. `last` is that of
 the last evaluation, `best` that of the best, `area` the mean height of the curve between first and last step.
 A run has collapsed at the first step at which the mean training accuracy of the last 5 steps is under
-COLLAPSE of the best such mean before; or where its numbers were none any more, after which all counts as 0.
-Intervals are 95 % percentile bootstraps over seeds; differences are paired by seed.
+COLLAPSE of the best such mean before; or where its numbers were none any more, up to which pass@1 stays what
+it was, and is 0 from there on. Intervals are 95 % percentile bootstraps over seeds. Differences are paired by
+seed; one whose paired t interval holds 0 is a tie.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 if TYPE_CHECKING:
     from eval.stability import Arm, Plan, Store
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
 COLLAPSE = 0.7
 WINDOW = 5
 RESAMPLES = 10_000
-FEWEST = 3
-"""Seeds from which a difference may be more than a tie."""
 Interval = tuple[float, float, float]
 """Mean, low, high."""
 
@@ -45,19 +46,27 @@ class Measures:
 
 def measure(row: dict[str, Any]) -> Measures:
     """The measures of a result."""
-    steps, rates = map(list, zip(*row["evaluations"], strict=True))
-    done = len(row["series"]["accuracy"])
-    if row.get("stopped"):
-        steps, rates = [*steps, done + 1, row["steps"] + 1], [*rates, 0.0, 0.0]
+    steps, rates = curve(row)
     area = np.trapezoid(rates, steps) / (steps[-1] - steps[0])
     collapsed = collapse(row["series"]["accuracy"])
     if collapsed is None and row.get("stopped"):
-        collapsed = done + 1
+        collapsed = len(row["series"]["accuracy"]) + 1
     return Measures(float(rates[-1]), float(max(rates)), float(area), collapsed)
+
+
+def curve(row: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Steps and held-out pass@1, 0 from where the numbers ended to the planned last step."""
+    steps, rates = map(list, zip(*row["evaluations"], strict=True))
+    if row.get("stopped"):
+        done = len(row["series"]["accuracy"])
+        steps, rates = [*steps, done, done, row["steps"]], [*rates, rates[-1], 0.0, 0.0]
+    return steps, rates
 
 
 def collapse(accuracy: Sequence[float]) -> int | None:
     """The first step (from 1) at which the last WINDOW steps' mean is under COLLAPSE of the best before."""
+    if len(accuracy) < WINDOW:
+        return None
     means = np.convolve(accuracy, np.full(WINDOW, 1 / WINDOW), "valid")
     low = np.flatnonzero(means < COLLAPSE * np.maximum.accumulate(means))
     return int(low[0]) + WINDOW if len(low) else None
@@ -93,31 +102,36 @@ def results(plan: Plan, name: str, store: Store) -> list[Result]:
 
 
 def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
-    """Markdown: each arm's measures, and the difference of `last` to its counterpart."""
+    """Markdown: each arm's measures, and the differences to its counterparts."""
     against = plan.studies[name].against
     by_options = {result.arm.options: result for result in found}
-    lines = [
-        f"| arm | seeds | last | best | area | collapsed | last, and area, less `{against}`'s | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for result in found:
-        if not result.rows:
-            lines.append(f"| {' '.join(result.arm.options)} | 0 |  |  |  |  |  |  |")
-            continue
+    head = ["arm", "seeds", "updates", "last", "best", "area", "collapsed"]
+    head += [f"{key}, less `{option}`'s" for option in against for key in ("last", "area")]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for result in (result for result in found if result.rows):
         measures = result.measures
-        cells = [
-            _interval([getattr(item, key) for item in measures.values()]) for key in ("last", "best", "area")
-        ]
+        values = [[getattr(item, key) for item in measures.values()] for key in ("last", "best", "area")]
         steps = sorted(item.collapsed for item in measures.values() if item.collapsed is not None)
-        gone = f"{len(steps)} of {len(measures)}" + (f" (step {steps[len(steps) // 2]})" if steps else "")
-        other = by_options.get((against, *result.arm.options[1:]))
-        differs = other is not None and other is not result
-        differences = [
-            _difference(measures, other.measures, key) if differs else "" for key in ("last", "area")
-        ]
-        told = [" ".join(result.arm.options), len(measures), *cells, gone if steps else 0, *differences]
-        lines.append(f"| {' | '.join(map(str, told))} |")
+        cells = [" ".join(result.arm.options), str(len(measures))]
+        cells += [f"{np.mean([row['updates'] for row in result.rows.values()]):.0f}", *map(_interval, values)]
+        cells.append(f"{len(steps)}, at step {', '.join(map(str, steps))}" if steps else "0")
+        for option in against:
+            other = counterpart(result.arm.options, option, by_options)
+            cells += [_difference(measures, other, key) for key in ("last", "area")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def counterpart(
+    options: tuple[str, ...], option: str, by_options: dict[tuple[str, ...], Result]
+) -> dict[int, Measures]:
+    """The measures of the arm that has `option` in the place of one of these options, and is alike else;
+    nothing where there is no such arm."""
+    for place in range(len(options)):
+        other = (*options[:place], option, *options[place + 1 :])
+        if other in by_options and option not in options:
+            return by_options[other].measures
+    return {}
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -126,15 +140,36 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def _difference(one: dict[int, Measures], other: dict[int, Measures], key: str) -> str:
-    """Of a measure, over the seeds that both have, and at how many of them `one` is ahead; in bold where the
-    interval of at least FEWEST seeds leaves 0 out."""
+    """Of a measure, over the seeds that both have, and at how many of them `one` is ahead; in bold where it
+    is no tie."""
     gains = [getattr(one[seed], key) - getattr(other[seed], key) for seed in one if seed in other]
     if not gains:
         return ""
     mean, low, high = interval(gains)
     text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    text = f"**{text}**" if len(gains) >= FEWEST and (low > 0 or high < 0) else text
+    text = text if tied(gains) else f"**{text}**"
     return f"{text}, {sum(gain > 0 for gain in gains)} of {len(gains)}"
+
+
+def tied(gains: Sequence[float]) -> bool:
+    """Whether the 95 % t interval of the mean holds 0. A percentile bootstrap of five seeds would call 16 %
+    of ties a difference, the t interval 5 %."""
+    if len(gains) < 2:
+        return True
+    reach = stats.t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5
+    return bool(abs(np.mean(gains)) <= reach)
+
+
+def kinds(found: Sequence[Result]) -> str:
+    """Markdown: pass@1 at the end by kind of question."""
+    names = sorted({kind for result in found for row in result.rows.values() for kind in row["kinds"]})
+    lines = [f"| arm | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    for result in (result for result in found if result.rows):
+        rows = [row["kinds"] for row in result.rows.values()]
+        by_kind = [[row[name] for row in rows if name in row] for name in names]
+        cells = [_interval(values) if values else "" for values in by_kind]
+        lines.append(f"| {' '.join(result.arm.options)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def curves(found: Sequence[Result], title: str) -> Figure:
@@ -149,15 +184,7 @@ def curves(found: Sequence[Result], title: str) -> Figure:
         for result in (result for result in found if result.arm.options[1:] == panel):
             place = firsts.index(result.arm.options[0])
             color, style = f"C{place % 10}", "-" if place < 10 else "--"
-            rows = list(result.rows.values())
-            for row in rows:
-                axis.plot(*zip(*row["evaluations"], strict=True), color=color, lw=0.5, alpha=0.4)
-            whole = [
-                row for row in rows if len(row["evaluations"]) == max(len(r["evaluations"]) for r in rows)
-            ]
-            steps = [step for step, _ in whole[0]["evaluations"]]
-            mean = np.mean([[rate for _, rate in row["evaluations"]] for row in whole], axis=0)
-            axis.plot(steps, mean, color=color, ls=style, lw=2, label=result.arm.options[0])
+            draw(axis, list(result.rows.values()), result.arm.options[0], color=color, ls=style)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylim(0, 1)
     axes[0].set_ylabel("held-out pass@1", fontsize=8)
@@ -168,6 +195,15 @@ def curves(found: Sequence[Result], title: str) -> Figure:
     }
     figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
     return figure
+
+
+def draw(axis: Axes, rows: Sequence[dict[str, Any]], label: str, **style: Any) -> None:
+    """Thin lines for runs and a thick one for their mean at the evaluations of the longest."""
+    for row in rows:
+        axis.plot(*curve(row), lw=0.5, alpha=0.4, **style)
+    steps = max((curve(row)[0] for row in rows), key=len)
+    mean = np.mean([np.interp(steps, *curve(row)) for row in rows], axis=0)
+    axis.plot(steps, mean, lw=2, label=label, **style)
 
 
 def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -201,20 +237,27 @@ ASSUMED = (
 
 
 def assumptions(found: Sequence[Result]) -> str:
-    """Markdown: what the updates saw by mini-batch, means over steps and seeds."""
-    lines = ["| arm | mini-batch | " + " | ".join(ASSUMED) + " |", "| --- " * (2 + len(ASSUMED)) + "|"]
+    """Markdown: what the updates saw by their number in the step, means over steps and seeds. Groups without
+    variance make no update, so a step has fewer than its mini-batches where these are small; numbers that
+    under half of the steps have are left out."""
+    lines = ["| arm | update | " + " | ".join(ASSUMED) + " |", "| --- " * (2 + len(ASSUMED)) + "|"]
     for result in (result for result in found if result.rows):
         rows = [row["minibatches"] for row in result.rows.values()]
-        count = max(len(values) for row in rows for values in row.values())
-        for place in sorted({0, 1, count // 2, count - 1}):
+        half = sum(len(row["series"]["accuracy"]) for row in result.rows.values()) / 2
+        counts = [
+            sum(column) for column in itertools.zip_longest(*(row["steps"] for row in rows), fillvalue=0)
+        ]
+        last = max((place for place, count in enumerate(counts) if count >= half), default=0)
+        for place in sorted({0, min(1, last), last // 2, last}):
             cells = [_typical(rows, name, place) for name in ASSUMED]
-            lines.append(f"| {' '.join(result.arm.options)} | {place + 1} of {count} | {' | '.join(cells)} |")
+            lines.append(f"| {' '.join(result.arm.options)} | {place + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _typical(rows: Sequence[dict[str, list]], name: str, place: int) -> str:
-    values = [row[name][place] for row in rows if name in row and row[name][place] is not None]
-    return f"{np.mean(values):.3g}" if values else ""
+    there = [row for row in rows if place < len(row.get(name, ())) and row[name][place] is not None]
+    weights = [row["steps"][place] for row in there]
+    return f"{np.average([row[name][place] for row in there], weights=weights):.3g}" if there else ""
 
 
 def ratios(groups: dict[str, Result]) -> Figure:
@@ -229,7 +272,7 @@ def ratios(groups: dict[str, Result]) -> Figure:
         for place in range(len(rows[0]["log_ratio"])):
             counts = np.sum([row["log_ratio"][place] for row in rows if row["log_ratio"][place]], axis=0)
             share = (counts[middle + 1 :] + counts[:middle][::-1]) / counts.sum()
-            upper.step(DECADES, share, where="post", label=f"mini-batch {place + 1}")
+            upper.step(DECADES, share, where="post", label=f"update {place + 1}")
         upper.set(xscale="log", title=name, xlabel="|log r|", ylabel="share of tokens")
         points = [point for row in rows for cloud in row["clouds"][1:] for point in cloud]
         variance, deviation, factor = np.array(points).T
@@ -249,20 +292,15 @@ def ratios(groups: dict[str, Result]) -> Figure:
 
 
 def beside_trl(ours: Result, theirs: list[dict[str, Any]]) -> tuple[Figure, str]:
-    """The learning curves of the same task under TRL and here, and a Markdown table with the times."""
+    """The learning curves of the same task under TRL and here, and a Markdown table."""
     figure = Figure(figsize=(4.6, 3), layout="constrained")
     axis = figure.subplots()
-    lines = ["| trainer | seeds | last | area | seconds a run |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| trainer | seeds | last | area |", "| --- | --- | --- | --- |"]
     for name, rows, color in (("vlm_sapo", list(ours.rows.values()), "C0"), ("TRL", theirs, "C1")):
-        for row in rows:
-            axis.plot(*zip(*row["evaluations"], strict=True), color=color, lw=0.5, alpha=0.5)
-        steps = [step for step, _ in rows[0]["evaluations"]]
-        rates = np.array([[rate for _, rate in row["evaluations"]] for row in rows])
-        axis.plot(steps, rates.mean(0), color=color, lw=2, label=name)
-        areas = [np.trapezoid(row, steps) / steps[-1] for row in rates]
-        seconds = np.mean([row["seconds"] for row in rows])
-        cells = [name, len(rows), _interval(rates[:, -1]), _interval(areas), f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        draw(axis, rows, name, color=color)
+        lasts = [curve(row)[1][-1] for row in rows]
+        areas = [np.trapezoid(*reversed(curve(row))) / curve(row)[0][-1] for row in rows]
+        lines.append(f"| {name} | {len(rows)} | {_interval(lasts)} | {_interval(areas)} |")
     axis.set(xlabel="step", ylabel="held-out pass@1", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()
@@ -275,32 +313,42 @@ BASE = ("sapo", "4-updates", "lr-3e-5")
 
 def show(plan: Plan, store: Store, folder: Path) -> None:
     """Writes tables.md and a figure for each study that has results, and prints the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    hours = sum(row["seconds"] for row in store.rows.values()) / 3600
+    studies = {name: results(plan, name, store) for name in plan.studies}
+    planned = {
+        row["key"]: row for found in studies.values() for result in found for row in result.rows.values()
+    }
+    hours = sum(row["seconds"] for row in planned.values()) / 3600
     parts = [
         "# Tables of the stability study\n\nWritten by `python eval/stability.py show`; "
-        f"[../results.md](../results.md) says what they mean. {len(store.rows)} runs, {hours:.1f} hours of "
-        "one core in training steps. Differences in bold have an interval without 0.\n"
+        f"[../results.md](../results.md) says what they mean. {len(planned)} runs, {hours:.1f} hours of one "
+        "core in training steps. Differences in bold are no ties.\n"
     ]
-    for name in plan.studies:
-        found = results(plan, name, store)
+    for name, found in studies.items():
         if any(result.rows for result in found):
             curves(found, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
             parts += [f"## {name}: {plan.studies[name].title}\n", f"![{name}]({name}.png)\n"]
-            parts += [table(plan, name, found) + "\n", assumptions(found) + "\n"]
-    groups = {
-        name: result
-        for name in ("methods", "mixture")
-        if name in plan.studies
-        for result in results(plan, name, store)
+            parts += [table(plan, name, found) + "\n", assumptions(found) + "\n", kinds(found) + "\n"]
+    titles = {"methods": "dense", "mixture": "mixture of experts"}
+    close = {
+        title: result
+        for name, title in titles.items()
+        for result in studies.get(name, ())
         if result.arm.options == BASE and result.rows
     }
-    if groups:
-        ratios(groups).savefig(folder / "ratios.png", dpi=100)
+    if close:
+        ratios(close).savefig(folder / "ratios.png", dpi=100)
     path = folder / "trl.json"
-    if "methods" in groups and path.is_file():
-        figure, text = beside_trl(groups["methods"], json.loads(path.read_text()))
+    if "dense" in close and path.is_file():
+        figure, text = beside_trl(close["dense"], json.loads(path.read_text()))
         figure.savefig(folder / "trl.png", dpi=100)
         parts += ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
-    (folder / "tables.md").write_text("\n".join(parts))
+    if others := [row for key, row in store.rows.items() if key not in planned]:
+        parts += ["## Runs of no arm\n", "Trained, and left out of the plan afterwards.\n"]
+        parts += ["| model | seed | overrides | pass@1 |", "| --- | --- | --- | --- |"]
+        parts += [
+            f"| {row['model']} | {row['seed']} | {' '.join(row['overrides'][1:-1])} | "
+            f"{', '.join(f'{rate:.3f}' for _, rate in row['evaluations'])} |"
+            for row in others
+        ]
+    (folder / "tables.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))

@@ -1,12 +1,12 @@
 """The stability study's task under TRL's GRPOTrainer with its SAPO loss, and whether its update is ours.
 
-    python eval/trl_curve.py train --seed 1 --results docs/stability/trl.json
+    python eval/trl_curve.py train --seeds 1 2 3
     python eval/trl_curve.py update
 
 Both need an environment with TRL and this project (`make .venv-trl/installed`). `train` runs the steps
 of configs/shapes_hard.yaml with TRL's data order and draws, measures its models with our evaluation, and
-adds the result to the file. `update` lets TRL draw one rollout batch and make its updates, gives the same
-responses and advantages to our trainer, and prints how far gradients and weights lie apart.
+adds the results to docs/stability/trl.json. `update` lets TRL draw one rollout batch and make its updates,
+gives the same responses and advantages to our trainer, and prints how far gradients and weights lie apart.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.types import Example
 
 CONFIG = "shapes_hard"
+RESULTS = Path(__file__).resolve().parent.parent / "docs/stability/trl.json"
 COLUMNS = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -230,22 +231,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", choices=["train", "update"])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("docs/stability/trl.json"))
-    parser.add_argument("overrides", nargs="*", help="of the config, as for vlm-sapo train")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--override", action="append", default=[], help="of the config, as for vlm-sapo train"
+    )
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(CONFIG, "data.limit=2048", *args.overrides)
+    if args.verb == "train" and args.override and args.results == RESULTS:
+        parser.error(f"--override makes another task than the one in {RESULTS}; give --results")
+    config = load_config(CONFIG, *args.override)
     if args.verb == "update":
         print("\n".join(compare_updates(config)))
         return
     rows = json.loads(args.results.read_text()) if args.results.is_file() else []
-    row = train_curve(config, args.seed)
-    kept = [item for item in rows if item["seed"] != args.seed] + [row]
-    lines = ",\n".join(json.dumps(item) for item in sorted(kept, key=lambda item: item["seed"]))
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(f"[\n{lines}\n]\n")
-    print(json.dumps(row))
+    for seed in (seed for seed in args.seeds if seed not in [row["seed"] for row in rows]):
+        rows.append(train_curve(config, seed))
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(f"[\n{lines}\n]\n")
+        print(json.dumps(rows[-1]))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,24 @@ import json
 import re
 from itertools import combinations
 
+import numpy as np
 import pytest
 import yaml
 
 from eval.noisy import noisy
-from eval.stability import HERE, Plan, Run, Store, main, read_plan
-from eval.stability_results import COLLAPSE, WINDOW, Result, collapse, interval, measure, results, table
+from eval.stability import HERE, RESULTS, Plan, Run, Store, alone, main, read_plan
+from eval.stability_results import (
+    COLLAPSE,
+    WINDOW,
+    Result,
+    assumptions,
+    collapse,
+    counterpart,
+    interval,
+    measure,
+    table,
+    tied,
+)
 from tests.conftest import example
 from vlm_sapo import load_config
 from vlm_sapo.types import Response
@@ -27,11 +39,26 @@ def test_every_arm_is_a_config_of_its_own(name):
     assert not set(keys) & set(others), "a seed changes the run"
 
 
-def test_what_differs_between_methods_is_the_algorithm_alone():
-    configs = [load_config(PLAN.config, *arm.overrides) for arm in PLAN.arms("methods")]
-    for one, other in combinations(configs, 2):
-        assert {name for name, value in one if value != vars(other)[name]} <= {"algo", "train"}
-    assert {config.train.lr for config in configs} == {1e-5, 3e-5, 1e-4}
+@pytest.mark.parametrize("name", PLAN.studies)
+def test_what_differs_between_methods_is_the_algorithm_alone(name):
+    """Arms that differ in their first option alone: nothing but `algo`, where data isn't the question."""
+    allowed = {"data"} if name == "shares" else {"algo"}
+    arms = PLAN.arms(name)
+    configs = [load_config(PLAN.config, *arm.overrides) for arm in arms]
+    pairs = 0
+    for (one, first), (other, second) in combinations(zip(arms, configs, strict=True), 2):
+        if one.options[1:] == other.options[1:]:
+            assert {field for field, value in first if value != vars(second)[field]} <= allowed
+            pairs += 1
+    assert pairs
+
+
+def test_the_committed_results_are_the_plans():
+    """After a change of configs or models, `make study` trains what this lists."""
+    rows = Store(RESULTS / "runs.json").rows
+    runs = {run.key: run for name in PLAN.studies for arm in PLAN.arms(name) for run in arm.runs(PLAN.config)}
+    assert runs.keys() <= rows.keys()
+    assert all(rows[key]["overrides"][-1] == f"run.seed={run.seed}" for key, run in runs.items())
 
 
 def test_a_run_is_named_by_its_config_and_not_by_how_it_was_said():
@@ -47,7 +74,7 @@ def test_a_run_is_named_by_its_config_and_not_by_how_it_was_said():
 
 
 def test_unknown_options_are_named():
-    text = (HERE / "stability.yaml").read_text().replace("against: free-mixing", "against: free_mixing")
+    text = (HERE / "stability.yaml").read_text().replace("against: [free-mixing]", "against: [free_mixing]")
     with pytest.raises(ValueError, match="studies.shares names options that are none: free_mixing"):
         Plan(**yaml.safe_load(text))
 
@@ -58,8 +85,10 @@ def row(evaluations, accuracy, seed=1, **more):
         "seed": seed,
         "evaluations": evaluations,
         "series": {"accuracy": accuracy},
-        "steps": len(accuracy) if "steps" not in more else more["steps"],
-        "minibatches": {},
+        "steps": len(accuracy),
+        "updates": 4 * len(accuracy),
+        "kinds": {},
+        "minibatches": {"steps": []},
     } | more
 
 
@@ -70,9 +99,11 @@ def test_measures_of_a_curve():
 
 
 def test_a_run_whose_numbers_ended_counts_as_nothing_from_there():
-    found = measure(row([[0, 0.5], [10, 0.5]], [0.5] * 14, steps=19, stopped="nan"))
+    found = measure(row([[0, 0.5], [10, 0.5]], [0.5] * 14, steps=20, stopped="nan"))
     assert (found.last, found.best, found.collapsed) == (0.0, 0.5, 15)
-    assert found.area == pytest.approx((0.5 * 10 + 0.25 * 5) / 20)
+    assert found.area == pytest.approx(0.5 * 14 / 20)
+    at_once = measure(row([[0, 0.5]], [], steps=20, stopped="nan"))
+    assert (at_once.last, at_once.area, at_once.collapsed) == (0.0, 0.0, 1)
 
 
 def test_collapse_is_the_first_step_far_under_the_best():
@@ -82,7 +113,7 @@ def test_collapse_is_the_first_step_far_under_the_best():
     assert collapse(fall) == 10 + under
     assert collapse([0.5] * 10 + [0.36] * 30) is None, "a decline to .72 of the best is none"
     assert collapse([0.9, 0.1] * 20) is None, "nor is noise"
-    assert collapse([0.3]) is None
+    assert collapse([0.3]) is None and collapse([]) is None
 
 
 def test_intervals():
@@ -104,13 +135,49 @@ def test_differences_are_paired_by_seed_and_ties_are_not_bold():
 
     found = [
         Result(sapo, rows({1: 0, 2: 0, 3: 0})),
-        Result(grpo, rows({1: 0.01, 2: 0.02, 3: 0.01})),
+        Result(grpo, rows({1: 0.012, 2: 0.014, 3: 0.013})),
         Result(gspo, rows({1: 0.05, 2: -0.05, 3: 0.01})),
     ]
     lines = table(plan, "methods", found).splitlines()[2:]
     assert lines[0].endswith("| 0 |  |  |")
-    assert re.search(r"\| \*\*\+0\.013 \(\+0\.010 to \+0\.020\)\*\*, 3 of 3 \| \*\*\+0\.007 ", lines[1])
+    assert re.search(r"\| \*\*\+0\.013 \(\+0\.012 to \+0\.014\)\*\*, 3 of 3 \| \*\*\+0\.00[67] ", lines[1])
     assert "**" not in lines[2] and "2 of 3" in lines[2]
+
+
+def test_a_tie_is_one_for_the_t_interval():
+    """Of five seeds; 2.776 is its quantile of .975."""
+    gains = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    reach = 2.776 * gains.std(ddof=1) / 5**0.5
+    assert tied(gains + 0.999 * reach) and not tied(gains + 1.001 * reach)
+    assert tied([0.3]) and tied([0.0, 0.0, 0.0]) and not tied([0.1, 0.1, 0.1])
+
+
+def test_an_arm_has_a_counterpart_for_every_question():
+    arms = PLAN.arms("staleness")
+    by_options = {
+        arm.options: Result(arm, {1: row([[0, 0], [9, place]], [0.5] * 9)}) for place, arm in enumerate(arms)
+    }
+    old = ("grpo", "old-4", "4-updates", "lr-3e-5")
+
+    def last(options, against):
+        return {seed: item.last for seed, item in counterpart(options, against, by_options).items()}
+
+    place = {arm.options: number for number, arm in enumerate(arms)}
+    assert last(old, "sapo") == {1: place["sapo", *old[1:]]}
+    assert last(old, "old-0") == {1: place["grpo", "old-0", *old[2:]]}
+    assert last(("sapo", *old[1:]), "sapo") == {}
+
+
+def test_updates_that_few_steps_had_are_left_out():
+    """Seeds may differ in how many updates their steps had."""
+    one = {"steps": [4, 4, 1], "effective_update": [1.0, 0.5, 0.1]}
+    other = {"steps": [4, 2], "effective_update": [1.0, 0.2]}
+    arm = PLAN.arms("methods")[0]
+    rows = {
+        seed: row([[0, 0.1]], [0.5] * 4, seed, minibatches=item) for seed, item in enumerate((one, other))
+    }
+    lines = assumptions([Result(arm, rows)]).splitlines()[2:]
+    assert [line.split("|")[2:4] for line in lines] == [[" 1 ", " 1 "], [" 2 ", " 0.4 "]], "weighed by steps"
 
 
 def test_the_noisy_reward_errs_so_often_and_always_alike():
@@ -126,67 +193,87 @@ def test_the_noisy_reward_errs_so_often_and_always_alike():
     assert noisy(texts[0], row, share=0.0) == 1.0
 
 
+REWARD = """
+from vlm_sapo.training.guard import NumbersError
+
+def broken(log_ratio, advantage):
+    raise NumbersError("no number")
+"""
+
+
 @pytest.fixture
 def small(model_folder, tmp_path):
-    """A study of two arms on a model that learns nothing."""
+    """A study of three arms on a model that learns nothing; one ends at its first update."""
+    (tmp_path / "broken.py").write_text(REWARD)
+    own = f"algo.objective={{type: own, function: '{tmp_path}/broken.py:broken'}}"
+    base = [
+        "train.steps=2",
+        "train.prompts_per_step=4",
+        "train.minibatches=2",
+        "rollout.max_tokens=4",
+        "rollout.group=2",
+    ]
+    base += [
+        "eval.data.args.size=2",
+        "eval.samples=2",
+        f"reward.parts.0={{name: '{tmp_path}/reward.py:even'}}",
+    ]
+    (tmp_path / "reward.py").write_text("def even(response, example):\n    return float(len(response) % 2)\n")
     plan = {
         "config": "shapes_hard",
         "models": {"tiny": str(model_folder())},
         "seeds": [1],
-        "options": {
-            "sapo": [
-                "train.steps=2",
-                "train.prompts_per_step=4",
-                "train.minibatches=2",
-                "rollout.max_tokens=4",
-            ],
-            "eval": ["eval.data.args.size=2", "eval.samples=2", "rollout.group=2"],
-            "grpo": ["algo.objective.type=grpo"],
-        },
+        "options": {"sapo": [], "grpo": ["algo.objective.type=grpo"], "ends": [own], "base": base},
         "studies": {
             "small": {
                 "title": "t",
                 "model": "tiny",
-                "against": "sapo",
-                "arms": [["sapo", "eval"], ["sapo", "eval", "grpo"]],
+                "against": ["sapo"],
+                "arms": [[["sapo", "grpo", "ends"], "base"]],
             }
         },
     }
+    plan["options"]["grpo"] = ["algo.objective={type: grpo}"]
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     return tmp_path
 
 
 @pytest.mark.slow
 def test_studies_go_on_where_they_were(small, monkeypatch, capsys):
-    """Trained once each; a result that is missing is trained again, and the others are not."""
-    words = [
-        "stability.py",
-        "run",
-        "--plan",
-        f"{small}/plan.yaml",
-        "--results",
-        f"{small}/out",
-        "--folder",
-        f"{small}/runs",
-    ]
-    monkeypatch.setattr("sys.argv", [*words, "--workers", "2"])
+    """Each run is trained once; a result that is missing is trained again, to the same numbers."""
+    paths = ["--plan", f"{small}/plan.yaml", "--results", f"{small}/out", "--folder", f"{small}/runs"]
+    monkeypatch.setattr("sys.argv", ["stability.py", "run", *paths])
     main()
-    assert "2 runs in small; 0 are there already" in capsys.readouterr().out
-    first = json.loads((small / "out/runs.json").read_text())
-    assert [len(item["evaluations"]) for item in first] == [2, 2]
-    assert all(item["series"]["accuracy"] and item["minibatches"]["abs_log_ratio_p99"] for item in first)
-    assert (small / "out/small.png").is_file() and "| sapo eval | 1 |" in (
+    assert "3 runs in small; 0 are there already" in capsys.readouterr().out
+    first = Store(small / "out/runs.json").rows
+    ended = [row for row in first.values() if "stopped" in row]
+    assert [(row["stopped"], measure(row).last, measure(row).collapsed) for row in ended] == [
+        ("no number", 0.0, 1)
+    ]
+    whole = {key: row for key, row in first.items() if "stopped" not in row}
+    assert [(len(row["evaluations"]), row["kinds"].keys()) for row in whole.values()] == 2 * [
+        (2, {"count_color", "count_shape"})
+    ]
+    assert (small / "out/small.png").is_file() and "| sapo base | 1 |" in (
         small / "out/tables.md"
     ).read_text()
-    kept = first[0]
-    (small / "out/runs.json").write_text(json.dumps([kept]))
+    assert not [path for path in (small / "runs").iterdir() if path.is_dir()]
+    kept = next(iter(whole))
+    (small / "out/runs.json").write_text(json.dumps([first[kept]]))
     main()
-    assert "2 runs in small; 1 are there already" in capsys.readouterr().out
-    again = {item["key"]: item for item in Store(small / "out/runs.json").rows.values()}
-    assert again[kept["key"]] == kept
-    for one, other in zip(
-        sorted(first, key=lambda r: r["key"]), sorted(again.values(), key=lambda r: r["key"]), strict=True
+    assert "3 runs in small; 1 are there already" in capsys.readouterr().out
+    again = Store(small / "out/runs.json").rows
+    assert again[kept] == first[kept] and again.keys() == first.keys()
+    assert all(again[key] | {"seconds": 0} == row | {"seconds": 0} for key, row in first.items())
+
+
+def test_one_study_at_a_time(small, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["stability.py", "run", "--plan", f"{small}/plan.yaml", "--results", f"{small}"]
+    )
+    with (
+        (small / "runs.lock").open("w") as lock,
+        alone(lock),
+        pytest.raises(SystemExit, match="another study has"),
     ):
-        assert one["evaluations"] == other["evaluations"] and one["series"] == other["series"]
-    found = results(read_plan(small / "plan.yaml"), "small", Store(small / "out/runs.json"))
-    assert [len(result.rows) for result in found] == [1, 1]
+        main()

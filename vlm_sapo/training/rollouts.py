@@ -160,7 +160,8 @@ class OnDemand:
         return {"stream": self.before or self.stream.state()}  # the same weights draw the same again
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.stream.restore(state["stream"])
+        pending = state.get("pending")  # of a run that drew ahead: drawn anew
+        self.stream.restore(pending[0]["before"] if pending else state["stream"])
 
     def close(self) -> None:
         self.engine.close()
@@ -242,7 +243,7 @@ class Ahead:
         return {"stream": kept[-1].after, "pending": [pack(drawn, self.world) for drawn in kept]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.rollouts.restore(state)
+        self.rollouts.stream.restore(state["stream"])
         made: list[Future[Drawn]] = []
         for packed in state.get("pending", ()):
             made.append(Future())
