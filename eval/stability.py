@@ -35,17 +35,17 @@ from typing import IO, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from vlm_sapo.config import TrainConfig
 from vlm_sapo.plugins import locate, resolve
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs/stability"
 SERIES = {
-    "accuracy": "reward/accuracy",
     "entropy": "policy/entropy",
     "effective_update": "policy/effective_update",
     "tokens": "response/tokens",
 }
-"""Kept of every step, by our name."""
+"""Kept of every step, by our name, beside `accuracy`: the mean of the part that evaluations measure."""
 BY_UPDATE = (
     "effective_update",
     "abs_log_ratio_p50",
@@ -201,7 +201,7 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc(file=log)
             raise
-    return gather(run, folder, steps=config.train.steps) | ({"stopped": stopped} if stopped else {})
+    return gather(run, folder, config) | ({"stopped": stopped} if stopped else {})
 
 
 @contextlib.contextmanager
@@ -215,8 +215,10 @@ def alone(file: IO) -> Iterator[None]:
     yield
 
 
-def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
+def gather(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """What is kept of a run's folder."""
+    part = config.eval.part or config.reward.measured
+    series = SERIES | {"accuracy": f"reward/{part}"}
     metrics, evaluations, histograms = (
         _lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "histograms")
     )
@@ -230,12 +232,12 @@ def gather(run: Run, folder: Path, *, steps: int) -> dict[str, Any]:
         "seed": run.seed,
         "overrides": run.overrides,
         "date": time.strftime("%Y-%m-%d"),
-        "steps": steps,
+        "steps": config.train.steps,
         "updates": sum(updates),
         "seconds": round(sum(line["time/step"] for line in metrics), 1),
         "evaluations": [[line["step"], _short(line["pass@1"])] for line in evaluations],
         "kinds": by_kind(folder / "evaluations"),
-        "series": {name: [_short(line.get(key)) for line in metrics] for name, key in SERIES.items()},
+        "series": {name: [_short(line.get(key)) for line in metrics] for name, key in series.items()},
         "minibatches": {
             name: [_mean(line.get(f"minibatch{place}/{name}") for line in metrics) for place in range(count)]
             for name in BY_UPDATE
