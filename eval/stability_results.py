@@ -210,7 +210,7 @@ def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """So many panels, five in a row."""
     columns = min(count, 5)
     lines = math.ceil(count / columns)
-    figure = Figure(figsize=(2.9 * columns + 1.4, 2.6 * lines + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(2.9 * columns, 5.5) + 1.4, 2.6 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axis in axes[count:]:
         axis.remove()
