@@ -256,6 +256,11 @@ def load_vlm(
         )
 
     processor, model = _open(path, build)
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):  # bitsandbytes' layers in 4 bits
+            # Some CPUs would pack them at the first draw, with constants rounded to bfloat16, so that engine
+            # and trainer would no longer agree; and fail where a layer's width is no multiple of 64.
+            module.support_avx512bf16_for_cpu = False
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     vlm = VLM(model, processor)
     if lora is None:
