@@ -87,7 +87,7 @@ bench-gpu: setup .venv-trl/installed
 HARD := run.overwrite=true data.args.level=hard eval.data.args.level=hard rollout.max_tokens=96
 study-coldstart: setup
 	$(BIN)/vlm-sapo new-model runs/hard_dense --family qwen3_vl --corpus data/shapes.py:hard_corpus
-	$(BIN)/vlm-sapo new-model runs/hard_moe --family qwen3_vl_moe --corpus data/shapes.py:hard_corpus
+	$(BIN)/vlm-sapo new-model runs/hard_moe --family qwen3_vl_moe --size twin --corpus data/shapes.py:hard_corpus
 	$(BIN)/vlm-sapo sft cold_start run.name=hard_dense_look model.path=runs/hard_dense train.steps=650 data.args.look_share=1.0 $(HARD)
 	$(BIN)/vlm-sapo sft cold_start run.name=hard_moe_look model.path=runs/hard_moe train.steps=800 data.args.look_share=1.0 $(HARD)
 	for kind in dense moe; do \

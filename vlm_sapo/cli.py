@@ -280,7 +280,9 @@ def new_model(
     corpus: Annotated[
         str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
     ] = "data/shapes.py:corpus",
-    size: Annotated[str, typer.Option(help="tiny (a million parameters), bench (1.6) or 2b.")] = "tiny",
+    size: Annotated[
+        str, typer.Option(help="tiny (a million parameters), twin (as a mixture), bench (1.6) or 2b.")
+    ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a real Qwen-VL model with random weights, processor and tokenizer, for tests and measurements."""

@@ -34,6 +34,10 @@ class Shape:
     """Width of the vision tower's feed-forward layers over its own."""
     rows: int = 0
     """Rows of the embedding; at least the tokenizer's."""
+    experts: int = 4
+    """Of a mixture, of which two act on a token."""
+    expert_ratio: float = 2.0
+    """Width of an expert over the language model's."""
     dtype: str = "float32"
 
 
@@ -70,8 +74,8 @@ def qwen3_5_moe_text(shape: Shape) -> dict:
 
 
 def experts(shape: Shape) -> dict:
-    """Two of eight experts that together are as wide as a dense model's feed-forward layer."""
-    return {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * shape.hidden // 2}
+    width = int(shape.expert_ratio * shape.hidden)
+    return {"num_experts": shape.experts, "num_experts_per_tok": 2, "moe_intermediate_size": width}
 
 
 def rotary(dims: int, **more: object) -> dict:

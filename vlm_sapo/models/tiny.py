@@ -44,6 +44,7 @@ CHAT_TEMPLATE = """\
 
 SHAPES = {
     "tiny": Shape(),
+    "twin": Shape(experts=8, expert_ratio=1.5),
     "bench": Shape(hidden=128, layers=2, heads=4, head_dim=32, patch=16, max_pixels=2**20, init_std=0.02),
     "2b": Shape(
         hidden=2048,
@@ -60,7 +61,8 @@ SHAPES = {
         dtype="bfloat16",
     ),
 }
-"""By name: the quick start's, the one that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
+"""By name: the quick start's, a mixture's whose active experts are as wide as its feed-forward layers, the one
+that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
 
 
 def new_model(
