@@ -61,8 +61,8 @@ SHAPES = {
         dtype="bfloat16",
     ),
 }
-"""By name: the quick start's, a mixture's whose active experts are as wide as its feed-forward layers, the one
-that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
+"""By name: the quick start's, a mixture's whose active experts are as wide as its feed-forward layers, the
+one that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
 
 
 def new_model(
