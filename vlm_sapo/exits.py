@@ -13,8 +13,8 @@ from pathlib import Path
 
 import typer
 
+from vlm_sapo.distributed import ElsewhereError, Interrupted
 from vlm_sapo.reporting.console import visible
-from vlm_sapo.world import ElsewhereError, Interrupted
 
 ALARM = 3
 """Exit code of a run that an alarm stopped."""

@@ -6,11 +6,11 @@ import signal
 import pytest
 
 from tests.training.conftest import short_run
+from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting import trackers
 from vlm_sapo.reporting.trackers import EDGES, Trackers
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.trainer import train
-from vlm_sapo.world import Interrupted, World
 
 
 @pytest.fixture

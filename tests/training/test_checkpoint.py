@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import metrics
+from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.rollout.hf import HfEngine
@@ -17,7 +18,6 @@ from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import OnDemand
 from vlm_sapo.training.trainer import train
-from vlm_sapo.world import Interrupted, World
 
 NOTHING = ("eval.data=null", "checkpoint.every=1")
 

@@ -7,11 +7,11 @@ import torch
 
 from tests.training.conftest import metrics
 from tests.training.test_batch import draw_groups, loss_of, make_policy, split
+from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.guard import Guard, NumbersError
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.trainer import train
-from vlm_sapo.world import World
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0]]
 

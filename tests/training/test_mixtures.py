@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from tests.conftest import FAMILIES
 from tests.training.test_batch import REWARDS, advantages, draw_groups, loss_of
+from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.models.vlm import load_vlm
@@ -19,7 +20,6 @@ from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Sampling
-from vlm_sapo.world import World
 
 MIXTURES = [family for family in FAMILIES if family.endswith("moe")]
 FAR = 0.3

@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import example, picture
 from tests.training.test_batch import make_policy
+from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain
 from vlm_sapo.models.logprobs import Pass
@@ -17,7 +18,6 @@ from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.parity import Parity, ParityError, kinds_of, perturbed
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.types import Group, Sampling, Score
-from vlm_sapo.world import World
 
 SAMPLING = Sampling(3, 8, 0.7, seed=3)
 

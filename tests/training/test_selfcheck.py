@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 
 from tests.training.test_batch import draw_groups, make_policy
+from vlm_sapo.distributed import World
 from vlm_sapo.models.layout import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.training.selfcheck import SelfCheck
-from vlm_sapo.world import World
 
 REWARDS = [[1, 0, 0, 1]]
 

@@ -8,9 +8,9 @@ from typing import Any
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.data.stream import Mixture, PromptStream
 from vlm_sapo.dataconfig import Data, Rows
+from vlm_sapo.distributed import World
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example, Prompt
-from vlm_sapo.world import World
 
 
 def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vlm_sapo.distributed import World
 from vlm_sapo.types import Example, Prompt, RowError
-from vlm_sapo.world import World
 
 
 class PromptStream:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.thumbnails import keep_pictures
 from vlm_sapo.reporting.lines import Lines
@@ -15,7 +16,6 @@ from vlm_sapo.rewards.answers import stated_answer
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling, Score
-from vlm_sapo.world import World
 
 LONGEST = 200
 """Characters of a column that a sample keeps."""

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from vlm_sapo.world import shielded
+from vlm_sapo.distributed import shielded
 
 ERRORS = "backslashreplace"
 """Half a character, which UTF-8 can't hold, becomes an escape, which JSON can read."""

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 
 from vlm_sapo.algo import balance, diagnostics, objectives
+from vlm_sapo.distributed import World
 from vlm_sapo.models.routing import Usage
 from vlm_sapo.types import Group
-from vlm_sapo.world import World
 
 Metrics = dict[str, float]
 

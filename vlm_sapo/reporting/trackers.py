@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlm_sapo.algo.diagnostics import DECADES
-from vlm_sapo.world import Interrupted, shielded
+from vlm_sapo.distributed import Interrupted, shielded
 
 Numbers = Mapping[str, float]
 PICTURES = 10

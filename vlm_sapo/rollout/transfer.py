@@ -14,9 +14,9 @@ import httpx2 as httpx
 import torch
 from safetensors.torch import save_file
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.server import Server, Unavailable
-from vlm_sapo.world import World
 
 
 class Transfer(Protocol):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models.layout import Branches, Layout
 from vlm_sapo.models.routing import Routes, Usage
 from vlm_sapo.types import Completion, Group, Prompt
-from vlm_sapo.world import World
 
 
 @dataclass

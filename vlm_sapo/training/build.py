@@ -15,6 +15,7 @@ from vlm_sapo import config as cfg
 from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
+from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
@@ -43,7 +44,6 @@ from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
-from vlm_sapo.world import World
 
 EVAL_SEED = 1_000_003
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.world import World
 
 NAME = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models.layout import Inputs
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.routing import RoutedPass
 from vlm_sapo.models.sharding import Root, run_alone, shard
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.world import World
 
 T = TypeVar("T")
 Scored = tuple[torch.Tensor, torch.Tensor]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch
-from vlm_sapo.world import World
 
 
 class NumbersError(ValueError):

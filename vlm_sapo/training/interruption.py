@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from vlm_sapo.world import Interrupted, World, shielded
+from vlm_sapo.distributed import Interrupted, World, shielded
 
 TWICE = 2.0
 """Seconds within which signals are one."""

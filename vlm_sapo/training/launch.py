@@ -14,10 +14,10 @@ from accelerate import Accelerator, DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo import config as cfg
+from vlm_sapo.distributed import World
 from vlm_sapo.launchconfig import check
 from vlm_sapo.reporting.console import Console, SilentConsole
 from vlm_sapo.training.copies import Copies, Sharded, Whole
-from vlm_sapo.world import World
 
 SLOWEST = timedelta(hours=1)
 """How long devices may wait for each other."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models.logprobs import Pass
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import like, whole
@@ -21,7 +22,6 @@ from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
-from vlm_sapo.world import World
 
 Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
 GROUPS = 2

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models import adapters
 from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.logprobs import Pass
@@ -25,7 +26,6 @@ from vlm_sapo.training.copies import Copies, Whole
 from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.optimizer import Write, build_optimizer, load_state, schedule_factor, state_parts
-from vlm_sapo.world import World
 
 ADAPTER = "adapter"
 """Folder of a checkpoint's adapter."""

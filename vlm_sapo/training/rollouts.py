@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from vlm_sapo.data.stream import Mixture
+from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
-from vlm_sapo.world import World
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vlm_sapo.data.stream import Mixture
+from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.evaluation.evaluate import SampleFile
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
@@ -25,7 +26,6 @@ from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn, Rollouts
 from vlm_sapo.types import Example, Prompt
-from vlm_sapo.world import Interrupted, World
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 

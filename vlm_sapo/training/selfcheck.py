@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_sapo.distributed import World
 from vlm_sapo.models.layout import Layout, Part, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.rollouts import Drawn
 from vlm_sapo.types import Group
-from vlm_sapo.world import World
 
 
 @dataclass(frozen=True)
