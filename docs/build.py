@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from vlm_sapo.algo.diagnostics import effective_update
 from vlm_sapo.algo.objectives import OBJECTIVES
-from vlm_sapo.config import SftConfig, TrainConfig
+from vlm_sapo.config.schema import SftConfig, TrainConfig
 
 DOCS = Path(__file__).parent
 HEAD = """# Every field of a config

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # slow imports are inside the functions, since the reward's processes import workload.py
-    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.config.schema import TrainConfig
 
 CASES: dict[str, dict[str, dict]] = {
     "everything trained": {},
@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, dict]] = {
 
 def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> TrainConfig:
     """The run that is measured; a budget in `case` is a factor of a group's tokens."""
-    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.data.sources import build_examples
     from vlm_sapo.models.encode import Encoder
     from vlm_sapo.models.vlm import load_outline

@@ -120,8 +120,8 @@ def children(pid: int) -> list[int]:
 def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict:
     """The summary of a run with `seen`, what was looked at meanwhile, and `struck`, how often each fault
     did. A rate of 0 is a run without faults."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.training.trainer import train
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # slow imports are inside the functions, since the reward's processes import this script
     import torch
 
-    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.config.schema import TrainConfig
 
 
 PARTS = {"generation": "rollout", "old_logprobs": "old_logprobs", "update": "update", "data": "data"}
@@ -31,7 +31,7 @@ PARTS = {"generation": "rollout", "old_logprobs": "old_logprobs", "update": "upd
 
 def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
     """The run that is timed."""
-    from vlm_sapo.config import TrainConfig
+    from vlm_sapo.config.schema import TrainConfig
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
     sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "pictures": args.pictures}

@@ -35,7 +35,7 @@ from typing import IO, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.plugins import locate, resolve
 
 HERE = Path(__file__).resolve().parent

@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from trl import GRPOConfig, GRPOTrainer
 
 from vlm_sapo import load_config
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import load_vlm

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from docs.build import config_page
 from tests.conftest import ROOT, example
-from vlm_sapo import config as cfg
-from vlm_sapo import configfile
 from vlm_sapo.cli import app
+from vlm_sapo.config.schema import load as configfile
+from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.rewards.answers import Ungraded
 from vlm_sapo.rewards.pool import Reward

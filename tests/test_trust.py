@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, picture
 from vlm_sapo.cli import main
-from vlm_sapo.config import RewardPart
-from vlm_sapo.dataconfig import Source
+from vlm_sapo.config.data import Source
+from vlm_sapo.config.schema import RewardPart
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.trust import check_address, check_secrets

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_sapo.config import SftConfig, TrainConfig
-from vlm_sapo.configfile import load
+from vlm_sapo.config.load import load
+from vlm_sapo.config.schema import SftConfig, TrainConfig
 from vlm_sapo.exits import quieten
 
 
@@ -114,9 +114,9 @@ def evaluate(
 
 def _engine(name: str, args: str):
     """The engine section of a name and a YAML mapping; alone on its GPU, it may take most of it."""
-    from vlm_sapo.configfile import check
-    from vlm_sapo.rolloutconfig import Rollout
-    from vlm_sapo.yamlfile import parse
+    from vlm_sapo.config.files import parse
+    from vlm_sapo.config.load import check
+    from vlm_sapo.config.rollout import Rollout
 
     fields = parse(args)
     if not isinstance(fields, dict):

@@ -55,8 +55,8 @@ def doctor(
     out: Annotated[Path, typer.Option(help="Where to write the findings.")] = Path("runs/doctor.json"),
 ) -> None:
     """Look at every row of a config before any GPU hour: exit code 1 where something would break the run."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
@@ -192,8 +192,8 @@ def filter_rows(
     out: Annotated[Path, typer.Option(help="Folder for samples and kept rows.")] = Path("runs/filter"),
 ) -> None:
     """Sample the current model on the training rows, and write those that it solves sometimes."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     try:
@@ -216,8 +216,8 @@ def check(
     samples: Annotated[int, typer.Option(min=1, help="Responses per row.")] = 4,
 ) -> None:
     """Let engine and trainer read the same rows: where do they differ? Exit code 1 where they do."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
@@ -237,8 +237,8 @@ def serve(
     only_print: Annotated[bool, typer.Option("--print", help="Print the command and don't run it.")] = False,
 ) -> None:
     """Print and run the `vllm serve` that a config with rollout.engine=vllm_server trains with."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
@@ -260,8 +260,8 @@ def plan(
 ) -> None:
     """Say what a config takes on given GPUs; where it does not fit, the nearest setting that does, and exit
     code 1."""
-    from vlm_sapo.config import TrainConfig
-    from vlm_sapo.configfile import load
+    from vlm_sapo.config.load import load
+    from vlm_sapo.config.schema import TrainConfig
 
     load(TrainConfig, config, overrides or [])
     quieten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_sapo.config import SftConfig, Train, TrainConfig
+from vlm_sapo.config.schema import SftConfig, Train, TrainConfig
 
 
 def check(config: TrainConfig | SftConfig, size: int) -> int:

@@ -7,10 +7,10 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, SHARED
-from vlm_sapo import config as cfg
-from vlm_sapo import configfile
+from vlm_sapo.config.data import Data, Rows
+from vlm_sapo.config.schema import load as configfile
+from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
-from vlm_sapo.dataconfig import Data, Rows
 
 RECIPES = sorted(path.stem for path in (ROOT / "data").glob("*.yaml"))
 REAL = SHARED / "data"

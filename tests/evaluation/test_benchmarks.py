@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import ROOT, SHARED
 from vlm_sapo.cli import app
-from vlm_sapo.dataconfig import Benchmark
+from vlm_sapo.config.data import Benchmark
 from vlm_sapo.evaluation.benchmarks import build_benchmark, build_benchmarks, read_definition
 from vlm_sapo.evaluation.metrics import versions, we_math, worst_case
 from vlm_sapo.plugins import resolve

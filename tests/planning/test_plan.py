@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from tests.conftest import CORPUS, FAMILIES, SHARED
-from vlm_sapo import config as cfg
 from vlm_sapo.cli import app
-from vlm_sapo.configfile import load
+from vlm_sapo.config.load import load
+from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.launchconfig import check
 from vlm_sapo.models import simulate
 from vlm_sapo.models.layout import choose

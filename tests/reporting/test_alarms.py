@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from vlm_sapo.config.run import Alarms as Section
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.runconfig import Alarms as Section
 
 HEALTHY = {
     "policy/entropy": 1.0,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS, ROOT, example
+from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.layout import Plain
 from vlm_sapo.models.logprobs import Pass
@@ -23,7 +24,6 @@ from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rolloutconfig import Rollout
 from vlm_sapo.types import Sampling
 
 SHAPE = Shape(hidden=64, layers=2, vision_layers=2, heads=2, head_dim=32, patch=16, max_pixels=256 * 256)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vlm_sapo.config.data import Data, Rows
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.data.stream import Mixture, PromptStream
-from vlm_sapo.dataconfig import Data, Rows
 from vlm_sapo.distributed import World
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example, Prompt

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vlm_sapo import dataconfig as cfg
+from vlm_sapo.config.files import find, read_mapping
+from vlm_sapo.config.schema import data as cfg
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.metrics import METRICS
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.stamps import stamp
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example
-from vlm_sapo.yamlfile import find, read_mapping
 
 FOLDER = "eval/benchmarks"
 VERDICT, OFFICIAL = "verdict", "official"

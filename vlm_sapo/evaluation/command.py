@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vlm_sapo.config.rollout import Engine
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.stamps import stamp, weights
@@ -24,7 +25,6 @@ from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import open_model, problems_at_once
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.recorded import Recorded
-from vlm_sapo.rolloutconfig import Engine
 from vlm_sapo.types import Example, Prompt, Sampling
 
 SHOWN = 5

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.folder import RunFolder
 from vlm_sapo.rollout.engine import RolloutError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.benchmarks import build_benchmarks

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from vlm_sapo.config import TrainConfig
-from vlm_sapo.configfile import load
+from vlm_sapo.config.load import load
+from vlm_sapo.config.rollout import Vllm
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.launchconfig import check
 from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, Estimate, Gpus
-from vlm_sapo.rolloutconfig import Vllm
 
 ROOM = 0.95
 """Share of the memory that a recommended setting takes at most."""

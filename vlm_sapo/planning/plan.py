@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sapo.config import TrainConfig
-from vlm_sapo.configfile import dump, load
+from vlm_sapo.config.load import dump, load
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.launchconfig import check
 from vlm_sapo.planning.estimate import Estimator
 from vlm_sapo.planning.memory import GB, PHASES, Estimate, Gpus

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.vlm import load_outline
 from vlm_sapo.plugins import locate

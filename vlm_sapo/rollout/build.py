@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vlm_sapo.config.rollout import Engine, Vllm, VllmServer
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
@@ -16,7 +17,6 @@ from vlm_sapo.rollout.server import Server
 from vlm_sapo.rollout.servers import VllmServers
 from vlm_sapo.rollout.transfer import Folder, Nccl
 from vlm_sapo.rollout.vllm import VllmEngine
-from vlm_sapo.rolloutconfig import Engine, Vllm, VllmServer
 
 AT_ONCE = 256
 """Problems that an evaluation hands to vLLM at the same time; it batches them itself."""

@@ -9,7 +9,7 @@ from contextlib import closing
 import torch
 
 from vlm_sapo.algo.reductions import token_mean
-from vlm_sapo.config import SftConfig, SftTrain
+from vlm_sapo.config.schema import SftConfig, SftTrain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.batch import MicroBatch, MiniBatch, minibatches

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import torch
 
-from vlm_sapo.config import TrainConfig
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.training.build import build_training

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from vlm_sapo.config import Section
-from vlm_sapo.yamlfile import find, parse, read_mapping
+from vlm_sapo.config.files import find, parse, read_mapping
+from vlm_sapo.config.schema import Section
 
 T = TypeVar("T", bound=Section)
 TYPED = ("engine", "objective", "correction")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vlm_sapo.dataconfig import Count, Positive, Rate, Section
+from vlm_sapo.config.data import Count, Positive, Rate, Section
 
 Factor = Annotated[float, Field(ge=1)]
 
