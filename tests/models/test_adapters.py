@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.conftest import CORPUS, SHARED, SMALL, example
-from vlm_sapo.models import adapters
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Plain
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain
 from vlm_sapo.models.tiny import new_model
 from vlm_sapo.models.vlm import Adapters, load_vlm
 

@@ -12,8 +12,8 @@ from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, picture
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as TABLE
 from vlm_sapo.models.families import Shape
-from vlm_sapo.models.layout import Plain, SharedPrefix
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.tiny import model_config, new_model
 from vlm_sapo.models.vlm import load_vlm, save_model, stored_weights
 from vlm_sapo.rollout.hf import HfEngine

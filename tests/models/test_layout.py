@@ -9,8 +9,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from tests.conftest import SHARING, example
 from vlm_sapo.models.attention import Branched, Segments
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Plain, SharedPrefix
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.vision import Features
 from vlm_sapo.models.vlm import load_vlm
 

@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import SHARING, example
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Plain, SharedPrefix
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.vlm import load_vlm
 
 LAYOUTS = pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambda layout: layout.name)
@@ -65,7 +65,7 @@ def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
 
 @LAYOUTS
 def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch, layout):
-    import vlm_sapo.models.logprobs as module
+    import vlm_sapo.models.forward as module
 
     inputs = layout.inputs(groups_of(rows))
     whole, _ = Pass(vlm)(inputs)

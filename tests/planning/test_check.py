@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from tests.rollout.model_server import ModelServer
 from vlm_sapo.cli import app
-from vlm_sapo.models.layout import Plain
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from vlm_sapo.config.load import load
 from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.launchconfig import check
 from vlm_sapo.models import simulate
-from vlm_sapo.models.layout import choose
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import choose
 from vlm_sapo.models.simulate import Memory
 from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm

@@ -18,8 +18,8 @@ import torch
 from tests.conftest import CORPUS, ROOT, example
 from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Plain
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Plain
 from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vlm_sapo.models.attention import Branched, Prefix, Segments
-from vlm_sapo.models.routing import Journal, NoJournal
+from vlm_sapo.models.experts import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Prompt
 

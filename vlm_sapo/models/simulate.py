@@ -22,7 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.cache_utils import DynamicLayer
 
-from vlm_sapo.models import adapters, attention
+from vlm_sapo.models import attention
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import Branches, ForkedBranches
 from vlm_sapo.models.vlm import VLM, part_of, silence_dropout
 from vlm_sapo.types import Example, Prompt

@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from vlm_sapo.models import adapters, attention
+from vlm_sapo.models import attention
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import check_family
-from vlm_sapo.models.routing import Routers
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
 from vlm_sapo.types import Prompt

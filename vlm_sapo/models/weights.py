@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from vlm_sapo.models import adapters
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import FAMILIES
 
 Take = Callable[[torch.Tensor], torch.Tensor]

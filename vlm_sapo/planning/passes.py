@@ -11,9 +11,9 @@ import torch
 
 from vlm_sapo.models import simulate
 from vlm_sapo.models.decoding import prefill
-from vlm_sapo.models.layout import Branches, Inputs, choose
-from vlm_sapo.models.logprobs import CHUNK_LOGITS, Pass
-from vlm_sapo.models.routing import NoJournal
+from vlm_sapo.models.experts import NoJournal
+from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
+from vlm_sapo.models.packing import Branches, Inputs, choose
 from vlm_sapo.models.simulate import Memory, Simulation
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.planning.memory import FOUR_BITS, Held

@@ -14,7 +14,7 @@ import torch
 
 from vlm_sapo.algo import balance, diagnostics, objectives
 from vlm_sapo.distributed import World
-from vlm_sapo.models.routing import Usage
+from vlm_sapo.models.experts import Usage
 from vlm_sapo.types import Group
 
 Metrics = dict[str, float]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vlm_sapo.models.decoding import Branches, prefill
-from vlm_sapo.models.routing import Journal, NoJournal
+from vlm_sapo.models.experts import Journal, NoJournal
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.types import Completion, Prompt, Sampling

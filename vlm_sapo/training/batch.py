@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models.layout import Branches, Layout
-from vlm_sapo.models.routing import Routes, Usage
+from vlm_sapo.models.experts import Routes, Usage
+from vlm_sapo.models.packing import Branches, Layout
 from vlm_sapo.types import Completion, Group, Prompt
 
 

@@ -19,9 +19,9 @@ from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
 from vlm_sapo.evaluation.results import Measure
-from vlm_sapo.models import adapters
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.layout import Layout, choose
+from vlm_sapo.models.packing import Layout, choose
 from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console

@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models.layout import Inputs
-from vlm_sapo.models.logprobs import Pass
-from vlm_sapo.models.routing import RoutedPass
-from vlm_sapo.models.sharding import Root, run_alone, shard
+from vlm_sapo.models.experts import RoutedPass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Inputs
+from vlm_sapo.models.parallel import Root, run_alone, shard
 from vlm_sapo.models.vlm import VLM
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Whole:
 
 
 class Sharded:
-    """`mesh`'s last dimension shares one copy; see models/sharding.py. Gradients are reduced as they are
+    """`mesh`'s last dimension shares one copy; see models/parallel.py. Gradients are reduced as they are
     made."""
 
     def __init__(self, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: bool):

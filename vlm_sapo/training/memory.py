@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from vlm_sapo.models.layout import Layout
+from vlm_sapo.models.packing import Layout
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models.logprobs import Pass
+from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import like, whole
 from vlm_sapo.reporting.console import Console

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models import adapters
-from vlm_sapo.models.layout import Branches, Inputs, Layout, SharedPrefix
-from vlm_sapo.models.logprobs import Pass
-from vlm_sapo.models.routing import RoutedPass
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.experts import RoutedPass
+from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import Branches, Inputs, Layout, SharedPrefix
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.models.weights import whole
 from vlm_sapo.reporting.console import Console

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_sapo.types import Prompt
 
 if TYPE_CHECKING:
-    from vlm_sapo.models.layout import Inputs
+    from vlm_sapo.models.packing import Inputs
 
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What a router returns: logits [L, E], weights [L, k] and indices [L, k] of the experts."""

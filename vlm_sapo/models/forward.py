@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm_sapo.models.layout import Inputs
-from vlm_sapo.models.routing import RoutedPass
+from vlm_sapo.models.experts import RoutedPass
+from vlm_sapo.models.packing import Inputs
 from vlm_sapo.models.vlm import VLM
 
 CHUNK_LOGITS = 2**26
