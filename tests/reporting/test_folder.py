@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.planning.inspect import check_golds, inspect
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import open_model, problems_at_once
 from vlm_sapo.rollout.engine import RolloutEngine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
-from vlm_sapo.evaluation.thumbnails import keep_pictures
+from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.reporting.lines import replace as replace_file
 from vlm_sapo.rewards.answers import stated_answer

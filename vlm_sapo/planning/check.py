@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.build import build_parity, build_training
 from vlm_sapo.training.launch import join

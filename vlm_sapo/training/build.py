@@ -25,7 +25,8 @@ from vlm_sapo.models.packing import Layout, choose
 from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.reporting.step_report import Reporter
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.training.batch import minibatches
@@ -38,7 +39,6 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
-from vlm_sapo.training.reporter import Reporter
 from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
 from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training

@@ -8,7 +8,7 @@ from vlm_sapo.config.load import differences, dump
 from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.folder import OthersFolder, RunFolder
+from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes

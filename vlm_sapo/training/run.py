@@ -17,7 +17,7 @@ from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.evaluation.evaluate import SampleFile
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
-from vlm_sapo.reporting.folder import RunFolder
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.interruption import Interruption

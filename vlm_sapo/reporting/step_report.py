@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vlm_sapo.evaluation.thumbnails import keep_pictures
 from vlm_sapo.reporting.alarms import Alarms
+from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.rewards.boxes import Box, shown
 from vlm_sapo.rewards.golds import own_verifier
