@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 
-from vlm_sapo.rewards.answers import Ungraded
-from vlm_sapo.rewards.verifiers import auto
+from vlm_sapo.rewards.verifiers.table.table import auto
+
+from vlm_sapo.rewards.verifiers.answers import Ungraded
 
 
 def noisy(response, example, share):

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import SHARED
 from vlm_sapo.cli import app
-from vlm_sapo.rewards import official
-from vlm_sapo.rewards.answers import NoAnswer
+from vlm_sapo.rewards.verifiers import official
+from vlm_sapo.rewards.verifiers.answers import NoAnswer
 from vlm_sapo.types import Example
 
 
@@ -74,7 +74,7 @@ def test_the_rules_agree_with_the_recorded_verdicts(tmp_path, source, rule, colu
         line for line in lines if (row := json.loads(line))["source"] == source and not row.get("flags")
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(chosen) + "\n")
-    name, out = f"vlm_sapo.rewards.official:{rule}", tmp_path / "out.jsonl"
+    name, out = f"vlm_sapo.rewards.verifiers.official:{rule}", tmp_path / "out.jsonl"
     options = ["--reward", name, "--response", columns, "--out", str(out), "--timeout", "2"]
     result = CliRunner().invoke(app, ["score", str(tmp_path / "rows.jsonl"), *options])
     assert result.exit_code == 0, result.exception

@@ -4,14 +4,23 @@ import json
 
 import pytest
 from PIL import Image
+from vlm_sapo.rewards.verifiers.table.table import auto
 
-from vlm_sapo.rewards.answers import BadGold, NoAnswer, marked_answer, stated_answer
-from vlm_sapo.rewards.boxes import box, giou, iou, point_in_box
-from vlm_sapo.rewards.choice import choice
-from vlm_sapo.rewards.mathematics import math
-from vlm_sapo.rewards.numeric import count, number, read_number
-from vlm_sapo.rewards.text import anls, edit_distance, exact, format, json_fields, language, length, short
-from vlm_sapo.rewards.verifiers import auto
+from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer, marked_answer, stated_answer
+from vlm_sapo.rewards.verifiers.boxes import box, giou, iou, point_in_box
+from vlm_sapo.rewards.verifiers.choice import choice
+from vlm_sapo.rewards.verifiers.math import math
+from vlm_sapo.rewards.verifiers.number import count, number, read_number
+from vlm_sapo.rewards.verifiers.text import (
+    anls,
+    edit_distance,
+    exact,
+    format,
+    json_fields,
+    language,
+    length,
+    short,
+)
 from vlm_sapo.types import Example, Response
 
 COLORS = {"choices": ["red", "green", "dark blue"]}

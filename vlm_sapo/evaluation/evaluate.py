@@ -12,8 +12,8 @@ from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.reporting.lines import replace as replace_file
-from vlm_sapo.rewards.answers import stated_answer
 from vlm_sapo.rewards.pool import Reward, score_groups
+from vlm_sapo.rewards.verifiers.answers import stated_answer
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling, Score
 

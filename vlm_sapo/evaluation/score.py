@@ -17,9 +17,9 @@ import yaml
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rewards.combine import ENTRY_POINTS, Item
+from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.rewards.verifiers import VERIFIERS
+from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
 from vlm_sapo.types import Example, Response
 
 BATCH = 512

@@ -7,10 +7,10 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_sapo.rewards.boxes import gold_boxes, in_coordinates
-from vlm_sapo.rewards.choice import named, option_column, options
-from vlm_sapo.rewards.numeric import read_number
-from vlm_sapo.rewards.text import golds
+from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
+from vlm_sapo.rewards.verifiers.choice import named, option_column, options
+from vlm_sapo.rewards.verifiers.number import read_number
+from vlm_sapo.rewards.verifiers.text import golds
 from vlm_sapo.types import Example, Response
 
 PLACES = ("box", "point_in_box")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
-from vlm_sapo.rewards.combine import (
+from vlm_sapo.rewards.parts import (
     CONCURRENT,
     Item,
     Part,

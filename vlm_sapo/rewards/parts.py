@@ -14,8 +14,8 @@ from typing import Any, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from vlm_sapo.plugins import absolute, resolve
-from vlm_sapo.rewards.answers import Ungraded
-from vlm_sapo.rewards.verifiers import VERIFIERS
+from vlm_sapo.rewards.verifiers.answers import Ungraded
+from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
 from vlm_sapo.types import Example, Response, Score
 
 ENTRY_POINTS = "vlm_sapo.rewards"

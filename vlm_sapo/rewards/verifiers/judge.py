@@ -6,7 +6,7 @@ import os
 import re
 from functools import cache
 
-from vlm_sapo.rewards.answers import Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, find_answer
 from vlm_sapo.types import Example
 
 PROMPT = """\

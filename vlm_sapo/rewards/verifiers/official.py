@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import string
 
-from vlm_sapo.rewards.answers import NoAnswer, boxed, find_answer
-from vlm_sapo.rewards.choice import options
-from vlm_sapo.rewards.mathematics import value
-from vlm_sapo.rewards.text import golds, levenshtein, short
+from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer
+from vlm_sapo.rewards.verifiers.choice import options
+from vlm_sapo.rewards.verifiers.math import value
+from vlm_sapo.rewards.verifiers.text import golds, levenshtein, short
 from vlm_sapo.types import Example
 
 

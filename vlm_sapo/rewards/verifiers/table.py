@@ -12,13 +12,13 @@ from math import isfinite
 from typing import Any
 
 from vlm_sapo.plugins import resolve
-from vlm_sapo.rewards import boxes, text
-from vlm_sapo.rewards.answers import Finding, marked_answer
-from vlm_sapo.rewards.boxes import box, point_in_box
-from vlm_sapo.rewards.choice import choice, option_column
-from vlm_sapo.rewards.judge import judge
-from vlm_sapo.rewards.mathematics import math
-from vlm_sapo.rewards.numeric import count, number, read_number
+from vlm_sapo.rewards.verifiers import boxes, text
+from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer
+from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
+from vlm_sapo.rewards.verifiers.choice import choice, option_column
+from vlm_sapo.rewards.verifiers.judge import judge
+from vlm_sapo.rewards.verifiers.math import math
+from vlm_sapo.rewards.verifiers.number import count, number, read_number
 from vlm_sapo.types import Example
 
 __all__ = ["VERIFIERS", "auto", "boxes", "choice", "marked_answer", "math"]

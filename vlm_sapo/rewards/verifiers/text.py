@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vlm_sapo.rewards.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
 from vlm_sapo.rewards.latex import plain
-from vlm_sapo.rewards.numeric import read_number
+from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example, Response
 
 PLAIN = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")

@@ -8,7 +8,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_sapo.rewards.answers import (
+from vlm_sapo.rewards.latex import plain
+from vlm_sapo.rewards.verifiers.answers import (
     TAIL,
     BadGold,
     Finding,
@@ -16,9 +17,8 @@ from vlm_sapo.rewards.answers import (
     marked_answer,
     stated_answer,
 )
-from vlm_sapo.rewards.latex import plain
-from vlm_sapo.rewards.mathematics import equal
-from vlm_sapo.rewards.numeric import read_number
+from vlm_sapo.rewards.verifiers.math import equal
+from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example
 
 OPTION_COLUMNS = ("choices", "options", "option")

@@ -1,0 +1,1 @@
+"""Verifiers: functions that read a response and grade it against a gold answer."""
