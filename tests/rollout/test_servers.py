@@ -15,7 +15,7 @@ from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.rollout.wire import SPREAD
+from vlm_sapo.rollout.vllm_requests import SPREAD
 from vlm_sapo.types import RowError, Sampling
 
 SAMPLING = Sampling(3, 8, 1.0, seed=2)
@@ -298,7 +298,7 @@ def test_a_short_context_is_refused_at_the_start(vlm, model_folder, tmp_path):
 
 
 def test_pictures_over_the_limit_name_the_row(vlm, servers, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm_sapo.rollout.server.MOST_BYTES", 100)
+    monkeypatch.setattr("vlm_sapo.rollout.vllm_client.MOST_BYTES", 100)
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
         with pytest.raises(RowError, match=r"row e1.*pictures \(48x48\).*lower model.max_pixels"):

@@ -13,10 +13,10 @@ from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.lines import Lines
 from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.sampler import OnDemand
 from vlm_sapo.training import checkpoint, interruption
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.training.rollouts import OnDemand
 from vlm_sapo.training.trainer import train
 
 NOTHING = ("eval.data=null", "checkpoint.every=1")

@@ -8,7 +8,7 @@ from tests.training.test_batch import draw_groups, make_policy
 from vlm_sapo.distributed import World
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.rollouts import Drawn
+from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.selfcheck import SelfCheck
 
 REWARDS = [[1, 0, 0, 1]]

@@ -18,7 +18,7 @@ from vlm_sapo.models.vlm import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.rollout.vllm import PICTURES
-from vlm_sapo.rollout.wire import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
+from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
 from vlm_sapo.training.build import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}

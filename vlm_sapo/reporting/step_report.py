@@ -15,7 +15,7 @@ from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.rewards.golds import own_verifier
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
-from vlm_sapo.training.rollouts import Drawn
+from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.run import Core
 from vlm_sapo.types import Group, Response
 

@@ -13,10 +13,10 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.hf import HfEngine, run
-from vlm_sapo.rollout.server import Server
-from vlm_sapo.rollout.servers import VllmServers
-from vlm_sapo.rollout.transfer import Folder, Nccl
 from vlm_sapo.rollout.vllm import VllmEngine
+from vlm_sapo.rollout.vllm_client import Server
+from vlm_sapo.rollout.vllm_servers import VllmServers
+from vlm_sapo.rollout.weight_transfer import Folder, Nccl
 
 AT_ONCE = 256
 """Problems that an evaluation hands to vLLM at the same time; it batches them itself."""

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.transfer import contiguous
-from vlm_sapo.rollout.wire import (
+from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     ENGINE_ARGUMENTS,
     EXPERTS_ARGUMENTS,
@@ -24,6 +23,7 @@ from vlm_sapo.rollout.wire import (
     complete,
     question,
 )
+from vlm_sapo.rollout.weight_transfer import contiguous
 from vlm_sapo.types import Completion, Prompt, Sampling
 
 PICTURES = 16

@@ -29,6 +29,7 @@ from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import Reporter
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
+from vlm_sapo.rollout.sampler import Ahead, OnDemand
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.copies import Whole
@@ -40,7 +41,6 @@ from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
 from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
-from vlm_sapo.training.rollouts import Ahead, OnDemand
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling

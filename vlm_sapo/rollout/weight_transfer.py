@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.server import Server, Unavailable
+from vlm_sapo.rollout.vllm_client import Server, Unavailable
 
 
 class Transfer(Protocol):

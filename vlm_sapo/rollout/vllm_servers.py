@@ -20,9 +20,9 @@ import httpx2 as httpx
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.server import START, Server, Unavailable, decode_experts
-from vlm_sapo.rollout.transfer import Transfer
-from vlm_sapo.rollout.wire import Answer, Incomplete, check_ids, complete, question
+from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
+from vlm_sapo.rollout.vllm_requests import Answer, Incomplete, check_ids, complete, question
+from vlm_sapo.rollout.weight_transfer import Transfer
 from vlm_sapo.types import Completion, Prompt, Sampling
 
 T = TypeVar("T")
