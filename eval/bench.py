@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from vlm_sapo.models.tiny import SHAPES, new_model
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.tools.new_model import SHAPES, new_model
 
 HERE = Path(__file__).resolve().parent
 WORKLOADS = {

@@ -90,7 +90,7 @@ def evaluate(
         read_definition(name)  # before the heavy imports
     drawing = _engine(engine, engine_args)
     quieten()
-    from vlm_sapo.evaluation.command import Settings, eval_command
+    from vlm_sapo.tools.evaluate import Settings, eval_command
 
     settings = Settings(
         model=model,

@@ -82,7 +82,7 @@ def score(
     on_error: Annotated[str, typer.Option(help="When a function raises: stop, or zero.")] = "stop",
 ) -> None:
     """Grade a file of responses, and compare with the verdicts that its rows carry."""
-    from vlm_sapo.evaluation.score import score_command
+    from vlm_sapo.tools.score import score_command
 
     score_command(
         file, reward, args=args, responses=response, gold=gold, out=out, timeout=timeout, on_error=on_error
@@ -158,7 +158,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The page; RUN_B/compare.html by default.")] = None,
 ) -> None:
     """Compare two evaluations: a paired test, and the pictures whose verdict changed."""
-    from vlm_sapo.evaluation.compare import compare_command
+    from vlm_sapo.tools.compare import compare_command
 
     compare_command(run_a, run_b, out or run_b / "compare.html")
 
@@ -203,7 +203,7 @@ def filter_rows(
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
     quieten()
-    from vlm_sapo.training.filter import filter_command
+    from vlm_sapo.tools.filter import filter_command
 
     filter_command(parsed, samples=samples, keep=(low, high), out=out)
 
@@ -221,7 +221,7 @@ def check(
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
-    from vlm_sapo.planning.check import check_command
+    from vlm_sapo.tools.check import check_command
 
     if not check_command(parsed, rows=rows, samples=samples):
         raise typer.Exit(1)
@@ -242,7 +242,7 @@ def serve(
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
-    from vlm_sapo.planning.serve import serve_command
+    from vlm_sapo.tools.serve import serve_command
 
     serve_command(parsed, host=host, port=port, extra=extra, only_print=only_print)
 
@@ -287,9 +287,9 @@ def new_model(
 ) -> None:
     """Write a real Qwen-VL model with random weights, processor and tokenizer, for tests and measurements."""
     quieten()
-    from vlm_sapo.models.tiny import SHAPES
-    from vlm_sapo.models.tiny import new_model as build
     from vlm_sapo.plugins import resolve
+    from vlm_sapo.tools.new_model import SHAPES
+    from vlm_sapo.tools.new_model import new_model as build
 
     if size not in SHAPES:
         raise ValueError(f"--size ({size}) must be one of {', '.join(SHAPES)}")

@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlm_sapo.cli import app
-from vlm_sapo.evaluation.compare import compare_command, sign_test
+from vlm_sapo.tools.compare import compare_command, sign_test
 
 
 def write(folder, scores: dict[str, list[float]], benchmark: str = "b"):

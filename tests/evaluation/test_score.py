@@ -67,7 +67,7 @@ def test_a_function_sees_the_rows_pictures(run, tmp_path):
 
 
 def test_what_was_graded_stays_when_a_function_fails(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm_sapo.evaluation.score.BATCH", 2)
+    monkeypatch.setattr("vlm_sapo.tools.score.BATCH", 2)
     (tmp_path / "mine.py").write_text(
         "def f(response, example):\n    return {'ok': 1.0, 'bad': None}[response]\n"
     )

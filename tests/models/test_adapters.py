@@ -15,8 +15,8 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.tiny import new_model
 from vlm_sapo.models.vlm import Adapters, load_vlm
+from vlm_sapo.tools.new_model import new_model
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 EVERYWHERE = ("language", "merger", "vision")

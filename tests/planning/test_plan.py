@@ -17,7 +17,6 @@ from vlm_sapo.models import simulate
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import choose
 from vlm_sapo.models.simulate import Memory
-from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.planning import memory, passes
 from vlm_sapo.planning.estimate import Estimator
@@ -26,6 +25,7 @@ from vlm_sapo.planning.nearest import nearest
 from vlm_sapo.planning.passes import Load, Rows
 from vlm_sapo.planning.plan import parse_gpus, plan_command
 from vlm_sapo.plugins import shipped
+from vlm_sapo.tools.new_model import Shape, new_model
 
 CONFIGS = SHARED / "processors/configs"
 PARAMETERS = {

@@ -20,10 +20,10 @@ from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.tiny import Shape, new_model
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.types import Sampling
 
 SHAPE = Shape(hidden=64, layers=2, vision_layers=2, heads=2, head_dim=32, patch=16, max_pixels=256 * 256)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import CORPUS, SMALL
 from tests.training.conftest import metrics, short_run
-from vlm_sapo.models.tiny import new_model
+from vlm_sapo.tools.new_model import new_model
 from vlm_sapo.training.trainer import train
 
 KILLS, STEPS = 20, 12

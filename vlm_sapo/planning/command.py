@@ -11,13 +11,13 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.evaluation.preflight import Inspected, check_golds, inspect
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import load_outline
-from vlm_sapo.planning.doctor import RowSet, describe, diagnose, report
-from vlm_sapo.planning.inspect import Inspected, check_golds, inspect
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.tools.doctor import RowSet, describe, diagnose, report
 
 
 def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_sapo.planning.inspect import Inspected, Print
+from vlm_sapo.evaluation.preflight import Inspected, Print
 
 BITS = 4
 """Perceptual hashes may differ in so many of 64 bits. On real geometry, charts, cells and receipts all pairs

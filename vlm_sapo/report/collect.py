@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from vlm_sapo.evaluation.compare import compare, read_samples
 from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.tools.compare import compare, read_samples
 
 POINTS = 400
 """Steps of a curve; longer runs are thinned."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlm_sapo.evaluation.preflight import Inspected
 from vlm_sapo.planning.duplicates import matches
-from vlm_sapo.planning.inspect import Inspected
 
 WORST = 5
 """Rows that a finding names."""

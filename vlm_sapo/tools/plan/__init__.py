@@ -1,0 +1,1 @@
+"""`vlm-sapo plan`: what a config takes on given GPUs."""

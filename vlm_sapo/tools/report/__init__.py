@@ -1,0 +1,1 @@
+"""`vlm-sapo report`: one HTML page of runs."""
