@@ -74,8 +74,8 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
 
 def predict(config: TrainConfig, device: str) -> float:
     """The highest memory that the plan expects of tensors, in bytes."""
-    from vlm_sapo.planning.estimate import Estimator
-    from vlm_sapo.planning.memory import CONTEXT, GB, Gpus
+    from vlm_sapo.tools.plan.estimate import Estimator
+    from vlm_sapo.tools.plan.memory import CONTEXT, GB, Gpus
 
     found = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
     pictures = dict(found.host)["pictures"] if device == "cpu" else 0
@@ -87,8 +87,8 @@ def measure(config: TrainConfig, device: str) -> float:
     import torch
     from accelerate.state import AcceleratorState
 
-    from vlm_sapo.models.simulate import Memory
     from vlm_sapo.reporting.console import Console
+    from vlm_sapo.tools.plan.simulate import Memory
     from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
     from vlm_sapo.training.resume import open_folder

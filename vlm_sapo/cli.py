@@ -265,7 +265,7 @@ def plan(
 
     load(TrainConfig, config, overrides or [])
     quieten()
-    from vlm_sapo.planning.plan import parse_gpus, plan_command
+    from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
     if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
         raise typer.Exit(1)

@@ -13,19 +13,18 @@ from vlm_sapo.cli import app
 from vlm_sapo.config.load import load
 from vlm_sapo.config.schema import schema as cfg
 from vlm_sapo.launchconfig import check
-from vlm_sapo.models import simulate
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import choose
-from vlm_sapo.models.simulate import Memory
 from vlm_sapo.models.vlm import load_vlm
-from vlm_sapo.planning import memory, passes
-from vlm_sapo.planning.estimate import Estimator
-from vlm_sapo.planning.memory import GB, Gpus, Held
-from vlm_sapo.planning.nearest import nearest
-from vlm_sapo.planning.passes import Load, Rows
-from vlm_sapo.planning.plan import parse_gpus, plan_command
 from vlm_sapo.plugins import shipped
 from vlm_sapo.tools.new_model import Shape, new_model
+from vlm_sapo.tools.plan import memory, passes, simulate
+from vlm_sapo.tools.plan.command import parse_gpus, plan_command
+from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.memory import GB, Gpus, Held
+from vlm_sapo.tools.plan.nearest import nearest
+from vlm_sapo.tools.plan.passes import Load, Rows
+from vlm_sapo.tools.plan.simulate import Memory
 
 CONFIGS = SHARED / "processors/configs"
 PARAMETERS = {

@@ -9,15 +9,15 @@ from functools import lru_cache
 
 import torch
 
-from vlm_sapo.models import simulate
 from vlm_sapo.models.decoding import prefill
 from vlm_sapo.models.experts import NoJournal
 from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
 from vlm_sapo.models.packing import Branches, Inputs, choose
-from vlm_sapo.models.simulate import Memory, Simulation
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.planning.memory import FOUR_BITS, Held
 from vlm_sapo.rollout.hf import sample
+from vlm_sapo.tools.plan import simulate
+from vlm_sapo.tools.plan.memory import FOUR_BITS, Held
+from vlm_sapo.tools.plan.simulate import Memory, Simulation
 from vlm_sapo.types import Prompt
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from vlm_sapo.config.load import dump, load
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.launchconfig import check
-from vlm_sapo.planning.estimate import Estimator
-from vlm_sapo.planning.memory import GB, PHASES, Estimate, Gpus
-from vlm_sapo.planning.nearest import nearest
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus
+from vlm_sapo.tools.plan.nearest import nearest
 
 
 def parse_gpus(text: str) -> Gpus:

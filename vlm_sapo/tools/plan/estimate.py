@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from vlm_sapo.config.rollout import Vllm
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.models.simulate import read_config
-from vlm_sapo.planning import memory, passes
-from vlm_sapo.planning.memory import GB, PHASES, Estimate, Gpus, Held, Row
-from vlm_sapo.planning.passes import Load, Rows
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
+from vlm_sapo.tools.plan import memory, passes
+from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus, Held, Row
+from vlm_sapo.tools.plan.passes import Load, Rows
+from vlm_sapo.tools.plan.simulate import read_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TEXT = 16

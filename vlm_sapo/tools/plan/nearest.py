@@ -9,8 +9,8 @@ from vlm_sapo.config.load import load
 from vlm_sapo.config.rollout import Vllm
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.launchconfig import check
-from vlm_sapo.planning.estimate import Estimator
-from vlm_sapo.planning.memory import GB, Estimate, Gpus
+from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.memory import GB, Estimate, Gpus
 
 ROOM = 0.95
 """Share of the memory that a recommended setting takes at most."""
