@@ -176,7 +176,7 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for a free one.")] = 8600,
 ) -> None:
     """Write one HTML page of runs: results, curves, what the updates did, and the responses with pictures."""
-    from vlm_sapo.report.command import report_command
+    from vlm_sapo.tools.report.command import report_command
 
     report_command(runs, out or runs[0] / "report.html", groups=groups, watch=watch, port=port)
 

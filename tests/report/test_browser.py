@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from vlm_sapo.report.command import report_command
+from vlm_sapo.tools.report.command import report_command
 
 pytestmark = pytest.mark.report
 COLOURED = "nodes => nodes.some(node => !/ 0\\)$/.test(node.style.backgroundColor || ' 0)'))"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from tests.report.conftest import HOSTILE
 from tests.training.conftest import short_run
 from vlm_sapo.cli import app
-from vlm_sapo.report import command
-from vlm_sapo.report.collect import collect, evenly
 from vlm_sapo.rewards.verifiers.boxes import shown
+from vlm_sapo.tools.report import command
+from vlm_sapo.tools.report.collect import collect, evenly
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Example, Response
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from vlm_sapo.report.collect import collect
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.tools.report.collect import collect
 
 
 def report_command(folders: Sequence[Path], out: Path, *, groups: int, watch: bool, port: int) -> None:
