@@ -19,7 +19,7 @@ from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.reporting import step_report as reporter
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.sampler import OnDemand
-from vlm_sapo.training.parity import ParityError
+from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.trainer import train
 
 STEPS = 4

@@ -16,7 +16,7 @@ from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import Drawn
-from vlm_sapo.training.parity import Parity, ParityError, kinds_of, perturbed
+from vlm_sapo.training.checks import Parity, ParityError, kinds_of, perturbed
 from vlm_sapo.types import Group, Sampling, Score
 
 SAMPLING = Sampling(3, 8, 0.7, seed=3)

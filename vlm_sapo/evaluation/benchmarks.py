@@ -13,7 +13,7 @@ from vlm_sapo.config.schema import data as cfg
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.metrics import METRICS
 from vlm_sapo.evaluation.results import Measure
-from vlm_sapo.evaluation.stamps import stamp
+from vlm_sapo.evaluation.samples import stamp
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example
 

@@ -14,8 +14,8 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.training.build import build_parity, build_training
+from vlm_sapo.training.checks import Comparison, Difference, Pairs, Parity
 from vlm_sapo.training.launch import join
-from vlm_sapo.training.parity import Comparison, Difference, Pairs, Parity
 from vlm_sapo.types import Prompt
 
 

@@ -32,13 +32,13 @@ from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
 from vlm_sapo.rollout.sampler import Ahead, OnDemand
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.checkpoint import Progress, restore
+from vlm_sapo.training.checks import Parity, allowed
 from vlm_sapo.training.copies import Whole
 from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.launch import Processes, build_copies
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
-from vlm_sapo.training.parity import Parity, allowed
 from vlm_sapo.training.policy import ADAPTER, Policy
 from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
 from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training

@@ -21,9 +21,9 @@ from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rollout.sampler import Drawn, Rollouts
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
+from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
-from vlm_sapo.training.parity import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import Example, Prompt
 
