@@ -21,7 +21,7 @@ SLOW = 5.0
 """Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
 
 with atheris.instrument_imports(include=["vlm_sapo"]):
-    from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
+    from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig

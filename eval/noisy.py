@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from vlm_sapo.rewards.verifiers.table.table import auto
+from vlm_sapo.rewards.verifiers.table import auto
 
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 

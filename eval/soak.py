@@ -26,7 +26,7 @@ import os
 import random
 import time
 
-from vlm_sapo.rewards.verifiers.table.table import auto
+from vlm_sapo.rewards.verifiers.table import auto
 
 def faulty(response, example, *, rate, log):
     """What `auto` says, but sometimes never, and sometimes the process ends."""

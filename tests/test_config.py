@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sapo.algo.objectives import OBJECTIVES
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.plugins import shipped
 
 SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))

@@ -4,7 +4,7 @@ reward:
   parts: [{name: docs/examples/reward.py:main_colour, args: {partly: 0.3}}]
 """
 
-from vlm_sapo.rewards.verifiers.table.table import marked_answer
+from vlm_sapo.rewards.verifiers import marked_answer
 
 COLOURS = {"red": (230, 40, 40), "green": (40, 150, 70), "blue": (40, 90, 220), "yellow": (250, 210, 30)}
 

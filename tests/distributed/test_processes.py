@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.distributed.launcher import ENVIRONMENT, free_port, launch
 from tests.rollout.model_server import ModelServer
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
 

@@ -16,8 +16,8 @@ def main() -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    from vlm_sapo.config.schema import load as configfile
-    from vlm_sapo.config.schema import schema as cfg
+    from vlm_sapo.config import load as configfile
+    from vlm_sapo.config import schema as cfg
     from vlm_sapo.training.sft import sft
     from vlm_sapo.training.trainer import train
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.conftest import CORPUS, FAMILIES, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.config.load import load
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.launchconfig import check
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import choose

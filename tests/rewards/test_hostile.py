@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
 from vlm_sapo.rewards.verifiers.answers import NoAnswer
 from vlm_sapo.types import Example, Response

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from PIL import Image
-from vlm_sapo.rewards.verifiers.table.table import auto
+from vlm_sapo.rewards.verifiers.table import auto
 
 from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer, marked_answer, stated_answer
 from vlm_sapo.rewards.verifiers.boxes import box, giou, iou, point_in_box

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.training.trainer import train
 
 REWARD = """

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import picture
 from vlm_sapo.cli import app
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.training.trainer import train
 

@@ -7,8 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.launchconfig import check
 from vlm_sapo.training.trainer import train
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.conftest import SHARED
 from tests.training.conftest import metrics
 from vlm_sapo.cli import main
-from vlm_sapo.config.schema import load as configfile
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import load as configfile
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import RowError

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlm_sapo.plugins import absolute, resolve
 from vlm_sapo.rewards.verifiers.answers import Ungraded
-from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, Response, Score
 
 ENTRY_POINTS = "vlm_sapo.rewards"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, holds_picture
 from vlm_sapo.data.sources import build_examples

@@ -19,7 +19,7 @@ from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.rewards.verifiers.table.table import VERIFIERS
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, Response
 
 BATCH = 512

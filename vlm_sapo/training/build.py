@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vlm_sapo.algo.advantages import ADVANTAGES
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.distributed import World

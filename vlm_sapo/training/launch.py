@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 
-from vlm_sapo.config.schema import schema as cfg
+from vlm_sapo.config import schema as cfg
 from vlm_sapo.distributed import World
 from vlm_sapo.launchconfig import check
 from vlm_sapo.reporting.console import Console, SilentConsole
