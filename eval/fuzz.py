@@ -21,13 +21,12 @@ SLOW = 5.0
 """Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
 
 with atheris.instrument_imports(include=["vlm_sapo"]):
-    from vlm_sapo.rewards.verifiers.table import VERIFIERS
-
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.data.images import decode
     from vlm_sapo.data.rows import ExampleSet, open_rows
     from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer
+    from vlm_sapo.rewards.verifiers.table import VERIFIERS
     from vlm_sapo.types import Example, Response
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import zlib
 
-from vlm_sapo.rewards.verifiers.table import auto
-
 from vlm_sapo.rewards.verifiers.answers import Ungraded
+from vlm_sapo.rewards.verifiers.table import auto
 
 
 def noisy(response, example, share):

@@ -12,7 +12,6 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
-from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
 from docs.build import config_page
 from tests.conftest import ROOT, example
@@ -22,6 +21,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.rewards.verifiers.answers import Ungraded
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Response
 
 DOCUMENTS = [

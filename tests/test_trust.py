@@ -15,9 +15,9 @@ from tests.conftest import ROOT, picture
 from vlm_sapo.cli import main
 from vlm_sapo.config.data import Source
 from vlm_sapo.config.schema import RewardPart
+from vlm_sapo.config.secrets import check_address, check_secrets
 from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.trust import check_address, check_secrets
 from vlm_sapo.types import Example, Response
 
 NETWORK = """

@@ -7,9 +7,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, SHARED
-from vlm_sapo.config.data import Data, Rows
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.data import Data, Rows
 from vlm_sapo.data.sources import build_examples, build_stream
 
 RECIPES = sorted(path.stem for path in (ROOT / "data").glob("*.yaml"))

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 
 import pytest
-from vlm_sapo.rewards.verifiers.table import auto
 
 from vlm_sapo.plugins import resolve
+from vlm_sapo.rewards.verifiers.table import auto
 from vlm_sapo.types import Example
 
 shapes = resolve("data/shapes.py:rows", field="test")

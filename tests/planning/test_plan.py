@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import CORPUS, FAMILIES, SHARED
 from vlm_sapo.cli import app
-from vlm_sapo.config.load import load
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.load import load
 from vlm_sapo.launchconfig import check
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import choose

@@ -1,10 +1,10 @@
 """Answers that were graded wrongly once: wrong ones that were rewarded, right ones that were refused."""
 
 import pytest
-from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
 from tests.rewards.test_verifiers import PICTURE, example
 from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, Response
 
 CASES = {

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
 from vlm_sapo.rewards.verifiers.answers import NoAnswer
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, Response
 
 ASKED = {name: {} for name in VERIFIERS if name != "judge"} | {"length": {"allowed": 10, "buffer": 5}}

@@ -10,8 +10,7 @@ from PIL import Image
 
 from tests.conftest import picture
 from vlm_sapo.rewards.parts import RewardError, build_part
-from vlm_sapo.rewards.pictures import share_pictures, with_pictures
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import Reward, share_pictures, with_pictures
 from vlm_sapo.types import Example, Response
 
 CUSTOM = """

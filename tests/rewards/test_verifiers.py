@@ -4,13 +4,13 @@ import json
 
 import pytest
 from PIL import Image
-from vlm_sapo.rewards.verifiers.table import auto
 
 from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer, marked_answer, stated_answer
 from vlm_sapo.rewards.verifiers.boxes import box, giou, iou, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice
 from vlm_sapo.rewards.verifiers.math import math
 from vlm_sapo.rewards.verifiers.number import count, number, read_number
+from vlm_sapo.rewards.verifiers.table import auto
 from vlm_sapo.rewards.verifiers.text import (
     anls,
     edit_distance,

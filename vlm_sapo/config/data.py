@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from vlm_sapo.config.files import find, read_mapping
-from vlm_sapo.trust import check_secrets
+from vlm_sapo.config.secrets import check_secrets
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]

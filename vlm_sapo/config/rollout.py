@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlm_sapo.config.data import Count, NotNegative, Positive, Rate, Section
-from vlm_sapo.trust import check_address
+from vlm_sapo.config.secrets import check_address
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 

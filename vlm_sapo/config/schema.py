@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from vlm_sapo.config.data import Count, Data, NotNegative, Positive, Rate, Rows, Section
 from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.config.run import Alarms, Checkpoint, Log, Run
-from vlm_sapo.trust import check_address, check_secrets
+from vlm_sapo.config.secrets import check_address, check_secrets
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config import data as cfg
+from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.metrics import METRICS
 from vlm_sapo.evaluation.results import Measure

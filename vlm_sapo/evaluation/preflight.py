@@ -16,8 +16,7 @@ from PIL import Image
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.golds import right, wrong
-from vlm_sapo.rewards.pictures import PictureSize
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import PictureSize, Reward
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.types import Example, Response, RowError, Score
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from vlm_sapo.config.load import differences, dump
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.load import differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder

@@ -1,9 +1,7 @@
-"""What may not come in or go out: addresses that lead elsewhere, secrets in files that are kept, the network
-where a grader has no use for it."""
+"""Addresses and secrets that a config, which is stored and logged, must not hold."""
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import re
 import socket
@@ -18,13 +16,14 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """Names of arguments."""
+
 PERHAPS = re.compile(r"(^|[_-])(key|token)s?$", re.IGNORECASE)
 """Names of those that may also be a column's or a mark; a secret is LONG and has no spaces."""
+
 LONG = re.compile(r"^\S{16,}$")
+
 LOOKS_SECRET = re.compile(r"^(sk-|hf_|ghp_|github_pat_|xox[abp]-|AKIA|eyJ[\w-]+\.)[\w.-]{8,}$")
 """Values of well-known kinds."""
-NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
-"""CLONE_NEWUSER and CLONE_NEWNET of Linux."""
 
 
 def check_address(address: str, field: str) -> None:
@@ -79,11 +78,3 @@ def check_secrets(values: Any, field: str) -> None:
 def _is_secret(name: str, value: str) -> bool:
     perhaps = PERHAPS.search(name) and LONG.match(value)
     return bool(SECRET.search(name) or LOOKS_SECRET.match(value) or perhaps)
-
-
-def leave_network() -> bool:
-    """Takes the network from this process, where Linux lets it; returns whether it did. Only in a process
-    without threads."""
-    with suppress(OSError, AttributeError):
-        return ctypes.CDLL(None, use_errno=True).unshare(NEW_USER | NEW_NETWORK) == 0
-    return False
