@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from tests.conftest import CORPUS, FAMILIES, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.config.load import load
-from vlm_sapo.launchconfig import check
+from vlm_sapo.config.load import check_processes, load
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import choose
 from vlm_sapo.models.vlm import load_vlm
@@ -196,7 +195,7 @@ def test_no_setting_is_near_that_train_would_refuse(tiny, monkeypatch):
         for more in ([], ["train.optimizer=adamw_8bit"])
     )
     changes, found = nearest(tiny, overrides, Gpus(1, 2, int(whole + eight) // 2))
-    assert found.fits and check(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
+    assert found.fits and check_processes(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
 
 
 def test_frozen_parts_get_no_adapters(tiny):
@@ -293,6 +292,6 @@ def test_a_shipped_config_fits_where_it_says(name, shape):
     config = load(cfg.TrainConfig, name, [f"model.path={path}"])
     card = CARD.search(name)
     gpus = parse_gpus(card.group(1) if card else "1x80GB")
-    check(config, gpus.count)
+    check_processes(config, gpus.count)
     found = Estimator(config, gpus).estimate()
     assert found.fits, found

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.launchconfig import check
+from vlm_sapo.config.load import check_processes
 from vlm_sapo.training.trainer import train
 
 BASE = {
@@ -57,14 +57,14 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
 )
 def test_what_does_not_fit_is_said_before_anything_is_loaded(overrides, size, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        check(load(*overrides, tmp_path=tmp_path), size)
+        check_processes(load(*overrides, tmp_path=tmp_path), size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_what_fits_passes(size, tmp_path):
     for wanted, shard in (("1", 1), ("all", size)):
         options = ("rollout.engine=vllm_server", f"train.shard={wanted}")
-        assert check(load(*options, tmp_path=tmp_path), size) == shard
+        assert check_processes(load(*options, tmp_path=tmp_path), size) == shard
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):

@@ -14,8 +14,8 @@ from accelerate import Accelerator, DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.load import check_processes
 from vlm_sapo.distributed import World
-from vlm_sapo.launchconfig import check
 from vlm_sapo.reporting.console import Console, SilentConsole
 from vlm_sapo.training.copies import Copies, Sharded, Whole
 
@@ -41,7 +41,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     """Joins the processes that were started together. Raises ValueError where the config does not fit their
     number."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    shard = check(config, size)
+    shard = check_processes(config, size)
     _check_installed(config)
     if (size > 1 or config.train.offload) and not dist.is_initialized():
         _connect(size)

@@ -7,9 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sapo.config.load import dump, load
+from vlm_sapo.config.load import check_processes, dump, load
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.launchconfig import check
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus
@@ -36,7 +35,7 @@ def plan_command(name: str, overrides: Sequence[str], gpus: Gpus, recommend: Pat
     fits as it is. `recommend` is where the config that fits is written."""
     console = Console()
     config = load(TrainConfig, name, overrides)
-    check(config, gpus.count)
+    check_processes(config, gpus.count)
     found = Estimator(config, gpus).estimate()
     _print(config, found, console)
     changes: tuple[str, ...] = ()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from vlm_sapo.config.load import load
+from vlm_sapo.config.load import check_processes, load
 from vlm_sapo.config.rollout import Vllm
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.launchconfig import check
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, Estimate, Gpus
 
@@ -81,7 +80,7 @@ def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
 def _allowed(name: str, overrides: Sequence[str], gpus: Gpus) -> bool:
     """Whether `train` would take it."""
     try:
-        check(load(TrainConfig, name, overrides), gpus.count)
+        check_processes(load(TrainConfig, name, overrides), gpus.count)
     except ValueError:
         return False
     return True
