@@ -184,7 +184,7 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     import torch
 
     from vlm_sapo import load_config
-    from vlm_sapo.exits import quieten
+    from vlm_sapo.api import quieten
     from vlm_sapo.training.guard import NumbersError
     from vlm_sapo.training.trainer import train
 

@@ -6,13 +6,14 @@ ValueError with one sentence.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sapo.config.load import load
 from vlm_sapo.config.schema import SftConfig, TrainConfig
-from vlm_sapo.exits import quieten
 
 
 def load_config(config: str | Path, *overrides: str) -> TrainConfig:
@@ -123,3 +124,14 @@ def _engine(name: str, args: str):
         raise ValueError(f"--engine-args ({args}) must be a YAML mapping such as '{{tensor_parallel: 2}}'")
     alone = {"gpu_memory": 0.9} if name == "vllm" else {}
     return check(Rollout, {"engine": {"type": name} | alone | fields}).engine
+
+
+def quieten() -> None:
+    """Silences the libraries' own progress bars and advice, which would bury the run's lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
