@@ -102,7 +102,7 @@ def children(pid: int) -> list[int]:
 
 
 def can_leave() -> bool:
-    code = "from vlm_sapo.trust import leave_network; print(leave_network())"
+    code = "from vlm_sapo.rewards.pool import leave_network; print(leave_network())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.strip() == "True"
 

@@ -13,8 +13,8 @@ import torch
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
-from vlm_sapo.rewards.golds import own_verifier
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
+from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.run import Core
 from vlm_sapo.types import Group, Response

@@ -83,3 +83,8 @@ VERIFIERS = {
     "point_in_box": point_in_box,
     "short": text.short,
 }
+
+
+def own_verifier(example: Example, name: str, args: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The verifier that `auto` goes by for this row, where its recipe names one."""
+    return example.verifier if name == "auto" and example.verifier else (name, args)
