@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_sapo.rewards.latex import plain
+from vlm_sapo.rewards.verifiers.normalize import plain
 
 RESAMPLES = 2000
 RIGHT = 0.5

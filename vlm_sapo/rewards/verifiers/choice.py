@@ -8,7 +8,6 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_sapo.rewards.latex import plain
 from vlm_sapo.rewards.verifiers.answers import (
     TAIL,
     BadGold,
@@ -18,6 +17,7 @@ from vlm_sapo.rewards.verifiers.answers import (
     stated_answer,
 )
 from vlm_sapo.rewards.verifiers.math import equal
+from vlm_sapo.rewards.verifiers.normalize import plain
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example
 

@@ -7,7 +7,6 @@ from decimal import Decimal
 from functools import lru_cache
 from logging import getLogger
 
-from vlm_sapo.rewards.latex import JOINED, SIGNS, amount, normalise, plain, roots
 from vlm_sapo.rewards.verifiers.answers import (
     TAIL,
     BadGold,
@@ -18,6 +17,7 @@ from vlm_sapo.rewards.verifiers.answers import (
     stated_answer,
     statement,
 )
+from vlm_sapo.rewards.verifiers.normalize import JOINED, SIGNS, amount, normalise, plain, roots
 from vlm_sapo.types import Example
 
 for _name in ("math_verify.parser", "math_verify.grader"):

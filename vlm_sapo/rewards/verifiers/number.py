@@ -6,8 +6,8 @@ import math
 import re
 import string
 
-from vlm_sapo.rewards.latex import plain
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.verifiers.normalize import plain
 from vlm_sapo.types import Example
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?%?")

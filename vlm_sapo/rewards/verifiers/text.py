@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vlm_sapo.rewards.latex import plain
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.normalize import plain
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example, Response
 
