@@ -10,7 +10,7 @@ from tests.conftest import ROOT, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.config.data import Benchmark
 from vlm_sapo.evaluation.benchmarks import build_benchmark, build_benchmarks, read_definition
-from vlm_sapo.evaluation.metrics import versions, we_math, worst_case
+from vlm_sapo.evaluation.results import versions, we_math, worst_case
 from vlm_sapo.plugins import resolve
 
 NAMES = sorted(path.stem for path in (ROOT / "eval/benchmarks").glob("*.yaml"))

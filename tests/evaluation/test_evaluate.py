@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import completion, example
-from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
+from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Prompt, RowError, Sampling
 

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from vlm_sapo.config import data as cfg
 from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.data.sources import build_examples
-from vlm_sapo.evaluation.metrics import METRICS
-from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.evaluation.results import METRICS, Measure
 from vlm_sapo.evaluation.samples import stamp
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example

@@ -13,9 +13,9 @@ import yaml
 
 from vlm_sapo.config.rollout import Engine
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
-from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.preflight import check_golds, inspect
-from vlm_sapo.evaluation.samples import stamp, weights
+from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate

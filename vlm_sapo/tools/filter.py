@@ -15,9 +15,9 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, holds_picture
 from vlm_sapo.data.sources import build_examples
-from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure
-from vlm_sapo.evaluation.samples import stamp, weights
+from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.build import open_model, problems_at_once

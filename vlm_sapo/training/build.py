@@ -17,8 +17,10 @@ from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
-from vlm_sapo.evaluation.evaluate import SampleFile, evaluate
+from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.periodic import HELD_OUT, Evaluator
 from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.packing import Layout, choose
@@ -41,7 +43,7 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.policy import ADAPTER, Policy
 from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
-from vlm_sapo.training.run import HELD_OUT, Core, Evaluator, Training
+from vlm_sapo.training.run import Core, Training
 from vlm_sapo.training.selfcheck import SelfCheck
 from vlm_sapo.types import Sampling
 
