@@ -48,7 +48,7 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
     from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.data.sources import build_examples
     from vlm_sapo.models.encode import Encoder
-    from vlm_sapo.models.vlm import load_outline
+    from vlm_sapo.models.loading import load_outline
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
     sizes = {"count": 2 * args.prompts, "side": args.side, "pictures": 1}

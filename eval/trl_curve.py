@@ -29,7 +29,7 @@ from vlm_sapo import load_config
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.types import Example
 

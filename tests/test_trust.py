@@ -16,7 +16,7 @@ from vlm_sapo.cli import main
 from vlm_sapo.config.data import Source
 from vlm_sapo.config.schema import RewardPart
 from vlm_sapo.config.secrets import check_address, check_secrets
-from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.rewards.pool import Reward
 from vlm_sapo.types import Example, Response
 

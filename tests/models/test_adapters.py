@@ -14,8 +14,8 @@ from tests.conftest import CORPUS, SHARED, SMALL, example
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.vlm import Adapters, load_vlm
 from vlm_sapo.tools.new_model import new_model
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")

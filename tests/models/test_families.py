@@ -13,8 +13,9 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as TABLE
 from vlm_sapo.models.families import Shape
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.models.vlm import load_vlm, save_model, stored_weights
+from vlm_sapo.models.vlm import save_model, stored_weights
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.tools.new_model import model_config, new_model
 from vlm_sapo.types import Sampling

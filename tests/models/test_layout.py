@@ -10,9 +10,9 @@ from tests.conftest import SHARING, example
 from vlm_sapo.models.attention import Branched, Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.vision import Features
-from vlm_sapo.models.vlm import load_vlm
 
 SHAPES = {
     "one picture": [(1, [5, 1, 9, 30])],

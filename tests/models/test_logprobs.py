@@ -6,8 +6,8 @@ import torch
 from tests.conftest import SHARING, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.models.vlm import load_vlm
 
 LAYOUTS = pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambda layout: layout.name)
 

@@ -11,8 +11,8 @@ from tests.conftest import FAMILIES, SHARING, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import Routes
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Sampling
 

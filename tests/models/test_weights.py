@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tests.conftest import FAMILIES, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.vlm import load_vlm
 
 
 @pytest.mark.parametrize("family", FAMILIES)

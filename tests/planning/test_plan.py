@@ -13,8 +13,8 @@ from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes, load
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import choose
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.plugins import shipped
 from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.tools.plan import memory, passes, simulate

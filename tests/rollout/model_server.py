@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import example
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Prompt, Sampling
 

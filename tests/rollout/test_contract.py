@@ -19,8 +19,8 @@ from tests.conftest import CORPUS, ROOT, example
 from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.tools.new_model import Shape, new_model

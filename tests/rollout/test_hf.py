@@ -6,8 +6,8 @@ import torch
 from tests.conftest import FAMILIES, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.hf import HfEngine, sample
 from vlm_sapo.types import Sampling

@@ -11,7 +11,7 @@ from tests.conftest import example
 from tests.rollout.model_server import HANG_UP, ModelServer
 from vlm_sapo.config.rollout import Rollout
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.rollout.build import build_engine
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.hf import HfEngine

@@ -15,7 +15,7 @@ from tests.rollout.model_server import HANG_UP, ModelServer
 from tests.training.conftest import short_run
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.models.vlm import load_vlm
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.reporting import step_report as reporter
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.sampler import OnDemand

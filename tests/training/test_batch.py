@@ -6,8 +6,8 @@ from accelerate import Accelerator
 
 from tests.conftest import completion, example
 from vlm_sapo.algo.advantages import zscore
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import MicroBatch, minibatches

@@ -12,8 +12,8 @@ from tests.conftest import FAMILIES
 from tests.training.test_batch import REWARDS, advantages, draw_groups, loss_of
 from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.reporting.metrics import StepMeter
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import minibatches

@@ -11,8 +11,8 @@ from tests.training.test_batch import make_policy
 from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain
-from vlm_sapo.models.vlm import load_vlm
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import Drawn

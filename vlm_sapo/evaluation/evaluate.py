@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
+from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rewards.verifiers.answers import stated_answer

@@ -22,6 +22,7 @@ from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
 from vlm_sapo.rewards.verifiers.choice import named, option_column, options
 from vlm_sapo.rewards.verifiers.number import read_number
+from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import golds
 from vlm_sapo.types import Example, Response, RowError, Score
 

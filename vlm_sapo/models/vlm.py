@@ -3,26 +3,14 @@ parts."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-)
 
-from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
-from vlm_sapo.models.families import check_family
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
 from vlm_sapo.types import Prompt
@@ -37,7 +25,6 @@ PARTS = {
 `language` the router."""
 NARROW_FIRST = ("merger", "router", "vision", "language")
 """The parts in the order in which a parameter's is found."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class VLM(nn.Module):
@@ -211,145 +198,3 @@ def stop_ids(model: nn.Module, processor) -> list[int]:
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({*listed, processor.tokenizer.eos_token_id} - {None})
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Adapters to train: new ones of this shape, or those of a folder. `base` is the name of the checkpoint
-    that they belong to."""
-
-    base: str
-    rank: int = 16
-    alpha: float = 32.0
-    parts: tuple[str, ...] = ("language",)
-    folder: Path | None = None
-    bits: int | None = None
-    """4 holds the linear layers of the parts in 4 bits."""
-
-
-def load_vlm(
-    path: str,
-    *,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    gradient_checkpointing: bool = False,
-    freeze: list[str] = (),
-    lora: Adapters | None = None,
-) -> VLM:
-    """Loads a checkpoint of a listed family (models/families.py) from a folder or a hub id.
-
-    Dropout is off for good: old and new log-probs must come from the same function.
-    Raises ValueError when the folder lacks a model or a processor, or the family is another.
-    """
-
-    def build(config: PreTrainedConfig) -> nn.Module:
-        extra = {}
-        if lora is not None and lora.bits:
-            quantized = _four_bits(config, lora.parts, dtype)
-            extra = {"quantization_config": quantized, "device_map": {"": device}}
-        return AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",  # whatever the folder asks for, which may be code from the hub
-            **extra,
-        )
-
-    processor, model = _open(path, build)
-    for module in model.modules():
-        if "support_avx512bf16_for_cpu" in vars(module):  # bitsandbytes' layers in 4 bits
-            # Some CPUs would pack them at the first draw, with constants rounded to bfloat16, so that engine
-            # and trainer would no longer agree; and fail where a layer's width is no multiple of 64.
-            module.support_avx512bf16_for_cpu = False
-    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
-    vlm = VLM(model, processor)
-    if lora is None:
-        vlm.freeze(freeze)
-    elif lora.folder is not None:
-        adapters.load(model, lora.folder, frozen=lambda name: part_of(name) in freeze)
-    else:
-        adapters.add(
-            model,
-            adapters.targets(model, part_of, lora.parts),
-            rank=lora.rank,
-            alpha=lora.alpha,
-            base=lora.base,
-        )
-    model.train()
-    silence_dropout(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
-        )
-    vlm.as_matrix_product()
-    vlm.place(device)
-    return vlm
-
-
-def _four_bits(config: PreTrainedConfig, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
-    """NF4 with twice quantized constants for the linear layers of some parts."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    chosen = set(adapters.targets(model, part_of, parts))
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=[name for name in linear if name not in chosen],
-    )
-
-
-def load_outline(path: str) -> VLM:
-    """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
-
-    def build(config: PreTrainedConfig) -> nn.Module:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
-
-    processor, model = _open(path, build)
-    return VLM(model, processor)
-
-
-def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
-    """Processor and model, or an error that says what is wrong with `model.path`."""
-    check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_family(config.model_type, f"the model type of model.path {path}")
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False), build(config)
-    except OSError as error:
-        raise ValueError(
-            f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
-        ) from error
-
-
-def check_folder(path: str) -> None:
-    """Names what a local model folder lacks before anything heavy is loaded."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.is_absolute() or path.count("/") != 1:
-            raise ValueError(
-                f"model.path ({path}) must be a model folder or a hub id; there is no such folder"
-            )
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path ({path}) must hold a model; config.json is missing from that folder")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise ValueError(
-            f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, "
-            "the tokenizer files and the chat template of the original checkpoint into the folder"
-        )
-
-
-def silence_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0, so that training mode (which checkpointing needs) computes what evaluation
-    does."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for config in (model.config, model.config.get_text_config()):
-        config.attention_dropout = 0.0

@@ -13,7 +13,7 @@ from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.evaluation.preflight import Inspected, check_golds, inspect
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.vlm import load_outline
+from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import Reward

@@ -10,7 +10,8 @@ import torch
 
 from vlm_sapo.config.rollout import Engine, Vllm, VllmServer
 from vlm_sapo.distributed import World
-from vlm_sapo.models.vlm import PARTS, VLM, load_outline, load_vlm
+from vlm_sapo.models.loading import load_outline, load_vlm
+from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.hf import HfEngine, run
 from vlm_sapo.rollout.vllm import VllmEngine

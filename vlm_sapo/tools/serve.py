@@ -14,7 +14,7 @@ import torch
 
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
-from vlm_sapo.models.vlm import load_outline
+from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.rollout.vllm import PICTURES

@@ -23,8 +23,10 @@ from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
 from vlm_sapo.models.packing import Layout, choose
-from vlm_sapo.models.vlm import VLM, Adapters, load_outline, load_vlm
+from vlm_sapo.models.parallel import Whole
+from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
@@ -35,7 +37,6 @@ from vlm_sapo.rollout.sampler import Ahead, OnDemand
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.checks import Parity, allowed
-from vlm_sapo.training.copies import Whole
 from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.launch import Processes, build_copies

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
 from vlm_sapo.distributed import World
+from vlm_sapo.models.parallel import Copies, Sharded, Whole
 from vlm_sapo.reporting.console import Console, SilentConsole
-from vlm_sapo.training.copies import Copies, Sharded, Whole
 
 SLOWEST = timedelta(hours=1)
 """How long devices may wait for each other."""

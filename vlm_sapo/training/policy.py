@@ -18,11 +18,11 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import RoutedPass
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import Branches, Inputs, Layout, SharedPrefix
+from vlm_sapo.models.parallel import Copies, Whole
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.models.weights import whole
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
-from vlm_sapo.training.copies import Copies, Whole
 from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.optimizer import Write, build_optimizer, load_state, schedule_factor, state_parts

@@ -12,6 +12,7 @@ import torch
 
 from vlm_sapo.data.stream import Mixture
 from vlm_sapo.distributed import Interrupted, World
+from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.run_folder import RunFolder

@@ -25,7 +25,8 @@ from transformers.cache_utils import DynamicLayer
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import Branches, ForkedBranches
-from vlm_sapo.models.vlm import VLM, part_of, silence_dropout
+from vlm_sapo.models.loading import silence_dropout
+from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.types import Example, Prompt
 
 LARGEST_KNOWN = 2**22
