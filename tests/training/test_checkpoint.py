@@ -11,7 +11,7 @@ import pytest
 from tests.training.conftest import metrics
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.lines import Lines
+from vlm_sapo.reporting.run_folder import Lines
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import OnDemand
 from vlm_sapo.training import checkpoint, interruption

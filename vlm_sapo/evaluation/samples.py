@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_sapo.plugins import locate
-from vlm_sapo.reporting.lines import Lines
-from vlm_sapo.reporting.lines import replace as replace_file
+from vlm_sapo.reporting.run_folder import Lines
+from vlm_sapo.reporting.run_folder import replace as replace_file
 
 
 def stamp(path: str | Path | None) -> list[int]:
