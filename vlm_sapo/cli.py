@@ -68,7 +68,7 @@ def doctor(
 
     parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
     quieten()
-    from vlm_sapo.planning.command import doctor_command
+    from vlm_sapo.tools.doctor import doctor_command
 
     if not doctor_command(parsed, [name for name in against.split(",") if name], out):
         raise typer.Exit(1)

@@ -20,6 +20,7 @@ from transformers import (
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import check_family
+from vlm_sapo.models.vlm import VLM, part_of
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vlm_sapo.evaluation.preflight import Inspected
-from vlm_sapo.planning.duplicates import matches
+from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.data.rows import ExampleSet
+from vlm_sapo.data.sources import build_examples
+from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.evaluation.preflight import Inspected, Print, check_golds, inspect
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import load_outline
+from vlm_sapo.plugins import locate
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.rewards.pool import Reward
 
 WORST = 5
 """Rows that a finding names."""
@@ -254,3 +265,129 @@ def _leaked(rows: RowSet, measured: RowSet) -> list[Finding]:
     named = "; ".join(f"{a.id} and {b.id} ({kind})" for a, b, kind in pairs[:WORST])
     text = f"{same} with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
     return _finding("warning", f"pictures of {measured.name} in training", rows.name, leaked, text)
+
+
+BITS = 4
+"""Perceptual hashes may differ in so many of 64 bits. On real geometry, charts, cells and receipts all pairs
+within 4 bits were the same drawing, and pairs from 5 bits on were not."""
+
+ALIKE = 0.9
+"""Least correlation of the grey thumbnails."""
+
+
+def matches(one: Sequence[Inspected], other: Sequence[Inspected]) -> list[tuple[Inspected, Inspected, str]]:
+    """For every row of `one` that shares a picture with `other` the first such pair: with the `same` pixels,
+    else a `near` duplicate such as another size, compression or border."""
+    right = [(row, mark) for row in other for mark in row.prints if not mark.blank]
+    exact = {mark.exact: row for row, mark in reversed(right)}
+    hashes = np.array([mark.perceptual for _, mark in right], dtype=np.uint64)
+    found = []
+    for row in one:
+        marks = [mark for mark in row.prints if not mark.blank]
+        same = next((exact[mark.exact] for mark in marks if mark.exact in exact), None)
+        twin = same or next(filter(None, (_near(mark, right, hashes) for mark in marks)), None)
+        if twin is not None:
+            found.append((row, twin, "same" if same else "near"))
+    return found
+
+
+def _near(mark: Print, right: Sequence[tuple[Inspected, Print]], hashes: np.ndarray) -> Inspected | None:
+    """The first row with nearly the same picture."""
+    close = np.bitwise_count(hashes ^ np.uint64(mark.perceptual)) <= BITS
+    for place in close.nonzero()[0]:
+        row, twin = right[place]
+        if float(mark.thumbnail @ twin.thumbnail) >= ALIKE:
+            return row
+    return None
+
+
+def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
+    """Examines training rows, held-out rows, the config's benchmarks and those of `against`; returns whether
+    a run would go through."""
+    console = Console()
+    vlm = load_outline(str(locate(config.model.path)))
+    encode = Encoder(
+        vlm,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        max_tokens=config.data.max_prompt_tokens,
+    )
+    label = config.eval.part or config.reward.measured
+    part = config.reward.parts[config.reward.labels.index(label)]
+    spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
+    longest = config.rollout.max_tokens
+    sets = [
+        _examine(task.task, build_examples(task), encode, spec, longest, console, evaluated=False)
+        for task in config.data.tasks
+    ]
+    if config.eval.data:
+        examples = build_examples(config.eval.data, task="held-out")
+        sets.append(_examine("held-out", examples, encode, spec, longest, console, evaluated=True))
+    for item in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
+        name, spec = f"benchmark {item.name}", item.parts[0]
+        sets.append(_examine(name, item.examples, encode, spec, item.max_tokens, console, evaluated=True))
+    for item in build_benchmarks(against):
+        rows = _inspect_rows(f"pictures of {item.name}", item.examples, encode, console)
+        sets.append(RowSet(f"benchmark {item.name}", rows, evaluated=True, only_pictures=True))
+    findings = diagnose(
+        sets,
+        context=vlm.context,
+        skip=config.data.on_error == "skip",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report(sets, findings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(sets, findings, out, console)
+    return all(finding.level != "breaks" for finding in findings)
+
+
+def _examine(
+    name: str,
+    examples: ExampleSet,
+    encode: Encoder,
+    spec: dict,
+    longest: int,
+    console: Console,
+    *,
+    evaluated: bool,
+) -> RowSet:
+    rows = _inspect_rows(name, examples, encode, console)
+    with closing(Reward([spec], on_error="zero")) as reward:
+        [graded] = reward.parts
+        rows = check_golds(examples, rows, reward, spec)
+    return RowSet(name, rows, evaluated, max_tokens=longest, own_function=not graded.builtin)
+
+
+def _inspect_rows(name: str, examples: ExampleSet, encode: Encoder, console: Console) -> list[Inspected]:
+    with console.progress(f"examine {name}", len(examples), lines=2) as show:
+        return inspect(examples, encode, pictures=True, progress=lambda done: show(done, "rows"))
+
+
+def _write(sets: Sequence[RowSet], findings, out: Path, console: Console) -> None:
+    header = [
+        "set",
+        "rows",
+        "usable",
+        "pictures",
+        "tokens p50",
+        "p95",
+        "max",
+        "for pictures",
+        "answers",
+        "most frequent",
+    ]
+    table = []
+    for rows in sets:
+        found = describe(rows)
+        counts = [found["rows"], found["usable"], found["pictures"], *found["tokens"].values()]
+        frequent = f"{found['most_frequent_answer'][:20]!r} {found['most_frequent_share']:.0%}"
+        table.append(
+            [rows.name, *map(str, counts), str(found["image_tokens_max"]), str(found["answers"]), frequent]
+        )
+    console.table(header, table)
+    for finding in findings:
+        ids = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
+        console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")
+        console.say("\n".join(f"    {line}" for line in finding.text.splitlines()))
+    breaks = sum(finding.level == "breaks" for finding in findings)
+    verdict = f"{breaks} findings would break the run" if breaks else "nothing would break the run"
+    console.say(f"{verdict}; {len(findings)} findings in all, in {out}")
