@@ -6,7 +6,10 @@ N vision patches of all its pictures, D values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,3 +170,29 @@ class Group:
     def flat(self) -> bool:
         """Whether all responses scored alike, so that nothing is to be learnt from them."""
         return len({score.total for score in self.scores}) == 1
+
+
+@dataclass
+class Drawn:
+    """The groups of a step."""
+
+    groups: list[Group]
+    """Those that this process trains on, in the order of the mini-batches."""
+    places: list[int]
+    """Where they stand among those of all processes."""
+    version: int
+    """`VLM.version` of the weights that drew them."""
+    before: dict[str, Any]
+    """The stream's state before, and after."""
+    after: dict[str, Any] = field(default_factory=dict)
+    replaced: list[Group] = field(default_factory=list)
+    """Groups without variance that others were drawn for."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Durations of the parts, by name."""
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Adds the block's duration."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start

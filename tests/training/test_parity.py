@@ -15,9 +15,8 @@ from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.checks import Parity, ParityError, kinds_of, perturbed
-from vlm_sapo.types import Group, Sampling, Score
+from vlm_sapo.types import Drawn, Group, Sampling, Score
 
 SAMPLING = Sampling(3, 8, 0.7, seed=3)
 

@@ -8,8 +8,8 @@ from tests.training.test_batch import draw_groups, make_policy
 from vlm_sapo.distributed import World
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.selfcheck import SelfCheck
+from vlm_sapo.types import Drawn
 
 REWARDS = [[1, 0, 0, 1]]
 

@@ -15,9 +15,8 @@ from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.run import Core
-from vlm_sapo.types import Group, Response
+from vlm_sapo.types import Drawn, Group, Response
 
 TRACED = 32_768
 """Tokens of a step that are traced at most, shared by its logged responses."""

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from vlm_sapo.data.stream import Mixture
@@ -18,32 +18,6 @@ from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
 
 T = TypeVar("T")
-
-
-@dataclass
-class Drawn:
-    """The groups of a step."""
-
-    groups: list[Group]
-    """Those that this process trains on, in the order of the mini-batches."""
-    places: list[int]
-    """Where they stand among those of all processes."""
-    version: int
-    """`VLM.version` of the weights that drew them."""
-    before: dict[str, Any]
-    """The stream's state before, and after."""
-    after: dict[str, Any] = field(default_factory=dict)
-    replaced: list[Group] = field(default_factory=list)
-    """Groups without variance that others were drawn for."""
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Durations of the parts, by name."""
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Adds the block's duration."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
 
 class Rollouts(Protocol):

@@ -19,9 +19,9 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import like, whole
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.sampler import Drawn, Rollouts
+from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import MARK, Completion, Example, Prompt, Sampling
+from vlm_sapo.types import MARK, Completion, Drawn, Example, Prompt, Sampling
 
 Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
 GROUPS = 2

@@ -16,14 +16,14 @@ from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.rollout.sampler import Drawn, Rollouts
+from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.batch import MiniBatch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Example, Prompt
+from vlm_sapo.types import Drawn, Example, Prompt
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 

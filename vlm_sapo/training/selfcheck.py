@@ -9,9 +9,8 @@ import torch
 from vlm_sapo.distributed import World
 from vlm_sapo.models.packing import Layout, Part, Plain
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.sampler import Drawn
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Group
+from vlm_sapo.types import Drawn, Group
 
 
 @dataclass(frozen=True)
