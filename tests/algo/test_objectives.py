@@ -6,8 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from vlm_sapo.algo.objectives import cispo, clip, gate, gate_weight, k3, sapo
-from vlm_sapo.algo.ratios import sequence, token
+from vlm_sapo.algo.objectives import (
+    cispo,
+    clip,
+    gate,
+    gate_weight,
+    k3,
+    sapo,
+)
 
 GOLDEN = [
     # r, (f, w, w r) at tau 1.0, the same at tau 1.05

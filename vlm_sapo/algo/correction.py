@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vlm_sapo.algo.ratios import LIMIT
+from vlm_sapo.algo.objectives import LIMIT
 
 
 def importance(policy: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, *, level: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlm_sapo.algo import objectives, ratios
+from vlm_sapo.algo import objectives
 
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -29,7 +29,7 @@ def effective_update(objective: Objective, log_ratio: torch.Tensor, advantage: t
 
 def ratio_metrics(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """Ratios, |log r|, the spread of log r within sequences, and two estimates of KL(old, new)."""
-    log_ratio = ratios.token(logprobs, old, mask)
+    log_ratio = objectives.token_log_ratio(logprobs, old, mask)
     values = log_ratio[mask]
     metrics = _quantiles("ratio", values.exp()) | _quantiles("abs_log_ratio", values.abs())
     lengths = mask.sum(-1).clamp(min=1)
@@ -64,7 +64,10 @@ def clip_metrics(
 ) -> dict[str, float]:
     """Share of tokens that GRPO (.2/.2) and GSPO (3e-4/4e-4) would have clipped on the same tokens."""
     shares = {}
-    for name, level, low, high in (("grpo", ratios.token, 0.2, 0.2), ("gspo", ratios.sequence, 3e-4, 4e-4)):
+    for name, level, low, high in (
+        ("grpo", objectives.token_log_ratio, 0.2, 0.2),
+        ("gspo", objectives.sequence_log_ratio, 3e-4, 4e-4),
+    ):
         ratio = level(logprobs, old, mask).exp()
         clipped = torch.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
         shares[f"{name}_would_clip"] = float(clipped[mask].double().mean())
@@ -84,7 +87,7 @@ def gate_metrics(
     gate."""
     tau = objectives.temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
     variance, deviation = gate_deviation(logprobs, old, mask, tau)
-    true_gate = objectives.gate_weight(ratios.token(logprobs, old, mask).exp(), tau)
+    true_gate = objectives.gate_weight(objectives.token_log_ratio(logprobs, old, mask).exp(), tau)
     lengths = mask.sum(-1).clamp(min=1)
     return {
         "gate_deviation": float(deviation.mean()),
@@ -99,7 +102,7 @@ def gate_deviation(
     """[N] variance of log r within each sequence, and [N] |mean gate - gate of the mean| in log form, which
     tau^2/4 times the variance bounds; `tau` is [N, 1]. Section 4 of arXiv 2511.20347. In float64: both gates
     are close to 1."""
-    log_ratio, tau = ratios.token(logprobs.double(), old.double(), mask), tau.double()
+    log_ratio, tau = objectives.token_log_ratio(logprobs.double(), old.double(), mask), tau.double()
     lengths = mask.sum(-1).clamp(min=1)
     mean = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
 

@@ -53,3 +53,24 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 OBJECTIVES = {"sapo": sapo, "grpo": clip, "gspo": clip, "cispo": cispo}
+
+LIMIT = 20.0
+
+
+def token_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log pi(y_t) - log pi_old(y_t), 0 where the mask is off."""
+    difference = torch.where(mask, logprobs, 0.0) - torch.where(mask, old, 0.0)
+    return difference.clamp(-LIMIT, LIMIT)
+
+
+def sequence_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The response's mean log-ratio at every token; each token's gradient flows through itself
+    (GSPO-token)."""
+    current = torch.where(mask, logprobs, 0.0)
+    difference = (current - torch.where(mask, old, 0.0)).detach()
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    log_ratio = mean.clamp(-LIMIT, LIMIT) + current - current.detach()
+    return torch.where(mask, log_ratio, 0.0)
+
+
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlm_sapo.algo import ratios
+from vlm_sapo.algo import objectives
 from vlm_sapo.algo.balance import sequence_balance
 from vlm_sapo.algo.correction import CORRECTIONS, correction_metrics, importance, mismatch_metrics
 from vlm_sapo.algo.diagnostics import (
@@ -22,8 +22,7 @@ from vlm_sapo.algo.diagnostics import (
     histograms,
     update_metrics,
 )
-from vlm_sapo.algo.objectives import OBJECTIVES, k3, temperature
-from vlm_sapo.algo.ratios import RATIOS
+from vlm_sapo.algo.objectives import OBJECTIVES, RATIOS, k3, temperature
 from vlm_sapo.algo.reductions import REDUCTIONS
 from vlm_sapo.plugins import resolve
 from vlm_sapo.training.batch import MicroBatch, MiniBatch
@@ -72,7 +71,7 @@ class PolicyLoss:
     def distributions(self, logprobs, old, advantages, mask) -> dict[str, list]:
         """Histograms of a whole mini-batch, all [N, T], and with SAPO `sequences`: of up to SEQUENCES the
         variance of log r, the gate's deviation and tau^2/4."""
-        log_ratio = ratios.token(logprobs, old, mask)
+        log_ratio = objectives.token_log_ratio(logprobs, old, mask)
         update = self.effective(logprobs, old, advantages, mask)
         found: dict[str, list] = histograms(log_ratio, update, advantages, mask)
         if self.gate is not None:
