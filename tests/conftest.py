@@ -14,10 +14,9 @@ from PIL import Image, ImageDraw
 
 from vlm_sapo.models import families
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.families import Shape
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.tools.new_model import new_model
+from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.types import Completion, Example, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,8 @@ from vlm_sapo.algo.objectives import (
     gate_weight,
     k3,
     sapo,
+    sequence_log_ratio,
+    token_log_ratio,
 )
 
 GOLDEN = [
@@ -94,7 +96,7 @@ def test_larger_temperature_fades_faster():
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("level", [token, sequence])
+@pytest.mark.parametrize("level", [token_log_ratio, sequence_log_ratio])
 def test_extreme_and_masked_logprobs_give_finite_gradients(name, level):
     logprobs = torch.tensor([[-1e4, -0.1, float("nan"), -500.0], [-0.1, -2.0, 0.0, 0.0]], requires_grad=True)
     old = torch.tensor([[-0.1, -1e4, float("-inf"), -0.2], [-0.1, -2.0, float("-inf"), float("nan")]])
@@ -109,7 +111,7 @@ def test_sequence_ratio_is_the_geometric_mean_and_spreads_its_gradient():
     logprobs = double(-1.0, -2.0, -3.0)[None].requires_grad_()
     old = double(-1.3, -2.0, -2.4)[None]
     mask = torch.tensor([[True, True, True]])
-    log_ratio = sequence(logprobs, old, mask)
+    log_ratio = sequence_log_ratio(logprobs, old, mask)
     assert torch.allclose(log_ratio, torch.full_like(log_ratio, -0.1))
     log_ratio.sum().backward()
     assert torch.equal(logprobs.grad, torch.ones_like(logprobs))

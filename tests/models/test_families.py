@@ -10,14 +10,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, picture
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.families import FAMILIES as TABLE
-from vlm_sapo.models.families import Shape
+from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.vlm import save_model, stored_weights
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.tools.new_model import model_config, new_model
+from vlm_sapo.tools.new_model import Shape, model_config, new_model, qwen3_5_text
 from vlm_sapo.types import Sampling
 
 SHAPE = Shape(hidden=64, layers=4, vision_layers=2, heads=2, head_dim=32)
@@ -293,7 +292,7 @@ def test_experts_lie_as_in_published_checkpoints(family, tmp_path):
         (2 * text.moe_intermediate_size, text.hidden_size),
         (text.hidden_size, text.moe_intermediate_size),
     )
-    turn = slice(None, None, -1) if TABLE[family].experts_turned else slice(None)
+    turn = slice(None, None, -1) if FAMILIES_TABLE[family].experts_turned else slice(None)
     weights, layer = vlm.weights(), "model.language_model.layers.1.mlp.experts"
     assert weights[f"{layer}.gate_up_proj"].shape == (text.num_experts, *up[turn])
     assert weights[f"{layer}.down_proj"].shape == (text.num_experts, *down[turn])
@@ -305,7 +304,7 @@ def test_a_real_mixture_of_linear_and_full_attention():
     model = outline(AutoConfig.from_pretrained(CONFIGS / "Qwen3.6-27B.json"))
     text = model.config.get_text_config()
     assert model.num_parameters() == 27_356_728_560
-    tiny = TABLE["qwen3_5"].text(Shape(layers=64, head_dim=256))
+    tiny = qwen3_5_text(Shape(layers=64, head_dim=256))
     assert text.layer_types == tiny["layer_types"] and text.layer_types.count("linear_attention") == 48
     real, small = text.rope_parameters, tiny["rope_parameters"]
     assert real["mrope_interleaved"] and small["mrope_interleaved"]

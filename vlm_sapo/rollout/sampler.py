@@ -15,7 +15,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import Reward, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.types import Completion, Group, Prompt, Sampling, Score
+from vlm_sapo.types import Completion, Drawn, Group, Prompt, Sampling, Score
 
 T = TypeVar("T")
 

@@ -4,6 +4,7 @@ and the quick start, one of the usual size for measurements."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from vlm_sapo.models.families import FAMILIES, Shape, check_family
+from vlm_sapo.models.families import FAMILIES, check_family
 from vlm_sapo.models.weights import save_model
 
 VISION_TOKENS = {
@@ -40,6 +41,121 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. The defaults make the quick start's: about a million parameters."""
+
+    hidden: int = 96
+    layers: int = 3
+    vision_layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    patch: int = 8
+    max_pixels: int = 64 * 64
+    init_std: float = 0.08
+    """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
+    vision_hidden: int | None = None
+    """Width of the vision tower; the language model's unless given."""
+    vision_ratio: int = 2
+    """Width of the vision tower's feed-forward layers over its own."""
+    rows: int = 0
+    """Rows of the embedding; at least the tokenizer's."""
+    experts: int = 4
+    """Of a mixture, of which two act on a token."""
+    expert_ratio: float = 2.0
+    """Width of an expert over the language model's."""
+    dtype: str = "float32"
+
+
+def qwen2_text(shape: Shape) -> dict:
+    """All heads together are as wide as the model, so the head's size decides their number."""
+    heads = shape.hidden // shape.head_dim
+    return rotary(shape.head_dim) | {"num_attention_heads": heads, "num_key_value_heads": heads // 2 or 1}
+
+
+def qwen3_text(shape: Shape) -> dict:
+    return rotary(shape.head_dim, mrope_interleaved=True)
+
+
+def qwen3_moe_text(shape: Shape) -> dict:
+    """`norm_topk_prob` as in real checkpoints; transformers takes it for granted."""
+    return qwen3_text(shape) | experts(shape) | {"norm_topk_prob": True}
+
+
+def qwen3_5_text(shape: Shape) -> dict:
+    """Every fourth layer and the last attend fully, the others linearly; a quarter of a head is rotated."""
+    dims = max(8, shape.head_dim // 4)
+    full = [(shape.layers - layer) % 4 == 1 for layer in range(shape.layers)]
+    return rotary(dims, mrope_interleaved=True, partial_rotary_factor=dims / shape.head_dim) | {
+        "layer_types": ["full_attention" if attends else "linear_attention" for attends in full],
+        "linear_num_key_heads": shape.heads // 2,
+        "linear_num_value_heads": shape.heads,
+        "linear_key_head_dim": shape.head_dim,
+        "linear_value_head_dim": shape.head_dim,
+    }
+
+
+def qwen3_5_moe_text(shape: Shape) -> dict:
+    return qwen3_5_text(shape) | experts(shape) | {"shared_expert_intermediate_size": shape.hidden}
+
+
+def experts(shape: Shape) -> dict:
+    width = int(shape.expert_ratio * shape.hidden)
+    return {"num_experts": shape.experts, "num_experts_per_tok": 2, "moe_intermediate_size": width}
+
+
+def rotary(dims: int, **more: object) -> dict:
+    """Rotary positions on `dims` of a head's dimensions: half for time, a quarter each for height and
+    width."""
+    eighth = dims // 8
+    sections = [2 * eighth, eighth, eighth]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections} | more
+    return {"rope_parameters": rope}
+
+
+def qwen2_vision(shape: Shape) -> dict:
+    width = shape.vision_hidden or shape.hidden
+    return {"embed_dim": width, "hidden_size": shape.hidden, "mlp_ratio": shape.vision_ratio}
+
+
+def qwen2_5_vision(shape: Shape) -> dict:
+    return tower(shape) | {
+        "window_size": 8 * shape.patch,
+        "fullatt_block_indexes": [shape.vision_layers - 1],
+    }
+
+
+def qwen3_vision(shape: Shape) -> dict:
+    """With three layers whose features go to the language model's first layers where there are many."""
+    layers = shape.vision_layers
+    deep = [0] if layers < 8 else [layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1]
+    return tower(shape) | {"num_position_embeddings": 64, "deepstack_visual_indexes": deep}
+
+
+def qwen3_5_vision(shape: Shape) -> dict:
+    return tower(shape) | {"num_position_embeddings": 64}
+
+
+def tower(shape: Shape) -> dict:
+    width = shape.vision_hidden or shape.hidden
+    return {
+        "hidden_size": width,
+        "intermediate_size": shape.vision_ratio * width,
+        "out_hidden_size": shape.hidden,
+    }
+
+
+MODEL_FIELDS = {
+    "qwen2_vl": (qwen2_text, qwen2_vision),
+    "qwen2_5_vl": (qwen2_text, qwen2_5_vision),
+    "qwen3_vl": (qwen3_text, qwen3_vision),
+    "qwen3_vl_moe": (qwen3_moe_text, qwen3_vision),
+    "qwen3_5": (qwen3_5_text, qwen3_5_vision),
+    "qwen3_5_moe": (qwen3_5_moe_text, qwen3_5_vision),
+}
+"""By family, what its `text_config` and its `vision_config` hold beside the common fields."""
 
 
 SHAPES = {
@@ -128,6 +244,7 @@ def save_processor(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast
 
 def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> AutoConfig:
     """The family's config at the given sizes, with the tokenizer's vocabulary and special ids."""
+    text_fields, vision_fields = MODEL_FIELDS[family]
     text = {
         "vocab_size": max(shape.rows, len(tokenizer)),
         "hidden_size": shape.hidden,
@@ -142,7 +259,7 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         "eos_token_id": tokenizer.eos_token_id,
         "tie_word_embeddings": True,
         "initializer_range": shape.init_std,
-        **FAMILIES[family].text(shape),
+        **text_fields(shape),
     }
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values())), strict=True))
     return AutoConfig.for_model(
@@ -154,7 +271,7 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
             "initializer_range": shape.init_std,
             "depth": shape.vision_layers,
             "num_heads": shape.heads,
-            **FAMILIES[family].vision(shape),
+            **vision_fields(shape),
         },
         image_token_id=ids["image_token"],
         video_token_id=ids["video_token"],
