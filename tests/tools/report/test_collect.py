@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.report.conftest import HOSTILE
+from tests.tools.report.conftest import HOSTILE
 from tests.training.conftest import short_run
 from vlm_sapo.cli import app
 from vlm_sapo.rewards.verifiers.boxes import shown
