@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["vlm_sapo"]):
     from vlm_sapo.data.rows import ExampleSet, open_rows
     from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer
     from vlm_sapo.rewards.verifiers.table import VERIFIERS
-    from vlm_sapo.types import Example, Response
+    from vlm_sapo.types import Example, ResponseText
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_"))
 GOLDS = ["12", "B", r"\frac{1}{2}", "[1, 2, 3, 4]", '{"total": 9.5}', "Paris", "[[1, 2, 3, 4], [5, 6, 7, 8]]"]
@@ -41,7 +41,7 @@ def verifier(name: str, **args: object) -> Callable[[str], None]:
         for gold in (*GOLDS, text):
             for written in (text, rf"\boxed{{{text}}}"):
                 example = Example("1", "p", gold or " ", columns=COLUMNS)
-                response = Response(written, tokens=9, resized=((100, 50),))
+                response = ResponseText(written, tokens=9, resized=((100, 50),))
                 try:
                     score = VERIFIERS[name](response, example, **args)
                 except (NoAnswer, BadGold):

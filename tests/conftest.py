@@ -17,7 +17,7 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.tools.new_model import Shape, new_model
-from vlm_sapo.types import Completion, Example, Prompt
+from vlm_sapo.types import Example, Prompt, Response
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -91,14 +91,14 @@ def example(
     return Example(id=f"e{number}", problem=problem, answer="2", images=images, columns=columns)
 
 
-def completion(ids: list[int], finish: str = "stop") -> Completion:
-    return Completion(ids=torch.tensor(ids), logprobs=torch.zeros(len(ids)), text="", finish=finish)
+def completion(ids: list[int], finish: str = "stop") -> Response:
+    return Response(ids=torch.tensor(ids), logprobs=torch.zeros(len(ids)), text="", finish=finish)
 
 
 @dataclass(frozen=True)
 class Rows:
     prompts: list[Prompt]
-    completions: list[Completion]
+    completions: list[Response]
 
 
 @pytest.fixture

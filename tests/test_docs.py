@@ -19,10 +19,10 @@ from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.evaluation.benchmarks import read_definition
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
-from vlm_sapo.types import Response
+from vlm_sapo.types import ResponseText
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -97,9 +97,9 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     texts = [r"\boxed{2304}", r"\boxed{2400}", "no idea", r"\boxed{many}"]
-    with closing(Reward([{"name": "my_reward.py:area", "args": {"tolerance": 0.1}}])) as reward:
+    with closing(RewardPool([{"name": "my_reward.py:area", "args": {"tolerance": 0.1}}])) as reward:
         right, near, *wrong = (
-            score.total for score in reward([(Response(text), example()) for text in texts])
+            score.total for score in reward([(ResponseText(text), example()) for text in texts])
         )
     assert right == 1.0 and 0 < near < 1 and wrong == [0.0, 0.0]
 
@@ -114,7 +114,7 @@ def test_the_cases_of_the_verifiers():
             example(), answer=gold, columns={"choices": ["red", "green", "blue"]} if name == "choice" else {}
         )
         try:
-            found = VERIFIERS[name](Response(rf"\boxed{{{answer}}}"), row)
+            found = VERIFIERS[name](ResponseText(rf"\boxed{{{answer}}}"), row)
         except Ungraded as error:
             found = error.outcome
         assert str(found) == wanted or float(found) == float(wanted), (name, gold, answer)

@@ -24,7 +24,7 @@ from eval.stability_results import (
 )
 from tests.conftest import example
 from vlm_sapo import load_config
-from vlm_sapo.types import Response
+from vlm_sapo.types import ResponseText
 
 PLAN = read_plan(HERE / "stability.yaml")
 
@@ -182,14 +182,14 @@ def test_updates_that_few_steps_had_are_left_out():
 
 def test_the_noisy_reward_errs_so_often_and_always_alike():
     row = example()
-    texts = [Response(f"look {number} \\boxed{{2}}") for number in range(2000)]
+    texts = [ResponseText(f"look {number} \\boxed{{2}}") for number in range(2000)]
     scores = [noisy(text, row, share=0.1) for text in texts]
     assert 0.88 < sum(scores) / len(scores) < 0.92 and scores == [
         noisy(text, row, share=0.1) for text in texts
     ]
-    wrong = [noisy(Response(f"look {number} \\boxed{{3}}"), row, share=0.1) for number in range(2000)]
+    wrong = [noisy(ResponseText(f"look {number} \\boxed{{3}}"), row, share=0.1) for number in range(2000)]
     assert 0.08 < sum(wrong) / len(wrong) < 0.12
-    assert noisy(Response("no answer"), row, share=1.0) == 0.0
+    assert noisy(ResponseText("no answer"), row, share=1.0) == 0.0
     assert noisy(texts[0], row, share=0.0) == 1.0
 
 

@@ -117,13 +117,13 @@ def _engine(name: str, args: str):
     """The engine section of a name and a YAML mapping; alone on its GPU, it may take most of it."""
     from vlm_sapo.config.files import parse
     from vlm_sapo.config.load import check
-    from vlm_sapo.config.rollout import Rollout
+    from vlm_sapo.config.rollout import RolloutConfig
 
     fields = parse(args)
     if not isinstance(fields, dict):
         raise ValueError(f"--engine-args ({args}) must be a YAML mapping such as '{{tensor_parallel: 2}}'")
     alone = {"gpu_memory": 0.9} if name == "vllm" else {}
-    return check(Rollout, {"engine": {"type": name} | alone | fields}).engine
+    return check(RolloutConfig, {"engine": {"type": name} | alone | fields}).engine
 
 
 def quieten() -> None:

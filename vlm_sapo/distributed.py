@@ -31,13 +31,13 @@ class Shield:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.waiting: Interrupted | None = None
+        self.barriering: Interrupted | None = None
 
     def raises(self, error: Interrupted) -> None:
         """Raises the error, at once or when the block ends. In the main thread alone."""
         if not self.depth:
             raise error
-        self.waiting = error
+        self.barriering = error
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -49,12 +49,12 @@ class Shield:
         try:
             yield
         except BaseException:
-            self.waiting = None  # the block's own failure comes first; who was asked to stop remembers it
+            self.barriering = None  # the block's own failure comes first; who was asked to stop remembers it
             raise
         finally:
             self.depth -= 1
-        if self.waiting is not None and not self.depth:
-            error, self.waiting = self.waiting, None
+        if self.barriering is not None and not self.depth:
+            error, self.barriering = self.barriering, None
             raise error
 
 
@@ -63,7 +63,7 @@ shielded = Shield()
 
 class World:
     """All processes of a run, or the only one. Where a method says so, all processes must call it, in the
-    same order; one that fails instead calls `tell`, which raises ElsewhereError in the others.
+    same order; one that fails instead calls `fail_everywhere`, which raises ElsewhereError in the others.
 
     What is told goes from host to host, beside the traffic between devices.
     """
@@ -82,41 +82,41 @@ class World:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def owns(self, place: int) -> bool:
+    def is_local(self, place: int) -> bool:
         """Whether the prompt at this place of a step is this process's."""
         return place % self.size == self.rank
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. All call it."""
         if self.size == 1:
             return [value]
         return [told for told, _ in self._exchange(value, None)]
 
-    def collect(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, in the main one, and nothing in the others. All call it."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        self.wait()
+        self.barrier()
         found: list[Any] | None = [None] * self.size if self.main else None
         dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """What the main process's `work` gives; the others don't run theirs. All call it."""
         try:
             value = work() if self.main else None
         except Exception as error:
-            self.tell(error)
+            self.fail_everywhere(error)
             raise
-        return self.gather(value)[0]
+        return self.all_gather(value)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here. All call it."""
-        self.gather(None)
+        self.all_gather(None)
 
-    def tell(self, error: BaseException) -> None:
+    def fail_everywhere(self, error: BaseException) -> None:
         """Says that this process failed, unless it or the others know already."""
         if self.size > 1 and error is not self._known:
             self._known = error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 """Where a picture stands in a problem's text."""
 
 
@@ -104,7 +104,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Completion:
+class Response:
     """One sampled response."""
 
     ids: torch.Tensor
@@ -119,7 +119,7 @@ class Completion:
     prompt and response but the last; None unless the engine was asked for them."""
 
 
-class Response(str):
+class ResponseText(str):
     """What a reward reads: the text of a response, with what else is known of it."""
 
     tokens: int | None
@@ -133,14 +133,14 @@ class Response(str):
         return response
 
     @classmethod
-    def of(cls, prompt: Prompt, completion: Completion) -> Response:
+    def of(cls, prompt: Prompt, completion: Response) -> ResponseText:
         """A sampled one."""
         sizes = tuple(image.size for image in prompt.images)
         return cls(completion.text, tokens=len(completion.ids), resized=sizes)
 
 
 @dataclass(frozen=True)
-class Score:
+class Reward:
     """A reward and the named parts it is the weighted sum of."""
 
     total: float
@@ -156,24 +156,24 @@ class Group:
     """One prompt with its G responses and their scores: the atom of the whole pipeline."""
 
     prompt: Prompt
-    completions: tuple[Completion, ...]
-    scores: tuple[Score, ...]
+    responses: tuple[Response, ...]
+    rewards: tuple[Reward, ...]
 
-    def without_pictures(self) -> Group:
+    def without_images(self) -> Group:
         """What metrics and logs need of it."""
         example = replace(self.prompt.example, images=(), columns={})
         prompt = replace(self.prompt, example=example, images=(), pixels=None)
-        completions = tuple(replace(completion, experts=None) for completion in self.completions)
-        return replace(self, prompt=prompt, completions=completions)
+        responses = tuple(replace(completion, experts=None) for completion in self.responses)
+        return replace(self, prompt=prompt, responses=responses)
 
     @property
     def flat(self) -> bool:
         """Whether all responses scored alike, so that nothing is to be learnt from them."""
-        return len({score.total for score in self.scores}) == 1
+        return len({reward.total for reward in self.rewards}) == 1
 
 
 @dataclass
-class Drawn:
+class RolloutBatch:
     """The groups of a step."""
 
     groups: list[Group]

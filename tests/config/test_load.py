@@ -136,7 +136,7 @@ def test_an_unknown_config_lists_the_shipped_ones():
         configfile.load(cfg.TrainConfig, "quickstrat")
 
 
-@pytest.mark.parametrize("section", [cfg.Sapo, cfg.Grpo, cfg.Gspo, cfg.Cispo])
+@pytest.mark.parametrize("section", [cfg.SapoConfig, cfg.GrpoConfig, cfg.GspoConfig, cfg.CispoConfig])
 def test_an_objective_has_exactly_the_parameters_of_its_section(section):
     name = section.model_fields["type"].annotation.__args__[0]
     parameters = inspect.signature(OBJECTIVES[name]).parameters.values()

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, picture
 from vlm_sapo.cli import main
-from vlm_sapo.config.data import Source
-from vlm_sapo.config.schema import RewardPart
+from vlm_sapo.config.data import SourceConfig
+from vlm_sapo.config.schema import RewardPartConfig
 from vlm_sapo.config.secrets import check_address, check_secrets
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.rewards.pool import Reward
-from vlm_sapo.types import Example, Response
+from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.types import Example, ResponseText
 
 NETWORK = """
 import socket
@@ -69,7 +69,7 @@ def test_addresses_of_servers(address):
 )
 def test_secrets_are_not_for_configs(name):
     with pytest.raises(ValueError, match=f"args.{name} is called a secret.*environment variable") as raised:
-        RewardPart(name="math", args={name: "sk-123"})
+        RewardPartConfig(name="math", args={name: "sk-123"})
     assert "sk-123" not in str(raised.value).partition("[type=")[0]
     with pytest.raises(ValueError, match=f"args.headers.0.{name}"):
         check_secrets({"headers": [{name: "sk-123"}]}, "args")
@@ -82,12 +82,14 @@ def test_a_sources_arguments_and_what_looks_like_a_secret():
         {"x": {"y": "hf_abcdefghijk"}},
     ):
         with pytest.raises(ValueError, match="is called a secret or looks like one"):
-            Source(source="mine.py:rows", args=args)
-    assert Source(source="mine.py:rows", args={"token": "<answer>", "sort_key": "area", "keys": "a"})
+            SourceConfig(source="mine.py:rows", args=args)
+    assert SourceConfig(source="mine.py:rows", args={"token": "<answer>", "sort_key": "area", "keys": "a"})
 
 
 def test_the_name_of_a_variable_is_no_secret():
-    part = RewardPart(name="judge", args={"key_variable": "MY_KEY", "url": "http://127.0.0.1:1/v1", "key": 3})
+    part = RewardPartConfig(
+        name="judge", args={"key_variable": "MY_KEY", "url": "http://127.0.0.1:1/v1", "key": 3}
+    )
     assert part.args["key_variable"] == "MY_KEY"
 
 
@@ -115,9 +117,9 @@ def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
         server.bind(("127.0.0.1", 0))
         server.listen(5)
         part = {"name": f"{tmp_path}/reward.py:connects", "args": {"port": server.getsockname()[1]}}
-        item = (Response("\\boxed{1}"), Example("e", "p", "1"))
+        item = (ResponseText("\\boxed{1}"), Example("e", "p", "1"))
         for specs, isolated in (([part], False), ([{"name": "math"}], True)):
-            reward = Reward(specs, workers=1)
+            reward = RewardPool(specs, workers=1)
             assert reward.isolated == isolated
             assert reward([item])[0].total == 1.0
             assert any(network_of(pid) != network_of("self") for pid in children(os.getpid())) == isolated

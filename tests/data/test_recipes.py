@@ -9,7 +9,7 @@ from PIL import Image
 from tests.conftest import ROOT, SHARED
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.config.data import Data, Rows
+from vlm_sapo.config.data import DataConfig, RowsConfig
 from vlm_sapo.data.sources import build_examples, build_stream
 
 RECIPES = sorted(path.stem for path in (ROOT / "data").glob("*.yaml"))
@@ -20,19 +20,19 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real rows are not
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_says_where_its_rows_are(name):
     try:
-        rows = Rows(recipe=name)
+        rows = RowsConfig(recipe=name)
     except ValueError as error:
         assert "source is missing" in str(error)
-        rows = Rows(recipe=name, source="rows.jsonl")
+        rows = RowsConfig(recipe=name, source="rows.jsonl")
     assert "{problem}" in rows.template and rows.task == name
 
 
 def test_what_is_given_comes_before_the_recipe():
-    rows = Rows(recipe="bccd_count", args={"path": "a.jsonl"}, verifier={"args": {"finding": "stated"}})
+    rows = RowsConfig(recipe="bccd_count", args={"path": "a.jsonl"}, verifier={"args": {"finding": "stated"}})
     assert rows.args == {"path": "a.jsonl"} and rows.split == "train"
     assert rows.verifier.name == "count" and rows.verifier.args == {"finding": "stated"}
-    assert Rows(recipe="bccd_count", source="kept.jsonl", args=None, split=None).split is None
-    assert Rows.model_validate(rows.model_dump()) == rows  # a stored config reads the same
+    assert RowsConfig(recipe="bccd_count", source="kept.jsonl", args=None, split=None).split is None
+    assert RowsConfig.model_validate(rows.model_dump()) == rows  # a stored config reads the same
 
 
 def config(tmp_path, data, *overrides):
@@ -91,7 +91,7 @@ def test_a_jsonl_file_with_a_split_column_gives_the_split(tmp_path):
     rows = [{"q": f"{n}?", "a": n, "pic": "a.png", "part": "test" if n % 2 else "train"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = {"problem": ["question", "q"], "answer": "a", "images": ["image", "pic"], "split": "part"}
-    made = build_examples(Rows(source=str(tmp_path / "rows.jsonl"), split="test", columns=columns))
+    made = build_examples(RowsConfig(source=str(tmp_path / "rows.jsonl"), split="test", columns=columns))
     assert [row.answer for row in made] == ["1", "3", "5"] and made[0].images[0].size == (40, 40)
 
 
@@ -112,7 +112,7 @@ def test_a_mixture_of_real_tasks():
     tasks = [
         local(name) | {"share": share} for name, share in (("formalgeo", 2), ("bccd_count", 1), ("sroie", 1))
     ]
-    stream = build_stream(Data(mixture=tasks), lambda item: item, seed=0, minibatch=8)
+    stream = build_stream(DataConfig(mixture=tasks), lambda item: item, seed=0, minibatch=8)
     assert len(stream) == 120 + 120 + 68
     taken = stream.take(32)
     for start in range(0, 32, 8):
@@ -131,8 +131,8 @@ def test_mappings_are_joined_at_every_depth(tmp_path):
         "source: a.jsonl\nverifier: {name: box, args: {threshold: 0.7, coordinates: resized}}\nargs: {a: 1}\n"
     )
     recipe = {"recipe": str(tmp_path / "r.yaml")}
-    rows = Rows(**recipe, verifier={"args": {"coordinates": "thousand"}})
+    rows = RowsConfig(**recipe, verifier={"args": {"coordinates": "thousand"}})
     assert rows.verifier.args == {"threshold": 0.7, "coordinates": "thousand"} and rows.task == "r"
-    assert Rows(**recipe, verifier={"name": "count"}).verifier.args == {}
-    without = Rows(**recipe, args=None)
-    assert without.args == {} and Rows.model_validate(without.model_dump()) == without
+    assert RowsConfig(**recipe, verifier={"name": "count"}).verifier.args == {}
+    without = RowsConfig(**recipe, args=None)
+    assert without.args == {} and RowsConfig.model_validate(without.model_dump()) == without

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import example
-from vlm_sapo.data.stream import Mixture, PromptStream
+from vlm_sapo.data.stream import PromptStream, TaskMixture
 from vlm_sapo.types import Prompt, RowError
 
 EXAMPLES = [example(number, pictures=0) for number in range(7)]
@@ -24,8 +24,8 @@ def ids(prompts) -> list[str]:
     return [prompt.id for prompt in prompts]
 
 
-def alone(examples, encode, **options) -> Mixture:
-    return Mixture({"a": PromptStream(examples, encode, **options)}, {"a": 1.0}, minibatch=1)
+def alone(examples, encode, **options) -> TaskMixture:
+    return TaskMixture({"a": PromptStream(examples, encode, **options)}, {"a": 1.0}, minibatch=1)
 
 
 def test_an_epoch_holds_every_row_once_and_the_next_in_another_order():
@@ -58,7 +58,7 @@ def test_a_set_without_a_usable_row_ends():
         alone([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
 
 
-def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> Mixture:
+def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> TaskMixture:
     streams = {
         task: PromptStream(
             [replace(example(number, pictures=0), task=task) for number in range(5 + place)],
@@ -68,7 +68,7 @@ def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> Mixtur
         )
         for place, task in enumerate(shares)
     }
-    return Mixture(streams, shares, minibatch=minibatch)
+    return TaskMixture(streams, shares, minibatch=minibatch)
 
 
 @pytest.mark.parametrize(

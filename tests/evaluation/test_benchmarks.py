@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import ROOT, SHARED
 from vlm_sapo.cli import app
-from vlm_sapo.config.data import Benchmark
+from vlm_sapo.config.data import BenchmarkConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmark, build_benchmarks, read_definition
 from vlm_sapo.evaluation.results import versions, we_math, worst_case
 from vlm_sapo.plugins import resolve
@@ -57,7 +57,7 @@ HUB = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_definition_is_valid(name):
     title, definition = read_definition(name)
-    assert title == name and isinstance(definition, Benchmark)
+    assert title == name and isinstance(definition, BenchmarkConfig)
     for verifier in filter(None, (definition.verifier, definition.official)):
         resolve(verifier.name, field="", builtin={"auto": 1, "math": 1, "count": 1, "anls": 1, "box": 1})
     if name not in FOLDERS and name != "shapes":

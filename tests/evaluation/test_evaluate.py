@@ -10,7 +10,7 @@ from tests.conftest import completion, example
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.evaluation.samples import SampleFile
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.types import Prompt, RowError, Sampling
 
 MEASURE = Measure("accuracy")
@@ -19,7 +19,7 @@ DRAW = Sampling(2, 8, 1.0, 7)
 
 @pytest.fixture(scope="module")
 def reward():
-    with closing(Reward([{"name": "math", "label": "accuracy"}], workers=1)) as made:
+    with closing(RewardPool([{"name": "math", "label": "accuracy"}], workers=1)) as made:
         yield made
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.conftest import FAMILIES, SHARING, example
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.experts import Routes
+from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
@@ -217,7 +217,7 @@ def test_the_engine_tells_what_the_trainer_would_choose(make):
     for row, (prompt, item) in zip(own, told, strict=True):
         assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
         assert torch.equal(item.experts.sort(-1).values, row[: len(item.experts)].sort(-1).values)
-    reported = Routes.reported([(prompt, item.experts) for prompt, item in told])
+    reported = ExpertRoutes.reported([(prompt, item.experts) for prompt, item in told])
     assert float(routed.usage(reported).changed.sum()) == 0.0
     silent = HfEngine(vlm, prompts_per_batch=2).generate(prompts, sampling)
     assert [item.ids.tolist() for items in silent for item in items] == [i.ids.tolist() for _, i in told]

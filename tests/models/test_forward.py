@@ -13,7 +13,7 @@ LAYOUTS = pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambd
 
 
 def groups_of(rows):
-    return [(prompt, [item.ids]) for prompt, item in zip(rows.prompts, rows.completions, strict=True)]
+    return [(prompt, [item.ids]) for prompt, item in zip(rows.prompts, rows.responses, strict=True)]
 
 
 def inputs_of(rows):
@@ -48,7 +48,7 @@ def test_agrees_with_the_models_own_forward(model_folder, family, layout):
 
 def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
     together, _ = Pass(vlm)(inputs_of(rows))
-    for row, (prompt, response) in enumerate(zip(rows.prompts, rows.completions, strict=True)):
+    for row, (prompt, response) in enumerate(zip(rows.prompts, rows.responses, strict=True)):
         alone, _ = Pass(vlm)(Plain().inputs([(prompt, [response.ids])]))
         assert torch.allclose(together[row, : len(response.ids)], alone[0], atol=1e-5)
         assert not together[row, len(response.ids) :].any()

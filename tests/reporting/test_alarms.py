@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vlm_sapo.config.run import Alarms as Section
+from vlm_sapo.config.run import AlarmsConfig as Section
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 

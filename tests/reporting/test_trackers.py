@@ -141,7 +141,7 @@ def test_what_trackers_get(tmp_path):
         made("rollouts.jsonl", row | {"place": place})
     assert [name for _, name, *_ in Kept.got] == ["rollouts/0", "rollouts/3"]
     asked = Interruption(World())
-    with asked.listening(), pytest.raises(Interrupted), asked.at_once():
+    with asked.handling_signals(), pytest.raises(Interrupted), asked.interruptible():
         made("metrics.jsonl", {"step": 1, "loss": 1.0})
     assert not told and "kept" in made.made
     assert trackers._allowed("task//data/../x.py:rows/pass@1") == "task/_/data/_/x.py:rows/pass_1"

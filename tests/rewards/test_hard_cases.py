@@ -5,7 +5,7 @@ import pytest
 from tests.rewards.test_verifiers import PICTURE, example
 from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 CASES = {
     "math": [
@@ -65,7 +65,7 @@ ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 def score(name: str, answer: str, row: Example, **args) -> float:
     """The score of an answer in a box; 0 where the verifier finds none."""
     try:
-        return VERIFIERS[name](Response(rf"\boxed{{{answer}}}", resized=((100, 100),)), row, **args)
+        return VERIFIERS[name](ResponseText(rf"\boxed{{{answer}}}", resized=((100, 100),)), row, **args)
     except NoAnswer:
         return 0.0
 
@@ -114,9 +114,9 @@ def test_json_values(gold, given, wanted):
 def test_the_last_of_a_fence_and_a_box_counts():
     fence, box = '```json\n{"a": 1}\n```', r'\boxed{{"a": 2}}'
     row = example('{"a": 2}')
-    assert VERIFIERS["json_fields"](Response(f"{fence} no, {box}"), row) == 1
-    assert VERIFIERS["json_fields"](Response(f"{box} no, {fence}"), row) == 0
-    assert VERIFIERS["json_fields"](Response(f"<answer>{fence}</answer>"), example('{"a": 1}')) == 1
+    assert VERIFIERS["json_fields"](ResponseText(f"{fence} no, {box}"), row) == 1
+    assert VERIFIERS["json_fields"](ResponseText(f"{box} no, {fence}"), row) == 0
+    assert VERIFIERS["json_fields"](ResponseText(f"<answer>{fence}</answer>"), example('{"a": 1}')) == 1
 
 
 PLACE = Example(id="r", problem="p", answer="[20, 20, 60, 60]", images=(PICTURE,))
@@ -162,8 +162,8 @@ def test_points(answer, wanted):
 
 def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
     fence, box = "```json\n[[0, 0, 5, 5]]\n```", r"\boxed{[20, 20, 60, 60]}"
-    assert VERIFIERS["box"](Response(f"{fence} no, {box}"), PLACE, coordinates="original") == 1
-    assert VERIFIERS["box"](Response(f"{box} no, {fence}"), PLACE, coordinates="original") == 0
+    assert VERIFIERS["box"](ResponseText(f"{fence} no, {box}"), PLACE, coordinates="original") == 1
+    assert VERIFIERS["box"](ResponseText(f"{box} no, {fence}"), PLACE, coordinates="original") == 0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
     ],
 )
 def test_stated_mathematics_has_one_chance(gold, response, wanted):
-    assert VERIFIERS["math"](Response(response), example(gold), finding="stated") == wanted
+    assert VERIFIERS["math"](ResponseText(response), example(gold), finding="stated") == wanted
 
 
 COLORS = ["red", "green", "blue", "black"]

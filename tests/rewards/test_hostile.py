@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vlm_sapo.rewards.verifiers.answers import NoAnswer
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 ASKED = {name: {} for name in VERIFIERS if name != "judge"} | {"length": {"allowed": 10, "buffer": 5}}
 for boxed in ("box", "point_in_box"):
@@ -52,7 +52,7 @@ def grade(name: str, text: str) -> float:
     columns = {"options": ["one", "two", "three"], "answer_type": "float"}
     example = Example("1", "p", GOLDS.get(name, "3"), columns=columns)
     try:
-        return VERIFIERS[name](Response(text, tokens=9, resized=((100, 50),)), example, **ASKED[name])
+        return VERIFIERS[name](ResponseText(text, tokens=9, resized=((100, 50),)), example, **ASKED[name])
     except NoAnswer:
         return 0.0
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.conftest import picture
 from vlm_sapo.rewards.parts import RewardError, build_part
-from vlm_sapo.rewards.pool import Reward, share_pictures, with_pictures
-from vlm_sapo.types import Example, Response
+from vlm_sapo.rewards.pool import RewardPool, share_pictures, with_pictures
+from vlm_sapo.types import Example, ResponseText
 
 CUSTOM = """
 import asyncio, os, time
@@ -107,7 +107,7 @@ def reward(tmp_path):
         for spec in full:
             if f"def {spec['name']}(" in CUSTOM:
                 spec["name"] = f"{tmp_path}/mine.py:{spec['name']}"
-        made.append(Reward(full, **{"workers": 2, "timeout": 5.0} | options))
+        made.append(RewardPool(full, **{"workers": 2, "timeout": 5.0} | options))
         return made[-1]
 
     yield make
@@ -118,7 +118,7 @@ def reward(tmp_path):
 def test_parts_are_weighted_and_named(reward):
     specs = [{"name": "math", "label": "accuracy", "weight": 0.9}, {"name": "format", "weight": 0.1}]
     right, wrong, nothing = reward(*specs)(
-        [(Response(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{4}", "three")]
+        [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{4}", "three")]
     )
     assert right.total == pytest.approx(0.9) and right.parts == {"accuracy": 1.0, "format": 0.0}
     assert wrong.total == pytest.approx(0.1) and wrong.outcomes["accuracy"] == "graded"
@@ -128,7 +128,7 @@ def test_parts_are_weighted_and_named(reward):
 def test_a_closed_gate_takes_everything(reward):
     specs = [{"name": "math"}, {"name": "format", "weight": 0.0, "gate": 1.0}]
     without, within = reward(*specs)(
-        [(Response(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{3}")]
+        [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{3}")]
     )
     assert (without.total, within.total) == (0.0, 1.0) and without.parts["math"] == 1.0
 
@@ -136,7 +136,7 @@ def test_a_closed_gate_takes_everything(reward):
 def test_what_hangs_or_dies_is_stopped_and_the_others_go_on(reward):
     for name, word, outcome in (("sleeps", "sleep", "timeout"), ("dies", "die", "crash")):
         texts = [f"{word} {n}" if n % 4 == 0 else f"fine {n}" for n in range(8)]
-        scores = reward(name, timeout=1.0)([(Response(text), row()) for text in texts])
+        scores = reward(name, timeout=1.0)([(ResponseText(text), row()) for text in texts])
         assert [score.total for score in scores] == [float(n % 4 > 0) for n in range(8)]
         assert [score.outcomes[name] for score in scores[:2]] == [outcome, "graded"]
 
@@ -155,29 +155,34 @@ def test_what_hangs_or_dies_is_stopped_and_the_others_go_on(reward):
     ids=["power", "long box", "nested boxes", "nested fractions", "megabyte", "nul", "surrogate"],
 )
 def test_hostile_responses_never_hang_a_verifier(reward, text):
-    hostile, fine = reward("math", timeout=2.0)([(Response(text), row()), (Response(r"\boxed{3}"), row())])
+    hostile, fine = reward("math", timeout=2.0)(
+        [(ResponseText(text), row()), (ResponseText(r"\boxed{3}"), row())]
+    )
     assert hostile.total == 0.0 and fine.total == 1.0
 
 
 def test_kinds_of_functions(reward):
-    [score] = reward({"name": "kind", "args": {"limit": 3}})([(Response("1234"), row(kind="a"))])
+    [score] = reward({"name": "kind", "args": {"limit": 3}})([(ResponseText("1234"), row(kind="a"))])
     assert score.parts == {"kind": 0.0}
-    [score] = reward("parts")([(Response("1"), row())])
+    [score] = reward("parts")([(ResponseText("1"), row())])
     assert score.total == 0.75 and score.parts == {"parts": 0.75, "parts/short": 0.25, "parts/polite": 0.5}
     batched = reward({"name": "many", "batched": True, "args": {"scale": 0.5}})
-    assert [s.total for s in batched([(Response("ab"), row()), (Response("abcd"), row())])] == [1.0, 2.0]
+    assert [s.total for s in batched([(ResponseText("ab"), row()), (ResponseText("abcd"), row())])] == [
+        1.0,
+        2.0,
+    ]
 
 
 def test_async_functions_wait_together(reward):
     texts = ["sleep", *(f"fine {n}" for n in range(20))]
-    first, *others = reward("waits", timeout=2.0)([(Response(text), row()) for text in texts])
+    first, *others = reward("waits", timeout=2.0)([(ResponseText(text), row()) for text in texts])
     assert first.outcomes["waits"] == "timeout" and all(score.total == 1.0 for score in others)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_pictures_arrive_as_they_are(mode, tmp_path):
     pictures = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
-    item = (Response("r"), row())
+    item = (ResponseText("r"), row())
     item = (item[0], replace(item[1], images=pictures))
     [sent, again] = share_pictures([item, item], str(tmp_path))
     assert sent[1].images is again[1].images and len(list(tmp_path.iterdir())) == 2
@@ -188,7 +193,7 @@ def test_pictures_arrive_as_they_are(mode, tmp_path):
 
 def test_a_function_sees_picture_and_tokens(reward):
     example = Example(id="r1", problem="p", answer="3", images=(Image.new("RGB", (30, 20), (5, 0, 0)),))
-    assert reward("width")([(Response("r", tokens=7), example)])[0].total == 30 + 5 + 7
+    assert reward("width")([(ResponseText("r", tokens=7), example)])[0].total == 30 + 5 + 7
 
 
 @pytest.mark.parametrize(
@@ -201,7 +206,7 @@ def test_a_function_sees_picture_and_tokens(reward):
     ],
 )
 def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
-    items = [(Response("the response"), row()), (Response("another"), row())]
+    items = [(ResponseText("the response"), row()), (ResponseText("another"), row())]
     spec = {"name": name, "batched": name == "too_few"}
     with pytest.raises(RewardError) as error:
         reward(spec)(items)
@@ -213,7 +218,7 @@ def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
 
 def test_no_function_ends_the_run_without_a_word(reward):
     for name, word in (("leaves", "leave"), ("cancels", "cancel")):
-        items = [(Response(word), row()), (Response("stay"), row())]
+        items = [(ResponseText(word), row()), (ResponseText("stay"), row())]
         with pytest.raises(RewardError, match=name):
             reward(name)(items)
         scores = reward(name, on_error="zero")(items)
@@ -222,37 +227,37 @@ def test_no_function_ends_the_run_without_a_word(reward):
 
 def test_only_what_hangs_is_lost(reward):
     specs = [{"name": "sleeps"}, {"name": "length", "args": {"allowed": 1, "buffer": 1}}]
-    [score] = reward(*specs, timeout=1.0)([(Response("sleep", tokens=9), row())])
+    [score] = reward(*specs, timeout=1.0)([(ResponseText("sleep", tokens=9), row())])
     assert score.parts == {"sleeps": 0.0, "length": -1.0} and score.outcomes["sleeps"] == "timeout"
 
 
 def test_a_dying_batch_is_graded_one_by_one(reward):
     spec = {"name": "halves", "batched": True}
-    scores = reward(spec)([(Response(text), row()) for text in ("fine", "die", "well")])
+    scores = reward(spec)([(ResponseText(text), row()) for text in ("fine", "die", "well")])
     assert [score.total for score in scores] == [0.5, 0.0, 0.5]
     assert [*scores[1].outcomes.values()] == ["crash"]
 
 
 def test_a_lost_verdict_is_not_kept(reward, tmp_path):
-    item = (Response("r"), row(log=str(tmp_path / "log")))
+    item = (ResponseText("r"), row(log=str(tmp_path / "log")))
     made = reward("first_sleeps", timeout=1.0)
     assert [made([item])[0].total for _ in range(2)] == [0.0, 1.0]
 
 
 def test_rows_of_two_splits_with_one_id_are_two_rows(reward):
     grade = reward("math")
-    response = Response(r"\boxed{7}", tokens=3)
+    response = ResponseText(r"\boxed{7}", tokens=3)
     assert [grade([(response, row(gold))])[0].total for gold in ("7", "8")] == [1.0, 0.0]
 
 
 def test_async_calls_share_one_event_loop(reward):
     grade = reward("same_loop", workers=1)
-    assert [grade([(Response(text), row())])[0].total for text in ("a", "b", "c")] == [1.0] * 3
+    assert [grade([(ResponseText(text), row())])[0].total for text in ("a", "b", "c")] == [1.0] * 3
 
 
 def test_rows_that_cannot_be_sent_are_named(reward):
     with pytest.raises(RewardError, match="plain values"):
-        reward("sleeps")([(Response("r"), row(bad=lambda: 1))])
+        reward("sleeps")([(ResponseText("r"), row(bad=lambda: 1))])
 
 
 def test_a_reward_that_only_breaks_in_its_process_is_named(tmp_path):
@@ -260,16 +265,16 @@ def test_a_reward_that_only_breaks_in_its_process_is_named(tmp_path):
         "import multiprocessing\nassert not multiprocessing.parent_process(), 'no'\ndef f(r, e): return 1.0\n"
     )
     (tmp_path / "odd.py").write_text(code)
-    made = Reward([{"name": f"{tmp_path}/odd.py:f"}], workers=1)
+    made = RewardPool([{"name": f"{tmp_path}/odd.py:f"}], workers=1)
     with closing(made), pytest.raises(RewardError, match="AssertionError: no"):
-        made([(Response("r"), row())])
+        made([(ResponseText("r"), row())])
 
 
 def test_a_verdict_is_kept(reward, tmp_path):
     counted = reward("counts")
     example = row(log=str(tmp_path / "log"))
     for _ in range(2):
-        counted([(Response("same"), example), (Response("same"), example)])
+        counted([(ResponseText("same"), example), (ResponseText("same"), example)])
     assert (tmp_path / "log").read_text() == "x"
 
 
@@ -322,7 +327,7 @@ def test_the_judge_is_asked_again_and_its_verdict_kept(reward):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         args = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m"}
         judge = reward({"name": "judge", "args": args}, timeout=20.0)
-        items = [(Response(rf"\boxed{{{n}}}"), row("four")) for n in (4, 5)]
+        items = [(ResponseText(rf"\boxed{{{n}}}"), row("four")) for n in (4, 5)]
         assert [score.total for score in judge(items)] == [1.0, 0.0]
         assert [score.total for score in judge(items)] == [1.0, 0.0] and Judge.calls == 3
         server.shutdown()

@@ -21,7 +21,7 @@ from vlm_sapo.rewards.verifiers.text import (
     length,
     short,
 )
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 COLORS = {"choices": ["red", "green", "dark blue"]}
 PICTURE = Image.new("RGB", (200, 100))
@@ -34,7 +34,7 @@ def example(answer: str, **columns) -> Example:
 def graded(verifier, response, row, **args) -> float | str:
     """The score, or the outcome where there is none."""
     try:
-        return verifier(Response(response), row, **args)
+        return verifier(ResponseText(response), row, **args)
     except (NoAnswer, BadGold) as error:
         return error.outcome
 
@@ -312,7 +312,7 @@ BOX = "[20, 10, 60, 50]"
 )
 def test_box(answer, args, score):
     row = Example(id="r", problem="p", answer=BOX, images=(PICTURE,))
-    response = Response(f"<answer>{answer}</answer>", resized=((100, 50),))
+    response = ResponseText(f"<answer>{answer}</answer>", resized=((100, 50),))
     try:
         assert box(response, row, **args) == pytest.approx(score)
     except NoAnswer:
@@ -323,7 +323,7 @@ def test_boxes_are_matched_whatever_their_order():
     row = Example(id="r", problem="p", answer="[[0, 0, 10, 10], [50, 50, 90, 90]]", images=(PICTURE,))
     listed = [{"bbox_2d": [50, 50, 90, 90], "label": "b"}, {"bbox_2d": [0, 0, 10, 10], "label": "a"}]
     fence = f"```json\n{json.dumps(listed)}\n```"
-    assert box(Response(fence), row, coordinates="original") == 1
+    assert box(ResponseText(fence), row, coordinates="original") == 1
 
 
 def test_overlaps():
@@ -334,14 +334,14 @@ def test_overlaps():
 
 def test_point_in_box():
     row = Example(id="r", problem="p", answer=BOX, images=(PICTURE,))
-    inside = Response("<answer>(20, 15)</answer>", resized=((100, 50),))
-    outside = Response("<answer>(40, 15)</answer>", resized=((100, 50),))
+    inside = ResponseText("<answer>(20, 15)</answer>", resized=((100, 50),))
+    outside = ResponseText("<answer>(40, 15)</answer>", resized=((100, 50),))
     assert (point_in_box(inside, row), point_in_box(outside, row)) == (1, 0)
 
 
 @pytest.mark.parametrize(("tokens", "penalty"), [(10, 0), (100, 0), (110, -0.5), (120, -1), (500, -1)])
 def test_length(tokens, penalty):
-    assert length(Response("r", tokens=tokens), example("x"), allowed=100, buffer=20) == penalty
+    assert length(ResponseText("r", tokens=tokens), example("x"), allowed=100, buffer=20) == penalty
 
 
 def test_language():
@@ -364,7 +364,7 @@ def test_language():
     ],
 )
 def test_auto_goes_by_the_row(columns, gold, response, score):
-    assert auto(Response(response), example(gold, **columns), finding="stated") == pytest.approx(score)
+    assert auto(ResponseText(response), example(gold, **columns), finding="stated") == pytest.approx(score)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS, ROOT, example
-from vlm_sapo.config.rollout import Rollout
+from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -133,7 +133,7 @@ def setting(request, tmp_path_factory):
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
         engine |= {"options": {"max_num_seqs": 64}}
     built = build_engine(
-        Rollout.model_validate({"engine": engine}).engine,
+        RolloutConfig.model_validate({"engine": engine}).engine,
         vlm,
         str(path),
         longest=LONGEST,
@@ -159,7 +159,7 @@ def test_experts_are_saved_as_vllm_reads_them(tmp_path, monkeypatch):
     load_vlm(str(tmp_path / "new")).save(tmp_path / "saved")
     vlm = load_vlm(str(tmp_path / "saved"))
     engine = build_engine(
-        Rollout.model_validate({"engine": "vllm"}).engine,
+        RolloutConfig.model_validate({"engine": "vllm"}).engine,
         vlm,
         str(tmp_path / "saved"),
         longest=LONGEST,
@@ -187,7 +187,7 @@ def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
     vlm = load_vlm(str(tmp_path / "saved"), dtype="bfloat16")
     options = {"max_num_seqs": 64, "enable_prefix_caching": False}
     engine = build_engine(
-        Rollout.model_validate({"engine": {"type": "vllm", "options": options}}).engine,
+        RolloutConfig.model_validate({"engine": {"type": "vllm", "options": options}}).engine,
         vlm,
         str(tmp_path / "saved"),
         longest=LONGEST,
@@ -208,7 +208,7 @@ def test_vllm_without_its_newer_runner_cannot_tell_experts(tmp_path, monkeypatch
     new_model(tmp_path / "new", family="qwen3_vl_moe", corpus=CORPUS, shape=SHAPE)
     with pytest.raises(RolloutError, match="algo.replay=r2 .*Model Runner V2"):
         build_engine(
-            Rollout.model_validate({"engine": "vllm"}).engine,
+            RolloutConfig.model_validate({"engine": "vllm"}).engine,
             load_vlm(str(tmp_path / "new")),
             str(tmp_path / "new"),
             longest=LONGEST,

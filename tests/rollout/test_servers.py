@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import example
 from tests.rollout.model_server import HANG_UP, ModelServer
-from vlm_sapo.config.rollout import Rollout
+from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.rollout.build import build_engine
@@ -41,7 +41,9 @@ class Told:
 
 def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn=print):
     section = {"type": "vllm_server", "servers": [server.url for server in servers]}
-    engine = Rollout.model_validate({"engine": section | {"patience": patience, "timeout": timeout}}).engine
+    engine = RolloutConfig.model_validate(
+        {"engine": section | {"patience": patience, "timeout": timeout}}
+    ).engine
     return build_engine(
         engine,
         vlm,
@@ -208,7 +210,7 @@ def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, promp
     section = {"type": "vllm_server", "servers": [servers[0].url], "patience": 1.0}
     told = Told()
     engine = build_engine(
-        Rollout.model_validate({"engine": section}).engine,
+        RolloutConfig.model_validate({"engine": section}).engine,
         vlm,
         "/models/another",
         longest=512,
@@ -333,7 +335,7 @@ def test_experts_of_the_tokens_are_told(model_folder):
     prompts = [Encoder(vlm)(example(number, pictures=number % 3)) for number in range(3)]
     server = ModelServer(path, experts=True)
     engine = build_engine(
-        Rollout.model_validate({"engine": {"type": "vllm_server", "servers": server.url}}).engine,
+        RolloutConfig.model_validate({"engine": {"type": "vllm_server", "servers": server.url}}).engine,
         vlm,
         str(path),
         longest=512,

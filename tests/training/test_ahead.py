@@ -18,7 +18,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.reporting import step_report as reporter
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.rollout.sampler import OnDemand
+from vlm_sapo.rollout.sampler import Sampler
 from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.trainer import train
 
@@ -309,7 +309,7 @@ def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkey
     """It fails while it logs step 4, or while it draws step 6 before it trains step 3."""
     train(further("whole"))
 
-    def stop(self, step, version, draw=OnDemand.draw):
+    def stop(self, step, version, draw=Sampler.draw):
         if step == 6:
             raise Stopped
         return draw(self, step, version)
@@ -321,7 +321,7 @@ def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         if interrupted == "draw":
-            patch.setattr(OnDemand, "draw", stop)
+            patch.setattr(Sampler, "draw", stop)
         else:
             patch.setattr(reporter, "headline", headline)
         train(further("resumed"))

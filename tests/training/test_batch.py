@@ -15,7 +15,7 @@ from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.optimizer import schedule_factor
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Group, Sampling, Score
+from vlm_sapo.types import Group, Reward, Sampling
 
 OBJECTIVES = {
     "sapo": {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
@@ -40,7 +40,7 @@ def draw_groups(policy, encoder, rewards) -> list[Group]:
         prompts, Sampling(len(rewards[0]), 12, 1.0, seed=0)
     )
     return [
-        Group(prompt, tuple(responses), tuple(Score(value, {}) for value in values))
+        Group(prompt, tuple(responses), tuple(Reward(value, {}) for value in values))
         for prompt, responses, values in zip(prompts, drawn, rewards, strict=True)
     ]
 
@@ -49,7 +49,7 @@ REWARDS = [[1, 0, 0, 1], [0.5, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]
 
 
 def advantages(groups):
-    return [zscore(torch.tensor([score.total for score in g.scores], dtype=torch.float64)) for g in groups]
+    return [zscore(torch.tensor([score.total for score in g.rewards], dtype=torch.float64)) for g in groups]
 
 
 def split(policy, groups, *, count=1, budget=10**6, **options):
@@ -112,7 +112,7 @@ def test_groups_without_variance_cost_nothing_and_still_count(model_folder, enco
     _, _, minibatch = gradient(policy, groups, loss_of())
     assert minibatch.num_sequences == 16
     assert sum(len(micro.advantages) for micro in minibatch.micros) == 12
-    assert minibatch.num_tokens == sum(len(c.ids) for group in groups for c in group.completions)
+    assert minibatch.num_tokens == sum(len(c.ids) for group in groups for c in group.responses)
     _, flat, empty = gradient(policy, groups[2:3], loss_of())
     assert empty.micros == [] and not flat.any()
 
@@ -121,7 +121,7 @@ def test_truncated_responses_leave_the_denominator_when_masked(model_folder, enc
     policy = make_policy(model_folder())
     prompt = encoder(example())
     responses = (completion([20, 21, 2]), completion([22, 23], finish="length"), completion([24, 2]))
-    group = Group(prompt, responses, tuple(Score(value, {}) for value in (1.0, 0.0, 0.0)))
+    group = Group(prompt, responses, tuple(Reward(value, {}) for value in (1.0, 0.0, 0.0)))
     [kept] = split(policy, [group])
     [masked] = split(policy, [group], mask_truncated=True)
     assert (kept.num_sequences, kept.num_tokens) == (3, 7)
@@ -165,7 +165,7 @@ def test_only_response_tokens_are_in_the_loss(model_folder, encoder):
     [micro] = minibatch.micros
     fill_old(policy, minibatch, 0.1)
     micro.old = torch.where(micro.mask, micro.old, float("nan"))
-    trained = [item for group in groups[:2] + groups[3:] for item in group.completions]
+    trained = [item for group in groups[:2] + groups[3:] for item in group.responses]
     assert micro.mask.sum() == sum(len(item.ids) for item in trained)
     targets = policy.layout.inputs(micro.groups).targets.tolist()
     assert sorted(targets) == sorted(token for item in trained for token in item.ids.tolist())

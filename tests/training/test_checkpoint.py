@@ -13,7 +13,7 @@ from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import Lines
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.rollout.sampler import OnDemand
+from vlm_sapo.rollout.sampler import Sampler
 from vlm_sapo.training import checkpoint, interruption
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.policy import Policy
@@ -233,7 +233,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     before = signal.getsignal(number)
     owner, name, call = {
         "draw": (HfEngine, "generate", 3),
-        "drawn": (OnDemand, "__call__", 3),
+        "drawn": (Sampler, "__call__", 3),
         "update": (Policy, "step", 5),
     }[phase]
     inner, calls = vars(owner)[name], []
@@ -258,23 +258,23 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
 
 def test_a_second_signal_ends_the_process(monkeypatch):
     asked = interruption.Interruption(World())
-    with asked.listening():
+    with asked.handling_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a launcher's, of the same request
         monkeypatch.setattr(interruption, "TWICE", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted), asked.at_once():
+    with pytest.raises(Interrupted), asked.interruptible():
         pass
 
 
 def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
     asked = interruption.Interruption(World())
     monkeypatch.setattr(interruption, "TWICE", 0.0)
-    with asked.listening():
+    with asked.handling_signals():
         asked.ask("the reward has fallen", alarm=True)
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="the reward has fallen") as raised, asked.at_once():
+    with pytest.raises(Interrupted, match="the reward has fallen") as raised, asked.interruptible():
         pass
     assert raised.value.alarm
 
@@ -287,7 +287,12 @@ def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, mon
         signal.raise_signal(signal.SIGTERM)
         return stat(self, **options)
 
-    with asked.listening(), pytest.raises(Interrupted), asked.at_once(), monkeypatch.context() as context:
+    with (
+        asked.handling_signals(),
+        pytest.raises(Interrupted),
+        asked.interruptible(),
+        monkeypatch.context() as context,
+    ):
         lines.add("1\n")
         context.setattr(Path, "stat", signalled)
         lines.add("2\n")
@@ -302,13 +307,13 @@ def test_a_signal_while_the_disk_is_full_stops_no_later_line(tmp_path, monkeypat
         signal.raise_signal(signal.SIGTERM)
         raise OSError(28, "No space left on device")
 
-    with asked.listening():
-        with asked.at_once(), monkeypatch.context() as context:
+    with asked.handling_signals():
+        with asked.interruptible(), monkeypatch.context() as context:
             context.setattr(Path, "stat", full)
             context.setattr(Path, "is_file", lambda self: True)
             lines.add("1\n")
         lines.add("2\n")  # of an update, which a signal must not end
-        with pytest.raises(Interrupted), asked.at_once():
+        with pytest.raises(Interrupted), asked.interruptible():
             pass
     assert (tmp_path / "log").read_text() == "1\n2\n"
 

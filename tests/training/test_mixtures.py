@@ -135,12 +135,12 @@ def test_the_engines_experts_are_replayed_in_the_old_pass_too(folder, groups):
             if ".mlp.gate." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     drawn = engine.generate([group.prompt for group in groups], Sampling(4, 12, 1.0, seed=0))
-    told = [replace(group, completions=tuple(items)) for group, items in zip(groups, drawn, strict=True)]
+    told = [replace(group, responses=tuple(items)) for group, items in zip(groups, drawn, strict=True)]
     batch, metrics = update(policy, told, loss_of(), fresh=False)
     assert metrics["minibatch0/experts_changed"] > 0.05 < metrics["minibatch1/experts_changed"]
     for minibatch in batch:
         for micro in minibatch.micros:
-            rows = [item for group in told for item in group.completions if not group.flat]
+            rows = [item for group in told for item in group.responses if not group.flat]
             assert any(
                 torch.equal(micro.routes.responses[0, : len(item.ids)], item.experts[-len(item.ids) :])
                 for item in rows

@@ -16,7 +16,7 @@ from vlm_sapo.models.packing import Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.checks import Parity, ParityError, kinds_of, perturbed
-from vlm_sapo.types import Drawn, Group, Sampling, Score
+from vlm_sapo.types import Group, Reward, RolloutBatch, Sampling
 
 SAMPLING = Sampling(3, 8, 0.7, seed=3)
 
@@ -110,10 +110,10 @@ class Run:
         self.engine.sync(self.policy.vlm)
         drawn = self.engine.generate(prompts, SAMPLING)
         groups = [
-            Group(prompt, tuple(items), tuple(Score(0.0, {}) for _ in items))
+            Group(prompt, tuple(items), tuple(Reward(0.0, {}) for _ in items))
             for prompt, items in zip(prompts, drawn, strict=True)
         ]
-        found = self.parity(number, Drawn(groups, [], self.policy.vlm.version, {}))
+        found = self.parity(number, RolloutBatch(groups, [], self.policy.vlm.version, {}))
         with torch.no_grad():
             for parameter in self.policy.vlm.parameters():
                 parameter *= 1.1

@@ -9,7 +9,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.selfcheck import SelfCheck
-from vlm_sapo.types import Drawn
+from vlm_sapo.types import RolloutBatch
 
 REWARDS = [[1, 0, 0, 1]]
 
@@ -29,7 +29,7 @@ class Shifted(SharedPrefix):
 def check(policy, groups, budget=10**6):
     policy.memory.budget = budget
     check = SelfCheck(policy, Console(), choose=policy.reuse_sampled, world=World())
-    assert check(1, Drawn(groups, [], policy.vlm.version, {})) == {}
+    assert check(1, RolloutBatch(groups, [], policy.vlm.version, {})) == {}
 
 
 def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):
@@ -63,6 +63,6 @@ def test_a_group_over_the_budget_is_checked_in_parts(model_folder, encoder, caps
     policy = make_policy(model_folder())
     groups = draw_groups(policy, encoder, REWARDS)
     check(policy, groups, budget=len(groups[0].prompt.ids) + 20)
-    tokens = sum(len(item.ids) for item in groups[0].completions)
+    tokens = sum(len(item.ids) for item in groups[0].responses)
     assert f"on {tokens} response tokens" in capsys.readouterr().out
     assert isinstance(policy.layout, SharedPrefix)

@@ -30,7 +30,7 @@ PublicArgs = Annotated[dict[str, Any], AfterValidator(_public)]
 """Arguments that hold no secret: the config is stored."""
 
 
-class Verifier(Section):
+class VerifierConfig(Section):
     name: str
     """A verifier, `path/to/file.py:function` or `package.module:function`."""
     args: PublicArgs = {}
@@ -49,7 +49,7 @@ def joined(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-class Source(Section):
+class SourceConfig(Section):
     recipe: str | None = None
     """Name of a shipped recipe (`data/README.md` lists them) or a YAML file with the fields below; what is
     given beside it comes before, and null takes a field back. The stored config holds the result."""
@@ -78,7 +78,7 @@ class Source(Section):
     """System prompt; null leaves it to the chat template."""
     template: str = "{problem}"
     """The user's turn; `{problem}` stands for the row's problem."""
-    verifier: Verifier | None = None
+    verifier: VerifierConfig | None = None
     """The verifier of these rows' answers, which the reward `auto` then uses."""
 
     @model_validator(mode="before")
@@ -105,33 +105,33 @@ class Source(Section):
         return self.name or str(self.source)
 
 
-class Rows(Source):
+class RowsConfig(SourceConfig):
     @model_validator(mode="after")
     def _has_source(self):
         if self.source is None:
             raise ValueError("source is missing; give the hub id, folder or file that holds the rows")
         return self
 
-    def at(self, path: str) -> Rows:
+    def at(self, path: str) -> RowsConfig:
         """The same rows from a local file: as the source, or as a source function's argument `path`."""
         by_function = ":" in str(self.source)
         update = {"args": self.args | {"path": path}} if by_function else {"source": path, "subset": None}
         return self.model_copy(update=update)
 
 
-class Task(Rows):
+class TaskConfig(RowsConfig):
     share: Rate
     """Share of this task in every mini-batch; shares are divided by their sum."""
 
 
-class Benchmark(Rows):
+class BenchmarkConfig(RowsConfig):
     """A file of `eval/benchmarks/`."""
 
     about: str
     """What it is, in one line."""
-    verifier: Verifier = Verifier(name="auto", args={"finding": "stated"})
+    verifier: VerifierConfig = VerifierConfig(name="auto", args={"finding": "stated"})
     """Our verdict of a response."""
-    official: Verifier | None = None
+    official: VerifierConfig | None = None
     """The authors' own rule, where ours differs from it on purpose."""
     metric: str | None = None
     """The authors' own score over all problems, where that is not the mean: a name of
@@ -144,8 +144,8 @@ class Benchmark(Rows):
     """What `NAME:VARIANT` chooses."""
 
 
-class Data(Source):
-    mixture: list[Task] = []
+class DataConfig(SourceConfig):
+    mixture: list[TaskConfig] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is
     short for it."""
     max_prompt_tokens: Positive = 4096
@@ -162,7 +162,7 @@ class Data(Source):
     def _one_or_several(self):
         if not self.mixture and self.source is None:
             raise ValueError("source is missing; give the hub id, folder or file that holds the rows")
-        unset = Source().model_dump()
+        unset = SourceConfig().model_dump()
         given = [name for name, value in self._source().items() if value != unset[name]]
         if self.mixture and given:
             raise ValueError(f"{given[0]} beside mixture has no effect; move it into the mixture's entries")
@@ -172,11 +172,11 @@ class Data(Source):
         return self
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[TaskConfig]:
         """The tasks with their shares; a single source is one task."""
         if self.mixture:
             return self.mixture
-        return [Task(share=1.0, **self._source())]
+        return [TaskConfig(share=1.0, **self._source())]
 
     def _source(self) -> dict[str, Any]:
-        return self.model_dump(include=set(Source.model_fields))
+        return self.model_dump(include=set(SourceConfig.model_fields))

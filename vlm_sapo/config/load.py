@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from vlm_sapo.config.files import find, parse, read_mapping
-from vlm_sapo.config.schema import Section, SftConfig, Train, TrainConfig
+from vlm_sapo.config.schema import Section, SftConfig, TrainConfig, TrainerConfig
 
 T = TypeVar("T", bound=Section)
 TYPED = ("engine", "objective", "correction")
@@ -185,12 +185,12 @@ def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
     fit so many."""
     train = config.train
     shard = size if train.shard == "all" else train.shard
-    if isinstance(train, Train):
+    if isinstance(train, TrainerConfig):
         minibatch, name = train.prompts_per_step // train.minibatches, "prompts_per_step / minibatches"
     else:
         minibatch, name = train.rows_per_step, "rows_per_step"
     if minibatch % size:
-        field, factor = name.partition(" / ")[0], train.minibatches if isinstance(train, Train) else 1
+        field, factor = name.partition(" / ")[0], train.minibatches if isinstance(train, TrainerConfig) else 1
         times = [minibatch // size * size, minibatch // size * size + size]
         options = " or ".join(f"train.{field}={number * factor}" for number in times if number)
         raise ValueError(

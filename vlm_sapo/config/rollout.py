@@ -12,11 +12,11 @@ from vlm_sapo.config.secrets import check_address
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-class HfEngine(Section):
+class HfConfig(Section):
     type: Literal["hf"] = "hf"
 
 
-class Vllm(Section):
+class VllmConfig(Section):
     type: Literal["vllm"]
     tensor_parallel: Positive = 1
     """GPUs that share the engine's copy of the model."""
@@ -28,7 +28,7 @@ class Vllm(Section):
     """Further arguments of `vllm.LLM`, such as `enforce_eager` or `max_num_seqs`."""
 
 
-class VllmServer(Section):
+class VllmServerConfig(Section):
     type: Literal["vllm_server"]
     servers: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Addresses of servers that `vlm-sapo serve` started, or `vllm serve` with the same options."""
@@ -57,13 +57,13 @@ class VllmServer(Section):
         return value
 
 
-Engine = Annotated[HfEngine | Vllm | VllmServer, Field(discriminator="type")]
+EngineConfig = Annotated[HfConfig | VllmConfig | VllmServerConfig, Field(discriminator="type")]
 UNSAMPLED = ("top_p", "top_k", "min_p")
 """Ways to cut the distribution off that training refuses."""
 
 
-class Rollout(Section):
-    engine: Engine = HfEngine()
+class RolloutConfig(Section):
+    engine: EngineConfig = HfConfig()
     """What draws the responses: `hf` uses the policy itself, `vllm` an engine in this process, `vllm_server`
     servers. `engine: NAME` is short for `engine: {type: NAME}`."""
     group: Annotated[int, Field(ge=2)] = 8

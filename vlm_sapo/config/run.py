@@ -12,7 +12,7 @@ from vlm_sapo.config.data import Count, Positive, Rate, Section
 Factor = Annotated[float, Field(ge=1)]
 
 
-class Run(Section):
+class RunConfig(Section):
     name: str = "run"
     """Name of the run; its folder is `runs/<name>` unless `run.dir` says otherwise."""
     dir: str | None = None
@@ -29,7 +29,7 @@ class Run(Section):
         return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: Count = 50
     """Write a checkpoint every so many steps and after the last one; 0 for never."""
     keep_last: Positive = 2
@@ -58,7 +58,7 @@ class Checkpoint(Section):
             )
 
 
-class Alarms(Section):
+class AlarmsConfig(Section):
     window: Positive = 20
     """Steps whose mean is compared."""
     entropy: Rate = 0.1
@@ -76,7 +76,7 @@ class Alarms(Section):
     The same command goes on, and the same alarm is not given again before it was over."""
 
 
-class Log(Section):
+class LogConfig(Section):
     rollouts: Count = 2
     """Groups per step whose responses go to `rollouts.jsonl` and into the report, the first and the last
     among them."""

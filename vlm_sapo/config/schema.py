@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vlm_sapo.config.data import Count, Data, NotNegative, Positive, Rate, Rows, Section
-from vlm_sapo.config.rollout import Rollout
-from vlm_sapo.config.run import Alarms, Checkpoint, Log, Run
+from vlm_sapo.config.data import Count, DataConfig, NotNegative, Positive, Rate, RowsConfig, Section
+from vlm_sapo.config.rollout import RolloutConfig
+from vlm_sapo.config.run import AlarmsConfig, CheckpointConfig, LogConfig, RunConfig
 from vlm_sapo.config.secrets import check_address, check_secrets
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Literal["vision", "merger", "language"]
 
 
-class Lora(Section):
+class LoraConfig(Section):
     rank: Positive = 16
     """Rank of the adapters."""
     alpha: Rate = 32.0
@@ -31,7 +31,7 @@ class Lora(Section):
     """Folder with an adapter of the same base model to go on from; its rank, alpha and parts then count."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     path: str
     """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its processor."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -40,7 +40,7 @@ class Model(Section):
     """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
     features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is
     what chooses the experts of a mixture; `language` leaves it out."""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     """Train low-rank adapters and nothing else. The reference model is then the model without them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -57,7 +57,7 @@ class Model(Section):
         return self
 
 
-class RewardPart(Section):
+class RewardPartConfig(Section):
     name: str
     """A verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function` or an
     installed entry point."""
@@ -85,8 +85,8 @@ RESERVED = {"mean", "zero_variance"}
 """Names under `reward/` in the logs that are no part's."""
 
 
-class Reward(Section):
-    parts: list[RewardPart] = []
+class RewardConfig(Section):
+    parts: list[RewardPartConfig] = []
     """The parts of the reward; their weighted sum is what is trained. `reward: NAME` and `reward: [...]` are
     short for one part and for parts."""
     timeout: Rate = 10.0
@@ -127,7 +127,7 @@ class Reward(Section):
         return [part.label or part.name.rpartition(":")[2] for part in self.parts]
 
 
-class Sapo(Section):
+class SapoConfig(Section):
     type: Literal["sapo"] = "sapo"
     tau_pos: Rate = 1.0
     """Temperature of the gate for positive advantages."""
@@ -135,7 +135,7 @@ class Sapo(Section):
     """Temperature of the gate for negative advantages; larger fades faster off policy."""
 
 
-class Grpo(Section):
+class GrpoConfig(Section):
     type: Literal["grpo"]
     low: NotNegative = 0.2
     """Ratios under 1 - low are clipped for negative advantages."""
@@ -143,7 +143,7 @@ class Grpo(Section):
     """Ratios over 1 + high are clipped for positive advantages (.28 for DAPO's clip-higher)."""
 
 
-class Gspo(Section):
+class GspoConfig(Section):
     type: Literal["gspo"]
     low: NotNegative = 3e-4
     """Sequence ratios under 1 - low are clipped for negative advantages."""
@@ -151,13 +151,13 @@ class Gspo(Section):
     """Sequence ratios over 1 + high are clipped for positive advantages."""
 
 
-class Cispo(Section):
+class CispoConfig(Section):
     type: Literal["cispo"]
     cap: Rate = 5.0
     """Largest weight of a token: an absolute ratio, not 1 + epsilon."""
 
 
-class Correction(Section):
+class CorrectionConfig(Section):
     type: Literal["truncated", "masked"]
     """What becomes of importance weights over `high`: set to it, or to 0 (as are those under `low`)."""
     level: Literal["token", "sequence"] = "token"
@@ -176,7 +176,7 @@ class Correction(Section):
         return self
 
 
-class Own(Section):
+class OwnConfig(Section):
     type: Literal["own"]
     function: str
     """`path/to/file.py:function` of (log_ratio, advantage), both [N, T] or broadcast to it, that returns the
@@ -185,8 +185,10 @@ class Own(Section):
     """Its keyword arguments."""
 
 
-class Algo(Section):
-    objective: Annotated[Sapo | Grpo | Gspo | Cispo | Own, Field(discriminator="type")] = Sapo()
+class AlgoConfig(Section):
+    objective: Annotated[
+        SapoConfig | GrpoConfig | GspoConfig | CispoConfig | OwnConfig, Field(discriminator="type")
+    ] = SapoConfig()
     """What a token's importance ratio and advantage contribute."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the importance ratio."""
@@ -196,7 +198,7 @@ class Algo(Section):
     """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`."""
     kl: NotNegative = 0.0
     """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
-    correction: Correction | None = None
+    correction: CorrectionConfig | None = None
     """Corrects for the engine's log-probs not being the policy's: each token's loss is weighed by policy over
     engine before the update, as a constant outside the gate. Needs old log-probs from the policy."""
     replay: Literal["none", "r2", "r3"] = "none"
@@ -228,7 +230,7 @@ class Algo(Section):
         return self
 
 
-class Optim(Section):
+class OptimConfig(Section):
     steps: Positive
     """Number of steps: rollout batches for `train`, updates for `sft`."""
     lr: Rate = 1e-6
@@ -267,7 +269,7 @@ class Optim(Section):
     the start of a run checks that they are."""
 
 
-class Train(Optim):
+class TrainerConfig(OptimConfig):
     prompts_per_step: Positive = 32
     """Prompts (groups) per step."""
     minibatches: Positive = 4
@@ -289,13 +291,13 @@ class Train(Optim):
         return self
 
 
-class SftTrain(Optim):
+class SftTrainerConfig(OptimConfig):
     rows_per_step: Positive = 32
     """Demonstrations per update."""
 
 
-class Eval(Section):
-    data: Rows | None = None
+class EvalConfig(Section):
+    data: RowsConfig | None = None
     """Held-out rows. Where they say nothing else, `system`, `template` and `verifier` are those of `data`."""
     benchmarks: list[str] = []
     """Benchmarks to evaluate on besides, each `NAME` or `NAME=FILE` with the benchmark's rows in a local
@@ -321,7 +323,7 @@ class Eval(Section):
 PROMPT = ("system", "template", "verifier")
 
 
-def with_prompt_of(data: Data, rows: Rows | None) -> Rows | None:
+def with_prompt_of(data: DataConfig, rows: RowsConfig | None) -> RowsConfig | None:
     """Held-out rows with the training rows' prompt where they have none of their own."""
     if rows is None or data.mixture:
         return rows
@@ -332,17 +334,17 @@ def with_prompt_of(data: Data, rows: Rows | None) -> Rows | None:
 class TrainConfig(Section):
     """What `vlm-sapo train` runs."""
 
-    run: Run = Run()
-    model: Model
-    data: Data
-    rollout: Rollout = Rollout()
-    reward: Reward
-    algo: Algo = Algo()
-    train: Train
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    alarms: Alarms = Alarms()
-    log: Log = Log()
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algo: AlgoConfig = AlgoConfig()
+    train: TrainerConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
@@ -372,15 +374,15 @@ class TrainConfig(Section):
 class SftConfig(Section):
     """What `vlm-sapo sft` runs: supervised learning on demonstrations."""
 
-    run: Run = Run()
-    model: Model
-    data: Data
-    rollout: Rollout = Rollout()
-    reward: Reward = Reward()
-    train: SftTrain
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    train: SftTrainerConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _complete(self):

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
-from vlm_sapo.types import MARK, Example, RowError
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RowError
 
 Row = Mapping[str, Any]
 
@@ -186,10 +186,10 @@ class ExampleSet(Sequence):
                 )
         _check_text(label, {where["problem"]: problem, where["answer"]: answer, "id": key})
         images = self._images(row, label)
-        marks = str(problem).count(MARK)
+        marks = str(problem).count(IMAGE_PLACEHOLDER)
         if marks not in (0, len(images)):
             raise RowError(
-                f"{label}: field {where['problem']} has {marks} {MARK} marks "
+                f"{label}: field {where['problem']} has {marks} {IMAGE_PLACEHOLDER} marks "
                 f"and the row {len(images)} pictures; "
                 "give one mark per picture, or none to put the pictures first"
             )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vlm_sapo.config.data import Data, Rows
+from vlm_sapo.config.data import DataConfig, RowsConfig
 from vlm_sapo.data.rows import ExampleSet, open_rows
-from vlm_sapo.data.stream import Mixture, PromptStream
+from vlm_sapo.data.stream import PromptStream, TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.plugins import resolve
 from vlm_sapo.types import Example, Prompt
 
 
-def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
+def build_examples(rows: RowsConfig, *, task: str | None = None) -> ExampleSet:
     """The examples of a section; `task` is their name in logs, by default the section's own."""
     transform = resolve(rows.transform, field="data.transform") if rows.transform else None
     return ExampleSet(
@@ -33,13 +33,13 @@ def build_examples(rows: Rows, *, task: str | None = None) -> ExampleSet:
 
 
 def build_stream(
-    data: Data,
+    data: DataConfig,
     encode: Callable[[Example], Prompt],
     *,
     seed: Any,
     minibatch: int,
     world: World | None = None,
-) -> Mixture:
+) -> TaskMixture:
     """The training rows as an endless stream, with every task's share in each mini-batch of prompts."""
     tasks = data.tasks
     total = sum(task.share for task in tasks)
@@ -53,4 +53,4 @@ def build_stream(
         for task in tasks
     }
     shares = {task.task: task.share / total for task in tasks}
-    return Mixture(streams, shares, minibatch=minibatch, world=world)
+    return TaskMixture(streams, shares, minibatch=minibatch, world=world)

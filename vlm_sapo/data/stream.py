@@ -48,7 +48,7 @@ class PromptStream:
         return self.encode(self.examples[row])
 
 
-class Mixture:
+class TaskMixture:
     """Draws from the streams of several tasks so that each mini-batch holds every task's share.
 
     A task's count in a mini-batch is its share of it rounded up or down; what rounding leaves over is
@@ -84,7 +84,7 @@ class Mixture:
                 tasks += [task] * quota
         return tasks
 
-    def draw(self, tasks: Mapping[int, str]) -> dict[int, Prompt]:
+    def next_prompts(self, tasks: Mapping[int, str]) -> dict[int, Prompt]:
         """A further prompt of the task at each place; those of this process's places. A bad row's place gets
         the next row of its task."""
         prompts: dict[int, Prompt] = {}
@@ -93,14 +93,14 @@ class Mixture:
             rows = {place: self.streams[task].next() for place, task in tasks.items()}
             bad: dict[int, str] = {}
             for place, row in rows.items():
-                if self.world.owns(place):
+                if self.world.is_local(place):
                     try:
                         prompts[place] = self.streams[tasks[place]].prompt(row)
                     except RowError as error:
                         if not self.streams[tasks[place]].skip:
                             raise
                         bad[place] = str(error)
-            bad = {place: reason for told in self.world.gather(bad) for place, reason in told.items()}
+            bad = {place: reason for told in self.world.all_gather(bad) for place, reason in told.items()}
             tasks = {place: task for place, task in tasks.items() if place in bad}
             for place, task in tasks.items():
                 self.streams[task].skipped += 1
@@ -111,7 +111,7 @@ class Mixture:
 
     def take(self, count: int) -> list[Prompt]:
         """This process's prompts of the next `count`."""
-        return list(self.draw(dict(enumerate(self.tasks(count)))).values())
+        return list(self.next_prompts(dict(enumerate(self.tasks(count)))).values())
 
     def state(self) -> dict[str, dict[str, int]]:
         """What `restore` needs to go on from here."""
@@ -127,15 +127,15 @@ class Mixture:
             self.drawn[task] = saved["drawn"]
 
     @contextmanager
-    def or_back(self) -> Iterator[dict[str, dict[str, int]]]:
+    def rollback_on_error(self) -> Iterator[dict[str, dict[str, int]]]:
         """Goes back to where it is now if the block fails, in this process or another. Yields that state."""
         before = self.state()
         try:
             yield before
-            self.world.wait()  # so that all processes know of a failure here, and none goes on
+            self.world.barrier()  # so that all processes know of a failure here, and none goes on
         except BaseException as error:
             self.restore(before)
-            self.world.tell(error)
+            self.world.fail_everywhere(error)
             raise
 
     def _quotas(self, count: int) -> dict[str, int]:

@@ -35,7 +35,7 @@ class Benchmark:
     """The definition, and size and time of the local file behind it: what samples belong to."""
 
 
-def read_definition(name: str) -> tuple[str, cfg.Benchmark]:
+def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
     """The name to report under and the definition that `NAME[:VARIANT][=FILE]` asks for.
 
     Raises ValueError naming the file and its field.
@@ -44,7 +44,7 @@ def read_definition(name: str) -> tuple[str, cfg.Benchmark]:
     stem, _, variant = asked.partition(":")
     path = find(stem, FOLDER, field="benchmark")
     try:
-        definition = cfg.Benchmark.model_validate(read_mapping(path))
+        definition = cfg.BenchmarkConfig.model_validate(read_mapping(path))
     except ValidationError as error:
         fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}: {fields}") from error

@@ -9,10 +9,10 @@ from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.reporting.images import keep_pictures
-from vlm_sapo.rewards.pool import Reward, score_groups
+from vlm_sapo.rewards.pool import RewardPool, score_groups
 from vlm_sapo.rewards.verifiers.answers import stated_answer
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling, Score
+from vlm_sapo.types import Example, Prompt, Response, Reward, RowError, Sampling
 
 LONGEST = 200
 """Characters of a column that a sample keeps."""
@@ -22,7 +22,7 @@ def evaluate(
     engine: RolloutEngine,
     examples: Sequence[Example],
     encode: Callable[[Example], Prompt],
-    reward: Reward,
+    reward: RewardPool,
     sampling: Sampling,
     measure: Measure,
     *,
@@ -45,14 +45,14 @@ def evaluate(
     for start in range(0, len(missing), together):
         own = missing[start : start + together][world.rank :: world.size]
         rows, prompts = _prompts(examples, own, encode, skip)
-        world.wait()  # a bad row in one process must not leave the others in a model that all share
+        world.barrier()  # a bad row in one process must not leave the others in a model that all share
         groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
         scored = score_groups(reward, prompts, groups)
         made = []
         for row, prompt, drawn, scores in zip(rows, prompts, groups, scored, strict=True):
             record = {"benchmark": samples.name, "row": row} | _record(prompt, drawn, scores, measure)
             made.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
-        told = [record for records in world.gather(made) for record in records]
+        told = [record for records in world.all_gather(made) for record in records]
         samples.add(sorted(told, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))
     records = [samples.done[row] for row in sorted(samples.done)]
@@ -77,7 +77,7 @@ def _prompts(
 
 
 def _record(
-    prompt: Prompt, completions: Sequence[Completion], scores: Sequence[Score], measure: Measure
+    prompt: Prompt, completions: Sequence[Response], scores: Sequence[Reward], measure: Measure
 ) -> dict:
     example = prompt.example
     record = {

@@ -39,11 +39,11 @@ class Evaluator:
         if not due:
             return
         folder = self.folder.path / "evaluations" / f"step_{step:06d}"
-        done = self.world.from_main(lambda: self._done(step, folder))
+        done = self.world.on_main(lambda: self._done(step, folder))
         for name, run in self.measures.items():
             if name not in done:
                 self.ready()
-                samples = self.world.from_main(lambda name=name: SampleFile(folder, name))
+                samples = self.world.on_main(lambda name=name: SampleFile(folder, name))
                 result, records = run(samples)
                 record = {"step": step, "name": name} | result
                 self.folder.append("evaluations.jsonl", record, after=samples.lines)

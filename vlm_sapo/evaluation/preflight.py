@@ -17,14 +17,14 @@ from PIL import Image
 
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.rewards.pool import PictureSize, Reward
+from vlm_sapo.rewards.pool import PictureSize, RewardPool
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
 from vlm_sapo.rewards.verifiers.choice import named, option_column, options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import golds
-from vlm_sapo.types import Example, Response, RowError, Score
+from vlm_sapo.types import Example, ResponseText, Reward, RowError
 
 SIDE = 32
 """Of the grey thumbnail that near-duplicates are confirmed by."""
@@ -139,7 +139,7 @@ def fingerprint(picture: Image.Image) -> Print:
 
 
 def check_golds(
-    examples: ExampleSet, rows: Sequence[Inspected], reward: Reward, spec: Mapping[str, Any]
+    examples: ExampleSet, rows: Sequence[Inspected], reward: RewardPool, spec: Mapping[str, Any]
 ) -> list[Inspected]:
     """The rows with `gold` and `wrong` filled in: what the part `spec` of the reward says of the gold answer
     and of a wrong one. Functions of a user's see the pictures."""
@@ -147,7 +147,7 @@ def check_golds(
     readable = [row for row in rows if row.example is not None]
     made = {row.index: _responses(row, name, args) for row in readable}
     own = not all(part.builtin for part in reward.parts)
-    graded: list[Score] = []
+    graded: list[Reward] = []
     for start in range(0, len(readable), TOGETHER):
         items = []
         for row in readable[start : start + TOGETHER]:
@@ -167,12 +167,12 @@ def check_golds(
     return [checked.get(row.index, row) for row in rows]
 
 
-def _responses(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[Response, Response, str]:
+def _responses(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[ResponseText, ResponseText, str]:
     try:
         good = gold_response(row.example, name, args, row.resized)
         return good, wrong_response(row.example, name, args, row.resized), ""
     except Ungraded as error:
-        return Response(""), Response(""), str(error) or error.outcome
+        return ResponseText(""), ResponseText(""), str(error) or error.outcome
 
 
 PLACES = ("box", "point_in_box")
@@ -181,7 +181,7 @@ LISTED = ("anls", "chartqa", "edit_distance", "exact", "short")
 """Verifiers whose gold answer may be a list of accepted texts."""
 
 
-def gold_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> Response:
+def gold_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> ResponseText:
     """The gold answer as a response that the verifier `name` must score 1; `resized` are the pictures' sizes
     as the model sees them."""
     name, args = own_verifier(example, name, args)
@@ -192,11 +192,11 @@ def gold_response(example: Example, name: str, args: Mapping[str, Any], resized:
     elif _by_text(example, name):
         answer = golds(example)[0]
     elif name == "json_fields":
-        return Response(answer, resized=resized)
-    return Response(f"\\boxed{{{answer}}}", resized=resized)
+        return ResponseText(answer, resized=resized)
+    return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
 
 
-def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> Response:
+def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> ResponseText:
     """A response that the verifier `name` must score 0."""
     name, args = own_verifier(example, name, args)
     answer = "nothing of the kind"
@@ -217,7 +217,7 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized
         )
     elif number is not None and not _by_text(example, name):
         answer = f"{abs(number) * 2 + 7:g}"
-    return Response(f"\\boxed{{{answer}}}", resized=resized)
+    return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
 
 
 def _by_text(example: Example, name: str) -> bool:

@@ -29,7 +29,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Branched:
+class PackedGroup:
     """One group in a packed row: its prompt starts at `start`, its branches follow in order."""
 
     start: int
@@ -60,7 +60,7 @@ class Branched:
 class Segments:
     """The groups of a packed row, in order and without gaps."""
 
-    groups: tuple[Branched, ...]
+    groups: tuple[PackedGroup, ...]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -169,7 +169,7 @@ def prefix_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _group(group: Branched, query, key, value, *, scaling: float | None) -> list[torch.Tensor]:
+def _group(group: PackedGroup, query, key, value, *, scaling: float | None) -> list[torch.Tensor]:
     """[1, H, tokens, D] of prompt and branches by SDPA, once for each; each argument is the pair of both."""
     (q, branch_q), (k, branch_k), (v, branch_v) = query, key, value
     prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
@@ -190,14 +190,14 @@ def _group(group: Branched, query, key, value, *, scaling: float | None) -> list
     return [prompt, _unfold(branches, group)]
 
 
-def _fold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:
+def _fold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[1, H, sum of branches, D] to [G, H, R, D]."""
     if not group.even:
         tensor = tensor[:, :, group.padded.to(tensor.device)]
     return tensor[0].unflatten(1, (len(group.branches), -1)).transpose(0, 1)
 
 
-def _unfold(tensor: torch.Tensor, group: Branched) -> torch.Tensor:
+def _unfold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[G, H, R, D] to [1, H, sum of branches, D]."""
     flat = tensor.transpose(0, 1).flatten(1, 2)[None]
     return flat if group.even else flat[:, :, group.kept.to(tensor.device)]

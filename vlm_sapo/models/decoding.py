@@ -14,16 +14,16 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vlm_sapo.models.attention import Branched, Prefix, Segments
-from vlm_sapo.models.experts import Journal, NoJournal
+from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
+from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Prompt
 
 
-class Branches(Protocol):
+class DecodeState(Protocol):
     """The branches of prompts, in order, G for each, until they leave."""
 
-    def keep(self, running: torch.Tensor) -> torch.Tensor:
+    def compact(self, running: torch.Tensor) -> torch.Tensor:
         """Lets those leave that no longer run, [A] bool, or some of them. Returns the places that stay, in
         their new order."""
 
@@ -32,45 +32,49 @@ class Branches(Protocol):
 
 
 def prefill(
-    vlm: VLM, prompts: list[Prompt], group: int, journal: Journal | NoJournal
-) -> tuple[torch.Tensor, Branches]:
-    """Reads each prompt once. The first logits [B, V], and `group` branches of each prompt. `journal` takes
+    vlm: VLM, prompts: list[Prompt], group: int, recorder: ExpertRecorder | NullRecorder
+) -> tuple[torch.Tensor, DecodeState]:
+    """Reads each prompt once. The first logits [B, V], and `group` branches of each prompt. `recorder` takes
     down the experts."""
-    kind = SharedBranches if vlm.attends_fully else ForkedBranches
-    return kind.prefill(vlm, prompts, group, journal)
+    kind = SharedDecodeState if vlm.attends_fully else ForkedDecodeState
+    return kind.prefill(vlm, prompts, group, recorder)
 
 
 def new_cache(vlm: VLM) -> DynamicCache:
     return DynamicCache(config=vlm.model.config.get_text_config())
 
 
-class SharedBranches:
+class SharedDecodeState:
     """Branches that read their prompt's keys and values where they lie. For full attention alone."""
 
     def __init__(self, vlm: VLM, prefix: Prefix):
         self.vlm, self.prefix, self.cache = vlm, prefix, new_cache(vlm)
 
     @staticmethod
-    def prefill(vlm: VLM, prompts: list[Prompt], group: int, journal) -> tuple[torch.Tensor, SharedBranches]:
+    def prefill(
+        vlm: VLM, prompts: list[Prompt], group: int, recorder
+    ) -> tuple[torch.Tensor, SharedDecodeState]:
         """All prompts in one packed row."""
         lengths = [len(prompt.ids) for prompt in prompts]
         ends = torch.tensor(lengths).cumsum(0)
         starts = (ends - torch.tensor(lengths)).tolist()
         cache = new_cache(vlm)
-        with journal.prefill(lengths):
+        with recorder.prefill(lengths):
             hidden = vlm.hidden(
                 ids=torch.cat([prompt.ids for prompt in prompts])[None].to(vlm.device),
                 positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(vlm.device),
                 features=vlm.vision(prompts),
                 cache=cache,
-                segments=Segments(tuple(Branched(*place, ()) for place in zip(starts, lengths, strict=True))),
+                segments=Segments(
+                    tuple(PackedGroup(*place, ()) for place in zip(starts, lengths, strict=True))
+                ),
             )
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        return vlm.logits(hidden[0, ends - 1]), SharedBranches(vlm, Prefix.from_row(keys, values, lengths))
+        return vlm.logits(hidden[0, ends - 1]), SharedDecodeState(vlm, Prefix.from_row(keys, values, lengths))
 
-    def keep(self, running: torch.Tensor) -> torch.Tensor:
+    def compact(self, running: torch.Tensor) -> torch.Tensor:
         """Ended branches stay where others of their prompts leave fewer."""
-        kept, rows = compact(running.view(len(self.prefix.padding), -1))
+        kept, rows = compact_grid(running.view(len(self.prefix.padding), -1))
         if len(kept) == len(running):
             return torch.arange(len(running), device=running.device)
         self.cache.batch_select_indices(kept)
@@ -88,7 +92,7 @@ class SharedBranches:
         return self.vlm.logits(hidden[:, -1])
 
 
-class ForkedBranches:
+class ForkedDecodeState:
     """Branches that each go on from a copy of their prompt's state: what linear attention has read, and the
     other layers' keys and values. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
@@ -96,7 +100,9 @@ class ForkedBranches:
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod
-    def prefill(vlm: VLM, prompts: list[Prompt], group: int, journal) -> tuple[torch.Tensor, ForkedBranches]:
+    def prefill(
+        vlm: VLM, prompts: list[Prompt], group: int, recorder
+    ) -> tuple[torch.Tensor, ForkedDecodeState]:
         """Padded on the left, where the state of linear attention is still zero and stays so."""
 
         def padded(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -104,7 +110,7 @@ class ForkedBranches:
 
         mask = padded([torch.ones_like(prompt.ids) for prompt in prompts])
         cache = new_cache(vlm)
-        with journal.prefill([len(prompt.ids) for prompt in prompts], mask.flatten().nonzero()[:, 0]):
+        with recorder.prefill([len(prompt.ids) for prompt in prompts], mask.flatten().nonzero()[:, 0]):
             hidden = vlm.hidden(
                 ids=padded([prompt.ids for prompt in prompts]),
                 positions=padded([prompt.positions.T for prompt in prompts]).permute(2, 0, 1),
@@ -114,9 +120,9 @@ class ForkedBranches:
             )
         fork = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group)
         cache.reorder_cache(fork)
-        return vlm.logits(hidden[:, -1]), ForkedBranches(vlm, cache, mask[fork, None, None].bool())
+        return vlm.logits(hidden[:, -1]), ForkedDecodeState(vlm, cache, mask[fork, None, None].bool())
 
-    def keep(self, running: torch.Tensor) -> torch.Tensor:
+    def compact(self, running: torch.Tensor) -> torch.Tensor:
         kept = running.nonzero()[:, 0]
         if len(kept) < len(running):
             self.cache.reorder_cache(kept)
@@ -134,7 +140,7 @@ class ForkedBranches:
         return self.vlm.logits(hidden[:, -1])
 
 
-def compact(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compact_grid(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest grid that holds what is running in a [B, G] grid of branches.
 
     Returns the places that stay (flat, in the new grid's order) and the rows they lie in. Prompts with fewer

@@ -8,7 +8,7 @@ import torch
 from qwen_vl_utils import fetch_image
 
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.types import MARK, Completion, Example, Prompt, RowError
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RowError
 
 
 class Encoder:
@@ -62,14 +62,14 @@ class Encoder:
             grid=grid,
         )
 
-    def respond(self, prompt: Prompt, text: str) -> Completion:
+    def respond(self, prompt: Prompt, text: str) -> Response:
         """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown
         (NaN)."""
         tokenizer = self.vlm.tokenizer
         text = text.removeprefix(prompt.opening)
         ids = [*self.plain.ids(text), tokenizer.eos_token_id]
         unknown = torch.full((len(ids),), float("nan"))
-        return Completion(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
+        return Response(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
 
     def _resize(self, example: Example, number: int):
         picture = example.images[number]
@@ -84,8 +84,10 @@ class Encoder:
             ) from error
 
     def _messages(self, example: Example, problem: str) -> list[dict]:
-        problem = problem if MARK in problem else MARK * len(example.images) + problem
-        pieces = example.template.replace("{problem}", problem).split(MARK)
+        problem = (
+            problem if IMAGE_PLACEHOLDER in problem else IMAGE_PLACEHOLDER * len(example.images) + problem
+        )
+        pieces = example.template.replace("{problem}", problem).split(IMAGE_PLACEHOLDER)
         content: list[dict] = []
         for number, piece in enumerate(pieces):
             content += [{"type": "image"}] if number else []

@@ -37,7 +37,7 @@ class Routers:
     """
 
     def __init__(self, model: nn.Module):
-        self.present: Trace | None = None
+        self.present: ExpertTrace | None = None
         self.layers: list[int] = []
         for name, module in model.named_modules():
             children = dict(module.named_children())
@@ -52,7 +52,7 @@ class Routers:
         return bool(self.layers)
 
     @contextmanager
-    def during(self, trace: Trace | None) -> Iterator[None]:
+    def recording(self, trace: ExpertTrace | None) -> Iterator[None]:
         """The trace is the present one within the block."""
         before, self.present = self.present, trace
         try:
@@ -63,14 +63,14 @@ class Routers:
     def recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The contexts of a checkpointed layer and of its recomputation (`context_fn` of torch's
         checkpoint)."""
-        return nullcontext(), self.during(self.present and self.present.again())
+        return nullcontext(), self.recording(self.present and self.present.again())
 
-    def watch(self, inputs: Inputs, replayed: Routes | None, *, gradient: bool) -> RoutedPass | None:
+    def watch(self, inputs: Inputs, replayed: ExpertRoutes | None, *, gradient: bool) -> RoutedPass | None:
         """A pass that follows the given routes, or chooses by itself; None in a dense model."""
         return RoutedPass(inputs, replayed, gradient=gradient) if self else None
 
 
-class Trace:
+class ExpertTrace:
     """Records the experts that each router chooses for the tokens of one pass."""
 
     def __init__(self):
@@ -87,7 +87,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Routes:
+class ExpertRoutes:
     """The experts that N responses and their prompts had."""
 
     responses: torch.Tensor
@@ -95,12 +95,12 @@ class Routes:
     prompts: dict[Prompt, torch.Tensor]
     """[P, M, k] by prompt."""
 
-    def __getitem__(self, rows) -> Routes:
+    def __getitem__(self, rows) -> ExpertRoutes:
         """The routes of some responses, `rows` being any index of their tensor."""
-        return Routes(self.responses[rows], self.prompts)
+        return ExpertRoutes(self.responses[rows], self.prompts)
 
     @classmethod
-    def reported(cls, rows: list[tuple[Prompt, torch.Tensor]]) -> Routes:
+    def reported(cls, rows: list[tuple[Prompt, torch.Tensor]]) -> ExpertRoutes:
         """From each response's prompt and the experts [P + R - 1, M, k] that an engine reported for both."""
         responses = [experts[len(prompt.ids) - 1 :] for prompt, experts in rows]
         prompts = {prompt: experts[: len(prompt.ids)] for prompt, experts in rows}
@@ -136,7 +136,7 @@ class Usage:
     """[N] share of the layers whose k likeliest experts are others than before; None where those aren't
     known."""
 
-    def told(self, rows: torch.Tensor) -> Usage:
+    def to_cpu(self, rows: torch.Tensor) -> Usage:
         """That of some responses, [N] bool, in host memory and without gradients."""
         kept = {
             name: None if value is None else value.detach()[rows].cpu() for name, value in vars(self).items()
@@ -144,14 +144,14 @@ class Usage:
         return Usage(**kept)
 
 
-class RoutedPass(Trace):
+class RoutedPass(ExpertTrace):
     """One training pass: what its routers choose, and the routes that they are made to follow instead.
 
     A followed expert's weight is the present router's, normalised over the followed experts, so the router
     has its gradient. `gradient` lets it also flow through the usage.
     """
 
-    def __init__(self, inputs: Inputs, replayed: Routes | None, *, gradient: bool):
+    def __init__(self, inputs: Inputs, replayed: ExpertRoutes | None, *, gradient: bool):
         super().__init__()
         self.inputs, self.gradient = inputs, gradient
         self.replayed = None if replayed is None else replayed.laid_out(inputs)
@@ -188,16 +188,16 @@ class RoutedPass(Trace):
             entropies = torch.special.entr(probabilities).sum(-1)
             return sums, counts, empty[:, 0].index_add(0, self.row, entropies)
 
-    def routes(self) -> Routes:
+    def routes(self) -> ExpertRoutes:
         """What the routers chose, in host memory."""
         experts, where = self.experts(), self.inputs.response_mask
         responses = experts.new_zeros(*where.shape, *experts.shape[1:])
         responses[where] = experts[self.inputs.predicting]
         sizes = [len(prompt.ids) for prompt in self.inputs.prompts]
         prompts = experts[self.inputs.prompting].cpu().split(sizes)
-        return Routes(responses.cpu(), dict(zip(self.inputs.prompts, prompts, strict=True)))
+        return ExpertRoutes(responses.cpu(), dict(zip(self.inputs.prompts, prompts, strict=True)))
 
-    def usage(self, before: Routes | None) -> Usage:
+    def usage(self, before: ExpertRoutes | None) -> Usage:
         """How the experts were used, and what changed since `before`."""
         sums, counts, entropies = zip(*(self.sums[place] for place in sorted(self.sums)), strict=True)
         changed = None
@@ -215,7 +215,7 @@ def gate_weights(logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     return chosen / chosen.sum(-1, keepdim=True)
 
 
-class Journal:
+class ExpertRecorder:
     """The experts of the prompts and responses of a batch that is being generated: G branches of each prompt,
     at most `longest` tokens long."""
 
@@ -226,8 +226,8 @@ class Journal:
     def prefill(self, lengths: list[int], places: torch.Tensor | None = None) -> Iterator[None]:
         """The block reads prompts of these lengths. `places` are those of their tokens in the flattened rows;
         None where there is nothing between them."""
-        trace = Trace()
-        with self.routers.during(trace):
+        trace = ExpertTrace()
+        with self.routers.recording(trace):
             yield
         experts = trace.experts() if places is None else trace.experts()[places]
         self.prompts = experts.cpu().split(lengths)
@@ -236,8 +236,8 @@ class Journal:
     @contextmanager
     def decode(self, branch: torch.Tensor, step: int) -> Iterator[None]:
         """The block reads the token number `step` of each of the branches [A]."""
-        trace = Trace()
-        with self.routers.during(trace):
+        trace = ExpertTrace()
+        with self.routers.recording(trace):
             yield
         self.responses[branch, step] = trace.experts()
 
@@ -247,7 +247,7 @@ class Journal:
         return torch.cat([self.prompts[branch // self.group], response])
 
 
-class NoJournal:
+class NullRecorder:
     """Stands where nobody wants to know the experts."""
 
     def prefill(self, lengths: list[int], places: torch.Tensor | None = None) -> AbstractContextManager:

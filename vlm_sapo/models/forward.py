@@ -27,7 +27,7 @@ class Pass(nn.Module):
     def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [N, T] float32 of the response tokens, 0 where the mask is off; `routed`
         is told what the routers do, and may tell them what to do."""
-        with self.vlm.routers.during(routed):
+        with self.vlm.routers.recording(routed):
             hidden = self.vlm.hidden(
                 ids=inputs.ids,
                 positions=inputs.positions,

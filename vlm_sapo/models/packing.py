@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from vlm_sapo.models.attention import Branched, Segments
+from vlm_sapo.models.attention import PackedGroup, Segments
 from vlm_sapo.types import Prompt
 
-Branches = tuple[Prompt, list[torch.Tensor]]
+GroupSlice = tuple[Prompt, list[torch.Tensor]]
 """A prompt with some of its responses, each [R] int64."""
 Sizes = tuple[int, list[int]]
 """The lengths of a prompt and of its responses."""
@@ -61,10 +61,10 @@ class Layout(Protocol):
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
         """Micro-batches of at most `budget` tokens each, padding included; what is longer goes alone."""
 
-    def size(self, groups: Sequence[Branches]) -> int:
+    def size(self, groups: Sequence[GroupSlice]) -> int:
         """Tokens of a micro-batch, padding included."""
 
-    def inputs(self, groups: Sequence[Branches]) -> Inputs:
+    def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         """The responses of a micro-batch, in the order of the groups."""
 
 
@@ -84,16 +84,16 @@ class SharedPrefix:
         parts.sort(key=lambda part: -part[0])
         return [chosen for chosen, _ in _first_fit(parts, budget)]
 
-    def size(self, groups: Sequence[Branches]) -> int:
+    def size(self, groups: Sequence[GroupSlice]) -> int:
         return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in groups)
 
-    def inputs(self, groups: Sequence[Branches]) -> Inputs:
+    def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         start, segments = 0, []
         ids, positions, predicting, prompting = [], [], [], []
         for prompt, responses in groups:
             length, lengths = len(prompt.ids), [len(response) for response in responses]
             prompting.append(torch.arange(start, start + length))
-            segments.append(Branched(start, length, tuple(lengths)))
+            segments.append(PackedGroup(start, length, tuple(lengths)))
             ids += [prompt.ids, *responses]
             positions += [prompt.positions, *(_following(prompt, count) for count in lengths)]
             branch = start + length
@@ -137,11 +137,11 @@ class Plain:
                 bins.append([row])
         return [[(group, [place]) for _, group, place in chosen] for chosen in bins]
 
-    def size(self, groups: Sequence[Branches]) -> int:
+    def size(self, groups: Sequence[GroupSlice]) -> int:
         rows = [len(prompt.ids) + len(response) for prompt, branches in groups for response in branches]
         return len(rows) * max(rows)
 
-    def inputs(self, groups: Sequence[Branches]) -> Inputs:
+    def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         rows = [(prompt, response) for prompt, branches in groups for response in branches]
         starts = torch.tensor([len(prompt.ids) for prompt, _ in rows])
         lengths = torch.tensor([len(response) for _, response in rows])

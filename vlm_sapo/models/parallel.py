@@ -68,7 +68,7 @@ def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: boo
 
 
 @torch.no_grad()
-def run_alone(root: Root, work: Callable[[], T]) -> T:
+def run_with_full_params(root: Root, work: Callable[[], T]) -> T:
     """Runs work on the whole model, which every process gathers once. Not for gradients."""
     units = _units(root)
 
@@ -98,36 +98,36 @@ BUCKET = 2**26
 """Numbers that are summed over processes at once."""
 
 
-class Copies(Protocol):
+class Parallelism(Protocol):
     """Where the model's parameters are."""
 
-    def spread(self, vlm: VLM) -> None:
+    def distribute(self, vlm: VLM) -> None:
         """Brings the model to the devices; before the optimizer is made."""
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
         """Runs a pass of a model that was spread. All processes call it equally often."""
 
-    def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
+    def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
         """Runs work in which each process uses the whole model as often as it likes, without gradients."""
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes the gradients those of all processes, after the last backward pass of an update."""
 
 
-class Whole:
+class Replicated:
     """Each process has a copy; gradients are summed once per update, however many passes there were. What no
     pass had a part in has a gradient of zero, in one process as in several."""
 
     def __init__(self, world: World, device: torch.device):
         self.world, self.device = world, device
 
-    def spread(self, vlm: VLM) -> None:
+    def distribute(self, vlm: VLM) -> None:
         vlm.place(self.device)
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
         return forward_pass(inputs, routed)
 
-    def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
+    def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
         return work()
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -144,7 +144,7 @@ class Whole:
                 parameter.grad.copy_(total.view_as(parameter))
 
 
-class Sharded:
+class FullySharded:
     """`mesh`'s last dimension shares one copy; see models/parallel.py. Gradients are reduced as they are
     made."""
 
@@ -152,14 +152,14 @@ class Sharded:
         self.mesh, self.dtype, self.offload = mesh, dtype, offload
         self.roots: dict[VLM, Root] = {}
 
-    def spread(self, vlm: VLM) -> None:
+    def distribute(self, vlm: VLM) -> None:
         self.roots[vlm] = shard(vlm, self.mesh, dtype=self.dtype, offload=self.offload)
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
         return self.roots[forward_pass.vlm](forward_pass, inputs, routed)
 
-    def alone(self, vlm: VLM, work: Callable[[], T]) -> T:
-        return run_alone(self.roots[vlm], work)
+    def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
+        return run_with_full_params(self.roots[vlm], work)
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing is left to do."""

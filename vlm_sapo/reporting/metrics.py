@@ -93,7 +93,7 @@ class StepMeter:
         self._trace(
             responses, *(tensor.detach().cpu() for tensor in (logprobs, old, advantages, mask, entropies))
         )
-        self._usages += [] if usage is None else [usage.told(real)]
+        self._usages += [] if usage is None else [usage.to_cpu(real)]
 
     def _trace(self, responses, logprobs, old, advantages, mask, entropies) -> None:
         log_ratio = torch.where(mask, logprobs - old, 0.0)
@@ -112,7 +112,7 @@ class StepMeter:
             self._parts, self._usages, self._loss, self._traced = [], [], 0.0, {}
             return
         self.traces |= self._traced
-        told = self.world.collect((self._parts, self._usages, self._loss))
+        told = self.world.gather((self._parts, self._usages, self._loss))
         if told:
             parts = [part for parts, _, _ in told for part in parts]
             usages = [usage for _, usages, _ in told for usage in usages]
@@ -173,8 +173,8 @@ def group_metrics(
     """Rewards (by part), lengths and shares of all groups that were drawn; `seconds` are the times by
     name."""
     groups = [*groups, *replaced]
-    completions = [completion for group in groups for completion in group.completions]
-    scores = [score for group in groups for score in group.scores]
+    completions = [completion for group in groups for completion in group.responses]
+    scores = [score for group in groups for score in group.rewards]
     lengths = [len(completion.ids) for completion in completions]
     metrics = {"reward/mean": sum(score.total for score in scores) / len(scores)}
     for part in dict.fromkeys(name for score in scores for name in score.parts):
@@ -198,8 +198,8 @@ def group_metrics(
 
 def _identical(group: Group) -> float:
     """Share of a group's responses that equal another one of it."""
-    counts = Counter(tuple(completion.ids.tolist()) for completion in group.completions)
-    return sum(count for count in counts.values() if count > 1) / len(group.completions)
+    counts = Counter(tuple(completion.ids.tolist()) for completion in group.responses)
+    return sum(count for count in counts.values() if count > 1) / len(group.responses)
 
 
 def task_metrics(groups: Sequence[Group], replaced: Sequence[Group], minibatches: int) -> Metrics:
@@ -212,7 +212,7 @@ def task_metrics(groups: Sequence[Group], replaced: Sequence[Group], minibatches
     metrics: Metrics = {}
     size = len(groups) // minibatches
     for task in tasks:
-        scores = [s.total for group in drawn if group.prompt.example.task == task for s in group.scores]
+        scores = [s.total for group in drawn if group.prompt.example.task == task for s in group.rewards]
         metrics[f"task/{task}/reward"] = sum(scores) / len(scores)
         own = [group.prompt.example.task == task for group in groups]
         for index in range(minibatches):

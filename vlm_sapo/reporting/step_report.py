@@ -16,7 +16,7 @@ from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_met
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.training.run import Core
-from vlm_sapo.types import Drawn, Group, Response
+from vlm_sapo.types import Group, ResponseText, RolloutBatch
 
 TRACED = 32_768
 """Tokens of a step that are traced at most, shared by its logged responses."""
@@ -50,14 +50,14 @@ class Reporter:
         self,
         step: int,
         meter: StepMeter,
-        drawn: Drawn,
+        drawn: RolloutBatch,
         advantages: Sequence[torch.Tensor],
         further: dict[str, float],
     ) -> str:
         """Returns the numbers that matter most. All processes call it."""
         world, memory = self.core.world, self.core.policy.memory
-        own = [group.without_pictures() for group in drawn.groups]
-        replaced = [group.without_pictures() for group in drawn.replaced]
+        own = [group.without_images() for group in drawn.groups]
+        replaced = [group.without_images() for group in drawn.replaced]
         chosen = evenly(len(own) * world.size, self.rollouts)
         shown = [
             Shown(place, group, values.tolist(), *self._seen(original, meter))
@@ -67,7 +67,7 @@ class Reporter:
             if place in chosen
         ]
         placed = list(zip(drawn.places, own, strict=True))
-        told = world.collect((placed, replaced, shown, (memory.shortages, memory.budget)))
+        told = world.gather((placed, replaced, shown, (memory.shortages, memory.budget)))
         if not told:
             return ""
         placed = sorted((item for items, *_ in told for item in items), key=lambda item: item[0])
@@ -97,13 +97,13 @@ class Reporter:
         """Names of a group's pictures, which are kept, and by response what the update saw of it and its
         boxes."""
         names = keep_pictures(self.core.folder.path, group.prompt.images)
-        traces = [meter.traces.get(id(completion.ids)) for completion in group.completions]
+        traces = [meter.traces.get(id(completion.ids)) for completion in group.responses]
         example = group.prompt.example
         asked = [own_verifier(example, name, args) for name, args in self.parts]
         args = next((args for name, args in asked if name in ("box", "point_in_box")), None)
         if args is None:
             return names, traces, [([], [])] * len(traces)
-        responses = [Response.of(group.prompt, completion) for completion in group.completions]
+        responses = [ResponseText.of(group.prompt, completion) for completion in group.responses]
         return names, traces, [shown(response, example, args) for response in responses]
 
     def _trace(self, item: Shown, most: int) -> dict[str, list]:
@@ -112,7 +112,7 @@ class Reporter:
         tokenizer = self.core.policy.vlm.tokenizer
         found: dict[str, list] = {
             "pieces": [
-                pieces(tokenizer, completion.ids[:most].tolist()) for completion in item.group.completions
+                pieces(tokenizer, completion.ids[:most].tolist()) for completion in item.group.responses
             ]
         }
         for name in ("log_ratio", "effective", "entropy"):
@@ -185,7 +185,7 @@ def peak() -> float:
 def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
     """A group's responses for `rollouts.jsonl`."""
     group = item.group
-    rows = zip(group.completions, group.scores, item.advantages, item.boxes, strict=True)
+    rows = zip(group.responses, group.rewards, item.advantages, item.boxes, strict=True)
     for completion, score, value, (golds, given) in rows:
         yield {
             "id": group.prompt.example.id,

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from vlm_sapo.plugins import absolute, resolve
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
-from vlm_sapo.types import Example, Response, Score
+from vlm_sapo.types import Example, ResponseText, Reward
 
 ENTRY_POINTS = "vlm_sapo.rewards"
 """Installed packages offer rewards in this entry point group."""
@@ -26,7 +26,7 @@ GRADED = "graded"
 _LOOP = asyncio.Runner()
 """One event loop per process: clients that a function keeps are bound to the loop of their first call."""
 
-Item = tuple[Response, Example]
+Item = tuple[ResponseText, Example]
 
 
 class RewardError(ValueError):
@@ -77,7 +77,7 @@ class Part:
     async def _gather(self, items: Sequence[Item], timeout: float | None) -> list[Verdict]:
         room = asyncio.Semaphore(CONCURRENT)
 
-        async def one(response: Response, example: Example) -> Verdict:
+        async def one(response: ResponseText, example: Example) -> Verdict:
             async with room:
                 try:
                     value = await asyncio.wait_for(self.function(response, example), timeout)
@@ -162,7 +162,7 @@ def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**spec, "name": absolute(spec["name"])}
 
 
-def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Score:
+def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Reward:
     """The weighted sum of the parts' verdicts, 0 where a gate is closed."""
     closed = any(
         part.gate is not None and verdict.value < part.gate
@@ -175,4 +175,4 @@ def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Score:
         values |= {f"{part.label}/{name}": value for name, value in verdict.named.items()}
     outcomes = {part.label: verdict.outcome for part, verdict in zip(parts, verdicts, strict=True)}
     details = {part.label: verdict.detail for part, verdict in zip(parts, verdicts, strict=True)}
-    return Score(0.0 if closed else total, values, outcomes, details)
+    return Reward(0.0 if closed else total, values, outcomes, details)

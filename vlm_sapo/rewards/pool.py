@@ -32,7 +32,7 @@ from vlm_sapo.rewards.parts import (
     combine,
     portable,
 )
-from vlm_sapo.types import Completion, Prompt, Response, Score
+from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
 CHUNK = 16
 """Responses that built-in verifiers grade between two messages."""
@@ -82,11 +82,11 @@ def _grade_part(number: int, items: Sequence[Item], timeout: float) -> list[Verd
 
 
 def score_groups(
-    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[Completion]]
-) -> list[list[Score]]:
+    reward: RewardPool, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]
+) -> list[list[Reward]]:
     """Scores of each prompt's responses."""
     items = [
-        (Response.of(prompt, completion), prompt.example)
+        (ResponseText.of(prompt, completion), prompt.example)
         for prompt, drawn in zip(prompts, responses, strict=True)
         for completion in drawn
     ]
@@ -94,7 +94,7 @@ def score_groups(
     return [[next(scores) for _ in drawn] for drawn in responses]
 
 
-class Reward:
+class RewardPool:
     """Scores responses by the weighted sum of its parts.
 
     Every response has `timeout` seconds for the parts that are called for each; one that takes longer, or
@@ -126,7 +126,7 @@ class Reward:
         )
         self._pool.schedule(_ready)  # starts the workers, which takes seconds, in the background
 
-    def __call__(self, items: Sequence[Item]) -> list[Score]:
+    def __call__(self, items: Sequence[Item]) -> list[Reward]:
         """Scores of (response, example) pairs, in order."""
         keys = [_key(item) for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}

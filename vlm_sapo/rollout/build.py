@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_sapo.config.rollout import Engine, Vllm, VllmServer
+from vlm_sapo.config.rollout import EngineConfig, VllmConfig, VllmServerConfig
 from vlm_sapo.distributed import World
 from vlm_sapo.models.loading import load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
@@ -23,18 +23,18 @@ AT_ONCE = 256
 """Problems that an evaluation hands to vLLM at the same time; it batches them itself."""
 
 
-def problems_at_once(engine: Engine, prompts_per_batch: int) -> int:
+def problems_at_once(engine: EngineConfig, prompts_per_batch: int) -> int:
     """How many problems an evaluation draws, grades and writes together."""
     return prompts_per_batch if engine.type == "hf" else max(AT_ONCE, prompts_per_batch)
 
 
-def engine_dtype(engine: Engine, default: str) -> str:
+def engine_dtype(engine: EngineConfig, default: str) -> str:
     """Type of the engine's weights, where `auto` stands for the default."""
     return default if engine.type == "hf" or engine.dtype == "auto" else engine.dtype
 
 
 def build_engine(
-    engine: Engine,
+    engine: EngineConfig,
     vlm: VLM,
     path: str,
     *,
@@ -44,7 +44,7 @@ def build_engine(
     warn: Callable[[str], None],
     folder: Path | None = None,
     autocast: Callable = nullcontext,
-    alone: Callable = run,
+    with_full_params: Callable = run,
     world: World | None = None,
     experts: bool = False,
 ) -> RolloutEngine:
@@ -54,7 +54,7 @@ def build_engine(
     without it servers keep the weights that they have. With `experts` completions tell their tokens' experts.
     """
     dtype = engine_dtype(engine, dtype)
-    if isinstance(engine, Vllm):
+    if isinstance(engine, VllmConfig):
         return VllmEngine(
             vlm,
             path,
@@ -66,7 +66,7 @@ def build_engine(
             options=engine.options,
             experts=experts,
         )
-    if isinstance(engine, VllmServer):
+    if isinstance(engine, VllmServerConfig):
         return VllmServers(
             vlm,
             [Server(url, timeout=engine.timeout) for url in engine.servers],
@@ -82,14 +82,14 @@ def build_engine(
         vlm,
         prompts_per_batch=prompts_per_batch,
         autocast=autocast,
-        alone=alone,
+        with_full_params=with_full_params,
         warn=warn,
         experts=experts,
     )
 
 
 def open_model(
-    engine: Engine,
+    engine: EngineConfig,
     path: str,
     *,
     dtype: str,
@@ -117,7 +117,7 @@ def open_model(
     )
 
 
-def _transfer(engine: VllmServer, folder: Path, dtype: str, world: World) -> Folder | Nccl:
+def _transfer(engine: VllmServerConfig, folder: Path, dtype: str, world: World) -> Folder | Nccl:
     kind: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
         dtype
     ]

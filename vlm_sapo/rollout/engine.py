@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.types import Prompt, Response, Sampling
 
 if TYPE_CHECKING:
     from vlm_sapo.models.vlm import VLM
@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
     def sync(self, vlm: VLM) -> None:
         """Takes over the weights, unless it has this `VLM.version` of them."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         """`sampling.group` responses for each prompt, in the prompts' order. Of several processes all call
         it, those without a prompt as well."""
 

@@ -20,11 +20,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vlm_sapo.models.decoding import Branches, prefill
-from vlm_sapo.models.experts import Journal, NoJournal
+from vlm_sapo.models.decoding import DecodeState, prefill
+from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.types import Prompt, Response, Sampling
 
 T = TypeVar("T")
 GPU_STRIDE = 16
@@ -38,8 +38,8 @@ def run(work: Callable[[], T]) -> T:
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context, and
-    `alone` runs work with the whole model, which several processes may share. With `experts` completions tell
-    the experts of their tokens, which a mixture has.
+    `with_full_params` runs work with the whole model, which several processes may share. With `experts`
+    responses tell the experts of their tokens, which a mixture has.
 
     The draws of a prompt depend on the seed and the prompt's place alone, not on how prompts are batched.
     """
@@ -50,12 +50,12 @@ class HfEngine:
         *,
         prompts_per_batch: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        alone: Callable[[Callable[[], T]], T] = run,
+        with_full_params: Callable[[Callable[[], T]], T] = run,
         warn: Callable[[str], None] = print,
         experts: bool = False,
     ):
         self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
-        self.alone, self.warn, self.experts = alone, warn, experts
+        self.with_full_params, self.warn, self.experts = with_full_params, warn, experts
 
     def sync(self, vlm: VLM) -> None:
         """Nothing to copy: the engine and the policy share their modules."""
@@ -64,12 +64,12 @@ class HfEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        return self.alone(lambda: self._generate_all(prompts, sampling))
+        return self.with_full_params(lambda: self._generate_all(prompts, sampling))
 
     @torch.no_grad()
-    def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
@@ -78,9 +78,9 @@ class HfEngine:
         finally:
             self.vlm.train(training)
 
-    def _generate_batches(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def _generate_batches(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
-        groups: list[list[Completion]] = []
+        groups: list[list[Response]] = []
         while len(groups) < len(prompts):
             chosen = slice(len(groups), len(groups) + self.prompts_per_batch)
             try:
@@ -107,17 +107,19 @@ class HfEngine:
         )
 
     def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
-        journal = (
-            Journal(self.vlm.routers, sampling.group, sampling.max_tokens) if self.experts else NoJournal()
+        recorder = (
+            ExpertRecorder(self.vlm.routers, sampling.group, sampling.max_tokens)
+            if self.experts
+            else NullRecorder()
         )
-        logits, branches = prefill(self.vlm, prompts, sampling.group, journal)
+        logits, branches = prefill(self.vlm, prompts, sampling.group, recorder)
         starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        ids, logprobs = self._decode(logits, branches, starts, uniforms, sampling, journal)
-        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group, journal)
+        ids, logprobs = self._decode(logits, branches, starts, uniforms, sampling, recorder)
+        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group, recorder)
         return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
 
     @torch.inference_mode()
-    def _decode(self, logits, branches: Branches, starts, uniforms, sampling: Sampling, journal):
+    def _decode(self, logits, branches: DecodeState, starts, uniforms, sampling: Sampling, recorder):
         """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
         positions [B] and random numbers [B, G, max_tokens]."""
         group, device = uniforms.shape[1], self.vlm.device
@@ -140,25 +142,25 @@ class HfEngine:
             if step % stride == 0:
                 if not running.any():
                     break
-                kept = branches.keep(running)
+                kept = branches.compact(running)
                 branch, running, tokens, position = (x[kept] for x in (branch, running, tokens, position))
-            with journal.decode(branch, step):
+            with recorder.decode(branch, step):
                 logits = branches.step(tokens, position + step)
         return ids, logprobs
 
     def _complete(
-        self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, journal
+        self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, recorder
     ):
         lengths = (ids >= 0).sum(1).tolist()
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
-            Completion(
+            Response(
                 ids=row.clone(),
                 logprobs=logprobs[index, : len(row)].clone(),
                 text=prompts[index // group].opening + texts[index],
                 finish="stop" if int(row[-1]) in self.vlm.stops else "length",
-                experts=journal.experts(index, len(row)),
+                experts=recorder.experts(index, len(row)),
             )
             for index, row in enumerate(rows)
         ]

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from vlm_sapo.data.stream import Mixture
+from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rewards.pool import Reward, score_groups
+from vlm_sapo.rewards.pool import RewardPool, score_groups
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.types import Completion, Drawn, Group, Prompt, Sampling, Score
+from vlm_sapo.types import Group, Prompt, Response, Reward, RolloutBatch, Sampling
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class Rollouts(Protocol):
     engine: RolloutEngine
     sampling: Sampling
 
-    def __call__(self, step: int, vlm: VLM) -> Drawn:
+    def __call__(self, step: int, vlm: VLM) -> RolloutBatch:
         """The groups of a step. Afterwards the engine has the present weights. Where it raises, the state is
         the one before."""
 
@@ -46,15 +46,15 @@ class Rollouts(Protocol):
 
 
 @dataclass
-class OnDemand:
+class Sampler:
     """Draws from the present weights.
 
     Groups without variance are drawn anew, from other prompts of their task, up to `resample` times.
     """
 
-    stream: Mixture
+    stream: TaskMixture
     engine: RolloutEngine
-    reward: Reward
+    reward: RewardPool
     sampling: Sampling
     prompts_per_step: int
     resample: int = 0
@@ -62,13 +62,13 @@ class OnDemand:
     """The stream's state before what was given out and not trained on."""
 
     @contextmanager
-    def giving(self) -> Iterator[dict[str, Any]]:
+    def tracking_cursor(self) -> Iterator[dict[str, Any]]:
         """What the block takes from the stream is given out. Yields the stream's state before."""
-        with self.stream.or_back() as before:
+        with self.stream.rollback_on_error() as before:
             self.before = before
             yield before
 
-    def __call__(self, step: int, vlm: VLM) -> Drawn:
+    def __call__(self, step: int, vlm: VLM) -> RolloutBatch:
         started = time.perf_counter()
         self.engine.sync(vlm)
         waited = time.perf_counter() - started
@@ -76,24 +76,24 @@ class OnDemand:
         drawn.seconds["sync"] = waited
         return drawn
 
-    def draw(self, step: int, version: int) -> Drawn:
+    def draw(self, step: int, version: int) -> RolloutBatch:
         """The groups of a step from the weights that the engine has."""
-        with self.giving() as before:
-            drawn = Drawn([], [], version, before)
+        with self.tracking_cursor() as before:
+            drawn = RolloutBatch([], [], version, before)
             self._draw(drawn, step)
             drawn.after = self.stream.state()
         return drawn
 
-    def _draw(self, drawn: Drawn, step: int) -> None:
+    def _draw(self, drawn: RolloutBatch, step: int) -> None:
         with drawn.time("data"):
             tasks = self.stream.tasks(self.prompts_per_step)
-            prompts = self.stream.draw(dict(enumerate(tasks)))
+            prompts = self.stream.next_prompts(dict(enumerate(tasks)))
         groups = self._respond(prompts, self.sampling_at(step), drawn)
         for attempt in range(1, self.resample + 1):
             own = [place for place, group in groups.items() if group.flat]
-            flat = sorted(place for told in self.stream.world.gather(own) for place in told)
+            flat = sorted(place for told in self.stream.world.all_gather(own) for place in told)
             with drawn.time("data"):
-                prompts = self.stream.draw({place: tasks[place] for place in flat})
+                prompts = self.stream.next_prompts({place: tasks[place] for place in flat})
             numbers = {place: number for number, place in enumerate(flat)}
             further = self._respond(prompts, self.sampling_at(step, attempt), drawn, numbers)
             drawn.replaced += [groups[place] for place in further]
@@ -109,7 +109,7 @@ class OnDemand:
         self,
         prompts: dict[int, Prompt],
         sampling: Sampling,
-        drawn: Drawn,
+        drawn: RolloutBatch,
         numbers: dict[int, int] | None = None,
     ) -> dict[int, Group]:
         """Groups by place. Their draws depend on the places, or on `numbers` by place."""
@@ -142,7 +142,7 @@ class OnDemand:
         self.reward.close()
 
 
-class AtOnce(Executor):
+class InlineExecutor(Executor):
     """Does what it is given before `submit` returns, for engines that share the trainer's device."""
 
     def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -151,7 +151,7 @@ class AtOnce(Executor):
         return future
 
 
-class Ahead:
+class PrefetchedSampler:
     """Draws groups `steps` steps ahead, from the weights that the present step begins with: in the background
     with servers, else before it trains.
 
@@ -160,21 +160,21 @@ class Ahead:
     part of the state.
     """
 
-    def __init__(self, rollouts: OnDemand, *, steps: int, last: int, world: World, beside: bool):
+    def __init__(self, rollouts: Sampler, *, steps: int, last: int, world: World, beside: bool):
         """`beside` draws in the background. `world` is for the loop; what draws has the stream's, for
         itself."""
         self.rollouts, self.steps, self.last, self.world = rollouts, steps, last, world
         self.engine, self.sampling = rollouts.engine, rollouts.sampling
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if beside else AtOnce()
-        self.flight: tuple[Drawn | None, tuple[Future[Drawn], ...]] = (None, ())
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if beside else InlineExecutor()
+        self.flight: tuple[RolloutBatch | None, tuple[Future[RolloutBatch], ...]] = (None, ())
         """What was given out and not trained on, and the steps after it; changed at once, since a signal may
         come at any time."""
 
-    def __call__(self, step: int, vlm: VLM) -> Drawn:
+    def __call__(self, step: int, vlm: VLM) -> RolloutBatch:
         self.settle()
         started = time.perf_counter()
         self.engine.sync(vlm)
-        self.world.wait()  # or one would draw on while another has failed
+        self.world.barrier()  # or one would draw on while another has failed
         waited = time.perf_counter() - started
         _, queue = self.flight
         drawn = queue[0].result() if queue else self.rollouts.draw(step, vlm.version)
@@ -187,7 +187,7 @@ class Ahead:
             self.flight = drawn, queue
         return drawn
 
-    def _draw(self, before: Future[Drawn] | None, step: int, version: int) -> Drawn:
+    def _draw(self, before: Future[RolloutBatch] | None, step: int, version: int) -> RolloutBatch:
         """The groups of a step; after a step that could not be drawn, its error."""
         if before is not None:
             before.result()
@@ -218,7 +218,7 @@ class Ahead:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rollouts.stream.restore(state["stream"])
-        made: list[Future[Drawn]] = []
+        made: list[Future[RolloutBatch]] = []
         for packed in state.get("pending", ()):
             made.append(Future())
             made[-1].set_result(unpack(packed, self.rollouts.stream))
@@ -229,15 +229,15 @@ class Ahead:
         self.worker.shutdown(cancel_futures=True)
 
 
-def pack(drawn: Drawn, world: World) -> dict[str, Any]:
+def pack(drawn: RolloutBatch, world: World) -> dict[str, Any]:
     """All processes' groups, by place, as tensors and plain values; a prompt is its row."""
 
     def one(group: Group) -> dict[str, Any]:
         return {
             "task": group.prompt.example.task,
             "row": group.prompt.example.row,
-            "completions": [vars(completion) for completion in group.completions],
-            "scores": [asdict(score) for score in group.scores],
+            "completions": [vars(completion) for completion in group.responses],
+            "scores": [asdict(score) for score in group.rewards],
         }
 
     own = {place: one(group) for place, group in zip(drawn.places, drawn.groups, strict=True)}
@@ -246,23 +246,23 @@ def pack(drawn: Drawn, world: World) -> dict[str, Any]:
         "version": drawn.version,
         "before": drawn.before,
         "after": drawn.after,
-        "groups": {place: item for told in world.gather(own) for place, item in told.items()},
-        "replaced": [item for told in world.gather(replaced) for item in told],
+        "groups": {place: item for told in world.all_gather(own) for place, item in told.items()},
+        "replaced": [item for told in world.all_gather(replaced) for item in told],
         "seconds": dict(drawn.seconds),
     }
 
 
-def unpack(packed: dict[str, Any], stream: Mixture) -> Drawn:
+def unpack(packed: dict[str, Any], stream: TaskMixture) -> RolloutBatch:
     """What `pack` packed, with the rows read again: those at this process's places."""
 
     def one(item: dict[str, Any]) -> Group:
         prompt = stream.streams[item["task"]].prompt(item["row"])
-        completions = tuple(Completion(**completion) for completion in item["completions"])
-        return Group(prompt, completions, tuple(Score(**score) for score in item["scores"]))
+        completions = tuple(Response(**completion) for completion in item["completions"])
+        return Group(prompt, completions, tuple(Reward(**score) for score in item["scores"]))
 
-    groups = {place: item for place, item in sorted(packed["groups"].items()) if stream.world.owns(place)}
-    replaced = [item for place, item in enumerate(packed["replaced"]) if stream.world.owns(place)]
-    return Drawn(
+    groups = {place: item for place, item in sorted(packed["groups"].items()) if stream.world.is_local(place)}
+    replaced = [item for place, item in enumerate(packed["replaced"]) if stream.world.is_local(place)]
+    return RolloutBatch(
         groups=[one(item) for item in groups.values()],
         places=list(groups),
         version=packed["version"],

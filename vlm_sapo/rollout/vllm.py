@@ -24,7 +24,7 @@ from vlm_sapo.rollout.vllm_requests import (
     question,
 )
 from vlm_sapo.rollout.weight_transfer import contiguous
-from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.types import Prompt, Response, Sampling
 
 PICTURES = 16
 """Pictures of one prompt that the engine is ready for, unless its options say otherwise."""
@@ -109,7 +109,7 @@ class VllmEngine:
             raise RolloutError("vLLM kept what it computed with the old weights; please report this")
         self.version = vlm.version
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
         if not prompts:
             return []
@@ -119,7 +119,7 @@ class VllmEngine:
         finally:
             self._sleep()
 
-    def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         from vllm import SamplingParams
 
         requests, parameters = [], []

@@ -9,7 +9,7 @@ import torch
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.types import Prompt, Response, Sampling
 
 BAN = -100.0
 """Added to a banned token's logit, the most that vLLM allows: a factor of 4e-44 in its probability."""
@@ -89,7 +89,7 @@ def complete(
     sampling: Sampling,
     *,
     experts: bool = False,
-) -> list[Completion]:
+) -> list[Response]:
     """Completions from answers; with `experts` they tell those of their tokens.
 
     Raises Incomplete where there are not as many as were asked for, or one was cut off.
@@ -111,7 +111,7 @@ def complete(
             )
     texts = vlm.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
     return [
-        Completion(
+        Response(
             ids=torch.tensor(answer.ids),
             logprobs=torch.tensor(answer.logprobs, dtype=torch.float32),
             text=prompt.opening + text,

@@ -23,7 +23,7 @@ from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.vllm_requests import Answer, Incomplete, check_ids, complete, question
 from vlm_sapo.rollout.weight_transfer import Transfer
-from vlm_sapo.types import Completion, Prompt, Sampling
+from vlm_sapo.types import Prompt, Response, Sampling
 
 T = TypeVar("T")
 AT_ONCE = 64
@@ -60,7 +60,7 @@ class VllmServers:
         self.world = world
         self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
         self.patience, self.warn, self.experts = patience, warn, experts
-        self.name = world.from_main(lambda: uuid.uuid4().hex[:8])
+        self.name = world.on_main(lambda: uuid.uuid4().hex[:8])
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
@@ -75,7 +75,7 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
-        self.world.from_main(self._bring)
+        self.world.on_main(self._bring)
         for server in self.servers:  # each response names its weights, so none is taken on trust
             server.version = version if not self.world.main else server.version
 
@@ -86,7 +86,7 @@ class VllmServers:
         finally:
             self.syncing = False
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
         return self._run(lambda: self._draw(prompts, sampling))
 
@@ -164,13 +164,13 @@ class VllmServers:
             await server.name(self.client, self.version)
             server.version = self.version
 
-    async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         places = asyncio.Semaphore(AT_ONCE * len(self.servers))
 
-        async def one(number: int, prompt: Prompt) -> list[Completion]:
+        async def one(number: int, prompt: Prompt) -> list[Response]:
             ids, asked = question(self.vlm, prompt, sampling, number)
 
-            async def ask(server: Server) -> list[Completion]:
+            async def ask(server: Server) -> list[Response]:
                 await self._provide(server)
                 answer = await server.generate(self.client, ids, prompt, asked)
                 return self._read(server, prompt, answer, sampling)
@@ -190,7 +190,7 @@ class VllmServers:
 
     def _read(
         self, server: Server, prompt: Prompt, answer: dict[str, Any], sampling: Sampling
-    ) -> list[Completion]:
+    ) -> list[Response]:
         wanted = FRESH if self.transfer is None else self.version
         spans = (choice.get("weight_versions") or [{}] for choice in answer["choices"])
         names = {str(span.get("version")) for span in itertools.chain.from_iterable(spans)}

@@ -22,7 +22,7 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 
 WORST = 5
 """Rows that a finding names."""
@@ -351,7 +351,7 @@ def _examine(
     evaluated: bool,
 ) -> RowSet:
     rows = _inspect_rows(name, examples, encode, console)
-    with closing(Reward([spec], on_error="zero")) as reward:
+    with closing(RewardPool([spec], on_error="zero")) as reward:
         [graded] = reward.parts
         rows = check_golds(examples, rows, reward, spec)
     return RowSet(name, rows, evaluated, max_tokens=longest, own_function=not graded.builtin)

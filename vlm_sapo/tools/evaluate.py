@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vlm_sapo.types import Completion, Example, Prompt, RowError, Sampling
+from vlm_sapo.types import Example, Prompt, Response, RowError, Sampling
 
 if TYPE_CHECKING:
     from vlm_sapo.models.vlm import VLM
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from vlm_sapo.config.rollout import Engine
+from vlm_sapo.config.rollout import EngineConfig
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.preflight import check_golds, inspect
@@ -30,7 +30,7 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rollout.build import open_model, problems_at_once
 from vlm_sapo.rollout.engine import RolloutEngine
 
@@ -76,7 +76,9 @@ class Source:
     batch: int
 
 
-def eval_command(settings: Settings, names: Sequence[str], out: Path, batch: int, engine: Engine) -> dict:
+def eval_command(
+    settings: Settings, names: Sequence[str], out: Path, batch: int, engine: EngineConfig
+) -> dict:
     """Evaluates on the named benchmarks one after the other; returns what `results.json` holds."""
     console = Console()
     benchmarks = build_benchmarks(names, limit=settings.limit)
@@ -138,7 +140,7 @@ def _run(
             console.warn(
                 f"{len(unknown)} recorded ids are no rows of {benchmark.name}: {', '.join(unknown[:SHOWN])}"
             )
-    with closing(Reward(benchmark.parts)) as reward:
+    with closing(RewardPool(benchmark.parts)) as reward:
         if isinstance(encode, Encoder) and not samples.done:
             check(benchmark, encode, reward, skip=skip, console=console)
         total = len(benchmark.examples)
@@ -177,7 +179,7 @@ def cautions(result: dict, settings: Settings, max_tokens: int) -> list[str]:
     return found
 
 
-def check(benchmark: Benchmark, encode: Encoder, reward: Reward, *, skip: bool, console: Console) -> None:
+def check(benchmark: Benchmark, encode: Encoder, reward: RewardPool, *, skip: bool, console: Console) -> None:
     """Looks at every row before anything is generated. Raises ValueError naming the rows that can't be used,
     or only warns of them with `skip`; a gold answer that its own verifier rejects is such a row."""
     with console.progress(f"check {benchmark.name}", len(benchmark.examples), lines=2) as show:
@@ -247,7 +249,9 @@ def _flat(metric: dict) -> str:
     )
 
 
-def _open_source(settings: Settings, batch: int, engine: Engine, responses: int, console: Console) -> Source:
+def _open_source(
+    settings: Settings, batch: int, engine: EngineConfig, responses: int, console: Console
+) -> Source:
     if settings.responses:
         recorded = Recorded(Path(settings.responses))
         return Source(recorded, lambda max_tokens: recorded.encode, recorded.samples, batch)
@@ -347,12 +351,12 @@ class Recorded:
     def close(self) -> None:
         """Nothing is held."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
         """The first `sampling.group` responses that were recorded for each."""
         nothing = torch.zeros(0)
         return [
             [
-                Completion(nothing.long(), nothing, text, "stop")
+                Response(nothing.long(), nothing, text, "stop")
                 for text in self.responses[prompt.example.id][: sampling.group]
             ]
             for prompt in prompts

@@ -18,9 +18,9 @@ from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 BATCH = 512
 """Rows that are graded before they are written."""
@@ -63,7 +63,7 @@ class Agreement:
 
 def score_file(
     path: Path,
-    reward: Reward,
+    reward: RewardPool,
     *,
     responses: Sequence[str],
     gold: str | None,
@@ -124,7 +124,7 @@ def score_command(
     console = Console()
     total = sum(1 for _ in path.open("rb"))
     with (
-        closing(Reward([{"name": name, "args": given}], on_error=on_error, timeout=timeout)) as reward,
+        closing(RewardPool([{"name": name, "args": given}], on_error=on_error, timeout=timeout)) as reward,
         console.progress("score", total) as show,
     ):
         found = score_file(
@@ -171,7 +171,7 @@ def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _grade(chunk, reward: Reward, path: Path, responses: Sequence[str], gold: str | None) -> list[dict]:
+def _grade(chunk, reward: RewardPool, path: Path, responses: Sequence[str], gold: str | None) -> list[dict]:
     rows: list[dict] = []
     items: dict[int, Item] = {}
     pictures = any(not part.builtin or part.label in SEE_PICTURES for part in reward.parts)
@@ -223,7 +223,7 @@ def _item(
         source=f"{path}, line {number}",
     )
     resized = row.get("resized") or [image.size for image in example.images]
-    return Response(
+    return ResponseText(
         text, tokens=tokens if isinstance(tokens, int) else None, resized=tuple(map(tuple, resized))
     ), example
 

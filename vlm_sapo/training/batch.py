@@ -10,16 +10,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models.experts import Routes, Usage
-from vlm_sapo.models.packing import Branches, Layout
-from vlm_sapo.types import Completion, Group, Prompt
+from vlm_sapo.models.experts import ExpertRoutes, Usage
+from vlm_sapo.models.packing import GroupSlice, Layout
+from vlm_sapo.types import Group, Prompt, Response
 
 
 @dataclass
 class MicroBatch:
     """N responses that go through the model at once."""
 
-    groups: list[Branches]
+    groups: list[GroupSlice]
     """Prompts with the responses that are here, N in all."""
     advantages: torch.Tensor
     """[N, 1] float32."""
@@ -31,7 +31,7 @@ class MicroBatch:
     """[N, T] float32, log-probs before the update. None on policy: the pass's own are the old ones."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
-    routes: Routes | None = None
+    routes: ExpertRoutes | None = None
     """The experts before the update, or the engine's, where they are known."""
     usage: Usage | None = None
     """How the last pass used the experts of a mixture."""
@@ -49,7 +49,7 @@ class MicroBatch:
 
     def _rows(self, start: int, end: int) -> MicroBatch:
         rows = [(prompt, response) for prompt, responses in self.groups for response in responses][start:end]
-        groups: list[Branches] = []
+        groups: list[GroupSlice] = []
         for prompt, response in rows:
             if not groups or groups[-1][0] is not prompt:
                 groups.append((prompt, []))
@@ -118,8 +118,8 @@ def minibatches(
             _Rows(group, values.tolist(), mask_truncated)
             for group, values in zip(groups[chosen], advantages[chosen], strict=True)
         ]
-        counted = [completion for row in rows for completion in row.completions]
-        trained = [row for row in rows if row.completions and (keep_flat or any(row.weights))]
+        counted = [completion for row in rows for completion in row.responses]
+        trained = [row for row in rows if row.responses and (keep_flat or any(row.weights))]
         batches.append(
             MiniBatch(
                 micros=_microbatches(trained, layout, budget),
@@ -134,7 +134,7 @@ def minibatches(
 
 def _align(batches: list[MiniBatch], groups: list[Group], world: World) -> None:
     """Makes denominators those of all processes, and the micro-batches equally many."""
-    told = world.gather([(len(item.micros), item.num_sequences, item.num_tokens) for item in batches])
+    told = world.all_gather([(len(item.micros), item.num_sequences, item.num_tokens) for item in batches])
     shortest = min(groups, key=lambda group: len(group.prompt.ids))
     for batch, counts in zip(batches, zip(*told, strict=True), strict=True):
         most, sequences, tokens = zip(*counts, strict=True)
@@ -145,7 +145,7 @@ def _align(batches: list[MiniBatch], groups: list[Group], world: World) -> None:
 def _idle(group: Group) -> MicroBatch:
     """A micro-batch that adds nothing to loss and gradient."""
     nothing = torch.zeros(1, 1)
-    first = group.completions[0].ids[:1]
+    first = group.responses[0].ids[:1]
     return MicroBatch([(group.prompt, [first])], nothing, nothing.bool(), nothing)
 
 
@@ -155,37 +155,37 @@ class _Rows:
     def __init__(self, group: Group, advantages: list[float], mask_truncated: bool):
         kept = [
             (completion, value)
-            for completion, value in zip(group.completions, advantages, strict=True)
+            for completion, value in zip(group.responses, advantages, strict=True)
             if not (mask_truncated and completion.finish == "length")
         ]
         self.prompt: Prompt = group.prompt
-        self.completions: list[Completion] = [completion for completion, _ in kept]
+        self.responses: list[Response] = [completion for completion, _ in kept]
         self.weights = [value for _, value in kept]
 
 
 def _microbatches(rows: list[_Rows], layout: Layout, budget: int) -> list[MicroBatch]:
-    sizes = [(len(row.prompt.ids), [len(item.ids) for item in row.completions]) for row in rows]
+    sizes = [(len(row.prompt.ids), [len(item.ids) for item in row.responses]) for row in rows]
     micros = []
     for parts in layout.pack(sizes, budget):
         chosen = [(rows[group], place) for group, places in parts for place in places]
-        completions = [row.completions[place] for row, place in chosen]
+        completions = [row.responses[place] for row, place in chosen]
         lengths = torch.tensor([[len(completion.ids)] for completion in completions])
         micros.append(
             MicroBatch(
                 groups=[
-                    (rows[group].prompt, [rows[group].completions[place].ids for place in places])
+                    (rows[group].prompt, [rows[group].responses[place].ids for place in places])
                     for group, places in parts
                 ],
                 advantages=torch.tensor([[row.weights[place]] for row, place in chosen]),
                 mask=torch.arange(int(lengths.max())) < lengths,
                 sampled=pad_sequence([item.logprobs for item in completions], batch_first=True),
-                routes=_reported([(row.prompt, row.completions[place]) for row, place in chosen]),
+                routes=_reported([(row.prompt, row.responses[place]) for row, place in chosen]),
             )
         )
     return micros
 
 
-def _reported(rows: list[tuple[Prompt, Completion]]) -> Routes | None:
+def _reported(rows: list[tuple[Prompt, Response]]) -> ExpertRoutes | None:
     """The experts of the responses, where the engine told them."""
     known = [(prompt, item.experts) for prompt, item in rows if item.experts is not None]
-    return Routes.reported(known) if known else None
+    return ExpertRoutes.reported(known) if known else None

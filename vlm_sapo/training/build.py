@@ -14,7 +14,7 @@ import torch
 from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
-from vlm_sapo.data.stream import Mixture
+from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import evaluate
@@ -25,21 +25,21 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
 from vlm_sapo.models.packing import Layout, choose
-from vlm_sapo.models.parallel import Whole
+from vlm_sapo.models.parallel import Replicated
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import Reporter
-from vlm_sapo.rewards.pool import Reward
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
-from vlm_sapo.rollout.sampler import Ahead, OnDemand
+from vlm_sapo.rollout.sampler import PrefetchedSampler, Sampler
 from vlm_sapo.training.batch import minibatches
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.checks import Parity, allowed
 from vlm_sapo.training.guard import Guard
 from vlm_sapo.training.interruption import Interruption
-from vlm_sapo.training.launch import Processes, build_copies
+from vlm_sapo.training.launch import Processes, build_parallelism
 from vlm_sapo.training.loss import build_loss
 from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.policy import ADAPTER, Policy
@@ -125,7 +125,7 @@ def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) ->
         minibatch=rows,
         sampling=sampling,
         prompts_per_step=rows,
-        algo=cfg.Algo(),
+        algo=cfg.AlgoConfig(),
     )
 
 
@@ -160,7 +160,7 @@ def _build_core(
     minibatch: int,
     sampling: Sampling,
     prompts_per_step: int,
-    algo: cfg.Algo,
+    algo: cfg.AlgoConfig,
     reuse_sampled: bool = False,
 ) -> Core:
     _check_mixture(config.model, algo)
@@ -175,8 +175,8 @@ def _build_core(
     stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=background)
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
-    copies = build_copies(config, processes)
-    policy = _build_policy(config, vlm, processes, copies, sampling.temperature, algo, reuse_sampled)
+    parallelism = build_parallelism(config, processes)
+    policy = _build_policy(config, vlm, processes, parallelism, sampling.temperature, algo, reuse_sampled)
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
     engine = build_engine(
         config.rollout.engine,
@@ -188,14 +188,16 @@ def _build_core(
         warn=console.warn,
         folder=folder.path / "weights",
         autocast=accelerator.autocast,
-        alone=partial(copies.alone, vlm),
+        with_full_params=partial(parallelism.with_full_params, vlm),
         world=world,
         experts=algo.replay == "r3",
     )
-    rollouts = OnDemand(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
+    rollouts = Sampler(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
     if config.rollout.ahead:
         steps, beside = config.rollout.ahead, config.rollout.engine.type == "vllm_server"
-        rollouts = Ahead(rollouts, steps=steps, last=config.train.steps, world=world, beside=beside)
+        rollouts = PrefetchedSampler(
+            rollouts, steps=steps, last=config.train.steps, world=world, beside=beside
+        )
     progress, state = restore(found, policy) if found else (Progress(), None)
     if state is not None:
         rollouts.restore(state)
@@ -220,7 +222,7 @@ def _build_core(
     )
 
 
-def _check_mixture(model: cfg.Model, algo: cfg.Algo) -> None:
+def _check_mixture(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
     """Raises ValueError where options for a mixture of experts meet a dense model."""
     asked = {
         f"algo.replay ({algo.replay})": algo.replay != "none",
@@ -232,7 +234,7 @@ def _check_mixture(model: cfg.Model, algo: cfg.Algo) -> None:
         raise ValueError(f"{options[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
-def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) -> tuple[str, VLM]:
+def _load_trained(model: cfg.ModelConfig, found: Path | None, device: torch.device) -> tuple[str, VLM]:
     """The model to train, from the checkpoint `found` or from the start, in host memory unless it is in 4
     bits; and the path of the weights that it was made from, adapters aside."""
     if model.lora is None:
@@ -253,7 +255,7 @@ def _load_trained(model: cfg.Model, found: Path | None, device: torch.device) ->
     return path, _load(model, path, model.freeze, shape, device if lora.bits else "cpu")
 
 
-def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampled) -> Policy:
+def _build_policy(config, vlm, processes, parallelism, temperature, algo, reuse_sampled) -> Policy:
     train, reference = config.train, None
     if algo.kl:
         reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)), [])
@@ -274,18 +276,20 @@ def _build_policy(config, vlm, processes, copies, temperature, algo, reuse_sampl
         reuse_sampled=reuse_sampled,
         replay=algo.replay != "none",
         balance=algo.balance > 0,
-        copies=copies,
+        parallelism=parallelism,
         guard=Guard(
             config.run.folder / "bad_updates",
             processes.console,
             limit=train.bad_updates,
             world=processes.world,
         ),
-        memory=Memory(train.tokens_per_microbatch, processes.console, can_shrink=isinstance(copies, Whole)),
+        memory=Memory(
+            train.tokens_per_microbatch, processes.console, can_shrink=isinstance(parallelism, Replicated)
+        ),
     )
 
 
-def _ready(rollouts: OnDemand | Ahead, vlm: VLM) -> None:
+def _ready(rollouts: Sampler | PrefetchedSampler, vlm: VLM) -> None:
     """Gives the engine the present weights, when it is free."""
     rollouts.settle()
     rollouts.engine.sync(vlm)
@@ -297,9 +301,9 @@ def longest_row(config: cfg.TrainConfig | cfg.SftConfig, benchmarks: Sequence[Be
     return int(min(config.data.max_prompt_tokens + responses, vlm.context))
 
 
-def build_reward(reward: cfg.Reward, trainers: int = 1) -> Reward:
+def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:
     """The reward and the processes that grade, beside so many training processes of this machine."""
-    return Reward(
+    return RewardPool(
         [part.model_dump() for part in reward.parts],
         on_error=reward.on_error,
         timeout=reward.timeout,
@@ -308,7 +312,7 @@ def build_reward(reward: cfg.Reward, trainers: int = 1) -> Reward:
 
 
 def _load(
-    model: cfg.Model,
+    model: cfg.ModelConfig,
     path: str,
     freeze: list[str],
     lora: Adapters | None = None,
@@ -333,7 +337,7 @@ def _layout(name: str, vlm: VLM, console: Console) -> Layout:
     return choose(name, attends_fully=vlm.attends_fully)
 
 
-def build_encoder(vlm: VLM, model: cfg.Model, *, max_tokens: int) -> Encoder:
+def build_encoder(vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int) -> Encoder:
     """Encodes examples for the model."""
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
@@ -356,7 +360,7 @@ def _measures(
     skip = config.data.on_error == "skip"
     found: dict[str, Callable[[SampleFile], tuple]] = {}
 
-    def run(examples, reward: Reward, measure: Measure, sampling: Sampling, samples: SampleFile):
+    def run(examples, reward: RewardPool, measure: Measure, sampling: Sampling, samples: SampleFile):
         with console.progress(f"evaluate {samples.name}", len(examples), lines=4) as show:
             return evaluate(
                 engine,
@@ -374,7 +378,7 @@ def _measures(
 
     def run_benchmark(benchmark: Benchmark, samples: SampleFile):
         sampling = replace(draw, max_tokens=benchmark.max_tokens)
-        with closing(Reward(benchmark.parts)) as own:
+        with closing(RewardPool(benchmark.parts)) as own:
             return run(benchmark.examples, own, benchmark.measure, sampling, samples)
 
     if config.eval.data is not None:
@@ -386,7 +390,7 @@ def _measures(
     return found
 
 
-def _banner(config, vlm: VLM, stream: Mixture, processes: Processes, found: Path | None) -> str:
+def _banner(config, vlm: VLM, stream: TaskMixture, processes: Processes, found: Path | None) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = vlm.model.num_parameters()
     tasks = ", ".join(stream.streams)

@@ -99,7 +99,7 @@ class Checkpoints:
 
     def settle(self) -> None:
         """Waits for the one that is being written. All processes call it."""
-        if not self.world.from_main(self._settle):
+        if not self.world.on_main(self._settle):
             self.newest_step = None
 
     def _settle(self) -> bool:
@@ -152,7 +152,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole one, or None where there never was one; torn ones are named in a warning and
         renamed. Raises ValueError where all are torn. All processes call it."""
-        found = self.world.from_main(self._newest)
+        found = self.world.on_main(self._newest)
         self.newest_step = int(NAME.fullmatch(found.name)[1]) if found else None
         return found
 

@@ -21,9 +21,9 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import MARK, Completion, Drawn, Example, Prompt, Sampling
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RolloutBatch, Sampling
 
-Pairs = Sequence[tuple[Prompt, Sequence[Completion]]]
+Pairs = Sequence[tuple[Prompt, Sequence[Response]]]
 GROUPS = 2
 """Groups of a step that are compared at least."""
 PROBE = 32
@@ -123,7 +123,7 @@ class Comparison:
         sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
         found: dict[tuple[int, int], torch.Tensor] = {}
         packed = layout.pack(sizes, self.budget)
-        for number in range(max(self.world.gather(len(packed)))):
+        for number in range(max(self.world.all_gather(len(packed)))):
             parts = packed[number % len(packed)]
             groups = [
                 (self.pairs[group][0], [self.pairs[group][1][place].ids for place in places])
@@ -131,7 +131,7 @@ class Comparison:
             ]
             with autocast():
                 inputs = layout.inputs(groups).to(self.policy.accelerator.device)
-                logprobs, _ = self.policy.copies.run(run, inputs)
+                logprobs, _ = self.policy.parallelism.run(run, inputs)
             keys = [(group, place) for group, places in parts for place in places]
             for key, row in zip(keys, logprobs.cpu(), strict=True):
                 found[key] = row[: len(self.pairs[key[0]][1][key[1]].ids)].float()
@@ -190,7 +190,7 @@ class Parity:
         self.places, self.groups = places, max(GROUPS, len(places))
         self.calls = 0
 
-    def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, step: int, drawn: RolloutBatch) -> dict[str, float]:
         """Metrics of the comparison, empty where none was due."""
         self.calls += 1
         if self.calls > 2 and step % self.every:
@@ -198,7 +198,7 @@ class Parity:
         self.rollouts.settle()
         examples = [group.prompt.example for group in drawn.groups[: self.groups]]
         if drawn.version == self.policy.vlm.version:
-            pairs = [(group.prompt, group.completions) for group in drawn.groups[: self.groups]]
+            pairs = [(group.prompt, group.responses) for group in drawn.groups[: self.groups]]
         else:
             pairs = self.probe(examples)
         comparison = Comparison(self.policy, pairs, budget=self.budget, world=self.world)
@@ -208,7 +208,7 @@ class Parity:
         if off or not found.mean <= self.tolerance:
             causes = off + self.causes(lambda: self.explain(comparison, found, examples))
             raise ParityError(self._disagrees(found, causes, step))
-        self.world.wait()
+        self.world.barrier()
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
         if self.calls == 1:
             self._check_sync(examples)
@@ -232,7 +232,7 @@ class Parity:
         prompts = [self.encode(example) for example in examples]  # anew: no picture's features are kept
         self.engine.sync(self.policy.vlm)
         drawn = self.engine.generate(prompts, self.sampling)
-        self.world.wait()  # before any pass that all must make
+        self.world.barrier()  # before any pass that all must make
         return list(zip(prompts, drawn, strict=True))
 
     def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> Followed:
@@ -294,7 +294,8 @@ class Parity:
             causes.append("weights: the last update did not reach the engine, another one did")
         if not causes and any(example.images for example in examples):
             bare = [
-                replace(example, images=(), problem=example.problem.replace(MARK, "")) for example in examples
+                replace(example, images=(), problem=example.problem.replace(IMAGE_PLACEHOLDER, ""))
+                for example in examples
             ]
             if self._agrees(bare):
                 causes.append(

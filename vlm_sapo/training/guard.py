@@ -30,23 +30,23 @@ class Guard:
         self.step = 0
         self._found: tuple[str, MicroBatch, torch.Tensor] | None = None
 
-    def look(self, micro: MicroBatch, logprobs: torch.Tensor, loss: float) -> None:
+    def inspect(self, micro: MicroBatch, logprobs: torch.Tensor, loss: float) -> None:
         """At a micro-batch after its backward pass; log-probs [N, T]."""
         if self._found is None and (wrong := _wrong(micro, logprobs, loss)):
             self._found = wrong, micro, logprobs
 
-    def refuses(self, norm: float) -> bool:
+    def should_skip(self, norm: float) -> bool:
         """Whether the update that these micro-batches make must be left out; `norm` is its gradient's. All
         processes call it."""
         found, self._found = self._found, None
-        told = [wrong for wrong in self.world.gather(found and found[0]) if wrong]
+        told = [wrong for wrong in self.world.all_gather(found and found[0]) if wrong]
         if not told and math.isfinite(norm):
             self.in_a_row = 0
             return False
         self.in_a_row += 1
         wrong = told[0] if told else f"the gradient's norm is {norm}"
         where = self._keep(*found) if found else None
-        where = next((place for place in self.world.gather(where) if place), "")
+        where = next((place for place in self.world.all_gather(where) if place), "")
         text = f"step {self.step}: an update is left out, since {wrong}" + (f"; see {where}" if where else "")
         if self.in_a_row > self.limit:
             raise NumbersError(

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """What a signal does between `listening` begins and ends.
+    """What a signal does between `handling_signals` begins and ends.
 
     Between two steps, which is most of the time, it ends the work at once; an update is finished first.
     Several processes agree on it after a step. A second signal, TWICE seconds later, ends the process where
@@ -31,7 +31,7 @@ class Interruption:
         """When the first signal came."""
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         before = {number: signal.signal(number, self._signalled) for number in SIGNALS}
         try:
             yield
@@ -40,9 +40,9 @@ class Interruption:
                 signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """In the block a signal raises Interrupted; so does one that came before. All processes call it."""
-        reason, alarm = max(self.world.gather((self.reason, self.alarm)))
+        reason, alarm = max(self.world.all_gather((self.reason, self.alarm)))
         if reason:
             raise Interrupted(reason, alarm=alarm)
         self._between = self.world.size == 1

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
 from vlm_sapo.distributed import World
-from vlm_sapo.models.parallel import Copies, Sharded, Whole
+from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated
 from vlm_sapo.reporting.console import Console, SilentConsole
 
 SLOWEST = timedelta(hours=1)
@@ -53,7 +53,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
         )
     world = World()
     console = (console or Console()) if world.main else SilentConsole()
-    local = max(size // len(set(world.gather(socket.gethostname()))), 1)
+    local = max(size // len(set(world.all_gather(socket.gethostname()))), 1)
     return Processes(accelerator, world, console, shard, local)
 
 
@@ -76,13 +76,15 @@ def _connect(size: int) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=SLOWEST, **alone)
 
 
-def build_copies(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Copies:
+def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Parallelism:
     """How the processes hold the model."""
     train, device, size = config.train, processes.accelerator.device, processes.world.size
     if processes.shard == 1 and not train.offload:
-        return Whole(processes.world, device)
+        return Replicated(processes.world, device)
     copies = size // processes.shard
     shape = (copies, processes.shard) if copies > 1 else (processes.shard,)
     names = ("copy", "part") if copies > 1 else ("part",)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return Sharded(mesh, dtype=torch.bfloat16 if train.precision == "bf16" else None, offload=train.offload)
+    return FullySharded(
+        mesh, dtype=torch.bfloat16 if train.precision == "bf16" else None, offload=train.offload
+    )

@@ -17,8 +17,8 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import RoutedPass
 from vlm_sapo.models.forward import Pass
-from vlm_sapo.models.packing import Branches, Inputs, Layout, SharedPrefix
-from vlm_sapo.models.parallel import Copies, Whole
+from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, SharedPrefix
+from vlm_sapo.models.parallel import Parallelism, Replicated
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.models.weights import whole
 from vlm_sapo.reporting.console import Console
@@ -73,7 +73,7 @@ class Policy:
         reference: VLM | None = None,
         layout: Layout | None = None,
         reuse_sampled: bool = False,
-        copies: Copies | None = None,
+        parallelism: Parallelism | None = None,
         memory: Memory | None = None,
         replay: bool = False,
         balance: bool = False,
@@ -82,10 +82,10 @@ class Policy:
         self.vlm, self.accelerator, self.max_grad_norm = vlm, accelerator, max_grad_norm
         self.temperature = temperature
         self.layout, self.reuse_sampled = layout or SharedPrefix(), reuse_sampled
-        self.copies = copies or Whole(World(), accelerator.device)
+        self.parallelism = parallelism or Replicated(World(), accelerator.device)
         self.memory = memory or Memory(UNLIMITED, Console())
         self.guard = guard or Guard(None, Console(), limit=0, world=World())
-        self.copies.spread(vlm)
+        self.parallelism.distribute(vlm)
         self.replay, self.balance = replay, balance
         self.named = {name: item for name, item in vlm.named_parameters() if item.requires_grad}
         self.trained = list(self.named.values())
@@ -103,17 +103,17 @@ class Policy:
         if vlm is self.vlm:
             return Unadapted(vlm, self.temperature)
         vlm.freeze(list(PARTS))
-        self.copies.spread(vlm)
+        self.parallelism.distribute(vlm)
         return Pass(vlm, self.temperature)
 
-    def run(self, groups: Sequence[Branches], layout: Layout | None = None):
+    def run(self, groups: Sequence[GroupSlice], layout: Layout | None = None):
         """Log-probs and entropies [N, T] of the response tokens."""
         return self._run(self.forward_pass, groups, layout or self.layout)
 
-    def _run(self, forward_pass: Pass, groups: Sequence[Branches], layout: Layout):
+    def _run(self, forward_pass: Pass, groups: Sequence[GroupSlice], layout: Layout):
         inputs = layout.inputs(groups).to(self.accelerator.device)
         with self.autocast():
-            return self.copies.run(forward_pass, inputs)
+            return self.parallelism.run(forward_pass, inputs)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of every pass."""
@@ -134,7 +134,7 @@ class Policy:
         replayed = micro.routes if self.replay else None
         routed = self.vlm.routers.watch(inputs, replayed, gradient=self.balance)
         with self.autocast():
-            found = self.copies.run(self.forward_pass, inputs, routed)
+            found = self.parallelism.run(self.forward_pass, inputs, routed)
         if routed is not None:
             micro.usage = routed.usage(micro.routes)
             if first and micro.routes is None:
@@ -166,7 +166,7 @@ class Policy:
         def learn(micro: MicroBatch) -> dict[str, Any]:
             logprobs, entropies = self.logprobs(micro)
             value = self.backward(loss(logprobs, micro, minibatch))
-            self.guard.look(micro, logprobs.detach(), value)
+            self.guard.inspect(micro, logprobs.detach(), value)
             return {"loss": value, "logprobs": logprobs.detach(), "entropies": entropies}
 
         done = self.memory.fitting(minibatch.micros, learn, layout=self.layout, undo=self.optimizer.zero_grad)
@@ -186,7 +186,7 @@ class Policy:
         """One optimizer update; returns the gradient's norm before clipping, NaN where the update was left
         out because it would have spoilt the weights."""
         norm = self.grad_norm()
-        if self.guard.refuses(float(norm)):
+        if self.guard.should_skip(float(norm)):
             self.optimizer.zero_grad()
             return math.nan
         clip_grads_with_norm_(self.trained, self.max_grad_norm, norm)
@@ -197,7 +197,7 @@ class Policy:
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the gradient of all processes."""
-        self.copies.reduce(self.trained)
+        self.parallelism.reduce(self.trained)
         grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         return whole(get_total_norm(grads))
 

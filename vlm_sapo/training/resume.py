@@ -19,7 +19,7 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -
     """The run's folder, made or found to belong to this config."""
     world, console = processes.world, processes.console
     folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
-    world.from_main(lambda: _open(folder, config, console))
+    world.on_main(lambda: _open(folder, config, console))
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_sapo.data.stream import Mixture
+from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.reporting.console import Console
@@ -23,7 +23,7 @@ from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.interruption import Interruption
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Drawn, Example, Prompt
+from vlm_sapo.types import Example, Prompt, RolloutBatch
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
 
@@ -35,7 +35,7 @@ class Core:
     folder: RunFolder
     console: Console
     policy: Policy
-    stream: Mixture
+    stream: TaskMixture
     encode: Callable[[Example], Prompt]
     evaluator: Evaluator
     progress: Progress
@@ -57,20 +57,20 @@ class Core:
         self.rollouts.trained()
 
     @contextmanager
-    def rescuing(self) -> Iterator[None]:
+    def checkpoint_on_error(self) -> Iterator[None]:
         """Writes a checkpoint of the finished steps where the block, which lies between two, fails or is
         interrupted. What was given out and not trained on is given out again; what an engine drew that
         disagrees is drawn anew."""
         try:
-            with self.interruption.at_once():
+            with self.interruption.interruptible():
                 yield
-                self.world.wait()
+                self.world.barrier()
         except Exception as error:
             if not isinstance(error, Interrupted):  # of which all know
-                self.world.tell(error)
+                self.world.fail_everywhere(error)
             self.checkpoints.settle()
             if self.progress.step and self.checkpoints.newest_step != self.progress.step:
-                disagrees = any(self.world.gather(isinstance(error, ParityError)))
+                disagrees = any(self.world.all_gather(isinstance(error, ParityError)))
                 self.save_checkpoint(self.rollouts.state(anew=disagrees))
                 self.console.say(
                     f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
@@ -95,7 +95,7 @@ class Core:
             self.policy.export(self.folder.path / "final", write=self.world.main)
         except FAILURES as error:
             failed = error
-        return self.world.from_main(lambda: self._finish(steps, failed))
+        return self.world.on_main(lambda: self._finish(steps, failed))
 
     def _finish(self, steps: int, failed: Exception | None) -> dict:
         try:
@@ -138,7 +138,7 @@ class Training:
     """What the loop of `train` works with."""
 
     core: Core
-    checks: Sequence[Callable[[int, Drawn], dict[str, float]]]
+    checks: Sequence[Callable[[int, RolloutBatch], dict[str, float]]]
     """Look at a step's groups before anything is trained on them; they return metrics."""
     advantage: Callable[[torch.Tensor], torch.Tensor]
     loss: PolicyLoss
@@ -147,6 +147,6 @@ class Training:
     report: Callable[..., str]
     """Writes what a step leaves, and returns the numbers that matter most."""
 
-    def check(self, step: int, drawn: Drawn) -> dict[str, float]:
+    def check(self, step: int, drawn: RolloutBatch) -> dict[str, float]:
         """All checks."""
         return {name: value for check in self.checks for name, value in check(step, drawn).items()}

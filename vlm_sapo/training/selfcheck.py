@@ -10,7 +10,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.packing import Layout, Part, Plain
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Drawn, Group
+from vlm_sapo.types import Group, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class SelfCheck:
         self.uncorrected = uncorrected
         self.done = False
 
-    def __call__(self, step: int, drawn: Drawn) -> dict[str, float]:
+    def __call__(self, step: int, drawn: RolloutBatch) -> dict[str, float]:
         if self.done:
             return {}
         self.done = True
         group = drawn.groups[0]
         logprobs = self._compare_layouts(group)
         if self.choose:
-            self._choose(logprobs, torch.cat([item.logprobs for item in group.completions]))
+            self._choose(logprobs, torch.cat([item.logprobs for item in group.responses]))
         if self.uncorrected and not self.policy.reuse_sampled:
             self.console.warn(
                 "with rollout.ahead and recomputed old log-probs nothing in the loss knows that older "
@@ -99,7 +99,7 @@ class SelfCheck:
             f"{allowed}. The run goes on with the plain pass, several times slower; please report this model "
             "and these numbers"
         )
-        told = [text for text in self.world.gather(None if agrees else wrong) if text is not None]
+        told = [text for text in self.world.all_gather(None if agrees else wrong) if text is not None]
         if not told:
             self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {found}")
             return shared
@@ -108,7 +108,7 @@ class SelfCheck:
         return plain
 
     def _choose(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
-        worst = max(self.world.gather(float((logprobs - sampled).abs().max())))
+        worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
         if worst <= SAMPLED:
             self.console.say(
                 f"self-check: the engine's log-probs agree within {worst:.1e} and serve as old log-probs"
@@ -124,7 +124,7 @@ class SelfCheck:
         """Log-probs [K] of the response tokens, and the norm of a gradient that every token takes part in;
         `single` runs one response at a time."""
         policy, memory = self.policy, self.policy.memory
-        sizes = [(len(group.prompt.ids), [len(item.ids) for item in group.completions])]
+        sizes = [(len(group.prompt.ids), [len(item.ids) for item in group.responses])]
         while True:
             packed, short = layout.pack(sizes, 1 if single else memory.budget), None
             try:
@@ -133,7 +133,7 @@ class SelfCheck:
                 short = str(error).partition(". ")[0]
                 if not memory.can_shrink:  # the others wait on their devices
                     memory.shrink(memory.budget, short)
-            told = [reason for reason in self.world.gather(short) if reason is not None]
+            told = [reason for reason in self.world.all_gather(short) if reason is not None]
             if not told:
                 break
             policy.optimizer.zero_grad()
@@ -145,11 +145,11 @@ class SelfCheck:
 
     def _run(self, group: Group, layout: Layout, packed: list[list[Part]]) -> dict[int, torch.Tensor]:
         """Log-probs by response, with their gradient. All processes make equally many passes."""
-        policy, responses = self.policy, [item.ids for item in group.completions]
+        policy, responses = self.policy, [item.ids for item in group.responses]
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, ids.shape, generator=generator) * 2.0 - 1.0 for ids in responses]
         found: dict[int, torch.Tensor] = {}
-        for number in range(max(self.world.gather(len(packed)))):
+        for number in range(max(self.world.all_gather(len(packed)))):
             places = [place for _, chosen in packed[number % len(packed)] for place in chosen]
             logprobs, _ = policy.run([(group.prompt, [responses[place] for place in places])], layout)
             rows = [row[: len(responses[place])] for row, place in zip(logprobs, places, strict=True)]

@@ -22,23 +22,23 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
     processes = join(config, console)
     console = processes.console
     folder = open_folder(config, processes)
-    if (summary := processes.world.from_main(folder.summary)) is not None:
+    if (summary := processes.world.on_main(folder.summary)) is not None:
         console.say(FINISHED)
         return summary
     training = build_training(config, folder, processes)
-    with closing(training.core), training.core.interruption.listening():
+    with closing(training.core), training.core.interruption.handling_signals():
         return loop(training, config.train.steps)
 
 
 def loop(training: Training, steps: int) -> dict:
     """Steps until `steps` are done, from wherever the run stands; returns the summary."""
     core = training.core
-    with core.rescuing():
+    with core.checkpoint_on_error():
         core.evaluator.at(core.progress.step, last=steps)
     with core.console.progress("train", steps, core.progress.step) as show:
         for step in range(core.progress.step + 1, steps + 1):
             show(step, advance(training, step))
-            with core.rescuing():
+            with core.checkpoint_on_error():
                 core.evaluator.at(step, last=steps)
             core.checkpoint_if_due(step, last=steps)
     return core.finish(steps)
@@ -49,9 +49,9 @@ def advance(training: Training, step: int) -> str:
     core, policy = training.core, training.core.policy
     started, meter = time.perf_counter(), StepMeter(core.world, training.loss)
     lr = policy.set_step(step - 1)
-    with meter.time("draw"), core.rescuing():
+    with meter.time("draw"), core.checkpoint_on_error():
         drawn = core.rollouts(step, policy.vlm)
-    with meter.time("check"), core.rescuing():
+    with meter.time("check"), core.checkpoint_on_error():
         checked = training.check(step, drawn)
     behind = policy.vlm.version - drawn.version
     advantages = [advantages_of(training, group) for group in drawn.groups]
@@ -71,4 +71,4 @@ def advance(training: Training, step: int) -> str:
 
 def advantages_of(training: Training, group: Group) -> torch.Tensor:
     """[G] float64 advantages of a group's rewards."""
-    return training.advantage(torch.tensor([score.total for score in group.scores], dtype=torch.float64))
+    return training.advantage(torch.tensor([score.total for score in group.rewards], dtype=torch.float64))

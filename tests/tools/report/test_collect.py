@@ -19,7 +19,7 @@ from vlm_sapo.rewards.verifiers.boxes import shown
 from vlm_sapo.tools.report import command
 from vlm_sapo.tools.report.collect import collect, evenly
 from vlm_sapo.training.trainer import train
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 
 def data_of(page: str) -> dict:
@@ -138,10 +138,10 @@ def test_gold_boxes_are_shown_on_their_picture(model_folder, tmp_path):
 
 def test_boxes_of_a_response():
     example = Example("1", "p", "[10, 20, 30, 40]", images=(Image.new("RGB", (100, 200)),))
-    response = Response(r"\boxed{[200, 100, 600, 400]}", resized=((1000, 1000),))
+    response = ResponseText(r"\boxed{[200, 100, 600, 400]}", resized=((1000, 1000),))
     golds, given = shown(response, example, {"coordinates": "thousand"})
     assert golds == [(0.1, 0.1, 0.3, 0.2)] and given == [(0.2, 0.1, 0.6, 0.4)]
-    assert shown(Response("no"), example, {}) == ([(0.1, 0.1, 0.3, 0.2)], [])
+    assert shown(ResponseText("no"), example, {}) == ([(0.1, 0.1, 0.3, 0.2)], [])
     assert shown(response, Example("1", "p", "none"), {}) == ([], [])
 
 

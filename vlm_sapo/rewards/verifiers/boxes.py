@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, as shares of the picture's sides."""
@@ -28,7 +28,7 @@ LARGER = 4.0
 
 
 def box(
-    response: Response,
+    response: ResponseText,
     example: Example,
     *,
     coordinates: Coordinates = "resized",
@@ -68,7 +68,7 @@ def box(
 
 
 def point_in_box(
-    response: Response,
+    response: ResponseText,
     example: Example,
     *,
     coordinates: Coordinates = "resized",
@@ -159,7 +159,7 @@ def in_coordinates(
 ) -> list[tuple[float, ...]]:
     """Gold boxes as a model would write them, by the arguments of `box`; `resized` are the pictures' sizes as
     the model sees them."""
-    response = Response("", resized=resized)
+    response = ResponseText("", resized=resized)
     width, height = _frame(args.get("coordinates", "resized"), response, example)
     gold = args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original")
     shares = [_to_share(box, *gold, response, example) for box in boxes]
@@ -171,7 +171,7 @@ def in_coordinates(
     return [(left, top, right - left, bottom - top) for left, top, right, bottom in scaled]
 
 
-def shown(response: Response, example: Example, args: Mapping[str, Any]) -> tuple[list[Box], list[Box]]:
+def shown(response: ResponseText, example: Example, args: Mapping[str, Any]) -> tuple[list[Box], list[Box]]:
     """The gold boxes and those of the response as shares of the picture's sides, by the arguments of `box`;
     none where none can be read."""
     gold = args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original")
@@ -186,7 +186,7 @@ def shown(response: Response, example: Example, args: Mapping[str, Any]) -> tupl
     return [], []
 
 
-def _to_share(four, layout: str, coordinates: Coordinates, response: Response, example: Example) -> Box:
+def _to_share(four, layout: str, coordinates: Coordinates, response: ResponseText, example: Example) -> Box:
     width, height = _frame(coordinates, response, example)
     left, top, right, bottom = four
     if layout == "xywh":
@@ -194,7 +194,7 @@ def _to_share(four, layout: str, coordinates: Coordinates, response: Response, e
     return left / width, top / height, right / width, bottom / height
 
 
-def _frame(coordinates: Coordinates, response: Response, example: Example) -> tuple[float, float]:
+def _frame(coordinates: Coordinates, response: ResponseText, example: Example) -> tuple[float, float]:
     if coordinates == "unit":
         return 1.0, 1.0
     if coordinates == "thousand":

@@ -36,7 +36,7 @@ async def judge(
     """
     given = find_answer(response, finding)
     content = prompt.format(problem=example.problem, answer=example.answer, given=given)
-    reply = await _client(url, key_variable, retries).chat.completions.create(
+    reply = await _client(url, key_variable, retries).chat.responses.create(
         model=model, temperature=0.0, max_tokens=8, messages=[{"role": "user", "content": content}]
     )
     verdict = re.match(r"\W*(yes|no)\b", reply.choices[0].message.content or "", re.IGNORECASE)

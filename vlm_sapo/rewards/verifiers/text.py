@@ -12,7 +12,7 @@ from typing import Any, Literal
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
 from vlm_sapo.rewards.verifiers.normalize import plain
 from vlm_sapo.rewards.verifiers.number import read_number
-from vlm_sapo.types import Example, Response
+from vlm_sapo.types import Example, ResponseText
 
 PLAIN = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 FILLERS = {"a", "an", "the", "is", "are", "was", "were", "it", "it's", "its", "this", "that"}
@@ -214,7 +214,7 @@ def format(response: str, example: Example, *, pattern: str = r"<think>.*</think
     return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
 
 
-def length(response: Response, example: Example, *, allowed: int, buffer: int) -> float:
+def length(response: ResponseText, example: Example, *, allowed: int, buffer: int) -> float:
     """Soft overlong penalty (DAPO, arXiv 2503.14476): 0 up to `allowed` tokens, falling to -1 over the next
     `buffer`, -1 from there."""
     if response.tokens is None:

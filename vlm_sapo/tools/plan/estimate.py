@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from vlm_sapo.config.rollout import Vllm
+from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.build import engine_dtype
@@ -75,7 +75,7 @@ class Estimator:
 
     def _engine(self) -> tuple[list[Row], str]:
         engine = self.config.rollout.engine
-        if isinstance(engine, Vllm):
+        if isinstance(engine, VllmConfig):
             return self._vllm(engine)
         merged = Row("merged weights", sync=self._merged())
         if engine.type != "hf":
@@ -88,7 +88,7 @@ class Estimator:
             Row("activations of the engine", generating=found.activations),
         ], ""
 
-    def _vllm(self, engine: Vllm) -> tuple[list[Row], str]:
+    def _vllm(self, engine: VllmConfig) -> tuple[list[Row], str]:
         share = engine.gpu_memory * self.gpus.memory
         needed = self._engine_weights() + self._longest_row() + memory.ENGINE_WORK
         short = f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, "
@@ -132,10 +132,10 @@ class Estimator:
             yield "weights, gradients and optimizer", (copies * moved + gradients) * each + states
         elif train.optimizer.startswith("paged"):
             yield "optimizer, as far as it moves there", states
-        if isinstance(self.config.rollout.engine, Vllm):
+        if isinstance(self.config.rollout.engine, VllmConfig):
             yield "the sleeping engine's weights", self._engine_weights() * each
         if self.shards > 1 and self.config.rollout.engine.type != "hf":
-            makers = each if isinstance(self.config.rollout.engine, Vllm) else 1
+            makers = each if isinstance(self.config.rollout.engine, VllmConfig) else 1
             yield "whole weights for the engine", self._base() * BYTES[self.config.model.dtype] * makers
         yield "pictures", passes.picture(self.load, self.rows) * self.prompts * each
         if features:

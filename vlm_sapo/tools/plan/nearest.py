@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from vlm_sapo.config.load import check_processes, load
-from vlm_sapo.config.rollout import Vllm
+from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, Estimate, Gpus
@@ -104,7 +104,7 @@ def _small(config: TrainConfig) -> list[Changes]:
 def _generating(config: TrainConfig) -> list[Changes]:
     """Changes of how responses are drawn, nearest first."""
     engine = config.rollout.engine
-    if isinstance(engine, Vllm):
+    if isinstance(engine, VllmConfig):
         shares = [number / 20 for number in range(2, 19)]
         shares.sort(key=lambda share: abs(share - engine.gpu_memory))
         return [(), *((f"rollout.engine.gpu_memory={share}",) for share in shares)]

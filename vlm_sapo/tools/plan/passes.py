@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 
 from vlm_sapo.models.decoding import prefill
-from vlm_sapo.models.experts import NoJournal
+from vlm_sapo.models.experts import NullRecorder
 from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
-from vlm_sapo.models.packing import Branches, Inputs, choose
+from vlm_sapo.models.packing import GroupSlice, Inputs, choose
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.hf import sample
 from vlm_sapo.tools.plan import simulate
@@ -157,7 +157,7 @@ def picture(load: Load, rows: Rows) -> int:
     return 0 if pixels is None else pixels.nbytes
 
 
-def micro_batch(vlm: VLM, rows: Rows, layout: str = "shared") -> list[Branches]:
+def micro_batch(vlm: VLM, rows: Rows, layout: str = "shared") -> list[GroupSlice]:
     """Groups that fill the budget, the last one with fewer responses; at least one response."""
     shared = layout == "shared" and vlm.attends_fully
     return [
@@ -234,7 +234,7 @@ def _generate(vlm: VLM, prompts: list[Prompt], rows: Rows, load: Load) -> tuple[
     """The highest memory of the prefill and of the last token, and that of all keys and values."""
     with Memory() as memory, _precision(load):
         before = memory.live
-        branches = prefill(vlm, prompts, rows.group, NoJournal())[1]
+        branches = prefill(vlm, prompts, rows.group, NullRecorder())[1]
         highest = memory.peak
         tokens = torch.tensor([0] * len(prompts) * rows.group)
         branches.step(tokens, tokens)

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
-from vlm_sapo.models.decoding import Branches, ForkedBranches
+from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.types import Example, Prompt
@@ -214,12 +214,12 @@ def _period(kinds: list[str]) -> int:
     return full[1] - full[0] if len(full) > 1 else len(kinds)
 
 
-def lengthen(branches: Branches, tokens: int) -> None:
+def lengthen(branches: DecodeState, tokens: int) -> None:
     """Lets branches that have begun be so many tokens longer."""
     for number, layer in enumerate(branches.cache.layers):
         if isinstance(layer, DynamicLayer):
             shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[3])
             keys, values = (torch.empty(shape, dtype=old.dtype) for old in (layer.keys, layer.values))
             branches.cache.update(keys, values, number)
-    if isinstance(branches, ForkedBranches):
+    if isinstance(branches, ForkedDecodeState):
         branches.mask = pad(branches.mask, (0, tokens), value=True)
