@@ -21,7 +21,7 @@ from vlm_sapo.config.schema import SftConfig, TrainConfig
 DOCS = Path(__file__).parent
 HEAD = """# Every field of a config
 
-Written by `python docs/build.py` from the classes in `vlm_sapo/config/`; change the texts there. A field is set
+Written by `python docs/build.py` from the classes in `vlm_sapo/config/`; change texts there. A field is set
 in the file, or on the command line as `section.field=value`. `required` fields have no default.
 """
 

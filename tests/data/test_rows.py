@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import struct
+from contextlib import suppress
 
 import datasets
 import numpy as np
@@ -185,6 +186,6 @@ def test_odd_pictures(tmp_path):
     for offset, byte in ((17, 0), (17, 26), (17, 84), (41, 13), (43, 1)):
         torn = bytearray(data)
         torn[place + offset] = byte
-        with pytest.raises((struct.error, TypeError, AttributeError)):
+        with suppress(struct.error, TypeError, AttributeError):  # up to Pillow 12.2
             ImageOps.exif_transpose(Image.open(io.BytesIO(torn)))
         assert decode(bytes(torn), tmp_path).size == (48, 48)

@@ -36,7 +36,7 @@ def report_command(folders: Sequence[Path], out: Path, *, groups: int, watch: bo
 
 def page(data: dict, *, refresh: int = 0) -> str:
     """The report as one file; with `refresh` it asks for itself anew every so many seconds."""
-    parts = files("vlm_sapo.report")
+    parts = files("vlm_sapo.tools.report")
     text = parts.joinpath("page.html").read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
         text = text.replace(f"/*{name}*/", parts.joinpath(name).read_text(encoding="utf-8"))
