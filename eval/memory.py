@@ -86,12 +86,12 @@ def measure(config: TrainConfig, device: str) -> float:
     """The highest memory of the steps, in bytes."""
     import torch
     from accelerate.state import AcceleratorState
+    from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.tools.plan.simulate import Memory
     from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
-    from vlm_sapo.training.resume import open_folder
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision

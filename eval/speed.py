@@ -116,11 +116,11 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: str) -> dict:
     """Runs the steps; the timed ones are all but the first."""
     import torch
+    from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
-    from vlm_sapo.training.resume import open_folder
     from vlm_sapo.training.trainer import loop
 
     config = configure(args, folder)

@@ -182,10 +182,10 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     """Trains, or goes on, in a process that does nothing else, and returns what is kept. A run whose numbers
     are none any more is a result, too; whatever else goes wrong raises."""
     import torch
+    from vlm_sapo.training.guard import NumbersError
 
     from vlm_sapo import load_config
     from vlm_sapo.api import quieten
-    from vlm_sapo.training.guard import NumbersError
     from vlm_sapo.training.trainer import train
 
     quieten()

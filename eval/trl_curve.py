@@ -98,10 +98,11 @@ def trainer(
 
 def measure(config: TrainConfig, model: Path) -> float:
     """Held-out pass@1 of a model, as a run of the config measures it."""
+    from vlm_sapo.training.resume import open_folder
+
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
-    from vlm_sapo.training.resume import open_folder
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         changed = config.model_copy(deep=True)

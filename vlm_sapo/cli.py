@@ -312,14 +312,6 @@ def _report(summary: dict) -> None:
         typer.echo(f"held-out pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
 
 
-def main() -> None:
-    """Runs the command line."""
-    run(app)
-
-
-if __name__ == "__main__":
-    main()
-
 ALARM = 3
 """Exit code of a run that an alarm stopped."""
 
@@ -363,3 +355,12 @@ def _raised_here(error: BaseException) -> bool:
     while frame.tb_next is not None:
         frame = frame.tb_next
     return Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def main() -> None:
+    """Runs the command line."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

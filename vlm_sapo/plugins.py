@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,27 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
         f"{field} ({name}) must be {known}'package.module:attribute' or 'path/to/file.py:attribute'; "
         f"{hint}nothing of that name was found"
     )
+
+
+def resolve_call(name: str, *arguments: Any, field: str, args: Mapping[str, Any]) -> Any:
+    """What the function or class called `name` returns for these arguments and the keyword arguments `args`
+    of the config. Raises ValueError where it doesn't take them."""
+    function = resolve(name, field=field)
+    check_call(function, *arguments, name=name, field=field, args=args)
+    return function(*arguments, **args)
+
+
+def check_call(
+    function: Callable, *arguments: Any, name: str, field: str, args: Mapping[str, Any]
+) -> inspect.Signature:
+    """The signature of a function of the user's. Raises ValueError where it doesn't take these arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments, **args)
+    except TypeError as error:
+        section = field.rpartition(".")[0]
+        raise ValueError(f"{section}.args ({dict(args)}) must fit {name}{signature}; {error}") from error
+    return signature
 
 
 def absolute(name: str) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from vlm_sapo.training.memory import Memory
 
 from tests.conftest import completion, example
 from vlm_sapo.algo.advantages import zscore
@@ -12,7 +13,6 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import MicroBatch, minibatches
 from vlm_sapo.training.loss import build_loss
-from vlm_sapo.training.memory import Memory
 from vlm_sapo.training.optimizer import schedule_factor
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import Group, Reward, Sampling

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from vlm_sapo.training.guard import Guard, NumbersError
 
 from tests.training.conftest import metrics
 from tests.training.test_batch import draw_groups, loss_of, make_policy, split
 from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.guard import Guard, NumbersError
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.trainer import train
 

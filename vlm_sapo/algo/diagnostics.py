@@ -7,23 +7,25 @@ mini-batch, a quantile, or a share; one that has no meaning for an objective is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from vlm_sapo.algo import objectives
 
-Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Objective = Callable[[objectives.TokenTensors], torch.Tensor]
 
 
-def effective_update(objective: Objective, log_ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+def effective_update(objective: Objective, tensors: objectives.TokenTensors) -> torch.Tensor:
     """f'(r) per token, by differentiating the objective: the share of the plain policy gradient that is left.
 
     For GRPO it is 0 where the clip is active and 1 elsewhere, so objectives compare on one scale.
     """
     with torch.enable_grad():
-        leaf = log_ratio.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(objective(leaf, advantage).sum(), leaf)
-    scale = advantage * log_ratio.exp()
+        leaf = tensors.logprobs.detach().requires_grad_()
+        changed = replace(tensors, logprobs=leaf)
+        (slope,) = torch.autograd.grad(objective(changed).sum(), leaf)
+    scale = tensors.advantages * changed.log_ratio.detach().exp()
     return torch.where(scale == 0, 1.0, -slope / torch.where(scale == 0, 1.0, scale))
 
 
@@ -43,13 +45,8 @@ def ratio_metrics(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor)
     return metrics
 
 
-def update_metrics(
-    objective: Objective, log_ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
-) -> dict[str, float]:
-    """Effective update overall and by the advantage's sign, and what GRPO and GSPO would have clipped
-    here."""
-    update = effective_update(objective, log_ratio, advantage)
-    advantage = advantage.expand_as(mask)
+def update_metrics(update: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """The effective update [N, T] overall and by the advantage's sign, and shares of tokens below bounds."""
     metrics = {}
     for name, where in (("", mask), ("_pos", mask & (advantage > 0)), ("_neg", mask & (advantage < 0))):
         if where.any():
@@ -86,23 +83,47 @@ def gate_metrics(
     """SAPO read at sequence level: |mean gate - gate of the mean| in log form, its bound, and the true
     gate."""
     tau = objectives.temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
-    variance, deviation = gate_deviation(logprobs, old, mask, tau)
     true_gate = objectives.gate_weight(objectives.token_log_ratio(logprobs, old, mask).exp(), tau)
     lengths = mask.sum(-1).clamp(min=1)
-    return {
-        "gate_deviation": float(deviation.mean()),
-        "gate_deviation_bound": float(((tau**2)[:, 0] / 4 * variance).mean()),
-        "gate_mean": float((torch.where(mask, true_gate, 0.0).sum(-1) / lengths).mean()),
+    metrics = {"gate_mean": float((torch.where(mask, true_gate, 0.0).sum(-1) / lengths).mean())}
+    log_form = gate_deviation(logprobs, old, advantage, mask, tau_pos=tau_pos, tau_neg=tau_neg)
+    if not len(log_form.tau):
+        return metrics
+    bound = log_form.tau**2 / 4 * log_form.variance
+    deviation = {
+        "gate_deviation": float(log_form.deviation.mean()),
+        "gate_deviation_bound": float(bound.mean()),
     }
+    return deviation | metrics
+
+
+@dataclass(frozen=True)
+class GateDeviation:
+    """SAPO's gate within sequences, in log form; all [M]."""
+
+    variance: torch.Tensor
+    """Of log r within the sequence."""
+    deviation: torch.Tensor
+    """|mean gate - gate of the mean|, which tau^2/4 times the variance bounds."""
+    tau: torch.Tensor
 
 
 def gate_deviation(
-    logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, tau: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] variance of log r within each sequence, and [N] |mean gate - gate of the mean| in log form, which
-    tau^2/4 times the variance bounds; `tau` is [N, 1]. Section 4 of arXiv 2511.20347. In float64: both gates
-    are close to 1."""
-    log_ratio, tau = objectives.token_log_ratio(logprobs.double(), old.double(), mask), tau.double()
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+) -> GateDeviation:
+    """Of the M sequences whose advantages have one sign, so that they have one temperature. Section 4 of
+    arXiv 2511.20347. In float64: both gates are close to 1."""
+    positive, other = (mask & (advantage > 0)).any(-1), (mask & (advantage <= 0)).any(-1)
+    uniform = ~(positive & other)
+    tau = torch.where(positive, advantage.new_tensor(tau_pos), advantage.new_tensor(tau_neg))[uniform]
+    logprobs, old, mask = logprobs[uniform], old[uniform], mask[uniform]
+    log_ratio = objectives.token_log_ratio(logprobs.double(), old.double(), mask)
     lengths = mask.sum(-1).clamp(min=1)
     mean = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
 
@@ -110,10 +131,10 @@ def gate_deviation(
         return torch.where(mask, values, 0.0).sum(-1) / lengths
 
     def log_gate(values: torch.Tensor) -> torch.Tensor:
-        return torch.cosh(0.5 * tau * values) ** -2
+        return torch.cosh(0.5 * tau.double()[:, None] * values) ** -2
 
     deviation = (average(log_gate(log_ratio)) - log_gate(mean)[:, 0]).abs()
-    return average((log_ratio - mean) ** 2), deviation
+    return GateDeviation(average((log_ratio - mean) ** 2), deviation, tau)
 
 
 DECADES = torch.logspace(-6, 1, 29)
@@ -127,13 +148,12 @@ def histograms(
     in the outer ones; `attenuated_pos` and `attenuated_neg`, |1 - effective update| by the advantage's sign,
     in 30 bins under, between and over DECADES."""
     values = log_ratio[mask]
-    places = torch.bucketize(values.abs(), DECADES.to(values))
-    signed = torch.where(values < 0, -places, places) + len(DECADES)
+    bins = torch.bucketize(values.abs(), DECADES.to(values))
+    signed = torch.where(values < 0, -bins, bins) + len(DECADES)
     counts = {"log_ratio": torch.bincount(signed, minlength=2 * len(DECADES) + 1).tolist()}
-    advantage = advantage.expand_as(mask)
     for name, where in (("pos", mask & (advantage > 0)), ("neg", mask & (advantage < 0))):
-        places = torch.bucketize((1 - update[where]).abs().to(values), DECADES.to(values))
-        counts[f"attenuated_{name}"] = torch.bincount(places, minlength=len(DECADES) + 1).tolist()
+        bins = torch.bucketize((1 - update[where]).abs().to(values), DECADES.to(values))
+        counts[f"attenuated_{name}"] = torch.bincount(bins, minlength=len(DECADES) + 1).tolist()
     return counts
 
 

@@ -1,12 +1,97 @@
-"""Policy objectives: log-ratio and advantage of each token to its loss. All tensors [N, T] or broadcastable.
+"""Policy objectives: what each token's importance ratio and advantage contribute to the loss. All tensors
+[N, T].
 
 With r = exp(log_ratio), every objective's gradient is `-f'(r) r A grad log pi`; at r = 1 all have f' = 1, so
-on policy they are the plain policy gradient. Any function of this signature can stand in for them.
+on policy they are the plain policy gradient. An objective is a function that asks for fields of TokenTensors
+by name and returns the losses [N, T].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+
+LIMIT = 20.0
+
+
+def token_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log pi(y_t) - log pi_old(y_t), 0 where the mask is off."""
+    difference = torch.where(mask, logprobs, 0.0) - torch.where(mask, old, 0.0)
+    return difference.clamp(-LIMIT, LIMIT)
+
+
+def sequence_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The response's mean log-ratio at every token; each token's gradient flows through itself
+    (GSPO-token)."""
+    current = torch.where(mask, logprobs, 0.0)
+    difference = (current - torch.where(mask, old, 0.0)).detach()
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    log_ratio = mean.clamp(-LIMIT, LIMIT) + current - current.detach()
+    return torch.where(mask, log_ratio, 0.0)
+
+
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+
+
+@dataclass(frozen=True)
+class TokenTensors:
+    """What an objective can ask for by name, all [N, T]."""
+
+    logprobs: torch.Tensor
+    """log pi of each token, with its gradient."""
+    old: torch.Tensor
+    """The same before the update."""
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    """bool, true on the tokens that count."""
+    level: str = "token"
+    """Of `log_ratio`: `token` or `sequence`."""
+    sampled: torch.Tensor | None = None
+    """The log-probs of the engine that sampled."""
+    reference: torch.Tensor | None = None
+    """Those of the reference model, where there is one."""
+    prepared: torch.Tensor | None = None
+    """What the objective prepared for the whole mini-batch, where it does."""
+
+    @property
+    def advantage(self) -> torch.Tensor:
+        return self.advantages
+
+    @cached_property
+    def log_ratio(self) -> torch.Tensor:
+        """Log importance ratio at the configured level, 0 where the mask is off."""
+        return RATIOS[self.level](self.logprobs, self.old, self.mask)
+
+    @cached_property
+    def token_log_ratio(self) -> torch.Tensor:
+        return token_log_ratio(self.logprobs, self.old, self.mask)
+
+    @cached_property
+    def sequence_log_ratio(self) -> torch.Tensor:
+        return sequence_log_ratio(self.logprobs, self.old, self.mask)
+
+    def named(self, names: Sequence[str]) -> dict[str, torch.Tensor | None]:
+        """The tensors of these names, of TOKEN_TENSORS."""
+        return {name: getattr(self, name) for name in names}
+
+
+TOKEN_TENSORS = (
+    "log_ratio",
+    "advantage",
+    "advantages",
+    "logprobs",
+    "old",
+    "mask",
+    "token_log_ratio",
+    "sequence_log_ratio",
+    "sampled",
+    "reference",
+    "prepared",
+)
+"""The names that an objective's parameters may have."""
 
 
 def gate(ratio: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
@@ -53,24 +138,3 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 OBJECTIVES = {"sapo": sapo, "grpo": clip, "gspo": clip, "cispo": cispo}
-
-LIMIT = 20.0
-
-
-def token_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log pi(y_t) - log pi_old(y_t), 0 where the mask is off."""
-    difference = torch.where(mask, logprobs, 0.0) - torch.where(mask, old, 0.0)
-    return difference.clamp(-LIMIT, LIMIT)
-
-
-def sequence_log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The response's mean log-ratio at every token; each token's gradient flows through itself
-    (GSPO-token)."""
-    current = torch.where(mask, logprobs, 0.0)
-    difference = (current - torch.where(mask, old, 0.0)).detach()
-    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    log_ratio = mean.clamp(-LIMIT, LIMIT) + current - current.detach()
-    return torch.where(mask, log_ratio, 0.0)
-
-
-RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}

@@ -12,11 +12,46 @@ from vlm_sapo.config.secrets import check_address
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-class HfConfig(Section):
+class _Engine(Section):
+    @property
+    def shares_weights(self) -> bool:
+        """Whether it computes with the policy's own modules."""
+        return False
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of its servers."""
+        return []
+
+    def weights_dtype(self, default: str) -> str:
+        """Type of its weights, where `auto` stands for the default."""
+        return default
+
+
+class HfConfig(_Engine):
     type: Literal["hf"] = "hf"
 
+    @property
+    def shares_weights(self) -> bool:
+        return True
 
-class VllmConfig(Section):
+
+class OwnEngineConfig(_Engine):
+    type: Literal["own"]
+    function: str
+    """`path/to/file.py:name` of a function or class that takes what an engine is built for
+    (rollout/build.py, EngineNeeds) and returns an engine (rollout/engine.py)."""
+    args: dict[str, Any] = {}
+    """Its keyword arguments."""
+    policy_modules: bool = False
+    """Whether it samples with the policy's own modules, so that it needs no weights of its own."""
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.policy_modules
+
+
+class VllmConfig(_Engine):
     type: Literal["vllm"]
     tensor_parallel: Positive = 1
     """GPUs that share the engine's copy of the model."""
@@ -27,8 +62,11 @@ class VllmConfig(Section):
     options: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`, such as `enforce_eager` or `max_num_seqs`."""
 
+    def weights_dtype(self, default: str) -> str:
+        return default if self.dtype == "auto" else self.dtype
 
-class VllmServerConfig(Section):
+
+class VllmServerConfig(_Engine):
     type: Literal["vllm_server"]
     servers: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Addresses of servers that `vlm-sapo serve` started, or `vllm serve` with the same options."""
@@ -47,6 +85,13 @@ class VllmServerConfig(Section):
     patience: NotNegative = 120.0
     """Seconds that a request is tried again on all servers before the run stops."""
 
+    @property
+    def addresses(self) -> list[str]:
+        return self.servers
+
+    def weights_dtype(self, default: str) -> str:
+        return default if self.dtype == "auto" else self.dtype
+
     @field_validator("servers", mode="before")
     @classmethod
     def _addresses(cls, value: Any) -> Any:
@@ -57,7 +102,9 @@ class VllmServerConfig(Section):
         return value
 
 
-EngineConfig = Annotated[HfConfig | VllmConfig | VllmServerConfig, Field(discriminator="type")]
+EngineConfig = Annotated[
+    HfConfig | VllmConfig | VllmServerConfig | OwnEngineConfig, Field(discriminator="type")
+]
 UNSAMPLED = ("top_p", "top_k", "min_p")
 """Ways to cut the distribution off that training refuses."""
 

@@ -176,26 +176,27 @@ class CorrectionConfig(Section):
         return self
 
 
-class OwnConfig(Section):
+class OwnFunctionConfig(Section):
     type: Literal["own"]
     function: str
-    """`path/to/file.py:function` of (log_ratio, advantage), both [N, T] or broadcast to it, that returns the
-    losses [N, T]; docs/examples/objective.py."""
+    """`path/to/file.py:name` or `package.module:name` of a function or class; docs/algorithm.md says what it
+    gets, docs/examples shows one of each kind."""
     args: dict[str, Any] = {}
     """Its keyword arguments."""
 
 
 class AlgoConfig(Section):
     objective: Annotated[
-        SapoConfig | GrpoConfig | GspoConfig | CispoConfig | OwnConfig, Field(discriminator="type")
+        SapoConfig | GrpoConfig | GspoConfig | CispoConfig | OwnFunctionConfig, Field(discriminator="type")
     ] = SapoConfig()
     """What a token's importance ratio and advantage contribute."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the importance ratio."""
-    advantage: Literal["zscore", "centred", "leave_one_out"] = "zscore"
-    """How rewards of a group become advantages."""
-    reduction: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`."""
+    advantage: Literal["zscore", "centred", "leave_one_out"] | OwnFunctionConfig = "zscore"
+    """How rewards of a group become advantages; `{type: own, function: ...}` for a function of the batch."""
+    reduction: Literal["sequence_mean", "token_mean", "constant"] | OwnFunctionConfig = "sequence_mean"
+    """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`;
+    `{type: own, function: ...}` for a function of losses, mask and denominators."""
     kl: NotNegative = 0.0
     """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
     correction: CorrectionConfig | None = None

@@ -1,4 +1,4 @@
-"""Measures a model: draws responses, scores them with training's own reward, and keeps every sample."""
+"""Measures a model: samples responses, scores them with training's own reward, and keeps every sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.reporting.images import keep_pictures
 from vlm_sapo.rewards.pool import RewardPool, score_groups
 from vlm_sapo.rewards.verifiers.answers import stated_answer
-from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.engine import RolloutEngine, as_contexts
 from vlm_sapo.types import Example, Prompt, Response, Reward, RowError, Sampling
 
 LONGEST = 200
@@ -32,11 +32,11 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     world: World | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Draws `sampling.group` responses per problem and scores them; see `results.summarize` for the result.
+    """Samples `sampling.group` responses per problem and scores them; see `results.summarize` for the result.
 
-    `batch` problems are drawn, graded and written together; what `samples` holds already is not drawn again.
-    Processes of `world` share the problems.
-    The draws of a problem depend on the seed and its row alone. With `skip`, unusable rows are counted as
+    `batch` problems are sampled, graded and written together; what `samples` holds already is not sampled
+    again. Processes of `world` share the problems. The responses to a problem depend on the seed and its row
+    alone. With `skip`, unusable rows are counted as
     `skipped` and left out; otherwise they raise RowError. Returns the result and one record per problem.
     """
     world = world or World()
@@ -46,14 +46,14 @@ def evaluate(
         own = missing[start : start + together][world.rank :: world.size]
         rows, prompts = _prompts(examples, own, encode, skip)
         world.barrier()  # a bad row in one process must not leave the others in a model that all share
-        groups = engine.generate(prompts, replace(sampling, places=tuple(rows)))
-        scored = score_groups(reward, prompts, groups)
-        made = []
-        for row, prompt, drawn, scores in zip(rows, prompts, groups, scored, strict=True):
-            record = {"benchmark": samples.name, "row": row} | _record(prompt, drawn, scores, measure)
-            made.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
-        told = [record for records in world.all_gather(made) for record in records]
-        samples.add(sorted(told, key=lambda record: record["row"]), write=world.main)
+        groups = engine.generate(as_contexts(prompts), replace(sampling, slots=tuple(rows)))
+        graded = score_groups(reward, prompts, groups)
+        own_records = []
+        for row, prompt, responses, rewards in zip(rows, prompts, groups, graded, strict=True):
+            record = {"benchmark": samples.name, "row": row} | _record(prompt, responses, rewards, measure)
+            own_records.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
+        gathered = [record for records in world.all_gather(own_records) for record in records]
+        samples.add(sorted(gathered, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))
     records = [samples.done[row] for row in sorted(samples.done)]
     if not records:
@@ -66,34 +66,34 @@ def _prompts(
     examples: Sequence[Example], rows: Sequence[int], encode: Callable, skip: bool
 ) -> tuple[list[int], list[Prompt]]:
     """The usable ones of the rows, and their prompts."""
-    found: dict[int, Prompt] = {}
+    prompts: dict[int, Prompt] = {}
     for row in rows:
         try:
-            found[row] = encode(examples[row])
+            prompts[row] = encode(examples[row])
         except RowError:
             if not skip:
                 raise
-    return list(found), list(found.values())
+    return list(prompts), list(prompts.values())
 
 
 def _record(
-    prompt: Prompt, completions: Sequence[Response], scores: Sequence[Reward], measure: Measure
+    prompt: Prompt, responses: Sequence[Response], rewards: Sequence[Reward], measure: Measure
 ) -> dict:
     example = prompt.example
     record = {
         "id": example.id,
         "problem": example.problem,
         "answer": example.answer,
-        "responses": [completion.text for completion in completions],
-        "answers": [stated_answer(completion.text) for completion in completions],
-        "scores": [score.parts[measure.part] for score in scores],
-        "outcomes": [score.outcomes[measure.part] for score in scores],
-        "tokens": [len(completion.ids) for completion in completions],
-        "truncated": [completion.finish == "length" for completion in completions],
+        "responses": [response.text for response in responses],
+        "answers": [stated_answer(response.text) for response in responses],
+        "scores": [reward.parts[measure.part] for reward in rewards],
+        "outcomes": [reward.outcomes[measure.part] for reward in rewards],
+        "tokens": [int(response.mask.sum()) for response in responses],
+        "truncated": [response.finish == "length" for response in responses],
         "columns": {name: value for name, value in example.columns.items() if _small(value)},
     }
     if measure.official:
-        record["official"] = [score.parts[measure.official] for score in scores]
+        record["official"] = [reward.parts[measure.official] for reward in rewards]
     return record
 
 

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_sapo.distributed import World
+from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rollout.sampler import Rollouts
+from vlm_sapo.types import Example, Sampling
 
-MANY = 0.25
-"""Share of responses cut or without an answer from which an evaluation says so."""
-
+WARNING_SHARE = 0.25
+"""Share of responses that are truncated or without an answer from which an evaluation says so."""
 HELD_OUT = "held-out"
 """Name of the evaluation on `eval.data`."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Problems that a run measures its model on."""
+
+    name: str
+    examples: Sequence[Example]
+    sampling: Sampling
+    measure: Measure
+    parts: Sequence[dict] | None = None
+    """The parts of a reward of its own; None for the run's."""
 
 
 @dataclass
@@ -24,13 +43,15 @@ class Evaluator:
     """Measures the model and keeps results and samples in the run's folder; does nothing without anything to
     measure on."""
 
-    measures: dict[str, Callable[[SampleFile], tuple[dict, list[dict]]]]
-    """By name, what evaluates and keeps its samples."""
+    sets: Sequence[EvaluationSet]
     every: int
     folder: RunFolder
     console: Console
-    ready: Callable[[], None]
-    """Gives the engine the present weights."""
+    vlm: VLM
+    rollouts: Rollouts
+    encode: Encoder
+    reward: RewardPool
+    skip_bad_rows: bool
     world: World
 
     def at(self, step: int, *, last: int) -> None:
@@ -40,14 +61,33 @@ class Evaluator:
             return
         folder = self.folder.path / "evaluations" / f"step_{step:06d}"
         done = self.world.on_main(lambda: self._done(step, folder))
-        for name, run in self.measures.items():
-            if name not in done:
-                self.ready()
-                samples = self.world.on_main(lambda name=name: SampleFile(folder, name))
-                result, records = run(samples)
-                record = {"step": step, "name": name} | result
+        for item in self.sets:
+            if item.name not in done:
+                self.rollouts.wait()
+                self.rollouts.engine.sync(self.vlm)
+                samples = self.world.on_main(lambda item=item: SampleFile(folder, item.name))
+                result, records = self._measure(item, samples)
+                record = {"step": step, "name": item.name} | result
                 self.folder.append("evaluations.jsonl", record, after=samples.lines)
-                self._say(f"{name} pass@1 after {step} steps", result, records)
+                self._say(f"{item.name} pass@1 after {step} steps", result, records)
+
+    def _measure(self, item: EvaluationSet, samples: SampleFile) -> tuple[dict, list[dict]]:
+        own = nullcontext(self.reward) if item.parts is None else closing(RewardPool(item.parts))
+        title = f"evaluate {item.name}"
+        with own as reward, self.console.progress(title, len(item.examples), lines=4) as show:
+            return evaluate(
+                self.rollouts.engine,
+                item.examples,
+                self.encode,
+                reward,
+                item.sampling,
+                item.measure,
+                samples=samples,
+                batch=self.rollouts.engine.problems_at_once,
+                skip=self.skip_bad_rows,
+                progress=lambda done: show(done, "problems"),
+                world=self.world,
+            )
 
     def _done(self, step: int, folder: Path) -> list[str]:
         """What this step was evaluated on already; where on nothing, its folder goes."""
@@ -63,7 +103,7 @@ class Evaluator:
             f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
             f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
         )
-        if result["truncated"] > MANY or result["no_answer"] > MANY:
+        if max(result["truncated"], result["no_answer"]) > WARNING_SHARE:
             self.console.warn(
                 f"{result['truncated']:.0%} of these responses were cut at the length limit, "
                 f"{result['no_answer']:.0%} state no answer"

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import groupby
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -96,27 +96,33 @@ class Prefix:
     values: list[torch.Tensor]
     padding: torch.Tensor
     """[B, 1, 1, P] bool, true behind the end of a prompt."""
+    branch_padding: torch.Tensor | None = None
+    """[B * G, 1, 1, S] bool, true before the first token of a branch, where branches went on from responses
+    of different lengths; None where all began at their prompt."""
 
     @staticmethod
-    def from_row(keys: list[torch.Tensor], values: list[torch.Tensor], lengths: list[int]) -> Prefix:
-        """From a packed row of prompts, [1, K, L, D] by layer."""
+    def from_row(keys: list[torch.Tensor], values: list[torch.Tensor], segments: Segments) -> Prefix:
+        """From a packed row that holds the prompts, [1, K, L, D] by layer."""
 
         def split(row: torch.Tensor) -> torch.Tensor:
-            prompts = [prompt.transpose(0, 1) for prompt in row[0].split(lengths, dim=1)]
+            prompts = [prompt.transpose(0, 1) for prompt in row[0].split(segments.sizes, dim=1)[::2]]
             return pad_sequence(prompts, batch_first=True).transpose(1, 2)
 
+        lengths = segments.sizes[::2]
         ends = torch.tensor(lengths, device=keys[0].device)
         padding = torch.arange(max(lengths), device=ends.device) >= ends[:, None]
         keys = [key.to(value.dtype) for key, value in zip(keys, values, strict=True)]
         return Prefix([split(row) for row in keys], [split(row) for row in values], padding[:, None, None])
 
-    def select(self, prompts: torch.Tensor) -> Prefix:
-        """Only the prompts with these indices."""
-        return Prefix(
-            [layer[prompts] for layer in self.keys],
-            [layer[prompts] for layer in self.values],
-            self.padding[prompts],
-        )
+    def select(self, prompts: torch.Tensor, branches: torch.Tensor) -> Prefix:
+        """Only the prompts and the branches with these indices."""
+        if len(prompts) < len(self.padding):
+            keys, values = ([layer[prompts] for layer in layers] for layers in (self.keys, self.values))
+            padding = self.padding[prompts]
+        else:
+            keys, values, padding = self.keys, self.values, self.padding
+        own = None if self.branch_padding is None else self.branch_padding[branches]
+        return Prefix(keys, values, padding, own)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,11 @@ def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int
     queries = query.reshape(-1, heads, grid[3], size) * (scaling or size**-0.5)  # [B * G, K, H / K, D]
     to_prompt = by_prompt(queries) @ prompt_key.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(prefix.padding, float("-inf"))
-    scores = torch.cat([to_prompt, by_prompt(queries @ key.transpose(-1, -2))], dim=-1)
+    to_branch = queries @ key.transpose(-1, -2)  # [B * G, K, H / K, S]
+    if prefix.branch_padding is not None:
+        later = to_branch.shape[-1] - prefix.branch_padding.shape[-1]
+        to_branch = to_branch.masked_fill(pad(prefix.branch_padding, (0, later)), float("-inf"))
+    scores = torch.cat([to_prompt, by_prompt(to_branch)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     own = by_branch(weights[..., longest:]) @ value
     return (by_branch(weights[..., :longest] @ prompt_value) + own).reshape(len(query), 1, -1, size)

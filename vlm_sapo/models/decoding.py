@@ -1,12 +1,16 @@
 """How branches of prompts go on, token by token: from keys and values that they share, or each from a copy of
 its prompt's whole state.
 
-[B] prompts, [G] branches of each, [A] branches in the batch, [P] tokens of the longest prompt, [S] tokens of
+[B] contexts, [G] branches of each, [A] branches in the batch, [P] tokens of the longest prompt, [S] tokens of
 a branch so far, [V] vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -16,28 +20,92 @@ from transformers import DynamicCache
 
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
+from vlm_sapo.models.packing import Sizes
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.types import Prompt
+from vlm_sapo.types import Context, Response
+
+Recorder = ExpertRecorder | NullRecorder
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One response in the making."""
+
+    context: int
+    """Index of its context in the batch."""
+    number: int
+    """Its index in its group."""
+    so_far: Response | None
+    """What it goes on from; None at the start."""
+    filling: bool = False
+    """Whether it is there only because other contexts have more branches."""
+
+
+@dataclass(frozen=True)
+class BranchGrid:
+    """The branches of a batch of contexts, in order, equally many for each."""
+
+    contexts: Sequence[Context]
+    branches: Sequence[Branch]
+
+    @classmethod
+    def of(cls, contexts: Sequence[Context], group: int) -> BranchGrid:
+        """`group` new branches for each context without responses, else one for each response."""
+        rows: list[list[Branch]] = []
+        for index, context in enumerate(contexts):
+            numbered = zip(context.branches, context.responses, strict=True)
+            own = [Branch(index, number, response) for number, response in numbered]
+            rows.append(own or [Branch(index, number, None) for number in range(group)])
+        width = max(map(len, rows))
+        for row in rows:
+            last = row[-1]
+            row += [Branch(last.context, last.number, last.so_far, filling=True)] * (width - len(row))
+        return cls(contexts, [branch for row in rows for branch in row])
+
+    @cached_property
+    def sizes(self) -> list[Sizes]:
+        """The lengths of each context's prompt and responses so far."""
+        return [
+            (len(item.prompt.ids), [len(response.ids) for response in item.responses])
+            for item in self.contexts
+        ]
+
+    @cached_property
+    def rows(self) -> list[tuple[int, int | None]]:
+        """What has to be read: a context and the index of a response of it, None for the prompt alone."""
+        return [
+            (index, row)
+            for index, context in enumerate(self.contexts)
+            for row in (range(len(context.responses)) or (None,))
+        ]
+
+    @cached_property
+    def sources(self) -> torch.Tensor:
+        """[A] index in `rows` that each branch goes on from."""
+        first = list(accumulate((max(len(item.responses), 1) for item in self.contexts), initial=0))
+        sources, width = [], len(self.branches) // len(self.contexts)
+        for index, branch in enumerate(self.branches):
+            count = len(self.contexts[branch.context].responses)
+            sources.append(first[branch.context] + (min(index % width, count - 1) if count else 0))
+        return torch.tensor(sources)
 
 
 class DecodeState(Protocol):
-    """The branches of prompts, in order, G for each, until they leave."""
+    """The branches of a grid, in order, until they leave."""
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:
-        """Lets those leave that no longer run, [A] bool, or some of them. Returns the places that stay, in
-        their new order."""
+        """Drops finished branches; `running` is [A] bool. Returns the indices that remain, in their new
+        order; finished ones may be among them."""
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The next logits [A, V], given each branch's latest token [A] and its rotary position [A]."""
 
 
-def prefill(
-    vlm: VLM, prompts: list[Prompt], group: int, recorder: ExpertRecorder | NullRecorder
-) -> tuple[torch.Tensor, DecodeState]:
-    """Reads each prompt once. The first logits [B, V], and `group` branches of each prompt. `recorder` takes
-    down the experts."""
+def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, DecodeState]:
+    """Reads each prompt and each response so far once. Returns the first logits [rows, V] of the grid's rows,
+    and the state of its branches."""
     kind = SharedDecodeState if vlm.attends_fully else ForkedDecodeState
-    return kind.prefill(vlm, prompts, group, recorder)
+    return kind.prefill(vlm, grid, recorder)
 
 
 def new_cache(vlm: VLM) -> DynamicCache:
@@ -47,40 +115,46 @@ def new_cache(vlm: VLM) -> DynamicCache:
 class SharedDecodeState:
     """Branches that read their prompt's keys and values where they lie. For full attention alone."""
 
-    def __init__(self, vlm: VLM, prefix: Prefix):
-        self.vlm, self.prefix, self.cache = vlm, prefix, new_cache(vlm)
+    def __init__(self, vlm: VLM, prefix: Prefix, cache: DynamicCache):
+        self.vlm, self.prefix, self.cache = vlm, prefix, cache
 
     @staticmethod
-    def prefill(
-        vlm: VLM, prompts: list[Prompt], group: int, recorder
-    ) -> tuple[torch.Tensor, SharedDecodeState]:
-        """All prompts in one packed row."""
-        lengths = [len(prompt.ids) for prompt in prompts]
-        ends = torch.tensor(lengths).cumsum(0)
-        starts = (ends - torch.tensor(lengths)).tolist()
+    def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, SharedDecodeState]:
+        """All prompts in one packed row, each with its responses so far behind it, as in training."""
+        starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
+        segments = Segments(
+            tuple(
+                PackedGroup(start, prompt, tuple(lengths))
+                for start, (prompt, lengths) in zip(starts, grid.sizes, strict=False)
+            )
+        )
+        pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
         cache = new_cache(vlm)
-        with recorder.prefill(lengths):
+        with recorder.prefill(grid.sizes, grid.sources.tolist()):
             hidden = vlm.hidden(
-                ids=torch.cat([prompt.ids for prompt in prompts])[None].to(vlm.device),
-                positions=torch.cat([prompt.positions for prompt in prompts], dim=1)[:, None].to(vlm.device),
-                features=vlm.vision(prompts),
+                ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
+                positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
+                features=vlm.vision([context.prompt for context in grid.contexts]),
                 cache=cache,
-                segments=Segments(
-                    tuple(PackedGroup(*place, ()) for place in zip(starts, lengths, strict=True))
-                ),
+                segments=segments,
             )
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        return vlm.logits(hidden[0, ends - 1]), SharedDecodeState(vlm, Prefix.from_row(keys, values, lengths))
+        prefix = Prefix.from_row(keys, values, segments)
+        logits = vlm.logits(hidden[0, _ends(grid)])
+        own = new_cache(vlm)
+        if any(lengths for _, lengths in grid.sizes):
+            padding = _fill(own, keys, values, grid, grid.sources.to(vlm.device))
+            prefix = Prefix(prefix.keys, prefix.values, prefix.padding, padding)
+        return logits, SharedDecodeState(vlm, prefix, own)
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:
         """Ended branches stay where others of their prompts leave fewer."""
-        kept, rows = compact_grid(running.view(len(self.prefix.padding), -1))
-        if len(kept) == len(running):
+        remaining, rows = compact_grid(running.view(len(self.prefix.padding), -1))
+        if len(remaining) == len(running):
             return torch.arange(len(running), device=running.device)
-        self.cache.batch_select_indices(kept)
-        if len(rows) < len(self.prefix.padding):
-            self.prefix = self.prefix.select(rows)
-        return kept
+        self.cache.batch_select_indices(remaining)
+        self.prefix = self.prefix.select(rows, remaining)
+        return remaining
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.vlm.hidden(
@@ -92,6 +166,42 @@ class SharedDecodeState:
         return self.vlm.logits(hidden[:, -1])
 
 
+def _ends(grid: BranchGrid) -> torch.Tensor:
+    """[rows] index in the packed row of the last token of each row of the grid."""
+    ends, start = [], 0
+    for prompt, lengths in grid.sizes:
+        start += prompt
+        ends += [] if lengths else [start - 1]
+        for length in lengths:
+            start += length
+            ends.append(start - 1)
+    return torch.tensor(ends)
+
+
+def _fill(
+    cache: DynamicCache,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    grid: BranchGrid,
+    sources: torch.Tensor,
+) -> torch.Tensor:
+    """Gives the branches' cache what the packed row [1, K, L, D] holds of the responses so far, padded on the
+    left. Returns the padding [A, 1, 1, S]."""
+    sizes = [length for prompt, lengths in grid.sizes for length in (prompt, *(lengths or (0,)))]
+    is_response = [flag for _, lengths in grid.sizes for flag in (False, *[True] * max(len(lengths), 1))]
+
+    def branches(row: torch.Tensor) -> torch.Tensor:
+        pieces = zip(row[0].split(sizes, dim=1), is_response, strict=True)
+        own = [piece.transpose(0, 1) for piece, response in pieces if response]
+        return pad_sequence(own, batch_first=True, padding_side="left").transpose(1, 2)[sources]
+
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        cache.update(branches(key.to(value.dtype)), branches(value), layer)
+    lengths = torch.tensor([length for length, response in zip(sizes, is_response, strict=True) if response])
+    padding = torch.arange(int(lengths.max())) < (lengths.max() - lengths)[:, None]
+    return padding.to(sources.device)[sources][:, None, None]
+
+
 class ForkedDecodeState:
     """Branches that each go on from a copy of their prompt's state: what linear attention has read, and the
     other layers' keys and values. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
@@ -100,34 +210,41 @@ class ForkedDecodeState:
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod
-    def prefill(
-        vlm: VLM, prompts: list[Prompt], group: int, recorder
-    ) -> tuple[torch.Tensor, ForkedDecodeState]:
-        """Padded on the left, where the state of linear attention is still zero and stays so."""
+    def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, ForkedDecodeState]:
+        """A row for each prompt, or for each response so far behind its prompt. Padded on the left, where the
+        state of linear attention is still zero and stays so."""
 
         def padded(rows: list[torch.Tensor]) -> torch.Tensor:
             return pad_sequence(rows, batch_first=True, padding_side="left").to(vlm.device)
 
-        mask = padded([torch.ones_like(prompt.ids) for prompt in prompts])
+        prompts = [grid.contexts[context].prompt for context, _ in grid.rows]
+        pieces = [
+            (prompt,) if row is None else (prompt, grid.contexts[context].responses[row])
+            for prompt, (context, row) in zip(prompts, grid.rows, strict=True)
+        ]
+        ids = [torch.cat([piece.ids for piece in row]) for row in pieces]
+        positions = [torch.cat([piece.positions for piece in row], dim=1) for row in pieces]
+        sizes = [(len(row[0].ids), [len(piece.ids) for piece in row[1:]]) for row in pieces]
+        mask = padded([torch.ones_like(row) for row in ids])
         cache = new_cache(vlm)
-        with recorder.prefill([len(prompt.ids) for prompt in prompts], mask.flatten().nonzero()[:, 0]):
+        with recorder.prefill(sizes, grid.sources.tolist(), mask.flatten().nonzero()[:, 0]):
             hidden = vlm.hidden(
-                ids=padded([prompt.ids for prompt in prompts]),
-                positions=padded([prompt.positions.T for prompt in prompts]).permute(2, 0, 1),
+                ids=padded(ids),
+                positions=padded([row.T for row in positions]).permute(2, 0, 1),
                 mask=mask,
                 features=vlm.vision(prompts),
                 cache=cache,
             )
-        fork = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group)
+        fork = grid.sources.to(vlm.device)
         cache.reorder_cache(fork)
         return vlm.logits(hidden[:, -1]), ForkedDecodeState(vlm, cache, mask[fork, None, None].bool())
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:
-        kept = running.nonzero()[:, 0]
-        if len(kept) < len(running):
-            self.cache.reorder_cache(kept)
-            self.mask = self.mask[kept]
-        return kept
+        remaining = running.nonzero()[:, 0]
+        if len(remaining) < len(running):
+            self.cache.reorder_cache(remaining)
+            self.mask = self.mask[remaining]
+        return remaining
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.mask = pad(self.mask, (0, 1), value=True)
@@ -143,8 +260,8 @@ class ForkedDecodeState:
 def compact_grid(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest grid that holds what is running in a [B, G] grid of branches.
 
-    Returns the places that stay (flat, in the new grid's order) and the rows they lie in. Prompts with fewer
-    running branches than others keep ended ones as filling.
+    Returns the indices that remain (flat, in the new grid's order) and the rows they lie in. Contexts with
+    fewer running branches than others keep ended ones as filling.
     """
     rows = running.any(1).nonzero()[:, 0]
     order = running[rows].int().argsort(dim=1, descending=True, stable=True)

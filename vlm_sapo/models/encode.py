@@ -69,7 +69,9 @@ class Encoder:
         text = text.removeprefix(prompt.opening)
         ids = [*self.plain.ids(text), tokenizer.eos_token_id]
         unknown = torch.full((len(ids),), float("nan"))
-        return Response(ids=torch.tensor(ids), logprobs=unknown, text=prompt.opening + text, finish="stop")
+        return Response.sampled(
+            prompt.positions, torch.tensor(ids), unknown, text=prompt.opening + text, finish="stop"
+        )
 
     def _resize(self, example: Example, number: int):
         picture = example.images[number]

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_sapo.types import Prompt
 
 if TYPE_CHECKING:
-    from vlm_sapo.models.packing import Inputs
+    from vlm_sapo.models.packing import Inputs, Sizes
 
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What a router returns: logits [L, E], weights [L, k] and indices [L, k] of the experts."""
@@ -106,24 +106,53 @@ class ExpertRoutes:
         prompts = {prompt: experts[: len(prompt.ids)] for prompt, experts in rows}
         return cls(pad_sequence(responses, batch_first=True), prompts)
 
-    def predicting(self, inputs: Inputs) -> torch.Tensor:
-        """[K, M, k] of what predicts the tokens of a pass over these responses."""
-        where = inputs.response_mask.cpu()
-        return self.responses[:, : where.shape[1]][where]
+    @classmethod
+    def scatter(
+        cls, parts: list[tuple[torch.Tensor, ExpertRoutes]], mask: torch.Tensor
+    ) -> ExpertRoutes | None:
+        """Those of the rows [n] of each part, among as many and as long responses as `mask` [N, T] has; None
+        where there is no part."""
+        if not parts:
+            return None
+        first = parts[0][1].responses
+        responses = first.new_zeros(*mask.shape, *first.shape[2:])
+        for rows, routes in parts:
+            real = rows.cpu() >= 0
+            responses[rows.cpu()[real], : routes.responses.shape[1]] = routes.responses[real]
+        return cls(responses, {prompt: own for _, part in parts for prompt, own in part.prompts.items()})
+
+    @classmethod
+    def join(cls, parts: list[tuple[int, ExpertRoutes | None]]) -> ExpertRoutes | None:
+        """Those of several batches, one after the other, of so many rows each; zeros where they aren't
+        known, and None where none are."""
+        known = [routes for _, routes in parts if routes is not None]
+        if not known:
+            return None
+        empty = known[0].responses[:0]
+        responses = [
+            empty.new_zeros(count, *empty.shape[1:]) if routes is None else routes.responses
+            for count, routes in parts
+        ]
+        prompts = {prompt: own for routes in known for prompt, own in routes.prompts.items()}
+        return cls(torch.cat(responses), prompts)
+
+    def of(self, where: torch.Tensor) -> torch.Tensor:
+        """[tokens, M, k] of what predicts the tokens at `where`, [N, T] bool."""
+        return self.responses[:, : where.shape[1]][where.cpu()]
 
     def laid_out(self, inputs: Inputs) -> torch.Tensor:
         """[L, M, k] int16 for the rows of a pass; -1 where nothing is known, on padding and behind the last
         prediction."""
         size = (inputs.ids.numel(), *self.responses.shape[2:])
         laid = torch.full(size, -1, dtype=torch.int16, device=inputs.ids.device)
-        laid[inputs.predicting] = self.predicting(inputs).to(laid)
+        laid[inputs.predicting] = self.of(inputs.response_mask).to(laid)
         # Afterwards: branches of a packed row share the prompt's last token, which has one set of experts.
         laid[inputs.prompting] = torch.cat([self.prompts[prompt] for prompt in inputs.prompts]).to(laid)
         return laid
 
 
 @dataclass(frozen=True)
-class Usage:
+class ExpertUsage:
     """How N responses used their experts: sums over their tokens, float32."""
 
     probabilities: torch.Tensor
@@ -136,12 +165,12 @@ class Usage:
     """[N] share of the layers whose k likeliest experts are others than before; None where those aren't
     known."""
 
-    def to_cpu(self, rows: torch.Tensor) -> Usage:
+    def to_cpu(self, rows: torch.Tensor) -> ExpertUsage:
         """That of some responses, [N] bool, in host memory and without gradients."""
         kept = {
             name: None if value is None else value.detach()[rows].cpu() for name, value in vars(self).items()
         }
-        return Usage(**kept)
+        return ExpertUsage(**kept)
 
 
 class RoutedPass(ExpertTrace):
@@ -155,7 +184,7 @@ class RoutedPass(ExpertTrace):
         super().__init__()
         self.inputs, self.gradient = inputs, gradient
         self.replayed = None if replayed is None else replayed.laid_out(inputs)
-        self.row = inputs.response_mask.nonzero()[:, 0]  # [K] the response that a predicted token is in
+        self.row = inputs.sampled_mask.nonzero()[:, 0]  # [S] the response that a sampled token is in
         self.sums: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def again(self) -> RoutedPass:
@@ -176,14 +205,14 @@ class RoutedPass(ExpertTrace):
 
     def _sum(self, logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Probabilities [N, E], counts [N, E] and entropies [N] of a layer, summed by response."""
-        places, responses = self.inputs.predicting, len(self.inputs.response_mask)
+        before, responses = self.inputs.scoring, len(self.inputs.response_mask)
         with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
-            probabilities = logits[places].softmax(-1, dtype=torch.float32)  # [K, E]
+            probabilities = logits[before].softmax(-1, dtype=torch.float32)  # [S, E]
             empty = probabilities.new_zeros(responses, logits.shape[-1])
             sums = empty.index_add(0, self.row, probabilities)
         with torch.no_grad():
             counts = empty.index_add(
-                0, self.row, torch.zeros_like(probabilities).scatter(1, experts[places], 1)
+                0, self.row, torch.zeros_like(probabilities).scatter(1, experts[before], 1)
             )
             entropies = torch.special.entr(probabilities).sum(-1)
             return sums, counts, empty[:, 0].index_add(0, self.row, entropies)
@@ -197,16 +226,18 @@ class RoutedPass(ExpertTrace):
         prompts = experts[self.inputs.prompting].cpu().split(sizes)
         return ExpertRoutes(responses.cpu(), dict(zip(self.inputs.prompts, prompts, strict=True)))
 
-    def usage(self, before: ExpertRoutes | None) -> Usage:
+    def usage(self, before: ExpertRoutes | None) -> ExpertUsage:
         """How the experts were used, and what changed since `before`."""
         sums, counts, entropies = zip(*(self.sums[place] for place in sorted(self.sums)), strict=True)
         changed = None
         if before is not None:
-            now = self.experts()[self.inputs.predicting]
-            then = before.predicting(self.inputs).to(now)
-            other = (now.sort(-1).values != then.sort(-1).values).any(-1).float().mean(-1)  # [K]
+            now = self.experts()[self.inputs.scoring]
+            then = before.of(self.inputs.sampled_mask).to(now)
+            other = (now.sort(-1).values != then.sort(-1).values).any(-1).float().mean(-1)  # [S]
             changed = other.new_zeros(len(self.inputs.response_mask)).index_add(0, self.row, other)
-        return Usage(torch.stack(sums, 1), torch.stack(counts, 1), torch.stack(entropies).mean(0), changed)
+        return ExpertUsage(
+            torch.stack(sums, 1), torch.stack(counts, 1), torch.stack(entropies).mean(0), changed
+        )
 
 
 def gate_weights(logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -216,44 +247,56 @@ def gate_weights(logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
 
 
 class ExpertRecorder:
-    """The experts of the prompts and responses of a batch that is being generated: G branches of each prompt,
-    at most `longest` tokens long."""
+    """Records the experts of a batch that is being generated: of prompts, and of branches that are at most
+    `longest` tokens long."""
 
-    def __init__(self, routers: Routers, group: int, longest: int):
-        self.routers, self.group, self.longest = routers, group, longest
+    def __init__(self, routers: Routers, longest: int):
+        self.routers, self.longest = routers, longest
 
     @contextmanager
-    def prefill(self, lengths: list[int], places: torch.Tensor | None = None) -> Iterator[None]:
-        """The block reads prompts of these lengths. `places` are those of their tokens in the flattened rows;
-        None where there is nothing between them."""
+    def prefill(
+        self, sizes: list[Sizes], sources: list[int], where: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """The block reads prompts with their responses so far, of these sizes: a row for each response, or
+        one for a prompt without. `sources` is the row of each branch. `where` are the indices of their tokens
+        in the flattened rows; None where there is nothing between them."""
         trace = ExpertTrace()
         with self.routers.recording(trace):
             yield
-        experts = trace.experts() if places is None else trace.experts()[places]
-        self.prompts = experts.cpu().split(lengths)
-        self.responses = experts.new_zeros(len(lengths) * self.group, self.longest, *experts.shape[1:])
+        experts = trace.experts() if where is None else trace.experts()[where]
+        pieces = iter(experts.split([length for prompt, lengths in sizes for length in (prompt, *lengths)]))
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _, lengths in sizes:
+            prompt = next(pieces)
+            rows += [(prompt.cpu(), next(pieces)) for _ in lengths] or [(prompt.cpu(), prompt[:0])]
+        self.prompts = [rows[source][0] for source in sources]
+        self.responses = experts.new_zeros(len(sources), self.longest, *experts.shape[1:])
+        for branch, source in enumerate(sources):
+            self.responses[branch, : len(rows[source][1])] = rows[source][1]
 
     @contextmanager
-    def decode(self, branch: torch.Tensor, step: int) -> Iterator[None]:
-        """The block reads the token number `step` of each of the branches [A]."""
+    def decode(self, branch: torch.Tensor, steps: torch.Tensor) -> Iterator[None]:
+        """The block reads the tokens [A] of the branches [A], of index `steps` [A] in their responses."""
         trace = ExpertTrace()
         with self.routers.recording(trace):
             yield
-        self.responses[branch, step] = trace.experts()
+        self.responses[branch, steps] = trace.experts()
 
     def experts(self, branch: int, length: int) -> torch.Tensor:
         """[P + R - 1, M, k] of a prompt and its response of R = `length` tokens."""
         response = self.responses[branch, : length - 1].cpu()
-        return torch.cat([self.prompts[branch // self.group], response])
+        return torch.cat([self.prompts[branch], response])
 
 
 class NullRecorder:
-    """Stands where nobody wants to know the experts."""
+    """Records nothing."""
 
-    def prefill(self, lengths: list[int], places: torch.Tensor | None = None) -> AbstractContextManager:
+    def prefill(
+        self, sizes: list[Sizes], sources: list[int], where: torch.Tensor | None = None
+    ) -> AbstractContextManager:
         return nullcontext()
 
-    def decode(self, branch: torch.Tensor, step: int) -> AbstractContextManager:
+    def decode(self, branch: torch.Tensor, steps: torch.Tensor) -> AbstractContextManager:
         return nullcontext()
 
     def experts(self, branch: int, length: int) -> None:

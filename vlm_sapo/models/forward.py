@@ -1,9 +1,11 @@
-"""The training pass: log-probs and entropies of response tokens, and of nothing else.
+"""The training pass: log-probs and entropies of the tokens that the policy sampled, and of nothing else.
 
-[K] response tokens, [C] tokens of a chunk, [N, T] responses by tokens, [H] hidden size, [V] vocabulary.
+[S] sampled tokens, [C] tokens of a chunk, [N, T] responses by tokens, [H] hidden size, [V] vocabulary.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,6 +19,14 @@ CHUNK_LOGITS = 2**26
 """Logits that exist at once: 256 MB in float32. A chunk has as many tokens as fit, whatever the lengths."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a pass says of N responses: [N, T] float32, 0 where the policy sampled no token."""
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+
+
 class Pass(nn.Module):
     """Runs laid-out responses through the model."""
 
@@ -24,9 +34,9 @@ class Pass(nn.Module):
         super().__init__()
         self.vlm, self.temperature = vlm, temperature
 
-    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [N, T] float32 of the response tokens, 0 where the mask is off; `routed`
-        is told what the routers do, and may tell them what to do."""
+    def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
+        """Log-probs and entropies of the sampled tokens. `routed` records what the MoE routers do, and may
+        make them follow other routes."""
         with self.vlm.routers.recording(routed):
             hidden = self.vlm.hidden(
                 ids=inputs.ids,
@@ -35,13 +45,13 @@ class Pass(nn.Module):
                 segments=inputs.segments,
                 features=self.vlm.vision(inputs.prompts),
             )
-        logprobs, entropies = self.score(hidden.flatten(0, 1)[inputs.predicting], inputs.targets)
-        where = inputs.response_mask
+        logprobs, entropies = self.score(hidden.flatten(0, 1)[inputs.scoring], inputs.targets)
+        where = inputs.sampled_mask
         empty = logprobs.new_zeros(where.shape)
-        return empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies)
+        return Scores(empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies))
 
     def score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[K, H] hidden states and [K] targets to [K] log-probs and entropies; logits are made again in the
+        """[S, H] hidden states and [S] targets to [S] log-probs and entropies; logits are made again in the
         backward pass."""
         size = max(1, CHUNK_LOGITS // self.vlm.vocabulary)
         scored = [

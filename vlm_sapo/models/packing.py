@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models.attention import PackedGroup, Segments
-from vlm_sapo.types import Prompt
+from vlm_sapo.types import Prompt, Response
 
-GroupSlice = tuple[Prompt, list[torch.Tensor]]
-"""A prompt with some of its responses, each [R] int64."""
 Sizes = tuple[int, list[int]]
 """The lengths of a prompt and of its responses."""
 Part = tuple[int, list[int]]
@@ -23,11 +22,26 @@ Part = tuple[int, list[int]]
 
 
 @dataclass(frozen=True)
+class GroupSlice:
+    """A prompt with some of its responses."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+    @property
+    def sizes(self) -> Sizes:
+        return len(self.prompt.ids), [len(response.ids) for response in self.responses]
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """What one pass reads, and where it finds the predictions of the response tokens."""
+    """What one pass reads, and where it finds the predictions of the response tokens.
+
+    [K] tokens of all responses, [S] of them sampled by the policy.
+    """
 
     prompts: list[Prompt]
-    """The prompts whose pictures the rows hold, in order."""
+    """The prompts whose images the rows hold, in order."""
     ids: torch.Tensor
     """[B, L] int64."""
     mask: torch.Tensor | None
@@ -37,13 +51,17 @@ class Inputs:
     segments: Segments | None
     """The groups of a packed row."""
     predicting: torch.Tensor
-    """[K] int64, the place in the flattened rows of the token before each response token."""
+    """[K] int64, the index in the flattened rows of the token before each response token."""
     prompting: torch.Tensor
-    """[P of all `prompts`] int64, the places of their tokens in the flattened rows."""
-    targets: torch.Tensor
-    """[K] int64, the response tokens, response after response."""
+    """[P of all `prompts`] int64, the indices of their tokens in the flattened rows."""
     response_mask: torch.Tensor
     """[N, T] bool, with K true entries."""
+    scoring: torch.Tensor
+    """[S] int64, those of `predicting` before a sampled token."""
+    targets: torch.Tensor
+    """[S] int64, the sampled tokens, response after response."""
+    sampled_mask: torch.Tensor
+    """[N, T] bool, with S true entries."""
 
     def to(self, device: torch.device) -> Inputs:
         moved = {
@@ -78,56 +96,54 @@ class SharedPrefix:
         each part into the first micro-batch with room."""
         parts: list[tuple[int, Part]] = []
         for index, (prompt, responses) in enumerate(groups):
-            order = sorted(range(len(responses)), key=lambda place: -responses[place])
-            for chosen, used in _first_fit([(responses[place], place) for place in order], budget - prompt):
-                parts.append((prompt + used, (index, sorted(chosen))))
+            order = sorted(range(len(responses)), key=lambda row: -responses[row])
+            for rows, used in _first_fit([(responses[row], row) for row in order], budget - prompt):
+                parts.append((prompt + used, (index, sorted(rows))))
         parts.sort(key=lambda part: -part[0])
-        return [chosen for chosen, _ in _first_fit(parts, budget)]
+        return [bin_ for bin_, _ in _first_fit(parts, budget)]
 
     def size(self, groups: Sequence[GroupSlice]) -> int:
-        return sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in groups)
+        return sum(prompt + sum(responses) for prompt, responses in (group.sizes for group in groups))
 
     def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         start, segments = 0, []
         ids, positions, predicting, prompting = [], [], [], []
-        for prompt, responses in groups:
-            length, lengths = len(prompt.ids), [len(response) for response in responses]
+        for group in groups:
+            length, lengths = group.sizes
             prompting.append(torch.arange(start, start + length))
             segments.append(PackedGroup(start, length, tuple(lengths)))
-            ids += [prompt.ids, *responses]
-            positions += [prompt.positions, *(_following(prompt, count) for count in lengths)]
+            ids += [group.prompt.ids, *(response.ids for response in group.responses)]
+            positions += [group.prompt.positions, *(response.positions for response in group.responses)]
             branch = start + length
             for count in lengths:
-                places = torch.arange(branch - 1, branch + count - 1)
-                places[0] = start + length - 1
-                predicting.append(places)
+                before = torch.arange(branch - 1, branch + count - 1)
+                before[0] = start + length - 1
+                predicting.append(before)
                 branch += count
             start = branch
-        responses = [response for _, branches in groups for response in branches]
         return Inputs(
-            prompts=[prompt for prompt, _ in groups],
+            prompts=[group.prompt for group in groups],
             ids=torch.cat(ids)[None],
             mask=None,
             positions=torch.cat(positions, dim=1)[:, None],
             segments=Segments(tuple(segments)),
             predicting=torch.cat(predicting),
             prompting=torch.cat(prompting),
-            targets=torch.cat(responses),
-            response_mask=_response_mask(responses),
+            **_scored(groups, torch.cat(predicting)),
         )
 
 
 class Plain:
-    """One row a response, each with its own copy of prompt and pictures, padded on the right."""
+    """One row a response, each with its own copy of prompt and images, padded on the right."""
 
     name = "plain"
 
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
         """Longest rows first, so that rows of a micro-batch are alike."""
         rows = [
-            (prompt + length, group, place)
+            (prompt + length, group, row)
             for group, (prompt, responses) in enumerate(groups)
-            for place, length in enumerate(responses)
+            for row, length in enumerate(responses)
         ]
         bins: list[list[tuple[int, int, int]]] = []
         for row in sorted(rows, key=lambda row: (-row[0], row[1:])):
@@ -135,27 +151,28 @@ class Plain:
                 bins[-1].append(row)
             else:
                 bins.append([row])
-        return [[(group, [place]) for _, group, place in chosen] for chosen in bins]
+        return [[(group, [row]) for _, group, row in bin_] for bin_ in bins]
 
     def size(self, groups: Sequence[GroupSlice]) -> int:
-        rows = [len(prompt.ids) + len(response) for prompt, branches in groups for response in branches]
+        rows = [
+            prompt + length for prompt, lengths in (group.sizes for group in groups) for length in lengths
+        ]
         return len(rows) * max(rows)
 
     def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
-        rows = [(prompt, response) for prompt, branches in groups for response in branches]
+        rows = [(group.prompt, response) for group in groups for response in group.responses]
         starts = torch.tensor([len(prompt.ids) for prompt, _ in rows])
-        lengths = torch.tensor([len(response) for _, response in rows])
+        lengths = torch.tensor([len(response.ids) for _, response in rows])
         total = int((starts + lengths).max())
         ids = torch.zeros(len(rows), total, dtype=torch.long)
         positions = torch.zeros(3, len(rows), total, dtype=torch.long)
         predicting, prompting = [], []
         for row, (prompt, response) in enumerate(rows):
-            start, end = len(prompt.ids), len(prompt.ids) + len(response)
-            ids[row, :end] = torch.cat([prompt.ids, response])
-            positions[:, row, :end] = torch.cat([prompt.positions, _following(prompt, len(response))], dim=1)
+            start, end = len(prompt.ids), len(prompt.ids) + len(response.ids)
+            ids[row, :end] = torch.cat([prompt.ids, response.ids])
+            positions[:, row, :end] = torch.cat([prompt.positions, response.positions], dim=1)
             predicting.append(row * total + torch.arange(start - 1, end - 1))
             prompting.append(row * total + torch.arange(start))
-        responses = [response for _, response in rows]
         return Inputs(
             prompts=[prompt for prompt, _ in rows],
             ids=ids,
@@ -164,8 +181,7 @@ class Plain:
             segments=None,
             predicting=torch.cat(predicting),
             prompting=torch.cat(prompting),
-            targets=torch.cat(responses),
-            response_mask=_response_mask(responses),
+            **_scored(groups, torch.cat(predicting)),
         )
 
 
@@ -174,23 +190,26 @@ def choose(name: str, *, attends_fully: bool) -> Layout:
     return SharedPrefix() if name == "shared" and attends_fully else Plain()
 
 
-def _following(prompt: Prompt, count: int) -> torch.Tensor:
-    """[3, count] rotary positions of the tokens behind a prompt."""
-    return (prompt.positions.max() + 1 + torch.arange(count)).expand(3, -1)
-
-
-def _response_mask(responses: list[torch.Tensor]) -> torch.Tensor:
-    lengths = torch.tensor([len(response) for response in responses])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+def _scored(groups: Sequence[GroupSlice], predicting: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of Inputs that say which tokens are scored."""
+    responses = [response for group in groups for response in group.responses]
+    lengths = torch.tensor([len(response.ids) for response in responses])
+    sampled = torch.cat([response.mask for response in responses])
+    return {
+        "response_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        "scoring": predicting[sampled],
+        "targets": torch.cat([response.ids for response in responses])[sampled],
+        "sampled_mask": pad_sequence([response.mask for response in responses], batch_first=True),
+    }
 
 
 def _first_fit(items: list[tuple[int, object]], budget: int) -> list[tuple[list, int]]:
     """Each item into the first bin with room; (items, size) of each bin. What is too large goes alone."""
     bins: list[tuple[list, int]] = []
     for size, item in items:
-        for place, (held, used) in enumerate(bins):
+        for index, (contents, used) in enumerate(bins):
             if used + size <= budget:
-                bins[place] = ([*held, item], used + size)
+                bins[index] = ([*contents, item], used + size)
                 break
         else:
             bins.append(([item], size))

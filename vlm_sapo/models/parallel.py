@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models.experts import RoutedPass
-from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import Inputs
 from vlm_sapo.models.vlm import VLM
 
@@ -91,9 +91,6 @@ def _units(root: Root) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-Scored = tuple[torch.Tensor, torch.Tensor]
-"""Log-probs and entropies [N, T]."""
-
 BUCKET = 2**26
 """Numbers that are summed over processes at once."""
 
@@ -104,11 +101,14 @@ class Parallelism(Protocol):
     def distribute(self, vlm: VLM) -> None:
         """Brings the model to the devices; before the optimizer is made."""
 
-    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         """Runs a pass of a model that was spread. All processes call it equally often."""
 
     def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
         """Runs work in which each process uses the whole model as often as it likes, without gradients."""
+
+    def align(self, passes: int) -> int:
+        """How many passes this process has to run, which wants to run so many. All processes call it."""
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes the gradients those of all processes, after the last backward pass of an update."""
@@ -124,11 +124,14 @@ class Replicated:
     def distribute(self, vlm: VLM) -> None:
         vlm.place(self.device)
 
-    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         return forward_pass(inputs, routed)
 
     def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
         return work()
+
+    def align(self, passes: int) -> int:
+        return passes
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -148,18 +151,21 @@ class FullySharded:
     """`mesh`'s last dimension shares one copy; see models/parallel.py. Gradients are reduced as they are
     made."""
 
-    def __init__(self, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: bool):
-        self.mesh, self.dtype, self.offload = mesh, dtype, offload
+    def __init__(self, mesh: DeviceMesh, world: World, *, dtype: torch.dtype | None, offload: bool):
+        self.mesh, self.world, self.dtype, self.offload = mesh, world, dtype, offload
         self.roots: dict[VLM, Root] = {}
 
     def distribute(self, vlm: VLM) -> None:
         self.roots[vlm] = shard(vlm, self.mesh, dtype=self.dtype, offload=self.offload)
 
-    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scored:
+    def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         return self.roots[forward_pass.vlm](forward_pass, inputs, routed)
 
     def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
         return run_with_full_params(self.roots[vlm], work)
+
+    def align(self, passes: int) -> int:
+        return max(self.world.all_gather(passes))
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing is left to do."""

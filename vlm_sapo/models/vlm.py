@@ -3,6 +3,8 @@ parts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -124,6 +126,24 @@ class VLM(nn.Module):
         logits = self.model.lm_head(hidden).float()
         logits[..., self.banned] = float("-inf")
         return logits
+
+    @contextmanager
+    def without_bans(self) -> Iterator[None]:
+        """In the block the banned tokens are in the distribution."""
+        banned, self.banned = self.banned, []
+        try:
+            yield
+        finally:
+            self.banned = banned
+
+    @contextmanager
+    def another_version(self, version: int) -> Iterator[None]:
+        """In the block the weights count as others, so that an engine takes them over."""
+        before, self.version = self.version, version
+        try:
+            yield
+        finally:
+            self.version = before
 
     def rope_positions(self, ids: torch.Tensor, token_types: torch.Tensor, grid: torch.Tensor | None):
         """Rotary positions [3, P] of one prompt; ids, token_types [P], grid [I, 3]."""

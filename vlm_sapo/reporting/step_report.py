@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import resource
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from vlm_sapo.distributed import World
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.images import keep_pictures
-from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
+from vlm_sapo.reporting.metrics import (
+    Described,
+    Trace,
+    UpdateStats,
+    group_metrics,
+    task_metrics,
+    traces,
+    update_metrics,
+    update_record,
+)
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.training.run import Core
 from vlm_sapo.types import Group, ResponseText, RolloutBatch
 
-TRACED = 32_768
+TRACED_TOKENS = 32_768
 """Tokens of a step that are traced at most, shared by its logged responses."""
-OFTEN, SELDOM = 50, 10
+TRACED_STEPS, TRACE_EVERY = 50, 10
 """The first so many steps are traced, and after them every so manyth."""
 TREND = 10
 """Steps whose mean reward is compared with that of as many before."""
@@ -28,99 +38,144 @@ Boxes = tuple[list[Box], list[Box]]
 """Gold ones and the response's, as shares of the picture's sides."""
 
 
-class Reporter:
+@dataclass(frozen=True)
+class StepRecords:
+    """What a step leaves to be reported, as one process has it."""
+
+    rollout: RolloutBatch
+    advantages: list[list[float]]
+    """By group, the advantage of each response: the mean over its tokens."""
+    updates: list[UpdateStats | None]
+    """By mini-batch; None where there was nothing to train on."""
+    first_rows: list[int]
+    """Of each mini-batch, the first of its rows among all responses."""
+    seconds: Mapping[str, float]
+    """Durations of the step's parts, by name."""
+    further: Mapping[str, float]
+    """Metrics that others measured."""
+    shortages: int
+    tokens_per_microbatch: int
+
+
+class StepReport:
     """Writes a step's line of metrics and of histograms, and `rollouts` groups of it, of all processes: the
     first, the last and those evenly between, since early groups are trained on while ratios are still 1."""
 
     def __init__(
         self,
-        core: Core,
-        *,
-        minibatches: int,
-        rollouts: int,
+        folder: RunFolder,
         alarms: Alarms,
+        world: World,
+        *,
+        tokenizer: Tokenizer,
+        loss: Described,
+        rollouts: int,
         parts: Sequence[tuple[str, dict]],
     ):
-        self.core, self.minibatches, self.rollouts, self.alarms = core, minibatches, rollouts, alarms
+        self.folder, self.alarms, self.world = folder, alarms, world
+        self.tokenizer, self.loss, self.rollouts = tokenizer, loss, rollouts
         self.rewards: deque[float] = deque(maxlen=2 * TREND)
         self.parts = parts
         """Names and arguments of the reward's."""
 
-    def __call__(
-        self,
-        step: int,
-        meter: StepMeter,
-        drawn: RolloutBatch,
-        advantages: Sequence[torch.Tensor],
-        further: dict[str, float],
-    ) -> str:
+    def write(self, step: int, records: StepRecords) -> str:
         """Returns the numbers that matter most. All processes call it."""
-        world, memory = self.core.world, self.core.policy.memory
-        own = [group.without_images() for group in drawn.groups]
-        replaced = [group.without_images() for group in drawn.replaced]
-        chosen = evenly(len(own) * world.size, self.rollouts)
-        shown = [
-            Shown(place, group, values.tolist(), *self._seen(original, meter))
-            for place, original, group, values in zip(
-                drawn.places, drawn.groups, own, advantages, strict=True
-            )
-            if place in chosen
-        ]
-        placed = list(zip(drawn.places, own, strict=True))
-        told = world.gather((placed, replaced, shown, (memory.shortages, memory.budget)))
-        if not told:
+        own = self._own(records)
+        theirs = self.world.gather(own)
+        if not theirs:
             return ""
-        placed = sorted((item for items, *_ in told for item in items), key=lambda item: item[0])
+        placed = sorted((item for part in theirs for item in part.groups), key=lambda item: item[0])
         groups = [group for _, group in placed]
-        replaced = [group for _, groups, *_ in told for group in groups]
-        shown = sorted((item for _, _, items, _ in told for item in items), key=lambda item: item.place)
-        record = {"step": step} | further | meter.record(drawn.seconds)
-        record |= group_metrics(groups, replaced, drawn.seconds)
-        record |= task_metrics(groups, replaced, self.minibatches)
-        if shortages := sum(count for *_, (count, _) in told):
-            budget = min(budget for *_, (_, budget) in told)
+        replaced = [group for part in theirs for group in part.replaced]
+        updates = [update for update in map(joined, zip(*(p.updates for p in theirs), strict=True)) if update]
+        kept = [update for update in updates if not update.skipped]
+        record = {"step": step} | dict(records.further)
+        record |= update_record(
+            [update_metrics(update, self.loss) for update in kept], len(updates) - len(kept)
+        )
+        record |= {f"time/{name}": value for name, value in records.seconds.items()}
+        record |= group_metrics(groups, replaced, records.rollout.seconds)
+        record |= task_metrics(groups, replaced, len(records.updates))
+        if shortages := sum(part.shortages for part in theirs):
+            budget = min(part.tokens_per_microbatch for part in theirs)
             record |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
-        self.core.folder.append("metrics.jsonl", record)
+        self.folder.append("metrics.jsonl", record)
         self.alarms(record)
-        folder = self.core.folder
-        folder.append("histograms.jsonl", {"step": step, "minibatches": meter.distributions})
-        for item in shown:
-            for line in rollout_lines(item):
-                folder.append("rollouts.jsonl", {"step": step, "place": item.place} | line)
-            if step <= OFTEN or step % SELDOM == 0:
-                most = TRACED // sum(len(other.traces) for other in shown)
-                folder.append("traces.jsonl", {"step": step, "place": item.place} | self._trace(item, most))
+        histograms = [self.loss.distributions(update) for update in kept]
+        self.folder.append("histograms.jsonl", {"step": step, "minibatches": histograms})
+        self._write_groups(
+            step, sorted((item for p in theirs for item in p.logged), key=lambda item: item.slot)
+        )
         self.rewards.append(record["reward/mean"])
         return headline(record, self.rewards)
 
-    def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None], list[Boxes]]:
-        """Names of a group's pictures, which are kept, and by response what the update saw of it and its
-        boxes."""
-        names = keep_pictures(self.core.folder.path, group.prompt.images)
-        traces = [meter.traces.get(id(completion.ids)) for completion in group.responses]
+    def _own(self, records: StepRecords) -> ProcessRecords:
+        rollout = records.rollout
+        logged = evenly(len(rollout.groups) * self.world.size, self.rollouts)
+        seen: dict[int, Trace] = {}
+        for first, update in zip(records.first_rows, records.updates, strict=True):
+            if update is not None:
+                seen |= {first + row: trace for row, trace in traces(update, self.loss).items()}
+        groups, first = [], 0
+        for slot, group, values in zip(rollout.slots, rollout.groups, records.advantages, strict=True):
+            if slot in logged:
+                rows = range(first, first + len(group.responses))
+                groups.append(self._logged(slot, group, values, [seen.get(row) for row in rows]))
+            first += len(group.responses)
+        return ProcessRecords(
+            groups=[
+                (slot, g.without_images()) for slot, g in zip(rollout.slots, rollout.groups, strict=True)
+            ],
+            replaced=[group.without_images() for group in rollout.replaced],
+            logged=groups,
+            updates=records.updates,
+            shortages=records.shortages,
+            tokens_per_microbatch=records.tokens_per_microbatch,
+        )
+
+    def _logged(self, slot: int, group: Group, values: list[float], seen: list[Trace | None]) -> LoggedGroup:
+        """A group with the files of its images, which are kept, and with boxes where a verifier reads them."""
+        names = keep_pictures(self.folder.path, group.prompt.images)
         example = group.prompt.example
         asked = [own_verifier(example, name, args) for name, args in self.parts]
         args = next((args for name, args in asked if name in ("box", "point_in_box")), None)
-        if args is None:
-            return names, traces, [([], [])] * len(traces)
-        responses = [ResponseText.of(group.prompt, completion) for completion in group.responses]
-        return names, traces, [shown(response, example, args) for response in responses]
+        boxes: list[Boxes] = [([], [])] * len(group.responses)
+        if args is not None:
+            texts = [ResponseText.of(group.prompt, response) for response in group.responses]
+            boxes = [shown(text, example, args) for text in texts]
+        lengths = [len(response.ids) for response in group.responses]
+        cut = [trace and trace.first(length) for trace, length in zip(seen, lengths, strict=True)]
+        return LoggedGroup(slot, group.without_images(), values, names, cut, boxes)
 
-    def _trace(self, item: Shown, most: int) -> dict[str, list]:
+    def _write_groups(self, step: int, groups: Sequence[LoggedGroup]) -> None:
+        for item in groups:
+            for line in rollout_lines(item):
+                self.folder.append("rollouts.jsonl", {"step": step, "place": item.slot} | line)
+            if step <= TRACED_STEPS or step % TRACE_EVERY == 0:
+                limit = TRACED_TOKENS // sum(len(other.traces) for other in groups)
+                trace = {"step": step, "place": item.slot} | self._trace(item, limit)
+                self.folder.append("traces.jsonl", trace)
+
+    def _trace(self, item: LoggedGroup, limit: int) -> dict[str, list]:
         """Token by token, by response: its text, and what the update saw, nothing where it saw none; of the
-        first `most` tokens."""
-        tokenizer = self.core.policy.vlm.tokenizer
-        found: dict[str, list] = {
+        first `limit` tokens."""
+        columns: dict[str, list] = {
             "pieces": [
-                pieces(tokenizer, completion.ids[:most].tolist()) for completion in item.group.responses
+                pieces(self.tokenizer, response.ids[:limit].tolist()) for response in item.group.responses
             ]
         }
         for name in ("log_ratio", "effective", "entropy"):
-            found[name] = [
-                [float(f"{value:.4g}") for value in getattr(trace, name)[:most].tolist()] if trace else []
+            columns[name] = [
+                [float(f"{value:.4g}") for value in vars(trace)[name][:limit].tolist()] if trace else []
                 for trace in item.traces
             ]
-        return found
+        return columns
+
+
+def joined(parts: Sequence[UpdateStats | None]) -> UpdateStats | None:
+    """What all processes saw of an update."""
+    seen = [part for part in parts if part is not None]
+    return UpdateStats.join(seen) if seen else None
 
 
 def headline(record: dict, rewards: Sequence[float]) -> str:
@@ -144,35 +199,52 @@ def headline(record: dict, rewards: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
-class Shown:
+class LoggedGroup:
     """A group that people look at."""
 
-    place: int
+    slot: int
     group: Group
     advantages: list[float]
-    pictures: list[str]
-    """Files of the pictures as the model saw them, small, relative to the run's folder."""
+    images: list[str]
+    """Files of the images as the model saw them, small, relative to the run's folder."""
     traces: list[Trace | None]
     boxes: list[Boxes]
 
 
-def evenly(count: int, wanted: int) -> set[int]:
-    """So many places of 0 to count - 1, the first and the last among them."""
-    if wanted < 2:
-        return set(range(min(wanted, count)))
-    return {round(number * (count - 1) / (wanted - 1)) for number in range(wanted)}
+@dataclass(frozen=True)
+class ProcessRecords:
+    """What the main process gets from each."""
+
+    groups: list[tuple[int, Group]]
+    """With their slots."""
+    replaced: list[Group]
+    logged: list[LoggedGroup]
+    updates: list[UpdateStats | None]
+    shortages: int
+    tokens_per_microbatch: int
 
 
-def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+def evenly(count: int, size: int) -> set[int]:
+    """`size` indices of 0 to count - 1, the first and the last among them."""
+    if size < 2:
+        return set(range(min(size, count)))
+    return {round(number * (count - 1) / (size - 1)) for number in range(size)}
+
+
+class Tokenizer(Protocol):
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Text by token; of characters that several tokens spell, at the last of them."""
-    found, waiting = [], []
+    texts, pending = [], []
     for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        whole = not text.endswith("\ufffd") or len(waiting) == 4
-        found.append(text if whole else "")
-        waiting = [] if whole else waiting
-    return found
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        complete = not text.endswith("\ufffd") or len(pending) == 4
+        texts.append(text if complete else "")
+        pending = [] if complete else pending
+    return texts
 
 
 def peak() -> float:
@@ -182,23 +254,23 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def rollout_lines(item: Shown) -> Iterator[dict[str, Any]]:
+def rollout_lines(item: LoggedGroup) -> Iterator[dict[str, Any]]:
     """A group's responses for `rollouts.jsonl`."""
-    group = item.group
+    group, example = item.group, item.group.prompt.example
     rows = zip(group.responses, group.rewards, item.advantages, item.boxes, strict=True)
-    for completion, score, value, (golds, given) in rows:
+    for response, reward, advantage, (gold_boxes, boxes) in rows:
         yield {
-            "id": group.prompt.example.id,
-            "task": group.prompt.example.task,
-            "problem": group.prompt.example.problem,
-            "answer": group.prompt.example.answer,
-            "response": completion.text,
-            "reward": score.total,
-            "parts": dict(score.parts),
-            "outcomes": dict(score.outcomes),
-            "advantage": value,
-            "tokens": len(completion.ids),
-            "finish": completion.finish,
-            "pictures": item.pictures,
-            **({"gold_boxes": golds, "boxes": given} if golds or given else {}),
+            "id": example.id,
+            "task": example.task,
+            "problem": example.problem,
+            "answer": example.answer,
+            "response": response.text,
+            "reward": reward.total,
+            "parts": dict(reward.parts),
+            "outcomes": dict(reward.outcomes),
+            "advantage": advantage,
+            "tokens": int(response.mask.sum()),
+            "finish": response.finish,
+            "pictures": item.images,
+            **({"gold_boxes": gold_boxes, "boxes": boxes} if gold_boxes or boxes else {}),
         }

@@ -4,87 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vlm_sapo.config.rollout import EngineConfig, VllmConfig, VllmServerConfig
+from vlm_sapo.config.rollout import EngineConfig, OwnEngineConfig, VllmConfig, VllmServerConfig
 from vlm_sapo.distributed import World
 from vlm_sapo.models.loading import load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
+from vlm_sapo.plugins import resolve_call
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.hf import HfEngine, run
+from vlm_sapo.rollout.hf import HfEngine, call
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
 from vlm_sapo.rollout.vllm_servers import VllmServers
 from vlm_sapo.rollout.weight_transfer import Folder, Nccl
 
-AT_ONCE = 256
-"""Problems that an evaluation hands to vLLM at the same time; it batches them itself."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def problems_at_once(engine: EngineConfig, prompts_per_batch: int) -> int:
-    """How many problems an evaluation draws, grades and writes together."""
-    return prompts_per_batch if engine.type == "hf" else max(AT_ONCE, prompts_per_batch)
+@dataclass(frozen=True)
+class EngineNeeds:
+    """What an engine is built for."""
+
+    vlm: VLM
+    path: str
+    """Of the checkpoint that the model was loaded from."""
+    longest: int
+    """The most tokens of a prompt and its response."""
+    dtype: str
+    """Of the weights, where the engine's config says `auto`."""
+    prompts_per_batch: int
+    warn: Callable[[str], None]
+    folder: Path | None = None
+    """Where weights for servers go unless the config names one; without it servers keep the weights that they
+    have."""
+    autocast: Callable = nullcontext
+    with_full_params: Callable = call
+    world: World | None = None
+    experts: bool = False
+    """Whether responses carry their tokens' experts."""
 
 
-def engine_dtype(engine: EngineConfig, default: str) -> str:
-    """Type of the engine's weights, where `auto` stands for the default."""
-    return default if engine.type == "hf" or engine.dtype == "auto" else engine.dtype
-
-
-def build_engine(
-    engine: EngineConfig,
-    vlm: VLM,
-    path: str,
-    *,
-    longest: int,
-    dtype: str,
-    prompts_per_batch: int,
-    warn: Callable[[str], None],
-    folder: Path | None = None,
-    autocast: Callable = nullcontext,
-    with_full_params: Callable = run,
-    world: World | None = None,
-    experts: bool = False,
-) -> RolloutEngine:
-    """The engine for a model that was loaded from `path`, for prompts and responses of `longest` tokens.
-
-    `dtype` is what `auto` stands for. `folder` is where weights for servers go unless the config names one;
-    without it servers keep the weights that they have. With `experts` completions tell their tokens' experts.
-    """
-    dtype = engine_dtype(engine, dtype)
+def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
+    """The engine for a model. Raises ValueError where one of the user's is none."""
     if isinstance(engine, VllmConfig):
         return VllmEngine(
-            vlm,
-            path,
-            longest=longest,
-            dtype=dtype,
+            needs.vlm,
+            needs.path,
+            longest=needs.longest,
+            dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
-            launched=world is not None and world.size > 1,
+            launched=needs.world is not None and needs.world.size > 1,
             options=engine.options,
-            experts=experts,
+            experts=needs.experts,
         )
     if isinstance(engine, VllmServerConfig):
         return VllmServers(
-            vlm,
+            needs.vlm,
             [Server(url, timeout=engine.timeout) for url in engine.servers],
-            folder and _transfer(engine, folder, dtype, world or World()),
-            path=path,
-            longest=longest,
+            _transfer(engine, needs),
+            path=needs.path,
+            longest=needs.longest,
             patience=engine.patience,
-            warn=warn,
-            world=world or World(),
-            experts=experts,
+            warn=needs.warn,
+            world=needs.world or World(),
+            experts=needs.experts,
         )
+    if isinstance(engine, OwnEngineConfig):
+        return resolve_call(engine.function, needs, field="rollout.engine.function", args=engine.args)
     return HfEngine(
-        vlm,
-        prompts_per_batch=prompts_per_batch,
-        autocast=autocast,
-        with_full_params=with_full_params,
-        warn=warn,
-        experts=experts,
+        needs.vlm,
+        prompts_per_batch=needs.prompts_per_batch,
+        autocast=needs.autocast,
+        with_full_params=needs.with_full_params,
+        warn=needs.warn,
+        experts=needs.experts,
     )
 
 
@@ -99,28 +96,22 @@ def open_model(
 ) -> tuple[VLM, RolloutEngine]:
     """A model that is not trained, and its engine. vLLM holds the weights itself, so that of the model only
     what prompts need is loaded. `longest` is None for the model's whole context."""
-    if engine.type == "hf":
+    if engine.shares_weights:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
         vlm.eval()
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    return vlm, build_engine(
-        engine,
-        vlm,
-        path,
-        longest=longest,
-        dtype=dtype,
-        prompts_per_batch=prompts_per_batch,
-        warn=warn,
-    )
+    needs = EngineNeeds(vlm, path, longest, dtype, prompts_per_batch, warn)
+    return vlm, build_engine(engine, needs)
 
 
-def _transfer(engine: VllmServerConfig, folder: Path, dtype: str, world: World) -> Folder | Nccl:
-    kind: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
-        dtype
-    ]
+def _transfer(engine: VllmServerConfig, needs: EngineNeeds) -> Folder | Nccl | None:
+    dtype = DTYPES[engine.weights_dtype(needs.dtype)]
+    if needs.folder is None:
+        return None
     if engine.weights == "nccl":
-        return Nccl(engine.address, dtype=kind, timeout=engine.timeout)
-    return Folder(Path(engine.folder) if engine.folder else folder, dtype=kind, world=world)
+        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout)
+    folder = Path(engine.folder) if engine.folder else needs.folder
+    return Folder(folder, dtype=dtype, world=needs.world or World())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from vlm_sapo.types import Prompt, Response, Sampling
+from vlm_sapo.types import Context, Prompt, Response, Sampling
 
 if TYPE_CHECKING:
     from vlm_sapo.models.vlm import VLM
@@ -15,19 +17,40 @@ class RolloutError(ValueError):
 
 
 class RolloutEngine(Protocol):
-    """Draws responses from the policy as it was at the last `sync`.
+    """Samples responses from the policy as it was at the last `sync`.
 
     No engine ever emits an id of `VLM.banned`. The log-probs it returns are those of the distribution it
-    sampled from, after temperature and bans. The same prompts, sampling and weights give the same responses,
+    sampled from, after temperature and bans. The same contexts, sampling and weights give the same responses,
     up to rounding. Raises RolloutError where it can't go on, RowError where a prompt is at fault.
     """
+
+    in_background: bool
+    """Whether it can sample while the policy trains, on devices of its own."""
+    shares_weights: bool
+    """Whether it computes with the policy's own modules, so that there is nothing to compare."""
+    problems_at_once: int
+    """How many prompts an evaluation hands over together."""
 
     def sync(self, vlm: VLM) -> None:
         """Takes over the weights, unless it has this `VLM.version` of them."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
-        """`sampling.group` responses for each prompt, in the prompts' order. Of several processes all call
-        it, those without a prompt as well."""
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
+        """A response for each one so far of each context, which begins with it, or `sampling.group` new ones,
+        in the contexts' order. Of several processes all call it, those without a context as well."""
 
     def close(self) -> None:
-        """Gives back what the engine holds."""
+        """Frees what the engine holds."""
+
+
+def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: Response) -> Response:
+    """A response so far and what was sampled behind it, with the text of all its turns."""
+    if so_far is None:
+        return later
+    whole = so_far.continued(later)
+    texts = vlm.tokenizer.batch_decode(whole.turns, skip_special_tokens=True)
+    return replace(whole, text=prompt.opening + "\n".join(texts))
+
+
+def as_contexts(prompts: Sequence[Prompt]) -> list[Context]:
+    """Contexts in which nothing was sampled yet."""
+    return [Context(prompt) for prompt in prompts]

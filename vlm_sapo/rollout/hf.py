@@ -7,7 +7,7 @@ batch, [V] vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -20,29 +20,32 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vlm_sapo.models.decoding import DecodeState, prefill
+from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.types import Prompt, Response, Sampling
+from vlm_sapo.rollout.engine import RolloutError, continue_response
+from vlm_sapo.types import Context, Response, Sampling
 
 T = TypeVar("T")
 GPU_STRIDE = 16
 """Tokens between two looks at which branches have ended, on a GPU, where a look waits for the device."""
 
 
-def run(work: Callable[[], T]) -> T:
-    """Just so."""
+def call(work: Callable[[], T]) -> T:
+    """Runs work where each process has the whole model anyway."""
     return work()
 
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context, and
     `with_full_params` runs work with the whole model, which several processes may share. With `experts`
-    responses tell the experts of their tokens, which a mixture has.
+    responses carry the experts of their tokens.
 
-    The draws of a prompt depend on the seed and the prompt's place alone, not on how prompts are batched.
+    The responses to a prompt depend on the seed and the prompt's slot alone, not on how prompts are batched.
     """
+
+    in_background = False
+    shares_weights = True
 
     def __init__(
         self,
@@ -50,120 +53,152 @@ class HfEngine:
         *,
         prompts_per_batch: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        with_full_params: Callable[[Callable[[], T]], T] = run,
+        with_full_params: Callable[[Callable[[], T]], T] = call,
         warn: Callable[[str], None] = print,
         experts: bool = False,
     ):
         self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
-        self.with_full_params, self.warn, self.experts = with_full_params, warn, experts
+        self.with_full_params, self.warn, self.records_experts = with_full_params, warn, experts
+
+    @property
+    def problems_at_once(self) -> int:
+        return self.prompts_per_batch
 
     def sync(self, vlm: VLM) -> None:
         """Nothing to copy: the engine and the policy share their modules."""
         self.vlm = vlm
 
     def close(self) -> None:
-        """Nothing is held."""
+        pass
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        return self.with_full_params(lambda: self._generate_all(prompts, sampling))
+        return self.with_full_params(lambda: self._generate_all(contexts, sampling))
 
     @torch.no_grad()
-    def _generate_all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def _generate_all(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
             with self.autocast():
-                return self._generate_batches(prompts, sampling)
+                return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
 
-    def _generate_batches(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
-        uniforms = [_uniforms(sampling, number) for number in range(len(prompts))]
+    def _generate_batches(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         groups: list[list[Response]] = []
-        while len(groups) < len(prompts):
-            chosen = slice(len(groups), len(groups) + self.prompts_per_batch)
+        while len(groups) < len(contexts):
+            numbers = range(len(contexts))[len(groups) : len(groups) + self.prompts_per_batch]
+            batch = [contexts[number] for number in numbers]
             try:
-                groups += self._generate(prompts[chosen], torch.stack(uniforms[chosen]), sampling)
+                groups += self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]
-            self._shrink(prompts[chosen], reason)
+            self._shrink(batch, reason)
         return groups
 
-    def _shrink(self, prompts: list[Prompt], reason: str) -> None:
+    def _shrink(self, contexts: Sequence[Context], reason: str) -> None:
         """Fewer prompts at the same time, for the rest of the run."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if len(prompts) == 1:
+        if len(contexts) == 1:
             raise RolloutError(
-                f"the responses to {prompts[0].example.label} do not fit into memory ({reason}); lower "
-                "rollout.group, rollout.max_tokens or model.max_pixels"
+                f"the responses to {contexts[0].prompt.example.label} do not fit into memory ({reason}); "
+                "lower rollout.group, rollout.max_tokens or model.max_pixels"
             )
-        self.prompts_per_batch = len(prompts) // 2
+        self.prompts_per_batch = len(contexts) // 2
         self.warn(
-            f"out of memory while {len(prompts)} prompts were answered ({reason}); goes on with "
+            f"out of memory while {len(contexts)} prompts were answered ({reason}); goes on with "
             f"{self.prompts_per_batch} at a time: set rollout.prompts_per_batch={self.prompts_per_batch}"
         )
 
-    def _generate(self, prompts: list[Prompt], uniforms: torch.Tensor, sampling: Sampling):
+    def _generate(
+        self, contexts: Sequence[Context], seeds: Sequence[int], sampling: Sampling
+    ) -> list[list[Response]]:
         recorder = (
-            ExpertRecorder(self.vlm.routers, sampling.group, sampling.max_tokens)
-            if self.experts
-            else NullRecorder()
+            ExpertRecorder(self.vlm.routers, sampling.max_tokens) if self.records_experts else NullRecorder()
         )
-        logits, branches = prefill(self.vlm, prompts, sampling.group, recorder)
-        starts = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
-        ids, logprobs = self._decode(logits, branches, starts, uniforms, sampling, recorder)
-        completions = self._complete(prompts, ids.cpu(), logprobs.cpu(), sampling.group, recorder)
-        return [completions[start : start + sampling.group] for start in range(0, len(ids), sampling.group)]
+        grid = BranchGrid.of(contexts, sampling.group)
+        logits, state = prefill(self.vlm, grid, recorder)
+        groups: list[list[Response]] = [[] for _ in contexts]
+        numbers = [_uniforms(sampling, seed) for seed in seeds]
+        uniforms = torch.stack([numbers[item.context][item.number] for item in grid.branches])
+        ids, logprobs = self._decode(logits, state, grid, uniforms, sampling, recorder)
+        responses = self._responses(grid, ids, logprobs, recorder)
+        for branch, response in zip(grid.branches, responses, strict=True):
+            if not branch.filling:
+                groups[branch.context].append(response)
+        return groups
 
     @torch.inference_mode()
-    def _decode(self, logits, branches: DecodeState, starts, uniforms, sampling: Sampling, recorder):
-        """Ids, -1 behind the end, and log-probs, both [B * G, max_tokens], from first logits [B, V], first
-        positions [B] and random numbers [B, G, max_tokens]."""
-        group, device = uniforms.shape[1], self.vlm.device
+    def _decode(
+        self,
+        logits: torch.Tensor,
+        state: DecodeState,
+        grid: BranchGrid,
+        uniforms: torch.Tensor,
+        sampling: Sampling,
+        recorder: Recorder,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids, -1 before the present turn and behind its end, and log-probs, both [B * G, max_tokens], from
+        the first logits [rows, V] of the grid's rows and random numbers [B * G, max_tokens]."""
+        device = self.vlm.device
+        logits = logits[grid.sources.to(device)]
         stops = torch.tensor(self.vlm.stops, device=device)
-        uniforms = uniforms.flatten(0, 1).to(device)
+        uniforms = uniforms.to(device)
         ids = torch.full(uniforms.shape, -1, device=device)
         logprobs = torch.zeros(uniforms.shape, device=device)
-        logits = logits.repeat_interleave(group, 0)
-        position = starts.repeat_interleave(group).to(device)
-        branch = torch.arange(len(uniforms), device=device)  # [A] which response each place of the batch is
-        running = torch.ones_like(branch, dtype=torch.bool)
-        stride, last = GPU_STRIDE if device.type == "cuda" else 1, uniforms.shape[1] - 1
-        for step in range(last + 1):
-            tokens, drawn = sample(cut(logits, sampling), uniforms[branch, step], sampling.temperature)
-            ids[branch, step] = torch.where(running, tokens, -1)
-            logprobs[branch, step] = torch.where(running, drawn, 0.0)
-            running = running & ~torch.isin(tokens, stops)
-            if step == last:
+        branch = torch.arange(len(uniforms), device=device)  # [A] which response each row of the batch is
+        start = torch.tensor([0 if item.so_far is None else len(item.so_far.ids) for item in grid.branches])
+        position = torch.stack([_next_position(grid, item) for item in grid.branches]).to(device)
+        running = torch.tensor([not item.filling for item in grid.branches], device=device)
+        last, start = sampling.max_tokens - 1, start.to(device)
+        stride = GPU_STRIDE if device.type == "cuda" else 1
+        steps = sampling.max_tokens - int(start.min())
+        for step in range(steps):
+            index = (start + step).clamp(max=last)
+            tokens, sampled = sample(cut(logits, sampling), uniforms[branch, index], sampling.temperature)
+            ids[branch, index] = torch.where(running, tokens, ids[branch, index])
+            logprobs[branch, index] = torch.where(running, sampled, logprobs[branch, index])
+            running = running & ~torch.isin(tokens, stops) & (start + step < last)
+            if step == steps - 1:
                 break
             if step % stride == 0:
                 if not running.any():
                     break
-                kept = branches.compact(running)
-                branch, running, tokens, position = (x[kept] for x in (branch, running, tokens, position))
-            with recorder.decode(branch, step):
-                logits = branches.step(tokens, position + step)
-        return ids, logprobs
+                remaining = state.compact(running)
+                branch, running, tokens, position, start, index = (
+                    values[remaining] for values in (branch, running, tokens, position, start, index)
+                )
+            with recorder.decode(branch, index):
+                logits = state.step(tokens, position + step)
+        return ids.cpu(), logprobs.cpu()
 
-    def _complete(
-        self, prompts: list[Prompt], ids: torch.Tensor, logprobs: torch.Tensor, group: int, recorder
-    ):
-        lengths = (ids >= 0).sum(1).tolist()
-        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    def _responses(
+        self, grid: BranchGrid, ids: torch.Tensor, logprobs: torch.Tensor, recorder: Recorder
+    ) -> Iterator[Response]:
+        """What was sampled, behind what it goes on from."""
+        rows = [row[row >= 0] for row in ids]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [
-            Response(
-                ids=row.clone(),
-                logprobs=logprobs[index, : len(row)].clone(),
-                text=prompts[index // group].opening + texts[index],
+        for index, (branch, row, text) in enumerate(zip(grid.branches, rows, texts, strict=True)):
+            prompt = grid.contexts[branch.context].prompt
+            start = 0 if branch.so_far is None else len(branch.so_far.ids)
+            response = Response.sampled(
+                (branch.so_far or prompt).positions,
+                row.clone(),
+                logprobs[index, start : start + len(row)].clone(),
+                text=prompt.opening + text,
                 finish="stop" if int(row[-1]) in self.vlm.stops else "length",
-                experts=recorder.experts(index, len(row)),
+                experts=recorder.experts(index, start + len(row)),
+                version=self.vlm.version,
             )
-            for index, row in enumerate(rows)
-        ]
+            yield continue_response(self.vlm, prompt, branch.so_far, response)
+
+
+def _next_position(grid: BranchGrid, branch: Branch) -> torch.Tensor:
+    """Rotary position of the next token of a branch."""
+    return (branch.so_far or grid.contexts[branch.context].prompt).positions.max() + 1
 
 
 def cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -194,7 +229,8 @@ def sample(
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 
 
-def _uniforms(sampling: Sampling, number: int) -> torch.Tensor:
-    """The random numbers of one prompt's group, [G, max_tokens]."""
-    generator = torch.Generator().manual_seed(sampling.seed_of(number))
+def _uniforms(sampling: Sampling, seed: int) -> torch.Tensor:
+    """The random numbers of a prompt's group, [G, max_tokens]: one for each index of a response, so that one
+    which is interrupted goes on as it would have."""
+    generator = torch.Generator().manual_seed(seed)
     return torch.rand(sampling.group, sampling.max_tokens, generator=generator, dtype=torch.float64)

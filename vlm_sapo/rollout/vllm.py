@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     ENGINE_ARGUMENTS,
     EXPERTS_ARGUMENTS,
-    Answer,
+    PROBLEMS_AT_ONCE,
+    VllmOutput,
+    by_context,
     check_ids,
-    complete,
-    question,
+    sampling_requests,
+    to_responses,
 )
 from vlm_sapo.rollout.weight_transfer import contiguous
-from vlm_sapo.types import Prompt, Response, Sampling
+from vlm_sapo.types import Context, Response, Sampling
 
-PICTURES = 16
-"""Pictures of one prompt that the engine is ready for, unless its options say otherwise."""
+MAX_IMAGES = 16
+"""Images of one prompt that the engine is ready for, unless its options say otherwise."""
 
 
 class VllmEngine:
@@ -37,6 +40,10 @@ class VllmEngine:
     With one GPU weights are handed over as they are, with several through a folder that is soon removed.
     `launched` says that a launcher started several processes, of which each has an engine on its own GPU.
     """
+
+    in_background = False
+    shares_weights = False
+    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -52,7 +59,7 @@ class VllmEngine:
         experts: bool = False,
     ):
         self.vlm, self.tensor_parallel, self.dtype = vlm, tensor_parallel, getattr(torch, dtype)
-        self.experts = experts
+        self.records_experts = experts
         self.version: int | None = None
         self.asleep: set[str] = set()
         if tensor_parallel == 1:
@@ -71,7 +78,7 @@ class VllmEngine:
             "max_model_len": longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
-            "limit_mm_per_prompt": {"image": PICTURES, "video": 0},
+            "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
         if launched:  # else every engine takes the first GPU
@@ -109,38 +116,48 @@ class VllmEngine:
             raise RolloutError("vLLM kept what it computed with the old weights; please report this")
         self.version = vlm.version
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        if not prompts:
+        if not contexts:
             return []
         self._wake("weights", "kv_cache")
         try:
-            return self._generate(prompts, sampling)
+            return self._generate(contexts, sampling)
         finally:
             self._sleep()
 
-    def _generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         from vllm import SamplingParams
 
-        requests, parameters = [], []
-        for number, prompt in enumerate(prompts):
-            ids, asked = question(self.vlm, prompt, sampling, number)
-            pictures = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
-            requests.append({"prompt_token_ids": ids} | pictures)
-            parameters.append(SamplingParams(**asked))
+        requests = sampling_requests(self.vlm, contexts, sampling)
+        inputs = [
+            {"prompt_token_ids": item.unexpanded}
+            | ({"multi_modal_data": {"image": list(item.prompt.images)}} if item.prompt.images else {})
+            for item in requests
+        ]
+        parameters = [SamplingParams(**item.parameters) for item in requests]
         try:
-            results = self.llm.generate(requests, parameters, use_tqdm=False)
+            results = self.llm.generate(inputs, parameters, use_tqdm=False)
         except ValueError as error:
-            rows = ", ".join(prompt.example.label for prompt in prompts[:3])
+            rows = ", ".join(item.prompt.example.label for item in requests[:3])
             raise RolloutError(
                 f"vLLM refused a prompt of {rows} or one of those after it: {error}"
             ) from error
-        groups = []
-        for prompt, result in zip(prompts, results, strict=True):
-            check_ids(self.vlm, prompt, list(result.prompt_token_ids))
-            answers = [_answer(item) for item in result.outputs]
-            groups.append(complete(self.vlm, prompt, answers, sampling, experts=self.experts))
-        return groups
+        responses = []
+        for request, result in zip(requests, results, strict=True):
+            check_ids(self.vlm, request, list(result.prompt_token_ids))
+            outputs = [_output(item) for item in result.outputs]
+            responses.append(
+                to_responses(
+                    self.vlm,
+                    request,
+                    outputs,
+                    sampling,
+                    experts=self.records_experts,
+                    version=self.version,
+                )
+            )
+        return by_context(requests, responses, len(contexts))
 
     def close(self) -> None:
         """Ends the engine and gives its memory back."""
@@ -151,10 +168,10 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
     def _wake(self, *parts: str) -> None:
-        if wanted := [part for part in parts if part in self.asleep]:
-            torch.cuda.empty_cache()  # what the trainer's allocator holds and doesn't use
-            self.llm.wake_up(tags=wanted)
-            self.asleep -= set(wanted)
+        if tags := [part for part in parts if part in self.asleep]:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps and doesn't use
+            self.llm.wake_up(tags=tags)
+            self.asleep -= set(tags)
 
     def _sleep(self) -> None:
         """Weights go to host memory, so that the next responses need no other weights."""
@@ -163,10 +180,10 @@ class VllmEngine:
             self.asleep = {"weights", "kv_cache"}
 
 
-def _answer(output: Any) -> Answer:
+def _output(output: Any) -> VllmOutput:
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
-    return Answer(ids, logprobs, output.finish_reason, output.routed_experts)
+    return VllmOutput(ids, logprobs, output.finish_reason, output.routed_experts)
 
 
 def _memory(size: int) -> str | None:

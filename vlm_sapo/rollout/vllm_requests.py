@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutError
-from vlm_sapo.types import Prompt, Response, Sampling
+from vlm_sapo.rollout.engine import RolloutError, continue_response
+from vlm_sapo.types import Context, Prompt, Response, Sampling
 
+PROBLEMS_AT_ONCE = 256
+"""Problems that an evaluation hands to vLLM together; it batches them itself."""
 BAN = -100.0
 """Added to a banned token's logit, the most that vLLM allows: a factor of 4e-44 in its probability."""
-SPREAD = 65_537
+SEED_STRIDE = 65_537
 """vLLM seeds a prompt's responses with the prompt's seed and the numbers after it, so prompts' seeds must lie
 further apart than a group is large."""
+TURN_STRIDE = 1_000_003
+"""Factor of the tokens so far in the seed of what follows on them."""
 ENGINE_ARGUMENTS: dict[str, Any] = {
     "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled, after temperature and bans
     "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
@@ -31,7 +37,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
 """Further ones where there is no GPU, as in tests."""
 
 
-class Answer(NamedTuple):
+class VllmOutput(NamedTuple):
     """One response of vLLM."""
 
     ids: list[int]
@@ -45,12 +51,49 @@ class Incomplete(RolloutError):
     """An answer that lacks something; another try may have it."""
 
 
-def question(vlm: VLM, prompt: Prompt, sampling: Sampling, number: int) -> tuple[list[int], dict[str, Any]]:
-    """A prompt's ids with one token per picture, and the fields of vLLM's SamplingParams."""
-    greedy = sampling.temperature == 0
-    return vlm.unexpanded(prompt), {
-        "n": 1 if greedy else sampling.group,
-        "max_tokens": sampling.max_tokens,
+@dataclass(frozen=True)
+class Request:
+    """A group of responses to a prompt, or what follows on one response so far."""
+
+    context: int
+    """Index of its context among those handed over together."""
+    prompt: Prompt
+    so_far: Response | None
+    ids: list[int]
+    """[P + tokens so far] what the engine has to read, image tokens expanded."""
+    unexpanded: list[int]
+    """The same with one token per image, as it is sent."""
+    count: int
+    """Responses asked for."""
+    parameters: dict[str, Any]
+    """The fields of vLLM's SamplingParams."""
+
+
+def sampling_requests(vlm: VLM, contexts: Sequence[Context], sampling: Sampling) -> list[Request]:
+    """What to ask for: one request for each new group, else one for each response so far."""
+    requests = []
+    for index, context in enumerate(contexts):
+        prompt, seed = context.prompt, sampling.seed_of(index) * SEED_STRIDE
+        unexpanded = vlm.unexpanded(prompt)
+        if not context.responses:
+            count = 1 if sampling.temperature == 0 else sampling.group
+            parameters = _parameters(vlm, sampling, seed=seed, count=count, limit=sampling.max_tokens)
+            requests.append(
+                Request(index, prompt, None, prompt.ids.tolist(), unexpanded, sampling.group, parameters)
+            )
+        for number, response in zip(context.branches, context.responses, strict=True):
+            before, limit = response.ids.tolist(), sampling.max_tokens - len(response.ids)
+            later = seed + number + len(before) * TURN_STRIDE
+            parameters = _parameters(vlm, sampling, seed=later, count=1, limit=limit)
+            ids = [*prompt.ids.tolist(), *before]
+            requests.append(Request(index, prompt, response, ids, [*unexpanded, *before], 1, parameters))
+    return requests
+
+
+def _parameters(vlm: VLM, sampling: Sampling, *, seed: int, count: int, limit: int) -> dict[str, Any]:
+    return {
+        "n": count,
+        "max_tokens": limit,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -58,7 +101,7 @@ def question(vlm: VLM, prompt: Prompt, sampling: Sampling, number: int) -> tuple
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
-        "seed": sampling.seed_of(number) * SPREAD % 2**62,
+        "seed": seed % 2**62,
         "logprobs": 0,
         "logit_bias": dict.fromkeys(vlm.banned, BAN),
         "stop_token_ids": vlm.stops,
@@ -67,70 +110,85 @@ def question(vlm: VLM, prompt: Prompt, sampling: Sampling, number: int) -> tuple
     }
 
 
-def check_ids(vlm: VLM, prompt: Prompt, ids: list[int]) -> None:
+def check_ids(vlm: VLM, request: Request, ids: list[int]) -> None:
     """Raises RolloutError where the engine read another prompt than the trainer will."""
-    if ids == prompt.ids.tolist():
+    if ids == request.ids:
         return
-    image = vlm.model.config.image_token_id
-    own, other = int((prompt.ids == image).sum()), ids.count(image)
-    sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in prompt.images) or "none"
+    image, prompt = vlm.model.config.image_token_id, request.prompt
+    own, other = request.ids.count(image), ids.count(image)
+    sizes = ", ".join(f"{item.width}x{item.height}" for item in prompt.images) or "none"
     raise RolloutError(
-        f"{prompt.example.label}: the engine read {len(ids)} prompt tokens, {other} of them for pictures, "
-        f"the trainer {len(prompt.ids)} and {own} (pictures: {sizes}). Its processor must be that of the "
-        "trained checkpoint and must not resize: start servers with `vlm-sapo serve`, which sets "
+        f"{prompt.example.label}: the engine read {len(ids)} prompt tokens, {other} of them for images, the "
+        f"trainer {len(request.ids)} and {own} (images: {sizes}). Its processor must be that of the trained "
+        "checkpoint and must not resize: start servers with `vlm-sapo serve`, which sets "
         "--mm-processor-kwargs '{\"do_resize\": false}'"
     )
 
 
-def complete(
+def to_responses(
     vlm: VLM,
-    prompt: Prompt,
-    answers: list[Answer],
+    request: Request,
+    outputs: list[VllmOutput],
     sampling: Sampling,
     *,
     experts: bool = False,
+    version: int | None = None,
 ) -> list[Response]:
-    """Completions from answers; with `experts` they tell those of their tokens.
+    """Responses from outputs; with `experts` they carry those of their tokens.
 
     Raises Incomplete where there are not as many as were asked for, or one was cut off.
     """
-    label = prompt.example.label
+    prompt, label = request.prompt, request.prompt.example.label
     if sampling.temperature == 0:
-        answers = [answer._replace(logprobs=[0.0] * len(answer.ids)) for answer in answers] * sampling.group
-    if len(answers) != sampling.group:
-        raise Incomplete(f"{label}: the engine gave {len(answers)} responses of {sampling.group}")
-    for ids, logprobs, finish, _ in answers:
+        outputs = [output._replace(logprobs=[0.0] * len(output.ids)) for output in outputs] * request.count
+    if len(outputs) != request.count:
+        raise Incomplete(f"{label}: the engine returned {len(outputs)} responses of {request.count}")
+    for ids, logprobs, finish, _ in outputs:
         if finish not in ("stop", "length") or not ids or len(logprobs) != len(ids):
             raise Incomplete(
-                f"{label}: the engine gave a response of {len(ids)} tokens and {len(logprobs)} log-probs "
+                f"{label}: the engine returned a response of {len(ids)} tokens and {len(logprobs)} log-probs "
                 f"that ended with {finish!r}"
             )
-        if drawn := set(ids) & set(vlm.banned):
+        if banned := set(ids) & set(vlm.banned):
             raise RolloutError(
-                f"{label}: the engine drew {vlm.tokenizer.decode(sorted(drawn))}, which is banned"
+                f"{label}: the engine sampled {vlm.tokenizer.decode(sorted(banned))}, which is banned"
             )
-    texts = vlm.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
-    return [
-        Response(
-            ids=torch.tensor(answer.ids),
-            logprobs=torch.tensor(answer.logprobs, dtype=torch.float32),
+    texts = vlm.tokenizer.batch_decode([output.ids for output in outputs], skip_special_tokens=True)
+    responses = (
+        Response.sampled(
+            (request.so_far or prompt).positions,
+            torch.tensor(output.ids),
+            torch.tensor(output.logprobs, dtype=torch.float32),
             text=prompt.opening + text,
-            finish="stop" if answer.ids[-1] in vlm.stops else "length",
-            experts=_experts(vlm, prompt, answer) if experts else None,
+            finish="stop" if output.ids[-1] in vlm.stops else "length",
+            experts=_experts(vlm, request, output) if experts else None,
+            version=version,
         )
-        for answer, text in zip(answers, texts, strict=True)
-    ]
+        for output, text in zip(outputs, texts, strict=True)
+    )
+    return [continue_response(vlm, prompt, request.so_far, response) for response in responses]
 
 
-def _experts(vlm: VLM, prompt: Prompt, answer: Answer) -> torch.Tensor:
+def by_context(
+    requests: Sequence[Request], responses: Sequence[list[Response]], count: int
+) -> list[list[Response]]:
+    """The responses to requests, for each of `count` contexts."""
+    groups: list[list[Response]] = [[] for _ in range(count)]
+    for request, answered in zip(requests, responses, strict=True):
+        groups[request.context] += answered
+    return groups
+
+
+def _experts(vlm: VLM, request: Request, output: VllmOutput) -> torch.Tensor:
     """[P + R - 1, M, k] of the layers that have experts."""
-    tokens = len(prompt.ids) + len(answer.ids) - 1
-    if answer.experts is None or len(answer.experts) != tokens:
-        told = "no experts" if answer.experts is None else f"the experts of {len(answer.experts)} tokens"
+    tokens = len(request.ids) + len(output.ids) - 1
+    if output.experts is None or len(output.experts) != tokens:
+        count = "no experts" if output.experts is None else f"the experts of {len(output.experts)} tokens"
         raise RolloutError(
-            f"{prompt.example.label}: the engine told {told}, and algo.replay (r3) needs those of {tokens}; "
-            "start servers with `vlm-sapo serve`, which sets --enable-return-routed-experts, or set "
-            "algo.replay=r2"
+            f"{request.prompt.example.label}: the engine returned {count}, and algo.replay (r3) needs "
+            f"those of {tokens}; start servers with `vlm-sapo serve`, which sets "
+            "--enable-return-routed-experts, or "
+            "set algo.replay=r2"
         )
-    kind = np.uint8 if answer.experts.dtype == np.uint8 else np.int16
-    return torch.from_numpy(answer.experts[:, vlm.routers.layers].astype(kind))
+    kind = np.uint8 if output.experts.dtype == np.uint8 else np.int16
+    return torch.from_numpy(output.experts[:, vlm.routers.layers].astype(kind))

@@ -21,14 +21,23 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
-from vlm_sapo.rollout.vllm_requests import Answer, Incomplete, check_ids, complete, question
+from vlm_sapo.rollout.vllm_requests import (
+    PROBLEMS_AT_ONCE,
+    Incomplete,
+    Request,
+    VllmOutput,
+    by_context,
+    check_ids,
+    sampling_requests,
+    to_responses,
+)
 from vlm_sapo.rollout.weight_transfer import Transfer
-from vlm_sapo.types import Prompt, Response, Sampling
+from vlm_sapo.types import Context, Response, Sampling
 
 T = TypeVar("T")
-AT_ONCE = 64
+REQUESTS_AT_ONCE = 64
 """Prompts that a server has at the same time."""
-FRESH = "default"
+CHECKPOINT_WEIGHTS = "default"
 """vLLM's name of the weights of the checkpoint."""
 REST = 5.0
 """Seconds that a server which failed is asked only if there is no other."""
@@ -43,6 +52,10 @@ class VllmServers:
     should be the one at `path`. The main process of `world` brings them, and all draw. `longest` is the most
     tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
     """
+
+    in_background = True
+    shares_weights = False
+    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -59,14 +72,14 @@ class VllmServers:
     ):
         self.world = world
         self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
-        self.patience, self.warn, self.experts = patience, warn, experts
+        self.patience, self.warn, self.records_experts = patience, warn, experts
         self.name = world.on_main(lambda: uuid.uuid4().hex[:8])
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
         self.closed = False
         self.syncing = False
-        self._run(lambda: self._meet(path, longest))
+        self._run(lambda: self._handshake(path, longest))
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine. A server that can't be reached now gets the weights when it comes back."""
@@ -75,20 +88,21 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
-        self.world.on_main(self._bring)
+        self.world.on_main(self._push)
         for server in self.servers:  # each response names its weights, so none is taken on trust
             server.version = version if not self.world.main else server.version
 
-    def _bring(self) -> None:
+    def _push(self) -> None:
         self.syncing = True
         try:
-            self._run(self._send_all)
+            self._run(self._push_all)
         finally:
             self.syncing = False
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        return self._run(lambda: self._draw(prompts, sampling))
+        requests = sampling_requests(self.vlm, contexts, sampling)
+        return by_context(requests, self._run(lambda: self._sample(requests, sampling)), len(contexts))
 
     def close(self) -> None:
         """Breaks off what is being drawn; the servers go on."""
@@ -117,11 +131,11 @@ class VllmServers:
         finally:
             self.running = None
 
-    async def _meet(self, path: str, longest: int) -> None:
+    async def _handshake(self, path: str, longest: int) -> None:
         """Waits for the servers and checks what they serve. One that doesn't answer may come later."""
 
         async def meet(server: Server) -> None:
-            model = await self._try([server], lambda server: server.model(self.client), "at the start")
+            model = await self._retry([server], lambda server: server.model(self.client), "at the start")
             if model["max_model_len"] < longest:
                 raise ValueError(
                     f"{server.url} takes {model['max_model_len']} tokens in all, and a prompt and its "
@@ -137,19 +151,19 @@ class VllmServers:
                 raise error
             self.warn(f"{error}. The run begins without it")
 
-    async def _send_all(self) -> None:
-        found = await asyncio.gather(*map(self._provide, self.servers), return_exceptions=True)
+    async def _push_all(self) -> None:
+        found = await asyncio.gather(*map(self._ensure_weights, self.servers), return_exceptions=True)
         failures = [
             (server, item) for server, item in zip(self.servers, found, strict=True) if item is not None
         ]
         for server, error in failures:
             if not isinstance(error, Unavailable):
                 raise error
-            self._rest(server, error)
+            self._back_off(server, error)
         if len(failures) == len(self.servers):
-            await self._try(self.servers, self._provide, "with new weights")
+            await self._retry(self.servers, self._ensure_weights, "with new weights")
 
-    async def _provide(self, server: Server) -> None:
+    async def _ensure_weights(self, server: Server) -> None:
         """Sees to it that a server has the present weights."""
         async with self.locks[server.url]:
             if self.transfer is None or server.version == self.version:
@@ -164,24 +178,23 @@ class VllmServers:
             await server.name(self.client, self.version)
             server.version = self.version
 
-    async def _draw(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
-        places = asyncio.Semaphore(AT_ONCE * len(self.servers))
+    async def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        at_once = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers))
 
-        async def one(number: int, prompt: Prompt) -> list[Response]:
-            ids, asked = question(self.vlm, prompt, sampling, number)
-
+        async def sample(request: Request) -> list[Response]:
             async def ask(server: Server) -> list[Response]:
-                await self._provide(server)
-                answer = await server.generate(self.client, ids, prompt, asked)
-                return self._read(server, prompt, answer, sampling)
+                await self._ensure_weights(server)
+                answer = await server.generate(
+                    self.client, request.unexpanded, request.prompt, request.parameters
+                )
+                return self._read(server, request, answer, sampling)
 
-            async with places:
-                order = [
-                    self.servers[(number + step) % len(self.servers)] for step in range(len(self.servers))
-                ]
-                return await self._try(order, ask, f"for {prompt.example.label}")
+            async with at_once:
+                first = request.context % len(self.servers)
+                order = [*self.servers[first:], *self.servers[:first]]
+                return await self._retry(order, ask, f"for {request.prompt.example.label}")
 
-        tasks = [asyncio.create_task(one(*item)) for item in enumerate(prompts)]
+        tasks = [asyncio.create_task(sample(request)) for request in requests]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -189,12 +202,12 @@ class VllmServers:
                 task.cancel()
 
     def _read(
-        self, server: Server, prompt: Prompt, answer: dict[str, Any], sampling: Sampling
+        self, server: Server, request: Request, answer: dict[str, Any], sampling: Sampling
     ) -> list[Response]:
-        wanted = FRESH if self.transfer is None else self.version
+        expected = CHECKPOINT_WEIGHTS if self.transfer is None else self.version
         spans = (choice.get("weight_versions") or [{}] for choice in answer["choices"])
         names = {str(span.get("version")) for span in itertools.chain.from_iterable(spans)}
-        if names - {wanted}:
+        if names - {expected}:
             if self.transfer is None:
                 raise RolloutError(
                     f"{server.url} has the weights {', '.join(sorted(names))}, which a training run gave "
@@ -203,12 +216,12 @@ class VllmServers:
             if server.version == self.version:
                 server.version = None
             raise Unavailable(
-                f"it drew with the weights {', '.join(sorted(names))} and not with {wanted}: it was "
-                "started anew, or another run gives it weights"
+                f"it sampled with the weights {', '.join(sorted(names))} and not with {expected}: it was "
+                "restarted, or another run gives it weights"
             )
-        check_ids(self.vlm, prompt, answer["prompt_token_ids"])
-        answers = [
-            Answer(
+        check_ids(self.vlm, request, answer["prompt_token_ids"])
+        outputs = [
+            VllmOutput(
                 choice["token_ids"],
                 [item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
                 choice["finish_reason"],
@@ -217,11 +230,13 @@ class VllmServers:
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
         try:
-            return complete(self.vlm, prompt, answers, sampling, experts=self.experts)
+            return to_responses(
+                self.vlm, request, outputs, sampling, experts=self.records_experts, version=self.staged
+            )
         except Incomplete as error:
             raise Unavailable(str(error)) from error
 
-    async def _try(self, servers: Sequence[Server], act: Callable[[Server], Awaitable[T]], about: str) -> T:
+    async def _retry(self, servers: Sequence[Server], act: Callable[[Server], Awaitable[T]], about: str) -> T:
         """The first success on any of the servers. Raises RolloutError when patience has run out."""
         given_up: float | None = None
         for attempt in itertools.count():
@@ -229,7 +244,7 @@ class VllmServers:
             try:
                 return await act(server)
             except Unavailable as error:
-                self._rest(server, error)
+                self._back_off(server, error)
                 given_up = given_up or time.monotonic() + self.patience
                 if time.monotonic() >= given_up and attempt + 1 >= len(servers):
                     names = ", ".join(server.url for server in servers)
@@ -246,7 +261,7 @@ class VllmServers:
         now = time.monotonic()
         return next((server for server in turn if server.rests_until <= now), turn[0])
 
-    def _rest(self, server: Server, error: Unavailable) -> None:
+    def _back_off(self, server: Server, error: Unavailable) -> None:
         if server.rests_until <= time.monotonic():
             self.warn(f"{server.url}: {error}; trying again for up to {self.patience:g} s")
         server.rests_until = time.monotonic() + REST

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.models.packing import GroupSlice
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.training.build import build_parity, build_training
-from vlm_sapo.training.checks import Comparison, Difference, Pairs, Parity
+from vlm_sapo.training.checks import Comparison, Difference, Parity
 from vlm_sapo.training.launch import join
 from vlm_sapo.types import Prompt
 
@@ -33,11 +34,10 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="check_") as folder:
         config = in_folder(config, folder)
-        training = build_training(config, RunFolder(Path(folder)), join(config, console))
-        core = training.core
-        with closing(core):
-            parity = build_parity(config, core)
-            prompts = core.stream.take(rows)
+        run, _ = build_training(config, RunFolder(Path(folder)), join(config, console))
+        with closing(run):
+            parity = build_parity(config, run)
+            prompts = run.stream.take(rows)
             findings = list(examine(parity, prompts, samples, config.rollout.max_tokens))
     marks = {True: "ok", False: "FAILS", None: ""}
     console.table(["check", "", "found"], [[item.what, marks[item.fine], item.found] for item in findings])
@@ -64,47 +64,47 @@ def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens:
     try:
         engine.sync(vlm)
         sampling = replace(parity.sampling, group=samples, max_tokens=max_tokens)
-        engine.generate(list(prompts), sampling)  # the first time takes longer than all others
+        engine.generate(as_contexts(prompts), sampling)  # the first time takes longer than all others
         started = time.perf_counter()
-        drawn = engine.generate(list(prompts), sampling)
+        groups = engine.generate(as_contexts(prompts), sampling)
     except RolloutError as error:
         yield Finding("responses drawn", str(error), False)
         return
     seconds = time.perf_counter() - started
-    pairs: Pairs = list(zip(prompts, drawn, strict=True))
+    slices = [GroupSlice(prompt, tuple(items)) for prompt, items in zip(prompts, groups, strict=True)]
     image = vlm.model.config.image_token_id
     tokens = sum(int((prompt.ids == image).sum()) for prompt in prompts)
     pictures = sum(len(prompt.images) for prompt in prompts)
     yield Finding("prompt ids equal", f"{sum(len(prompt.ids) for prompt in prompts)} tokens", True)
     yield Finding("picture grids equal", f"{pictures} pictures, {tokens} image tokens", True)
-    compared = list(compare(parity, pairs))
+    compared = list(compare(parity, slices))
     yield from compared
-    yield from look_at_bans(parity, pairs)
+    yield from check_bans(parity, slices)
     if all(finding.fine for finding in compared):  # else changed weights would differ as well
-        yield from look_at_sync(parity, prompts)
-    count = sum(len(item.ids) for items in drawn for item in items)
+        yield from check_sync(parity, prompts)
+    count = sum(len(item.ids) for items in groups for item in items)
     yield Finding("speed", f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second")
 
 
-def compare(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
+def compare(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
     """Log-prob differences over all rows, and over those with and without pictures where there are both."""
     parts = {
-        "log-probs": pairs,
-        "log-probs, rows with pictures": [pair for pair in pairs if pair[0].images],
-        "log-probs, rows without": [pair for pair in pairs if not pair[0].images],
+        "log-probs": groups,
+        "log-probs, rows with pictures": [group for group in groups if group.prompt.images],
+        "log-probs, rows without": [group for group in groups if not group.prompt.images],
     }
     mixed = all(parts.values())
     for name, part in parts.items():
         if name == "log-probs" or mixed:
-            comparison = Comparison(parity.policy, part, budget=parity.budget, world=parity.world)
+            comparison = Comparison(parity.policy, part)
             trainer = comparison.trainer()
             found = comparison.against(trainer)
-            off = parity.off(comparison, trainer) if name == "log-probs" else []
+            off = parity.servers_out_of_tolerance(comparison, trainer) if name == "log-probs" else []
             fine = found.mean <= parity.tolerance and not off
             yield Finding(name, describe(found), fine)
             yield from (Finding("likely cause", line, False) for line in off)
             if name == "log-probs" and not fine:
-                causes = parity.explain(comparison, found, [prompt.example for prompt, _ in pairs[:2]])
+                causes = parity.explain(comparison, found, [group.prompt.example for group in groups[:2]])
                 yield from (Finding("likely cause", cause, False) for cause in causes)
 
 
@@ -116,25 +116,26 @@ def describe(found: Difference) -> str:
     )
 
 
-def look_at_bans(parity: Parity, pairs: Pairs) -> Iterator[Finding]:
+def check_bans(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
     """Whether the engine leaves banned tokens out of its distribution."""
     vlm = parity.policy.vlm
-    drawn = sum(int(item.ids.eq(token).sum()) for _, items in pairs for item in items for token in vlm.banned)
-    comparison = Comparison(parity.policy, pairs, budget=parity.budget, world=parity.world)
+    responses = [response for group in groups for response in group.responses]
+    sampled = sum(int(item.ids.eq(token).sum()) for item in responses for token in vlm.banned)
+    comparison = Comparison(parity.policy, groups)
     banned, unbanned = comparison.trainer(), comparison.without_bans()
     mass = float((1 - (unbanned - banned).exp()).clamp(min=0).mean())
     leaks = comparison.against(unbanned).mean < comparison.against(banned).mean and mass > parity.tolerance
     yield Finding(
         "banned tokens",
-        f"{drawn} drawn; without the ban they would have {mass:.1e} of the probability",
-        not drawn and not leaks,
+        f"{sampled} drawn; without the ban they would have {mass:.1e} of the probability",
+        not sampled and not leaks,
     )
 
 
-def look_at_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
+def check_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
     """Whether changed weights reach the engine, and how long that takes."""
     examples = [prompt.example for prompt in prompts[: parity.groups]]
-    found = parity.follow(examples)
+    found = parity.check_weight_update(examples)
     yield Finding(
         "changed weights arrive",
         f"mean {found.changed.mean:.1e} from the changed trainer, {found.unchanged.mean:.1e} from the "
@@ -142,7 +143,7 @@ def look_at_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]
         found.arrived,
     )
     if not found.arrived:
-        yield Finding("likely cause", parity.missing(examples, found.unchanged), False)
+        yield Finding("likely cause", parity.unsynced(examples, found.unchanged), False)
     started = time.perf_counter()
     parity.engine.sync(parity.policy.vlm)
     yield Finding("weight sync", f"{time.perf_counter() - started:.2f} s")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vlm_sapo.types import Example, Prompt, Response, RowError, Sampling
+from vlm_sapo.types import Context, Example, Prompt, Response, RowError, Sampling
 
 if TYPE_CHECKING:
     from vlm_sapo.models.vlm import VLM
@@ -31,7 +31,7 @@ from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.rollout.build import open_model, problems_at_once
+from vlm_sapo.rollout.build import open_model
 from vlm_sapo.rollout.engine import RolloutEngine
 
 SHOWN = 5
@@ -255,7 +255,7 @@ def _open_source(
     if settings.responses:
         recorded = Recorded(Path(settings.responses))
         return Source(recorded, lambda max_tokens: recorded.encode, recorded.samples, batch)
-    longest = None if engine.type == "hf" else responses + PROMPT
+    longest = None if engine.shares_weights else responses + PROMPT
     vlm, drawing = open_model(
         engine,
         str(locate(settings.model)),
@@ -268,7 +268,7 @@ def _open_source(
     def encode_for(max_tokens: int) -> Encoder:
         return _encoder(vlm, settings, max_tokens, min(longest or vlm.context, vlm.context))
 
-    return Source(drawing, encode_for, settings.samples, problems_at_once(engine, batch))
+    return Source(drawing, encode_for, settings.samples, max(drawing.problems_at_once, batch))
 
 
 def _encoder(vlm: VLM, settings: Settings, max_tokens: int, context: int) -> Encoder:
@@ -317,6 +317,10 @@ class Recorded:
     It stands in for the encoder too: a prompt is the example alone. Its completions have no tokens.
     """
 
+    in_background = False
+    shares_weights = True
+    problems_at_once = 1
+
     def __init__(self, path: Path):
         self.path = path
         if not path.is_file():
@@ -351,16 +355,26 @@ class Recorded:
     def close(self) -> None:
         """Nothing is held."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Response]]:
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """The first `sampling.group` responses that were recorded for each."""
-        nothing = torch.zeros(0)
         return [
-            [
-                Response(nothing.long(), nothing, text, "stop")
-                for text in self.responses[prompt.example.id][: sampling.group]
-            ]
-            for prompt in prompts
+            [_recorded(text) for text in self.responses[item.prompt.example.id][: sampling.group]]
+            for item in contexts
         ]
+
+
+def _recorded(text: str) -> Response:
+    """A response of which nothing but the text is known."""
+    nothing = torch.zeros(0)
+    return Response(
+        ids=nothing.long(),
+        mask=nothing.bool(),
+        logprobs=nothing,
+        positions=nothing.long().expand(3, 0),
+        spans=(),
+        text=text,
+        finish="stop",
+    )
 
 
 def _read_line(path: Path, number: int, line: str) -> tuple[str, list[str]]:

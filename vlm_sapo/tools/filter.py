@@ -20,7 +20,7 @@ from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.build import open_model, problems_at_once
+from vlm_sapo.rollout.build import open_model
 from vlm_sapo.training.build import build_encoder, build_reward
 from vlm_sapo.types import Sampling
 
@@ -57,7 +57,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
                     sampling,
                     measure,
                     samples=file,
-                    batch=problems_at_once(rollout.engine, rollout.prompts_per_batch),
+                    batch=max(engine.problems_at_once, rollout.prompts_per_batch),
                     skip=config.data.on_error == "skip",
                     progress=lambda done: show(done, "rows sampled"),
                 )

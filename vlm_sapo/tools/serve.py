@@ -16,8 +16,7 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
-from vlm_sapo.rollout.build import engine_dtype
-from vlm_sapo.rollout.vllm import PICTURES
+from vlm_sapo.rollout.vllm import MAX_IMAGES
 from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
 from vlm_sapo.training.build import default_dtype, longest_row
 
@@ -57,9 +56,9 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> l
     options = {
         "host": host,
         "port": port,
-        "dtype": engine_dtype(engine, default_dtype(config)),
+        "dtype": engine.weights_dtype(default_dtype(config)),
         "max-model-len": longest_row(config, benchmarks, load_outline(path)),
-        "limit-mm-per-prompt": {"image": PICTURES, "video": 0},
+        "limit-mm-per-prompt": {"image": MAX_IMAGES, "video": 0},
         **ENGINE_ARGUMENTS,
     }
     if engine.type == "vllm_server" and engine.weights == "nccl":

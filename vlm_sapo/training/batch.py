@@ -1,191 +1,253 @@
-"""Scored groups to mini-batches (one optimizer update each) and micro-batches (one pass through the model
-each)."""
+"""A step's groups to one batch, to mini-batches (one optimizer update each) and to micro-batches (one pass
+through the model each).
+
+[N] responses, [T] tokens of the longest.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.distributed import World
-from vlm_sapo.models.experts import ExpertRoutes, Usage
+from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.packing import GroupSlice, Layout
-from vlm_sapo.types import Group, Prompt, Response
+from vlm_sapo.types import Group
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
     """N responses that go through the model at once."""
 
     groups: list[GroupSlice]
     """Prompts with the responses that are here, N in all."""
-    advantages: torch.Tensor
-    """[N, 1] float32."""
+    rows: torch.Tensor
+    """[N] int64, the row of each response in its mini-batch."""
     mask: torch.Tensor
-    """[N, T] bool, on response tokens."""
+    """[N, T] bool, on the tokens that count."""
+    advantages: torch.Tensor
+    """[N, T] float32."""
     sampled: torch.Tensor
     """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     old: torch.Tensor | None = None
-    """[N, T] float32, log-probs before the update. None on policy: the pass's own are the old ones."""
+    """[N, T] float32, log-probs before the update. None where the pass that updates gives its own."""
     reference: torch.Tensor | None = None
     """[N, T] float32, log-probs of the reference model, where there is one."""
+    prepared: torch.Tensor | None = None
+    """[N, T], what the objective prepared for the mini-batch, where it does."""
     routes: ExpertRoutes | None = None
     """The experts before the update, or the engine's, where they are known."""
-    usage: Usage | None = None
-    """How the last pass used the experts of a mixture."""
 
-    def within(self, budget: int, layout: Layout) -> list[MicroBatch]:
-        """The same responses in parts of at most so many tokens, or of one response."""
-        count = len(self.mask)
-        if layout.size(self.groups) <= budget or count == 1:
-            return [self]
-        return [
-            part
-            for half in (self._rows(0, count // 2), self._rows(count // 2, count))
-            for part in half.within(budget, layout)
-        ]
-
-    def _rows(self, start: int, end: int) -> MicroBatch:
-        rows = [(prompt, response) for prompt, responses in self.groups for response in responses][start:end]
-        groups: list[GroupSlice] = []
-        for prompt, response in rows:
-            if not groups or groups[-1][0] is not prompt:
-                groups.append((prompt, []))
-            groups[-1][1].append(response)
-        width = max(len(response) for _, response in rows)
-        chosen = {
-            name: value[start:end, : 1 if name == "advantages" else width]
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        if self.old is self.sampled:
-            chosen["old"] = chosen["sampled"]
-        routes = None if self.routes is None else self.routes[start:end]
-        return MicroBatch(groups=groups, routes=routes, **chosen)
-
-    def tensors(self) -> dict[str, Any]:
-        """What the step's metrics are computed from, beside the new log-probs."""
-        return {
-            "responses": [response for _, responses in self.groups for response in responses],
-            "old": self.old,
-            "reference": self.reference,
-            "advantages": self.advantages,
-            "mask": self.mask,
-            "sampled": None if self.old is self.sampled else self.sampled,
-            "usage": self.usage,
-        }
+    def to(self, device: torch.device) -> MicroBatch:
+        names = ("mask", "advantages", "sampled", "old", "reference", "prepared")
+        tensors = {name: vars(self)[name] for name in names}
+        return replace(self, **{name: item.to(device) for name, item in tensors.items() if item is not None})
 
 
-@dataclass
-class MiniBatch:
-    """This process's micro-batches of one optimizer update, and the denominators of all processes' loss."""
+@dataclass(frozen=True)
+class Batch:
+    """This process's responses of a step, or of a mini-batch of it. A later stage returns a new one."""
 
-    micros: list[MicroBatch]
+    groups: tuple[Group, ...]
+    mask: torch.Tensor
+    """[N, T] bool, true on the tokens that count: sampled by the policy, in a response that isn't left out."""
+    sampled: torch.Tensor
+    """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     num_sequences: int
+    """Responses that count, of all processes: with `num_tokens` the denominators of the loss."""
     num_tokens: int
-    index: int = 0
+    rewards: torch.Tensor | None = None
+    """[N] float64; None for demonstrations."""
+    on_policy: torch.Tensor | None = None
+    """[N] bool, set with `old`: the pass that updates gives these rows' old log-probs itself, since it runs
+    on the weights that sampled them."""
+    old: torch.Tensor | None = None
+    """[N, T] float32, log-probs before the update; the engine's where `on_policy`."""
+    reference: torch.Tensor | None = None
+    """[N, T] float32, log-probs of the reference model, where there is one."""
+    advantages: torch.Tensor | None = None
+    """[N, T] float64; may hold anything where the mask is off."""
+    routes: ExpertRoutes | None = None
+    """The experts before the update, where `score` recorded or an engine reported them."""
+    prepared: torch.Tensor | None = None
+    """[N, T], what the objective prepared for the whole mini-batch, where it does."""
+    keep_zero_advantages: bool = False
+    """Whether groups without an advantage go through the model as well, as a KL term needs."""
+    rewards_decide: bool = True
+    """Whether a group whose rewards are all equal will have no advantage."""
+    counts: tuple[tuple[int, int], ...] = ()
+    """Responses and tokens that count in each mini-batch, of all processes."""
 
-    @property
-    def denominators(self) -> dict[str, int]:
-        return {"num_sequences": self.num_sequences, "num_tokens": self.num_tokens}
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Responses of each group."""
+        return [len(group.responses) for group in self.groups]
+
+    @cached_property
+    def trained(self) -> list[bool]:
+        """Which groups go through the model: those with a token that counts and, once there are advantages,
+        with one that isn't zero."""
+        rows = self.mask.any(1)
+        parts = rows.split(self.sizes)
+        if self.advantages is not None and not self.keep_zero_advantages:
+            parts = (self.mask & (self.advantages != 0)).any(1).split(self.sizes)
+        elif self.rewards_decide and not self.keep_zero_advantages:
+            parts = [part & (not group.zero_variance) for part, group in zip(parts, self.groups, strict=True)]
+        return [bool(part.any()) for part in parts]
+
+    def replace(self, **fields: object) -> Batch:
+        """The same with fields that a stage computed."""
+        return replace(self, **fields)
+
+    def mean_advantages(self) -> list[list[float]]:
+        """By group, the advantage of each response; where it differs by token, the mean."""
+        means = []
+        for values, mask in zip(self.advantages, self.mask, strict=True):
+            own = values[mask] if mask.any() else values[:1]
+            means.append(float(own[0]) if bool((own == own[0]).all()) else float(own.mean()))
+        return [part.tolist() for part in torch.tensor(means, dtype=torch.float64).split(self.sizes)]
+
+    def split(self) -> list[Batch]:
+        """The mini-batches, of equally many groups, in order; each with the denominators of its update."""
+        size = len(self.groups) // len(self.counts)
+        starts = [sum(self.sizes[: index * size]) for index in range(len(self.counts) + 1)]
+        parts = []
+        for index, counts in enumerate(self.counts):
+            part = self._rows(slice(starts[index], starts[index + 1]))
+            groups = self.groups[index * size : (index + 1) * size]
+            sequences, tokens = (max(count, 1) for count in counts)
+            parts.append(
+                replace(part, groups=groups, num_sequences=sequences, num_tokens=tokens, counts=(counts,))
+            )
+        return parts
+
+    def _rows(self, rows: slice) -> Batch:
+        tensors = {name: item[rows] for name, item in vars(self).items() if isinstance(item, torch.Tensor)}
+        return replace(self, **tensors, routes=None if self.routes is None else self.routes[rows])
+
+    def fit(self, budget: int, layout: Layout) -> list[MicroBatch]:
+        """Micro-batches of at most `budget` tokens, of the groups that are trained."""
+        starts = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        slices, indices = [], []
+        for start, group, trained in zip(starts, self.groups, self.trained, strict=False):
+            rows = [row for row in range(len(group.responses)) if trained and self.mask[start + row].any()]
+            if rows:
+                slices.append(GroupSlice(group.prompt, tuple(group.responses[row] for row in rows)))
+                indices.append([start + row for row in rows])
+        micros = []
+        for parts in layout.pack([item.sizes for item in slices], budget):
+            groups = [
+                GroupSlice(slices[group].prompt, tuple(slices[group].responses[row] for row in rows))
+                for group, rows in parts
+            ]
+            micros.append(self._micro(groups, [indices[group][row] for group, rows in parts for row in rows]))
+        return micros
+
+    def _micro(self, groups: list[GroupSlice], rows: list[int]) -> MicroBatch:
+        index = torch.tensor(rows)
+        width = max(len(response.ids) for group in groups for response in group.responses)
+
+        def cut(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[index][:, :width]
+
+        own = self.on_policy is None or bool(self.on_policy[index].all())
+        advantages = torch.zeros_like(self.sampled)
+        if self.advantages is not None:
+            advantages = torch.where(self.mask, self.advantages, 0.0).float()
+        return MicroBatch(
+            groups=groups,
+            rows=index,
+            mask=cut(self.mask),
+            advantages=cut(advantages),
+            sampled=cut(self.sampled),
+            old=None if own else cut(self.old),
+            reference=cut(self.reference),
+            prepared=cut(self.prepared),
+            routes=self._routes(groups, index, on_policy=own),
+        )
+
+    def _routes(
+        self, groups: list[GroupSlice], index: torch.Tensor, *, on_policy: bool
+    ) -> ExpertRoutes | None:
+        """The engine's, where it reported them, else those of the pass that gave the old log-probs."""
+        reported = [
+            (group.prompt, response.experts)
+            for group in groups
+            for response in group.responses
+            if response.experts is not None
+        ]
+        if reported:
+            return ExpertRoutes.reported(reported)
+        return None if self.routes is None or on_policy else self.routes[index]
+
+    def idle(self) -> MicroBatch:
+        """A micro-batch that adds nothing to loss and gradient, for processes that must run equally many."""
+        shortest = min(self.groups, key=lambda group: len(group.prompt.ids))
+        first = shortest.responses[0]
+        response = replace(
+            first,
+            ids=first.ids[:1],
+            mask=first.mask[:1],
+            logprobs=first.logprobs[:1],
+            positions=first.positions[:, :1],
+            experts=None,
+        )
+        nothing = torch.zeros(1, 1)
+        return MicroBatch(
+            groups=[GroupSlice(shortest.prompt, (response,))],
+            rows=torch.tensor([-1]),
+            mask=nothing.bool(),
+            advantages=nothing,
+            sampled=nothing,
+            reference=None if self.reference is None else nothing,
+            prepared=None if self.prepared is None else nothing.to(self.prepared.dtype),
+        )
 
 
-def minibatches(
-    groups: list[Group],
-    advantages: list[torch.Tensor],
+def collate(
+    groups: Sequence[Group],
     *,
-    count: int,
-    layout: Layout,
-    budget: int,
+    minibatches: int,
     mask_truncated: bool = False,
-    keep_flat: bool = False,
+    keep_zero_advantages: bool = False,
+    rewards_decide: bool = True,
     world: World | None = None,
-) -> list[MiniBatch]:
-    """Splits groups (with their [G] advantages) into `count` mini-batches of whole groups.
+) -> Batch:
+    """One batch of all groups, in the order of their mini-batches.
 
-    Groups without variance stay in the denominators and reach the model only with `keep_flat`, which a KL
-    term needs. With `mask_truncated`, responses that hit the length limit leave both the loss and the
-    denominators. `budget` is in tokens of a micro-batch, which `layout` fills. Every process of `world` has
-    equally many micro-batches of a mini-batch; where groups are wanting, ones that add nothing.
+    With `mask_truncated`, responses that hit the length limit leave both the loss and the denominators, which
+    are counted over all processes of `world`.
     """
-    size = len(groups) // count
-    batches = []
-    for index in range(count):
-        chosen = slice(index * size, (index + 1) * size)
-        rows = [
-            _Rows(group, values.tolist(), mask_truncated)
-            for group, values in zip(groups[chosen], advantages[chosen], strict=True)
-        ]
-        counted = [completion for row in rows for completion in row.responses]
-        trained = [row for row in rows if row.responses and (keep_flat or any(row.weights))]
-        batches.append(
-            MiniBatch(
-                micros=_microbatches(trained, layout, budget),
-                num_sequences=len(counted),
-                num_tokens=sum(len(completion.ids) for completion in counted),
-                index=index,
-            )
-        )
-    _align(batches, groups, world or World())
-    return batches
+    world = world or World()
+    responses = [response for group in groups for response in group.responses]
+    left_out = [mask_truncated and response.finish == "length" for response in responses]
+    masks = [response.mask & (not out) for response, out in zip(responses, left_out, strict=True)]
+    mask = pad_sequence(masks, batch_first=True)
+    parts = mask.split(_responses_by_minibatch(groups, minibatches))
+    counts = [(int(part.any(1).sum()), int(part.sum())) for part in parts]
+    by_minibatch = zip(*world.all_gather(counts), strict=True)
+    totals = tuple((sum(item[0] for item in ours), sum(item[1] for item in ours)) for ours in by_minibatch)
+    rewards = [reward.total for group in groups for reward in group.rewards]
+    return Batch(
+        groups=tuple(groups),
+        mask=mask,
+        sampled=pad_sequence([response.logprobs for response in responses], batch_first=True),
+        num_sequences=max(sum(sequences for sequences, _ in totals), 1),
+        num_tokens=max(sum(tokens for _, tokens in totals), 1),
+        rewards=torch.tensor(rewards, dtype=torch.float64) if rewards else None,
+        keep_zero_advantages=keep_zero_advantages,
+        rewards_decide=rewards_decide,
+        counts=totals,
+    )
 
 
-def _align(batches: list[MiniBatch], groups: list[Group], world: World) -> None:
-    """Makes denominators those of all processes, and the micro-batches equally many."""
-    told = world.all_gather([(len(item.micros), item.num_sequences, item.num_tokens) for item in batches])
-    shortest = min(groups, key=lambda group: len(group.prompt.ids))
-    for batch, counts in zip(batches, zip(*told, strict=True), strict=True):
-        most, sequences, tokens = zip(*counts, strict=True)
-        batch.num_sequences, batch.num_tokens = max(sum(sequences), 1), max(sum(tokens), 1)
-        batch.micros += [_idle(shortest) for _ in range(max(most) - len(batch.micros))]
-
-
-def _idle(group: Group) -> MicroBatch:
-    """A micro-batch that adds nothing to loss and gradient."""
-    nothing = torch.zeros(1, 1)
-    first = group.responses[0].ids[:1]
-    return MicroBatch([(group.prompt, [first])], nothing, nothing.bool(), nothing)
-
-
-class _Rows:
-    """A group's responses that count, with their advantages."""
-
-    def __init__(self, group: Group, advantages: list[float], mask_truncated: bool):
-        kept = [
-            (completion, value)
-            for completion, value in zip(group.responses, advantages, strict=True)
-            if not (mask_truncated and completion.finish == "length")
-        ]
-        self.prompt: Prompt = group.prompt
-        self.responses: list[Response] = [completion for completion, _ in kept]
-        self.weights = [value for _, value in kept]
-
-
-def _microbatches(rows: list[_Rows], layout: Layout, budget: int) -> list[MicroBatch]:
-    sizes = [(len(row.prompt.ids), [len(item.ids) for item in row.responses]) for row in rows]
-    micros = []
-    for parts in layout.pack(sizes, budget):
-        chosen = [(rows[group], place) for group, places in parts for place in places]
-        completions = [row.responses[place] for row, place in chosen]
-        lengths = torch.tensor([[len(completion.ids)] for completion in completions])
-        micros.append(
-            MicroBatch(
-                groups=[
-                    (rows[group].prompt, [rows[group].responses[place].ids for place in places])
-                    for group, places in parts
-                ],
-                advantages=torch.tensor([[row.weights[place]] for row, place in chosen]),
-                mask=torch.arange(int(lengths.max())) < lengths,
-                sampled=pad_sequence([item.logprobs for item in completions], batch_first=True),
-                routes=_reported([(row.prompt, row.responses[place]) for row, place in chosen]),
-            )
-        )
-    return micros
-
-
-def _reported(rows: list[tuple[Prompt, Response]]) -> ExpertRoutes | None:
-    """The experts of the responses, where the engine told them."""
-    known = [(prompt, item.experts) for prompt, item in rows if item.experts is not None]
-    return ExpertRoutes.reported(known) if known else None
+def _responses_by_minibatch(groups: Sequence[Group], minibatches: int) -> list[int]:
+    size = len(groups) // minibatches
+    return [
+        sum(len(group.responses) for group in groups[index * size : (index + 1) * size])
+        for index in range(minibatches)
+    ]

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
 from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
-from vlm_sapo.evaluation.evaluate import evaluate
-from vlm_sapo.evaluation.periodic import HELD_OUT, Evaluator
+from vlm_sapo.evaluation.periodic import HELD_OUT, EvaluationSet, Evaluator
 from vlm_sapo.evaluation.results import Measure
-from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
@@ -30,28 +25,40 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.reporting.step_report import Reporter
+from vlm_sapo.reporting.step_report import StepReport
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.rollout.build import build_engine, engine_dtype, problems_at_once
-from vlm_sapo.rollout.sampler import PrefetchedSampler, Sampler
-from vlm_sapo.training.batch import minibatches
+from vlm_sapo.rollout.build import EngineNeeds, build_engine
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
 from vlm_sapo.training.checkpoint import Progress, restore
-from vlm_sapo.training.checks import Parity, allowed
-from vlm_sapo.training.guard import Guard
-from vlm_sapo.training.interruption import Interruption
+from vlm_sapo.training.checks import Parity, SelfCheck, allowed_difference
+from vlm_sapo.training.folder import build_alarms, build_checkpoints, open_logs
 from vlm_sapo.training.launch import Processes, build_parallelism
-from vlm_sapo.training.loss import build_loss
-from vlm_sapo.training.memory import Memory
-from vlm_sapo.training.policy import ADAPTER, Policy
-from vlm_sapo.training.resume import build_alarms, build_checkpoints, go_on
-from vlm_sapo.training.run import Core, Training
-from vlm_sapo.training.selfcheck import SelfCheck
+from vlm_sapo.training.loss import PolicyLoss, build_advantage, build_loss
+from vlm_sapo.training.optimizer import OptimizerSettings
+from vlm_sapo.training.policy import ADAPTER, MemoryBudget, Policy, PolicySettings, UpdateGuard
+from vlm_sapo.training.run import Interruption, Run, TrainingRun
 from vlm_sapo.types import Sampling
 
 EVAL_SEED = 1_000_003
+Config = cfg.TrainConfig | cfg.SftConfig
 
 
-def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Processes) -> Training:
+@dataclass(frozen=True)
+class Purpose:
+    """In what a run of `train` differs from one of `sft`."""
+
+    prompts_per_step: int
+    minibatches: int
+    sampling: Sampling
+    algo: cfg.AlgoConfig
+    reuse_sampled: bool = False
+    score_all: bool = False
+
+
+def build_training(
+    config: cfg.TrainConfig, folder: RunFolder, processes: Processes
+) -> tuple[TrainingRun, PolicyLoss]:
     """Everything that `train` needs, resumed where the run's folder holds a checkpoint."""
     train, rollout, algo = config.train, config.rollout, config.algo
     console, world = processes.console, processes.world
@@ -59,127 +66,91 @@ def build_training(config: cfg.TrainConfig, folder: RunFolder, processes: Proces
         console.warn(
             "train.minibatches is 1: every ratio is 1 and every objective the plain policy gradient; use 4"
         )
+    loss, advantage = build_loss(algo, max_tokens=rollout.max_tokens), build_advantage(algo.advantage)
     own_old = algo.correction is not None or algo.replay == "r2"
-    core = _build_core(
-        config,
-        folder,
-        processes,
-        minibatch=train.prompts_per_step // train.minibatches,
+    purpose = Purpose(
+        prompts_per_step=train.prompts_per_step,
+        minibatches=train.minibatches,
+        sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
         algo=algo,
         reuse_sampled=train.old_logprobs != "recompute" and not own_old,
-        sampling=Sampling(rollout.group, rollout.max_tokens, rollout.temperature, config.run.seed),
-        prompts_per_step=train.prompts_per_step,
+        score_all=not advantage.rewards_decide,
     )
-    split = partial(
-        minibatches,
-        count=train.minibatches,
-        mask_truncated=algo.mask_truncated,
-        keep_flat=algo.kl > 0,
-        world=world,
+    run = _build_run(config, folder, processes, purpose)
+    self_check = SelfCheck(
+        run.policy,
+        console,
+        choose=train.old_logprobs == "auto" and not own_old and not run.progress.step,
+        uncorrected=bool(rollout.ahead) and algo.correction is None,
     )
-    choose = train.old_logprobs == "auto" and not own_old and not core.progress.step
-    uncorrected = bool(rollout.ahead) and algo.correction is None
-    checks = [
-        SelfCheck(
-            core.policy,
-            console,
-            choose=choose,
-            world=world,
-            uncorrected=uncorrected,
-        )
-    ]
-    if rollout.engine.type != "hf":
-        checks.append(build_parity(config, core))
-    return Training(
-        core=core,
-        checks=checks,
-        advantage=ADVANTAGES[algo.advantage],
-        loss=build_loss(
-            algo.objective.model_dump(),
-            ratio=algo.ratio,
-            reduction=algo.reduction,
-            kl=algo.kl,
-            max_tokens=rollout.max_tokens,
-            correction=algo.correction.model_dump() if algo.correction else None,
-            balance=algo.balance,
-        ),
-        split=split,
-        report=Reporter(
-            core,
-            minibatches=train.minibatches,
-            rollouts=config.log.rollouts,
-            alarms=build_alarms(config, core),
-            parts=[(part.name, part.args) for part in config.reward.parts],
-        ),
-    )
-
-
-def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) -> Core:
-    """Everything that `sft` needs."""
-    rows = config.train.rows_per_step
-    sampling = Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed)
-    return _build_core(
-        config,
+    shares_weights = run.rollouts.engine.shares_weights
+    report = StepReport(
         folder,
-        processes,
-        minibatch=rows,
-        sampling=sampling,
-        prompts_per_step=rows,
+        build_alarms(config, folder, console, run.interruption),
+        world,
+        tokenizer=run.policy.vlm.tokenizer,
+        loss=loss,
+        rollouts=config.log.rollouts,
+        parts=[(part.name, part.args) for part in config.reward.parts],
+    )
+    training_run = TrainingRun(
+        **{item.name: vars(run)[item.name] for item in fields(run)},
+        minibatches=train.minibatches,
+        mask_truncated=algo.mask_truncated,
+        keep_zero_advantages=algo.kl > 0,
+        checks=[self_check] if shares_weights else [self_check, build_parity(config, run)],
+        advantage=advantage,
+        report=report,
+    )
+    return training_run, loss
+
+
+def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) -> Run:
+    """Everything that `sft` needs."""
+    purpose = Purpose(
+        prompts_per_step=config.train.rows_per_step,
+        minibatches=1,
+        sampling=Sampling(1, config.rollout.max_tokens, 1.0, config.run.seed),
         algo=cfg.AlgoConfig(),
     )
+    return _build_run(config, folder, processes, purpose)
 
 
-def build_parity(config: cfg.TrainConfig, core: Core) -> Parity:
+def build_parity(config: cfg.TrainConfig, run: Run) -> Parity:
     """The comparison of the run's engine with its policy."""
     engine = config.rollout.engine
-    dtype = engine_dtype(engine, default_dtype(config))
+    tolerance = config.rollout.tolerance
+    if tolerance is None:
+        tolerance = allowed_difference(run.policy, engine.weights_dtype(default_dtype(config)))
     return Parity(
-        core.policy,
-        core.rollouts,
-        core.encode,
-        core.console,
-        sampling=core.rollouts.sampling,
-        tolerance=config.rollout.tolerance or allowed(core.policy, dtype),
+        run.policy,
+        run.rollouts,
+        run.encode,
+        run.console,
+        tolerance=tolerance,
         every=config.rollout.check_every,
-        budget=config.train.tokens_per_microbatch,
-        world=core.world,
-        places=engine.servers if engine.type == "vllm_server" else (),
+        server_urls=engine.addresses,
     )
 
 
-def default_dtype(config: cfg.TrainConfig | cfg.SftConfig) -> str:
+def default_dtype(config: Config) -> str:
     """Type of an engine's weights that computes as the trainer does."""
     return "bfloat16" if config.train.precision == "bf16" else config.model.dtype
 
 
-def _build_core(
-    config: cfg.TrainConfig | cfg.SftConfig,
-    folder: RunFolder,
-    processes: Processes,
-    *,
-    minibatch: int,
-    sampling: Sampling,
-    prompts_per_step: int,
-    algo: cfg.AlgoConfig,
-    reuse_sampled: bool = False,
-) -> Core:
-    _check_mixture(config.model, algo)
-    console, world, accelerator = processes.console, processes.world, processes.accelerator
+def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose: Purpose) -> Run:
+    _check_moe(config.model, purpose.algo)
+    console, world = processes.console, processes.world
     reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
     checkpoints = build_checkpoints(config, folder, processes)
-    found = checkpoints.newest()
-    path, vlm = _load_trained(config.model, found, accelerator.device)
+    checkpoint = checkpoints.newest()
+    path, vlm = _load_trained(config.model, checkpoint, processes.accelerator.device)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
-    background = World() if config.rollout.ahead else world  # what draws beside the loop tells by itself
-    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=background)
-    for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
-        console.warn(f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small")
-    parallelism = build_parallelism(config, processes)
-    policy = _build_policy(config, vlm, processes, parallelism, sampling.temperature, algo, reuse_sampled)
+    stream = _build_stream(config, encode, processes, purpose)
+    policy = _build_policy(config, vlm, processes, purpose)
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
-    engine = build_engine(
-        config.rollout.engine,
+    needs = EngineNeeds(
         vlm,
         path,
         longest=longest_row(config, benchmarks, vlm),
@@ -187,32 +158,38 @@ def _build_core(
         prompts_per_batch=config.rollout.prompts_per_batch,
         warn=console.warn,
         folder=folder.path / "weights",
-        autocast=accelerator.autocast,
-        with_full_params=partial(parallelism.with_full_params, vlm),
+        autocast=processes.accelerator.autocast,
+        with_full_params=policy.with_full_params,
         world=world,
-        experts=algo.replay == "r3",
+        experts=purpose.algo.replay == "r3",
     )
-    rollouts = Sampler(stream, engine, reward, sampling, prompts_per_step, config.rollout.resample)
-    if config.rollout.ahead:
-        steps, beside = config.rollout.ahead, config.rollout.engine.type == "vllm_server"
-        rollouts = PrefetchedSampler(
-            rollouts, steps=steps, last=config.train.steps, world=world, beside=beside
-        )
-    progress, state = restore(found, policy) if found else (Progress(), None)
+    rollouts = _build_rollouts(
+        config, stream, build_engine(config.rollout.engine, needs), reward, world, purpose
+    )
+    progress, state = restore(checkpoint, policy) if checkpoint else (Progress(), None)
     if state is not None:
         rollouts.restore(state)
-    go_on(config, folder, processes, progress.step)
-    console.say(_banner(config, vlm, stream, processes, found))
-    measures = _measures(config, engine, encode, reward, processes, benchmarks)
-    return Core(
+    open_logs(config, folder, processes, progress.step)
+    console.say(_banner(config, vlm, stream, processes, checkpoint))
+    evaluator = Evaluator(
+        sets=_evaluation_sets(config, benchmarks),
+        every=config.eval.every,
+        folder=folder,
+        console=console,
+        vlm=vlm,
+        rollouts=rollouts,
+        encode=encode,
+        reward=reward,
+        skip_bad_rows=config.data.on_error == "skip",
+        world=world,
+    )
+    return Run(
         folder=folder,
         console=console,
         policy=policy,
         stream=stream,
         encode=encode,
-        evaluator=Evaluator(
-            measures, config.eval.every, folder, console, partial(_ready, rollouts, vlm), world
-        ),
+        evaluator=evaluator,
         progress=progress,
         checkpoint_every=config.checkpoint.every,
         checkpoints=checkpoints,
@@ -222,80 +199,121 @@ def _build_core(
     )
 
 
-def _check_mixture(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
+def _check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
     """Raises ValueError where options for a mixture of experts meet a dense model."""
-    asked = {
+    options = {
         f"algo.replay ({algo.replay})": algo.replay != "none",
         f"algo.balance ({algo.balance:g})": algo.balance > 0,
         "model.freeze (router)": "router" in model.freeze,
     }
-    options = [name for name, wanted in asked.items() if wanted]
-    if options and not load_outline(path := str(locate(model.path))).routers:
-        raise ValueError(f"{options[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+    used = [name for name, is_used in options.items() if is_used]
+    if used and not load_outline(path := str(locate(model.path))).routers:
+        raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
-def _load_trained(model: cfg.ModelConfig, found: Path | None, device: torch.device) -> tuple[str, VLM]:
-    """The model to train, from the checkpoint `found` or from the start, in host memory unless it is in 4
-    bits; and the path of the weights that it was made from, adapters aside."""
+def _load_trained(model: cfg.ModelConfig, checkpoint: Path | None, device: torch.device) -> tuple[str, VLM]:
+    """The model to train, from the checkpoint or from the start, in host memory unless it is in 4 bits; and
+    the path of the weights that it was loaded from, adapters aside."""
     if model.lora is None:
-        path = str(found or locate(model.path))
-        return path, _load(model, path, model.freeze)
+        path = str(checkpoint or locate(model.path))
+        return path, _load(model, path, freeze=model.freeze)
     path, lora = str(locate(model.path)), model.lora
-    given = Path(locate(lora.adapter)) if lora.adapter else None
-    if given is not None:
-        adapters.check(given, model.path)
+    start = Path(locate(lora.adapter)) if lora.adapter else None
+    if start is not None:
+        adapters.check(start, model.path)
     shape = Adapters(
         base=model.path,
         rank=lora.rank,
         alpha=lora.alpha,
         parts=tuple(lora.parts),
-        folder=found / ADAPTER if found else given,
+        folder=checkpoint / ADAPTER if checkpoint else start,
         bits=lora.bits,
     )
-    return path, _load(model, path, model.freeze, shape, device if lora.bits else "cpu")
+    return path, _load(model, path, freeze=model.freeze, lora=shape, device=device if lora.bits else "cpu")
 
 
-def _build_policy(config, vlm, processes, parallelism, temperature, algo, reuse_sampled) -> Policy:
-    train, reference = config.train, None
+def _load(
+    model: cfg.ModelConfig,
+    path: str,
+    *,
+    freeze: Sequence[str] = (),
+    lora: Adapters | None = None,
+    device: torch.device | str = "cpu",
+) -> VLM:
+    return load_vlm(
+        path,
+        dtype=model.dtype,
+        device=device,
+        gradient_checkpointing=model.gradient_checkpointing,
+        freeze=list(freeze),
+        lora=lora,
+    )
+
+
+def _build_stream(config: Config, encode: Encoder, processes: Processes, purpose: Purpose) -> TaskMixture:
+    minibatch = purpose.prompts_per_step // purpose.minibatches
+    # What samples in the background reports failures by itself.
+    world = World() if config.rollout.ahead else processes.world
+    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=world)
+    for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
+        processes.console.warn(
+            f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small"
+        )
+    return stream
+
+
+def _build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpose) -> Policy:
+    train, algo, reference = config.train, purpose.algo, None
     if algo.kl:
-        reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)), [])
-    return Policy(
-        vlm,
-        processes.accelerator,
-        total_steps=train.steps,
+        reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)))
+    parallelism = build_parallelism(config, processes)
+    optimizer = OptimizerSettings(
         lr=train.lr,
+        total_steps=train.steps,
+        name=train.optimizer,
         schedule=train.schedule,
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         betas=train.betas,
+    )
+    settings = PolicySettings(
+        optimizer,
         max_grad_norm=train.max_grad_norm,
-        optimizer=train.optimizer,
-        temperature=temperature,
-        reference=reference,
-        layout=_layout(train.layout, vlm, processes.console),
-        reuse_sampled=reuse_sampled,
+        temperature=purpose.sampling.temperature,
+        reuse_sampled=purpose.reuse_sampled,
         replay=algo.replay != "none",
-        balance=algo.balance > 0,
+        score_all=purpose.score_all,
+    )
+    can_shrink = isinstance(parallelism, Replicated)
+    bad_updates = config.run.folder / "bad_updates"
+    return Policy(
+        vlm,
+        processes.accelerator,
+        settings,
         parallelism=parallelism,
-        guard=Guard(
-            config.run.folder / "bad_updates",
-            processes.console,
-            limit=train.bad_updates,
-            world=processes.world,
-        ),
-        memory=Memory(
-            train.tokens_per_microbatch, processes.console, can_shrink=isinstance(parallelism, Replicated)
-        ),
+        memory=MemoryBudget(train.tokens_per_microbatch, processes.console, can_shrink=can_shrink),
+        guard=UpdateGuard(bad_updates, processes.console, limit=train.bad_updates, world=processes.world),
+        layout=_layout(train.layout, vlm, processes.console),
+        reference=reference,
     )
 
 
-def _ready(rollouts: Sampler | PrefetchedSampler, vlm: VLM) -> None:
-    """Gives the engine the present weights, when it is free."""
-    rollouts.settle()
-    rollouts.engine.sync(vlm)
+def _build_rollouts(
+    config: Config,
+    stream: TaskMixture,
+    engine: RolloutEngine,
+    reward: RewardPool,
+    world: World,
+    purpose: Purpose,
+) -> Rollouts:
+    rollout = config.rollout
+    sampler = Sampler(stream, engine, reward, purpose.sampling, purpose.prompts_per_step, rollout.resample)
+    if not rollout.ahead:
+        return sampler
+    return PrefetchedSampler(sampler, steps=rollout.ahead, last=config.train.steps, world=world)
 
 
-def longest_row(config: cfg.TrainConfig | cfg.SftConfig, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:
+def longest_row(config: Config, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:
     """The most tokens of a prompt and its response."""
     responses = max([config.rollout.max_tokens, *(benchmark.max_tokens for benchmark in benchmarks)])
     return int(min(config.data.max_prompt_tokens + responses, vlm.context))
@@ -308,23 +326,6 @@ def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:
         on_error=reward.on_error,
         timeout=reward.timeout,
         workers=reward.workers or max(min((os.cpu_count() or 1) // trainers, 8), 1),
-    )
-
-
-def _load(
-    model: cfg.ModelConfig,
-    path: str,
-    freeze: list[str],
-    lora: Adapters | None = None,
-    device: torch.device | str = "cpu",
-) -> VLM:
-    return load_vlm(
-        path,
-        dtype=model.dtype,
-        device=device,
-        gradient_checkpointing=model.gradient_checkpointing,
-        freeze=freeze,
-        lora=lora,
     )
 
 
@@ -342,52 +343,27 @@ def build_encoder(vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int) -> Encod
     return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
 
 
-def _measures(
-    config, engine, encode, reward, processes, benchmarks
-) -> dict[str, Callable[[SampleFile], tuple]]:
-    """By name, functions that evaluate: `held-out` on `eval.data`, and the benchmarks."""
-    draw = Sampling(
-        config.eval.samples,
+def _evaluation_sets(config: Config, benchmarks: Sequence[Benchmark]) -> list[EvaluationSet]:
+    """`held-out` on `eval.data`, and the benchmarks."""
+    section = config.eval
+    sampling = Sampling(
+        section.samples,
         config.rollout.max_tokens,
-        config.eval.temperature,
+        section.temperature,
         EVAL_SEED,
-        top_p=config.eval.top_p,
-        top_k=config.eval.top_k,
-        min_p=config.eval.min_p,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
     )
-    console, world = processes.console, processes.world
-    batch = problems_at_once(config.rollout.engine, config.rollout.prompts_per_batch)
-    skip = config.data.on_error == "skip"
-    found: dict[str, Callable[[SampleFile], tuple]] = {}
-
-    def run(examples, reward: RewardPool, measure: Measure, sampling: Sampling, samples: SampleFile):
-        with console.progress(f"evaluate {samples.name}", len(examples), lines=4) as show:
-            return evaluate(
-                engine,
-                examples,
-                encode,
-                reward,
-                sampling,
-                measure,
-                samples=samples,
-                batch=batch,
-                skip=skip,
-                progress=lambda done: show(done, "problems"),
-                world=world,
-            )
-
-    def run_benchmark(benchmark: Benchmark, samples: SampleFile):
-        sampling = replace(draw, max_tokens=benchmark.max_tokens)
-        with closing(RewardPool(benchmark.parts)) as own:
-            return run(benchmark.examples, own, benchmark.measure, sampling, samples)
-
-    if config.eval.data is not None:
-        examples = build_examples(config.eval.data, task=HELD_OUT)
-        measure = Measure(config.eval.part or config.reward.measured)
-        found[HELD_OUT] = partial(run, examples, reward, measure, draw)
-    for benchmark in benchmarks:
-        found[benchmark.name] = partial(run_benchmark, benchmark)
-    return found
+    sets = []
+    if section.data is not None:
+        examples = build_examples(section.data, task=HELD_OUT)
+        measure = Measure(section.part or config.reward.measured)
+        sets.append(EvaluationSet(HELD_OUT, examples, sampling, measure))
+    for item in benchmarks:
+        longer = replace(sampling, max_tokens=item.max_tokens)
+        sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=item.parts))
+    return sets
 
 
 def _banner(config, vlm: VLM, stream: TaskMixture, processes: Processes, found: Path | None) -> str:

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ from safetensors import SafetensorError
 
 from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.policy import Policy
+from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.training.optimizer import Write
+from vlm_sapo.training.policy import Policy, PolicyState
 
 NAME = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
@@ -29,15 +32,10 @@ FAILURES = (OSError, SafetensorError)
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, seconds spent, updates of the weights, and how many of the last ones
-    were left out."""
+    """Where a run stands: steps done and seconds spent."""
 
     step: int = 0
     seconds: float = 0.0
-    updates: int = 0
-    left_out: int = 0
-    reuse_sampled: bool = False
-    """Whether the engine's log-probs serve as old ones; decided at the start of the run."""
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done; it took so long."""
@@ -52,57 +50,55 @@ class Checkpoints:
     """The checkpoints of a run, `step_<n>` in a folder: model or adapter, optimizer, progress, state of the
     rollouts, and a manifest with every file's size and SHA-256.
 
-    The newest `last` stay, and those of the steps that `best` names. With `background` they are written
-    while training goes on, from a copy in host memory. A disk that is full leaves the ones before whole; the
-    run goes on with a warning, or stops, as `on_error` says. `settle_logs` puts on disk what was logged.
+    The newest `keep_last` stay, and those of the `keep_best` best evaluations. With `background` they are
+    written while training goes on, from a copy in host memory. A disk that is full leaves the ones before
+    whole; the run goes on with a warning, or stops, as `on_error` says.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_folder: RunFolder,
         *,
         console: Console,
         world: World,
-        last: int = 2,
-        best: Callable[[], Sequence[int]] = list,
+        keep_last: int = 2,
+        keep_best: int = 0,
         background: bool = False,
         on_error: Literal["warn", "stop"] = "warn",
-        settle_logs: Callable[[], None] = lambda: None,
     ):
-        self.folder, self.console, self.world = folder, console, world
-        self.last, self.best, self.on_error, self.settle_logs = last, best, on_error, settle_logs
+        self.run_folder, self.folder = run_folder, run_folder.path / "checkpoints"
+        self.keep_last, self.keep_best, self.on_error = keep_last, keep_best, on_error
+        self.console, self.world = console, world
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self.pending: Future[None] | None = None
         self.newest_step: int | None = None
-        """Step of the newest one that was begun or found."""
+        """Step of the newest one that was begun or read."""
 
     def save(self, policy: Policy, progress: Progress, rollouts: dict[str, Any]) -> None:
         """Writes one. All processes call it."""
-        self.settle()
-        progress.updates, progress.reuse_sampled = policy.vlm.version, policy.reuse_sampled
-        progress.left_out = policy.guard.in_a_row
+        self.wait()
         self.newest_step = progress.step
         parts = policy.parts(keep=self.world.main, copy=self.worker is not None)
-        state = partial_state(progress, rollouts)
+        state = write_state(progress, policy.state(), rollouts)
         if not self.world.main:
             for _ in parts:
                 pass
         elif self.worker is not None:
             copies = [state, *parts]
-            logged = _done(self.settle_logs)  # here, since lines are added to the logs meanwhile
+            logged = _done(self.run_folder.settle)  # here, since lines are added to the logs meanwhile
             write = self.worker.submit
             self.pending = logged if logged.exception() else write(self._write, progress.step, copies)
         else:
-            self.pending = _done(self._write, progress.step, _all(state, parts), first=self.settle_logs)
+            self.pending = _done(self._write_after_logs, progress.step, chain([state], parts))
         if self.worker is None:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the one that is being written. All processes call it."""
-        if not self.world.on_main(self._settle):
+        if not self.world.on_main(self._wait):
             self.newest_step = None
 
-    def _settle(self) -> bool:
+    def _wait(self) -> bool:
         pending, self.pending = self.pending, None
         if pending is None:
             return True
@@ -121,14 +117,20 @@ class Checkpoints:
         if self.worker is not None:
             self.worker.shutdown()
 
-    def _write(
-        self, step: int, parts: Iterable[Callable[[Path], None]], first: Callable[[], None] = lambda: None
-    ) -> None:
+    def _write_after_logs(self, step: int, parts: Iterator[Write]) -> None:
+        try:
+            self.run_folder.settle()
+        except Exception:
+            for _ in parts:  # other processes contribute theirs
+                pass
+            raise
+        self._write(step, parts)
+
+    def _write(self, step: int, parts: Iterable[Write]) -> None:
         target = self.folder / f"step_{step:06d}"
         aside = self.folder / f".{target.name}.partial"
         remaining = iter(parts)
         try:
-            first()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for part in remaining:
@@ -139,22 +141,22 @@ class Checkpoints:
             _sync(self.folder)
             self._prune()
         except Exception:
-            for _ in remaining:  # other processes give their parts
+            for _ in remaining:  # other processes contribute theirs
                 pass
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
     def _prune(self) -> None:
-        steps = _steps(self.folder)
-        for step in set(steps) - set(steps[-self.last :]) - set(self.best()):
+        steps, best = _steps(self.folder), self.run_folder.best(self.keep_best)
+        for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
             shutil.rmtree(self.folder / f"step_{step:06d}")
 
     def newest(self) -> Path | None:
         """The newest whole one, or None where there never was one; torn ones are named in a warning and
         renamed. Raises ValueError where all are torn. All processes call it."""
-        found = self.world.on_main(self._newest)
-        self.newest_step = int(NAME.fullmatch(found.name)[1]) if found else None
-        return found
+        path = self.world.on_main(self._newest)
+        self.newest_step = int(NAME.fullmatch(path.name)[1]) if path else None
+        return path
 
     def _newest(self) -> Path | None:
         for partial in self.folder.glob(".step_*.partial"):
@@ -179,9 +181,16 @@ class Checkpoints:
         return None
 
 
-def partial_state(progress: Progress, rollouts: dict[str, Any]) -> Callable[[Path], None]:
+def write_state(progress: Progress, policy: PolicyState, rollouts: dict[str, Any]) -> Write:
     """What writes progress and state as they are now."""
-    text = json.dumps(asdict(progress))
+    text = json.dumps(
+        asdict(progress)
+        | {
+            "updates": policy.updates,
+            "left_out": policy.skipped_in_a_row,
+            "reuse_sampled": policy.reuse_sampled,
+        }
+    )
 
     def write(folder: Path) -> None:
         torch.save(rollouts, buffer := io.BytesIO())  # which, unlike a file, can't be full
@@ -194,10 +203,9 @@ def partial_state(progress: Progress, rollouts: dict[str, Any]) -> Callable[[Pat
 def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
     """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood, and
     the state of the rollouts. The number of processes may be another than when it was written."""
-    policy.load_optimizer(path)
-    progress = Progress(**json.loads((path / "progress.json").read_text()))
-    policy.vlm.version, policy.reuse_sampled = progress.updates, progress.reuse_sampled
-    policy.guard.in_a_row = progress.left_out
+    fields = json.loads((path / "progress.json").read_text())
+    policy.load(path, PolicyState(fields["updates"], fields["left_out"], fields["reuse_sampled"]))
+    progress = Progress(fields["step"], fields["seconds"])
     return progress, torch.load(path / "rollouts.pt", weights_only=True)
 
 
@@ -255,11 +263,6 @@ def _steps(folder: Path) -> list[int]:
     """Of the checkpoints in a folder, in order."""
     names = [NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in names if match)
-
-
-def _all(first: Callable[[Path], None], rest: Iterator[Callable[[Path], None]]) -> Iterator[Callable]:
-    yield first
-    yield from rest
 
 
 def _done(function: Callable[..., None], *arguments: Any, **options: Any) -> Future[None]:

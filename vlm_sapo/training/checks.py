@@ -1,6 +1,6 @@
-"""Engine against trainer: do both give the same log-probs to the responses that the engine drew?
+"""What a run checks before it trains: the shared pass against the plain one, engine against trainer.
 
-[K] tokens of some groups' responses, in order.
+[K] sampled tokens of some groups' responses, in order.
 """
 
 from __future__ import annotations
@@ -8,32 +8,53 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from vlm_sapo.distributed import World
+from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
+from vlm_sapo.models.packing import GroupSlice, Layout, Part, Plain
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import like, whole
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RolloutBatch, Sampling
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Group, RolloutBatch
 
-Pairs = Sequence[tuple[Prompt, Sequence[Response]]]
-GROUPS = 2
+Autocast = Callable[[], AbstractContextManager]
+COMPARED_GROUPS = 2
 """Groups of a step that are compared at least."""
-PROBE = 32
-"""Longest response, in tokens, of what is drawn for a comparison alone."""
+PROBE_TOKENS = 32
+"""Longest response of what is sampled for a comparison alone."""
 COARSE = 1e-3
 """A tolerance from which on rounding hides what changed weights alone would show."""
 UNIQUE = itertools.count(1)
 """Versions of weights that are no update's; their negatives are used."""
 NOISE = 0.5
 """Of a tensor's own deviation, in the test of the way that weights take: enough to change any log-prob."""
+ASK_CHECK = "`vlm-sapo check` in one process tells it"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest differences that rounding explains."""
+
+    logprob: float
+    """Of one token."""
+    mean_logprob: float
+    """Mean over tokens, in absolute value."""
+    gradient_norm: float
+    """Relative."""
+
+
+FLOAT32 = Tolerance(logprob=1e-4, mean_logprob=1e-5, gradient_norm=1e-3)
+BFLOAT16 = Tolerance(logprob=0.5, mean_logprob=0.03, gradient_norm=0.05)
+SAMPLED = 1e-4
+"""Engine and policy must agree on each token's log-prob this closely for the engine's to serve as old ones: a
+tenth of the narrowest clipping band (GSPO's 3e-4) on a sequence's mean."""
 
 
 class ParityError(RolloutError):
@@ -81,28 +102,27 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Followed:
-    """What an engine drew while weights were changed, against the changed trainer and the unchanged one."""
+class WeightUpdate:
+    """What an engine sampled while weights were changed, against the changed trainer and the unchanged one."""
 
     changed: Difference
     unchanged: Difference
     arrived: bool
 
 
-def allowed(policy: Policy, engine_dtype: str) -> float:
+def allowed_difference(policy: Policy, engine_dtype: str) -> float:
     """Mean absolute difference that rounding explains."""
-    model = policy.vlm.model
-    full = policy.accelerator.mixed_precision == "no" and model.dtype == torch.float32
-    return 1e-4 if full and engine_dtype == "float32" else 0.05
+    return 1e-4 if policy.is_exact and engine_dtype == "float32" else 0.05
 
 
 class Comparison:
     """Groups' log-probs by the engine, and by the trainer's pass under various assumptions."""
 
-    def __init__(self, policy: Policy, pairs: Pairs, *, budget: int, world: World):
-        self.policy, self.pairs, self.budget, self.world = policy, pairs, budget, world
-        self.engine = torch.cat([item.logprobs for _, completions in pairs for item in completions])
-        lengths = [len(item.ids) for _, completions in pairs for item in completions]
+    def __init__(self, policy: Policy, groups: Sequence[GroupSlice]):
+        self.policy, self.groups, self.world = policy, groups, policy.world
+        responses = [response for group in groups for response in group.responses]
+        self.engine = torch.cat([response.logprobs[response.mask] for response in responses])
+        lengths = [int(response.mask.sum()) for response in responses]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         self.first = torch.zeros(len(self.engine), dtype=torch.bool).index_fill(0, starts, True)
 
@@ -111,31 +131,28 @@ class Comparison:
 
     def by_group(self, trainer: torch.Tensor) -> list[float]:
         """Mean absolute difference of each group."""
-        sizes = [sum(len(item.ids) for item in items) for _, items in self.pairs]
+        sizes = [sum(int(item.mask.sum()) for item in group.responses) for group in self.groups]
         return [float(gap.mean()) for gap in (self.engine - trainer).abs().split(sizes)]
 
     @torch.no_grad()
-    def trainer(self, run: Pass | None = None, autocast: Callable | None = None) -> torch.Tensor:
+    def trainer(self, forward_pass: Pass | None = None, autocast: Autocast | None = None) -> torch.Tensor:
         """[K] log-probs of the trainer, or of another pass or precision. All processes call it, and make
         equally many passes."""
-        autocast = autocast or self.policy.autocast
-        run, layout = run or self.policy.forward_pass, self.policy.layout
-        sizes = [(len(prompt.ids), [len(item.ids) for item in items]) for prompt, items in self.pairs]
-        found: dict[tuple[int, int], torch.Tensor] = {}
-        packed = layout.pack(sizes, self.budget)
+        layout = self.policy.layout
+        rows: dict[tuple[int, int], torch.Tensor] = {}
+        packed = layout.pack([group.sizes for group in self.groups], self.policy.memory.tokens)
         for number in range(max(self.world.all_gather(len(packed)))):
             parts = packed[number % len(packed)]
-            groups = [
-                (self.pairs[group][0], [self.pairs[group][1][place].ids for place in places])
-                for group, places in parts
+            slices = [
+                GroupSlice(self.groups[group].prompt, tuple(self.groups[group].responses[row] for row in own))
+                for group, own in parts
             ]
-            with autocast():
-                inputs = layout.inputs(groups).to(self.policy.accelerator.device)
-                logprobs, _ = self.policy.parallelism.run(run, inputs)
-            keys = [(group, place) for group, places in parts for place in places]
-            for key, row in zip(keys, logprobs.cpu(), strict=True):
-                found[key] = row[: len(self.pairs[key[0]][1][key[1]].ids)].float()
-        return torch.cat([found[key] for key in sorted(found)])
+            scores = self.policy.run(slices, layout, forward_pass=forward_pass, autocast=autocast)
+            keys = [(group, row) for group, own in parts for row in own]
+            for key, values in zip(keys, scores.logprobs.cpu(), strict=True):
+                mask = self.groups[key[0]].responses[key[1]].mask
+                rows[key] = values[: len(mask)][mask].float()
+        return torch.cat([rows[key] for key in sorted(rows)])
 
     def at_temperature_one(self) -> torch.Tensor:
         """[K] log-probs as they would be before the temperature."""
@@ -143,141 +160,144 @@ class Comparison:
 
     def rounding(self) -> float:
         """Mean difference that computing in bfloat16 makes by itself."""
-        device = self.policy.accelerator.device.type
-        run = Pass(self.policy.vlm, self.policy.temperature)
+        device = self.policy.device.type
+        own_pass = self.policy.forward_pass
         with torch.autocast(device, dtype=torch.bfloat16):
-            rounded = self.trainer(run, autocast=nullcontext)
+            rounded = self.trainer(own_pass, autocast=nullcontext)
         with torch.autocast(device, enabled=False):
-            exact = self.trainer(run, autocast=nullcontext)
+            exact = self.trainer(own_pass, autocast=nullcontext)
         return float((rounded - exact).abs().mean())
 
     def without_bans(self) -> torch.Tensor:
         """[K] log-probs as they would be with the banned tokens in the distribution."""
-        vlm = self.policy.vlm
-        banned, vlm.banned = vlm.banned, []
-        try:
+        with self.policy.vlm.without_bans():
             return self.trainer()
-        finally:
-            vlm.banned = banned
 
 
 class Parity:
     """Compares after the first sync, after the first one that brings new weights, and every so many steps.
 
-    What was drawn with the present weights is compared as it is; else a few responses are drawn for it. The
-    first call also changes the weights for a moment and sees that the engine follows. Raises ParityError.
+    Responses of the present weights are compared as they are; else a few are sampled for it. The first call
+    also changes the weights for a moment and sees that the engine follows. Raises ParityError.
     """
 
     def __init__(
         self,
         policy: Policy,
         rollouts: Rollouts,
-        encode: Callable[[Example], Prompt],
+        encode: Encoder,
         console: Console,
         *,
-        sampling: Sampling,
         tolerance: float,
         every: int,
-        budget: int,
-        world: World,
-        places: Sequence[str] = (),
+        server_urls: Sequence[str] = (),
     ):
-        self.world = world
-        self.policy, self.rollouts, self.encode = policy, rollouts, encode
+        self.policy, self.rollouts, self.encode, self.world = policy, rollouts, encode, policy.world
         self.engine = rollouts.engine
-        self.console, self.tolerance, self.every, self.budget = console, tolerance, every, budget
-        self.sampling = replace(sampling, group=2, max_tokens=min(sampling.max_tokens, PROBE))
-        self.places, self.groups = places, max(GROUPS, len(places))
+        self.console, self.tolerance, self.every = console, tolerance, every
+        sampling = rollouts.sampling
+        self.sampling = replace(sampling, group=2, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
+        self.server_urls, self.groups = server_urls, max(COMPARED_GROUPS, len(server_urls))
         self.calls = 0
 
-    def __call__(self, step: int, drawn: RolloutBatch) -> dict[str, float]:
+    def __call__(self, step: int, rollout: RolloutBatch) -> dict[str, float]:
         """Metrics of the comparison, empty where none was due."""
         self.calls += 1
         if self.calls > 2 and step % self.every:
             return {}
-        self.rollouts.settle()
-        examples = [group.prompt.example for group in drawn.groups[: self.groups]]
-        if drawn.version == self.policy.vlm.version:
-            pairs = [(group.prompt, group.responses) for group in drawn.groups[: self.groups]]
+        self.rollouts.wait()
+        examples = [group.prompt.example for group in rollout.groups[: self.groups]]
+        if rollout.version == self.policy.vlm.version:
+            groups = [GroupSlice(group.prompt, group.responses) for group in rollout.groups[: self.groups]]
         else:
-            pairs = self.probe(examples)
-        comparison = Comparison(self.policy, pairs, budget=self.budget, world=self.world)
+            groups = self.probe(examples)
+        comparison = Comparison(self.policy, groups)
         trainer = comparison.trainer()
-        found = comparison.against(trainer)
-        off = self.off(comparison, trainer)
-        if off or not found.mean <= self.tolerance:
-            causes = off + self.causes(lambda: self.explain(comparison, found, examples))
-            raise ParityError(self._disagrees(found, causes, step))
+        difference = comparison.against(trainer)
+        off = self.servers_out_of_tolerance(comparison, trainer)
+        if off or not difference.mean <= self.tolerance:
+            causes = off + self.likely_causes(comparison, difference, examples)
+            raise ParityError(self._disagrees(difference, causes, step))
         self.world.barrier()
-        self.console.say(f"step {step}: engine and trainer agree on log-probs: {found}")
+        self.console.say(f"step {step}: engine and trainer agree on log-probs: {difference}")
         if self.calls == 1:
             self._check_sync(examples)
-        return {f"parity/{name}": value for name, value in vars(found).items() if name != "tokens"}
+        return {f"parity/{name}": value for name, value in vars(difference).items() if name != "tokens"}
 
-    def causes(self, look: Callable[[], list[str]]) -> list[str]:
-        """What `look` finds. To try causes out takes all processes, and the others know of nothing."""
-        return look() if self.world.size == 1 else ["`vlm-sapo check` in one process tells it"]
+    def likely_causes(
+        self, comparison: Comparison, difference: Difference, examples: Sequence[Example]
+    ) -> list[str]:
+        """What explains a difference. To try causes out takes all processes, and the others know of
+        nothing."""
+        if self.world.size > 1:
+            return [ASK_CHECK]
+        return self.explain(comparison, difference, examples)
 
-    def off(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
+    def servers_out_of_tolerance(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
         """The servers whose own groups disagree; prompts go to them in turn."""
         means = comparison.by_group(trainer)
         return [
-            f"of {place} alone the mean is {mean:.1e}"
-            for place, mean in zip(self.places, means, strict=False)
-            if len(self.places) > 1 and not mean <= 2 * self.tolerance
+            f"of {url} alone the mean is {mean:.1e}"
+            for url, mean in zip(self.server_urls, means, strict=False)
+            if len(self.server_urls) > 1 and not mean <= 2 * self.tolerance
         ]
 
-    def probe(self, examples: Sequence[Example]) -> Pairs:
-        """Responses to the examples, drawn from the present weights."""
-        prompts = [self.encode(example) for example in examples]  # anew: no picture's features are kept
+    def probe(self, examples: Sequence[Example]) -> list[GroupSlice]:
+        """Responses to the examples, sampled from the present weights."""
+        prompts = [self.encode(example) for example in examples]  # anew: no image's features are cached
         self.engine.sync(self.policy.vlm)
-        drawn = self.engine.generate(prompts, self.sampling)
+        groups = self.engine.generate(as_contexts(prompts), self.sampling)
         self.world.barrier()  # before any pass that all must make
-        return list(zip(prompts, drawn, strict=True))
+        return [GroupSlice(prompt, tuple(items)) for prompt, items in zip(prompts, groups, strict=True)]
 
-    def follow(self, examples: Sequence[Example], kinds: Sequence[str] | None = None) -> Followed:
+    def check_weight_update(
+        self, examples: Sequence[Example], kinds: Sequence[str] | None = None
+    ) -> WeightUpdate:
         """Changes the weights of the kinds (all by default) for a moment and compares what the engine then
-        draws with the changed trainer and with the unchanged one."""
+        samples with the changed trainer and with the unchanged one."""
         with perturbed(self.policy.vlm, kinds):
-            pairs = self.probe(examples)
-            comparison = Comparison(self.policy, pairs, budget=self.budget, world=self.world)
+            groups = self.probe(examples)
+            comparison = Comparison(self.policy, groups)
             trainer = comparison.trainer()
             changed, worst = comparison.against(trainer), max(comparison.by_group(trainer))
             rounding = comparison.rounding()
-        fresh = [(self.encode(prompt.example), items) for prompt, items in pairs]
-        comparison = Comparison(self.policy, fresh, budget=self.budget, world=self.world)
+        fresh = [GroupSlice(self.encode(group.prompt.example), group.responses) for group in groups]
+        comparison = Comparison(self.policy, fresh)
         unchanged = comparison.against(comparison.trainer())
         if self.tolerance < COARSE:
             limit = 10 * self.tolerance
         else:  # a model so changed rounds more than a trained one
             limit = max(self.tolerance, 4 * rounding, unchanged.mean / 20)
-        return Followed(changed, unchanged, arrived=worst <= limit)
+        return WeightUpdate(changed, unchanged, arrived=worst <= limit)
 
-    def stuck(self, examples: Sequence[Example]) -> list[str]:
+    def unsynced_kinds(self, examples: Sequence[Example]) -> list[str]:
         """Kinds of weights that do not reach the engine."""
-        found = {kind: self.follow(examples, [kind]) for kind in kinds_of(self.policy.vlm)}
+        updates = {kind: self.check_weight_update(examples, [kind]) for kind in kinds_of(self.policy.vlm)}
         return [
             kind
-            for kind, item in found.items()
+            for kind, item in updates.items()
             if not item.arrived and item.changed.mean > max(item.unchanged.mean, self.tolerance)
         ]
 
     def _check_sync(self, examples: Sequence[Example]) -> None:
-        found = self.follow(examples)
-        if not found.arrived:
-            causes = self.causes(lambda: [f"weights: {self.missing(examples, found.unchanged)}"])
-            raise ParityError(self._disagrees(found.changed, causes, None))
-        self.console.say(f"changed weights reach the engine: {found.changed}")
-        if found.unchanged.mean < 10 * self.tolerance:
-            self.console.warn(f"but unchanged ones would hardly tell themselves apart: {found.unchanged}")
+        update = self.check_weight_update(examples)
+        if not update.arrived:
+            one = self.world.size == 1
+            cause = f"weights: {self.unsynced(examples, update.unchanged)}" if one else ASK_CHECK
+            raise ParityError(self._disagrees(update.changed, [cause], None))
+        self.console.say(f"changed weights reach the engine: {update.changed}")
+        if update.unchanged.mean < 10 * self.tolerance:
+            self.console.warn(f"but unchanged ones would hardly tell themselves apart: {update.unchanged}")
 
-    def missing(self, examples: Sequence[Example], unchanged: Difference) -> str:
+    def unsynced(self, examples: Sequence[Example], unchanged: Difference) -> str:
         """What of changed weights does not reach an engine that differs so from the unchanged ones."""
         if unchanged.mean <= self.tolerance:
             return "new weights do not reach the engine; it still answers with the old ones"
-        return f"of these kinds they do not reach the engine: {', '.join(self.stuck(examples))}"
+        return f"of these kinds they do not reach the engine: {', '.join(self.unsynced_kinds(examples))}"
 
-    def explain(self, comparison: Comparison, found: Difference, examples: Sequence[Example]) -> list[str]:
+    def explain(
+        self, comparison: Comparison, difference: Difference, examples: Sequence[Example]
+    ) -> list[str]:
         """Which of the usual causes fit, each tried out."""
         causes = []
         if comparison.against(comparison.at_temperature_one()).mean <= self.tolerance:
@@ -303,31 +323,27 @@ class Parity:
                     "pixels or another size than the trainer's"
                 )
         rounding = comparison.rounding()
-        if not causes and found.mean <= 4 * rounding:
+        if not causes and difference.mean <= 4 * rounding:
             causes.append(
                 f"dtype: rounding to bfloat16 alone makes a mean of {rounding:.1e} here; compare the "
                 "engine's dtype with train.precision, or raise rollout.tolerance"
             )
-        if not causes and found.first <= self.tolerance:
+        if not causes and difference.first <= self.tolerance:
             causes.append("positions: first tokens agree, later ones do not")
         return causes or ["none of the usual causes fits; `vlm-sapo check` tells more"]
 
     def _agrees(self, examples: Sequence[Example]) -> bool:
-        comparison = Comparison(self.policy, self.probe(examples), budget=self.budget, world=self.world)
+        comparison = Comparison(self.policy, self.probe(examples))
         return comparison.against(comparison.trainer()).mean <= self.tolerance
 
     def _agrees_after_another_sync(self, examples: Sequence[Example]) -> bool:
-        vlm = self.policy.vlm
-        version, vlm.version = vlm.version, -next(UNIQUE)
-        try:
+        with self.policy.vlm.another_version(-next(UNIQUE)):
             return self._agrees(examples)
-        finally:
-            vlm.version = version
 
-    def _disagrees(self, found: Difference, causes: Sequence[str], step: int | None) -> str:
+    def _disagrees(self, difference: Difference, causes: Sequence[str], step: int | None) -> str:
         when = "with changed weights" if step is None else f"at step {step}"
         return (
-            f"engine and trainer disagree {when}: log-probs differ by {found}; allowed is a mean of "
+            f"engine and trainer disagree {when}: log-probs differ by {difference}; allowed is a mean of "
             f"{self.tolerance:g} (rollout.tolerance). Likely cause: {'; '.join(causes)}"
         )
 
@@ -339,27 +355,147 @@ def kinds_of(vlm: VLM) -> dict[str, str]:
     for name, parameter in vlm.model.named_parameters():
         if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
             kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
-    return {kind: names[place % len(names)] for place, (kind, names) in enumerate(kinds.items())}
+    return {kind: names[index % len(names)] for index, (kind, names) in enumerate(kinds.items())}
 
 
 @contextmanager
 def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
     """Adds noise to one parameter of each kind, and takes it back exactly."""
-    chosen = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
+    names = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
     parameters = dict(vlm.model.named_parameters())
-    saved = {name: parameters[name].detach().clone() for name in chosen}
-    number, version = next(UNIQUE), vlm.version
+    saved = {name: parameters[name].detach().clone() for name in names}
+    number = next(UNIQUE)
     generator = torch.Generator().manual_seed(number)  # never the noise that an engine may still have
     try:
         with torch.no_grad():
-            for name in chosen:
+            for name in names:
                 noise = torch.randn(parameters[name].shape, generator=generator)
                 size = NOISE * whole(saved[name]).float().std().clamp(min=0.01)
                 parameters[name] += like(noise * size.cpu(), parameters[name])
-        vlm.version = -number
-        yield
+        with vlm.another_version(-number):
+            yield
     finally:
         with torch.no_grad():
-            for name in chosen:
+            for name in names:
                 parameters[name].copy_(saved[name])
-        vlm.version = version
+
+
+class SelfCheck:
+    """Runs once, on the first group it sees; afterwards a call does nothing.
+
+    Where the shared layout disagrees with the plain one, the policy falls back to the plain one; with
+    `choose`, old log-probs are recomputed where the engine's disagree with the policy's. Both say so.
+    `uncorrected` says that responses are sampled by older weights and no correction is configured. Each
+    process looks at a group of its own, and one that disagrees decides for all.
+    """
+
+    def __init__(self, policy: Policy, console: Console, *, choose: bool, uncorrected: bool = False):
+        self.policy, self.console, self.world = policy, console, policy.world
+        self.choose, self.uncorrected = choose, uncorrected
+        self.done = False
+
+    def __call__(self, step: int, rollout: RolloutBatch) -> dict[str, float]:
+        if self.done:
+            return {}
+        self.done = True
+        group = rollout.groups[0]
+        logprobs = self._compare_layouts(group)
+        if self.choose:
+            sampled = torch.cat([item.logprobs[item.mask] for item in group.responses])
+            self._choose_old_logprobs(logprobs, sampled)
+        if self.uncorrected and not self.policy.reuse_sampled:
+            self.console.warn(
+                "with rollout.ahead and recomputed old log-probs nothing in the loss knows that older "
+                "weights drew the responses; set train.old_logprobs=rollout, or algo.correction"
+            )
+        return {}
+
+    def _compare_layouts(self, group: Group) -> torch.Tensor:
+        policy = self.policy
+        plain, plain_norm = self._measure(group, Plain(), single=True)  # one at a time: the least memory
+        if policy.layout.name == Plain.name:
+            return plain
+        shared, shared_norm = self._measure(group, policy.layout, single=False)
+        difference = (shared - plain).abs()
+        worst, mean = float(difference.max()), float(difference.mean())
+        relative = abs(shared_norm - plain_norm) / max(plain_norm, 1e-12)
+        measured = (
+            f"log-probs within {worst:.1e} (mean {mean:.1e}), gradient norm within {relative:.1e}, "
+            f"on {len(plain)} response tokens of {group.prompt.example.label}"
+        )
+        allowed = FLOAT32 if policy.is_exact else BFLOAT16
+        agrees = (
+            worst <= allowed.logprob
+            and mean <= allowed.mean_logprob
+            and relative <= allowed.gradient_norm
+            and bool(torch.isfinite(difference).all())
+        )
+        index = int(difference.nan_to_num(nan=float("inf")).argmax())
+        disagreement = (
+            f"the shared-prefix pass DISAGREES with the plain pass: {measured}; the worst token is number "
+            f"{index} ({float(shared[index]):.4f} shared, {float(plain[index]):.4f} plain); allowed are "
+            f"{allowed}. The run goes on with the plain pass, several times slower; please report this model "
+            "and these numbers"
+        )
+        texts = [text for text in self.world.all_gather(None if agrees else disagreement) if text is not None]
+        if not texts:
+            self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {measured}")
+            return shared
+        self.console.warn(texts[0])
+        policy.use_plain_layout()
+        return plain
+
+    def _choose_old_logprobs(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
+        worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
+        if worst <= SAMPLED:
+            self.console.say(
+                f"self-check: the engine's log-probs agree within {worst:.1e} and serve as old log-probs"
+            )
+            return
+        self.console.say(
+            f"self-check: the engine's log-probs differ by up to {worst:.1e} from the policy's (allowed "
+            f"{SAMPLED:.0e}), so old log-probs are recomputed, at a forward pass per update but the first"
+        )
+        self.policy.recompute_old_logprobs()
+
+    def _measure(self, group: Group, layout: Layout, *, single: bool) -> tuple[torch.Tensor, float]:
+        """Log-probs [S] of the sampled tokens, and the norm of a gradient that every token takes part in;
+        `single` runs one response at a time."""
+        policy, memory = self.policy, self.policy.memory
+        sizes = [GroupSlice(group.prompt, group.responses).sizes]
+        while True:
+            packed, short = layout.pack(sizes, 1 if single else memory.tokens), None
+            try:
+                rows = self._run(group, layout, packed)
+            except torch.OutOfMemoryError as error:
+                short = str(error).partition(". ")[0]
+                if not memory.can_shrink:  # the others wait on their devices
+                    memory.shrink(memory.tokens, short)
+            reasons = [reason for reason in self.world.all_gather(short) if reason is not None]
+            if not reasons:
+                break
+            policy.optimizer.zero_grad()
+            row = group.prompt.example.label if single else None
+            memory.shrink(min(memory.tokens, sizes[0][0] + sum(sizes[0][1])), reasons[0], row=row)
+        norm = float(policy.grad_norm())
+        policy.optimizer.zero_grad()
+        return torch.cat([rows[index] for index in sorted(rows)]), norm
+
+    def _run(self, group: Group, layout: Layout, packed: list[list[Part]]) -> dict[int, torch.Tensor]:
+        """Log-probs by response, with their gradient. All processes make equally many passes."""
+        policy, responses = self.policy, group.responses
+        generator = torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, item.ids.shape, generator=generator) * 2.0 - 1.0 for item in responses]
+        rows: dict[int, torch.Tensor] = {}
+        for number in range(max(self.world.all_gather(len(packed)))):
+            indices = [index for _, own in packed[number % len(packed)] for index in own]
+            scores = policy.run([GroupSlice(group.prompt, tuple(responses[i] for i in indices))], layout)
+            own = [
+                values[: len(responses[index].ids)][responses[index].mask]
+                for index, values in zip(indices, scores.logprobs, strict=True)
+            ]
+            rows |= {index: values.detach().cpu() for index, values in zip(indices, own, strict=True)}
+            weights = torch.cat([signs[index][responses[index].mask] for index in indices])
+            share = float(number < len(packed)) / len(responses)
+            policy.backward((torch.cat(own) * weights.to(scores.logprobs.device)).sum() * share)
+        return rows

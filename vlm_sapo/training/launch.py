@@ -81,10 +81,9 @@ def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Proces
     train, device, size = config.train, processes.accelerator.device, processes.world.size
     if processes.shard == 1 and not train.offload:
         return Replicated(processes.world, device)
-    copies = size // processes.shard
-    shape = (copies, processes.shard) if copies > 1 else (processes.shard,)
-    names = ("copy", "part") if copies > 1 else ("part",)
+    replicas = size // processes.shard
+    shape = (replicas, processes.shard) if replicas > 1 else (processes.shard,)
+    names = ("replicate", "shard") if replicas > 1 else ("shard",)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return FullySharded(
-        mesh, dtype=torch.bfloat16 if train.precision == "bf16" else None, offload=train.offload
-    )
+    dtype = torch.bfloat16 if train.precision == "bf16" else None
+    return FullySharded(mesh, processes.world, dtype=dtype, offload=train.offload)

@@ -1,140 +1,297 @@
-"""The loss of a micro-batch: objective on log-ratios, the KL term, and the reduction, each chosen on its
+"""The loss of an update: an objective on log-ratios, the KL term, and the reduction, each chosen on its
 own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from vlm_sapo.algo import objectives
+from vlm_sapo.algo.advantages import ADVANTAGES
 from vlm_sapo.algo.balance import sequence_balance
 from vlm_sapo.algo.correction import CORRECTIONS, correction_metrics, importance, mismatch_metrics
 from vlm_sapo.algo.diagnostics import (
-    Objective,
     effective_update,
     gate_deviation,
     gate_metrics,
     histograms,
     update_metrics,
 )
-from vlm_sapo.algo.objectives import OBJECTIVES, RATIOS, k3, temperature
-from vlm_sapo.algo.reductions import REDUCTIONS
-from vlm_sapo.plugins import resolve
-from vlm_sapo.training.batch import MicroBatch, MiniBatch
+from vlm_sapo.algo.objectives import OBJECTIVES, TOKEN_TENSORS, TokenTensors, k3
+from vlm_sapo.algo.reductions import DENOMINATORS, REDUCTIONS
+from vlm_sapo.config.schema import AlgoConfig, OwnFunctionConfig
+from vlm_sapo.models.experts import ExpertUsage
+from vlm_sapo.plugins import check_call, resolve, resolve_call
+from vlm_sapo.reporting.metrics import UpdateStats
+from vlm_sapo.training.batch import Batch, MicroBatch
+from vlm_sapo.training.policy import ForwardPass
 
-SEQUENCES = 32
-"""Of a mini-batch, whose variance and deviation are logged."""
-Correct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+TRACED_SEQUENCES = 32
+"""Of a mini-batch, whose variance and gate deviation are logged."""
+
+
+class Objective:
+    """A function of tensors that it asks for by name (algo.objectives.TokenTensors), with its parameters."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], **parameters: Any):
+        self.function, self.parameters = function, parameters
+        self.names = [name for name in signature(function).parameters if name in TOKEN_TENSORS]
+
+    def __call__(self, tensors: TokenTensors) -> torch.Tensor:
+        """The losses [N, T]."""
+        return self.function(**tensors.named(self.names), **self.parameters)
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An objective that looks at a whole mini-batch before its micro-batches are made."""
+
+    def prepare(self, tensors: TokenTensors) -> torch.Tensor:
+        """[N, T] of the mini-batch's tokens, which the objective then gets as `prepared`. No gradients."""
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """`objective(log_ratio, advantage)`, `ratio(logprobs, old, mask)`, `reduce(losses, mask,
-    **denominators)`."""
+    """`objective` on ratios of a `level`, reduced by `reduction`."""
 
     objective: Objective
-    ratio: Callable[..., torch.Tensor]
-    reduce: Callable[..., torch.Tensor]
+    level: str
+    reduction: Reduction
     kl: float = 0.0
-    gate: dict[str, float] | None = None
+    gate: Mapping[str, float] | None = None
     """SAPO's temperatures, where the objective is SAPO."""
-    correct: Correct | None = None
-    """Weights against the engine's distribution: the importance weights, and what is left of them."""
+    correction: Correction | None = None
+    """Weights against the engine's distribution."""
     balance: float = 0.0
     """Weight of the loss that spreads each response's tokens over the experts."""
+    preparation: Prepares | None = None
 
-    def __call__(self, logprobs: torch.Tensor, micro: MicroBatch, minibatch: MiniBatch) -> torch.Tensor:
-        """The micro-batch's share of the mini-batch's loss; logprobs [N, T]."""
-        losses = self.objective(self.ratio(logprobs, micro.old, micro.mask), micro.advantages)
-        if self.correct is not None:
-            losses = losses * self.correct(micro.old, micro.sampled, micro.mask)[1]
+    @property
+    def needs_usage(self) -> bool:
+        return self.balance > 0
+
+    @property
+    def prepares(self) -> bool:
+        return self.preparation is not None
+
+    def __call__(self, passed: ForwardPass, micro: MicroBatch, minibatch: Batch) -> torch.Tensor:
+        """The micro-batch's share of the mini-batch's loss."""
+        tensors = TokenTensors(
+            logprobs=passed.logprobs,
+            old=passed.old,
+            advantages=micro.advantages,
+            mask=micro.mask,
+            level=self.level,
+            sampled=micro.sampled,
+            reference=micro.reference,
+            prepared=micro.prepared,
+        )
+        losses = self.objective(tensors)
+        if self.correction is not None:
+            losses = losses * self.correction(passed.old, micro.sampled, micro.mask)[1]
         if micro.reference is not None:
-            losses = losses + self.kl * k3(logprobs, micro.reference)
-        loss = self.reduce(losses, micro.mask, **minibatch.denominators)
+            losses = losses + self.kl * k3(passed.logprobs, micro.reference)
+        loss = self.reduction(losses, micro.mask, minibatch.num_sequences, minibatch.num_tokens)
         if self.balance:
-            usage, lengths = micro.usage, micro.mask.sum(-1)
-            uneven = sequence_balance(usage.probabilities, usage.counts, lengths.clamp(min=1))
-            uneven = torch.where(lengths > 0, uneven, 0.0).sum()
-            loss = loss + self.balance * uneven / minibatch.num_sequences
+            loss = loss + self.balance * self._unevenness(passed.usage, micro) / minibatch.num_sequences
         return loss
 
-    def effective(self, logprobs, old, advantages, mask) -> torch.Tensor:
-        """[N, T] share of the plain policy gradient that is left of each token; advantages [N, 1] or
-        [N, T]."""
-        return effective_update(self.objective, self.ratio(logprobs, old, mask), advantages)
+    def _unevenness(self, usage: ExpertUsage, micro: MicroBatch) -> torch.Tensor:
+        lengths = micro.mask.sum(-1)
+        uneven = sequence_balance(usage.probabilities, usage.counts, lengths.clamp(min=1))
+        return torch.where(lengths > 0, uneven, 0.0).sum()
 
-    def distributions(self, logprobs, old, advantages, mask) -> dict[str, list]:
-        """Histograms of a whole mini-batch, all [N, T], and with SAPO `sequences`: of up to SEQUENCES the
-        variance of log r, the gate's deviation and tau^2/4."""
-        log_ratio = objectives.token_log_ratio(logprobs, old, mask)
-        update = self.effective(logprobs, old, advantages, mask)
-        found: dict[str, list] = histograms(log_ratio, update, advantages, mask)
+    def prepare(self, logprobs: torch.Tensor, minibatch: Batch) -> torch.Tensor | None:
+        """[N, T] that the objective wants to know of the whole mini-batch, from its present log-probs."""
+        if self.preparation is None:
+            return None
+        own = minibatch.on_policy[:, None]
+        return self.preparation.prepare(
+            TokenTensors(
+                logprobs=logprobs,
+                old=torch.where(own, logprobs, minibatch.old),
+                advantages=minibatch.advantages,
+                mask=minibatch.mask,
+                level=self.level,
+                sampled=minibatch.sampled,
+                reference=minibatch.reference,
+            )
+        )
+
+    def effective(self, stats: UpdateStats) -> torch.Tensor:
+        """[N, T] share of the plain policy gradient that is left of each token."""
+        return effective_update(self.objective, self._tensors(stats))
+
+    def distributions(self, stats: UpdateStats) -> dict[str, list]:
+        """Histograms of a whole mini-batch, and with SAPO `sequences`: of up to TRACED_SEQUENCES the variance
+        of log r, the gate's deviation and tau^2/4."""
+        log_ratio = objectives.token_log_ratio(stats.logprobs, stats.old, stats.mask)
+        counts: dict[str, list] = histograms(log_ratio, self.effective(stats), stats.advantages, stats.mask)
         if self.gate is not None:
-            tau = temperature(advantages[:, :1], **self.gate)
-            columns = (*gate_deviation(logprobs, old, mask, tau), tau[:, 0] ** 2 / 4)
-            stride = -(-len(mask) // SEQUENCES)
-            found["sequences"] = [
+            deviation = gate_deviation(stats.logprobs, stats.old, stats.advantages, stats.mask, **self.gate)
+            columns = (deviation.variance, deviation.deviation, deviation.tau**2 / 4)
+            stride = max(-(-len(deviation.tau) // TRACED_SEQUENCES), 1)
+            counts["sequences"] = [
                 [float(f"{value:.5g}") for value in row] for row in torch.stack(columns, 1)[::stride].tolist()
             ]
-        return found
+        return counts
 
-    def describe(self, logprobs, old, advantages, mask, sampled) -> dict[str, float]:
-        """Metrics of the objective on a whole mini-batch, all [N, T]; `sampled` is None where the engine's
-        log-probs are the old ones."""
-        metrics = update_metrics(self.objective, self.ratio(logprobs, old, mask), advantages, mask)
+    def describe(self, stats: UpdateStats) -> dict[str, float]:
+        """Metrics of the objective on a whole mini-batch."""
+        logprobs, old, mask = stats.logprobs, stats.old, stats.mask
+        metrics = update_metrics(self.effective(stats), stats.advantages, mask)
         if self.gate is not None:
-            metrics |= gate_metrics(logprobs, old, advantages, mask, **self.gate)
-        if sampled is not None:
-            metrics |= mismatch_metrics(old, sampled, mask)
-        if sampled is not None and self.correct is not None:
-            metrics |= correction_metrics(*self.correct(old, sampled, mask), mask)
+            metrics |= gate_metrics(logprobs, old, stats.advantages, mask, **self.gate)
+        if stats.sampled is not None:
+            metrics |= mismatch_metrics(old, stats.sampled, mask)
+        if stats.sampled is not None and self.correction is not None:
+            metrics |= correction_metrics(*self.correction(old, stats.sampled, mask), mask)
         return metrics
 
+    def _tensors(self, stats: UpdateStats) -> TokenTensors:
+        return TokenTensors(
+            logprobs=stats.logprobs,
+            old=stats.old,
+            advantages=stats.advantages,
+            mask=stats.mask,
+            level=self.level,
+            sampled=stats.old if stats.sampled is None else stats.sampled,
+            reference=stats.reference,
+            prepared=stats.prepared,
+        )
 
-def build_loss(
-    objective: dict[str, float],
-    *,
-    ratio: str,
-    reduction: str,
-    kl: float,
-    max_tokens: int,
-    correction: dict[str, Any] | None = None,
-    balance: float = 0.0,
-) -> PolicyLoss:
-    """`objective` and `correction` are the fields of the config's sections, `type` among them."""
-    parameters = {name: value for name, value in objective.items() if name != "type"}
+
+class Reduction:
+    """Token losses to a share of the update's loss; see algo/reductions.py."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], max_tokens: int, **parameters: Any):
+        self.function, self.max_tokens, self.parameters = function, max_tokens, parameters
+        self.names = [name for name in DENOMINATORS if name in signature(function).parameters]
+
+    def __call__(
+        self, losses: torch.Tensor, mask: torch.Tensor, num_sequences: int, num_tokens: int
+    ) -> torch.Tensor:
+        known = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_tokens": self.max_tokens}
+        chosen = {name: known[name] for name in self.names}
+        return self.function(losses, mask, **chosen, **self.parameters)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Importance weights from the engine's distribution to the policy's, bounded."""
+
+    type: str
+    level: str
+    low: float
+    high: float
+
+    def __call__(
+        self, policy: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights [N, T], and what is left of them."""
+        weights = importance(policy, engine, mask, level=self.level).detach()
+        return weights, CORRECTIONS[self.type](weights, low=self.low, high=self.high)
+
+
+class GroupAdvantage:
+    """Advantages of a group's rewards, the same for all tokens of a response."""
+
+    rewards_decide = True
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        self.function = function
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """[N, T] float64."""
+        rows = torch.cat([self.function(rewards) for rewards in batch.rewards.split(batch.sizes)])
+        return rows[:, None].expand(batch.mask.shape)
+
+
+class OwnAdvantage:
+    """A function of the user's: the batch to advantages, [N] or [N, T]."""
+
+    rewards_decide = False
+
+    def __init__(self, function: Callable[..., torch.Tensor], name: str, **parameters: Any):
+        self.function, self.name, self.parameters = function, name, parameters
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """[N, T] float64. Raises ValueError where the function returns anything else."""
+        values = self.function(batch, **self.parameters)
+        rows, width = batch.mask.shape
+        if not isinstance(values, torch.Tensor) or values.shape not in ((rows,), (rows, width)):
+            shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(
+                f"algo.advantage.function ({self.name}) must return a tensor [{rows}] or [{rows}, {width}], "
+                f"an advantage for each response or token; it returned {shape}"
+            )
+        values = values.double() if values.dim() == 2 else values.double()[:, None].expand(rows, width)
+        if not torch.where(batch.mask, values, 0.0).isfinite().all():
+            raise ValueError(f"algo.advantage.function ({self.name}) must return finite advantages")
+        return values
+
+
+def build_advantage(section: str | OwnFunctionConfig) -> GroupAdvantage | OwnAdvantage:
+    """How rewards become advantages."""
+    if isinstance(section, str):
+        return GroupAdvantage(ADVANTAGES[section])
+    field = "algo.advantage.function"
+    function = resolve(section.function, field=field)
+    check_call(function, None, name=section.function, field=field, args=section.args)
+    return OwnAdvantage(function, section.function, **section.args)
+
+
+def build_loss(algo: AlgoConfig, *, max_tokens: int) -> PolicyLoss:
+    """The loss that a config's section describes. Raises ValueError where a function of the user's doesn't
+    fit."""
+    section = algo.objective
+    parameters = section.model_dump(exclude={"type"})
+    objective, preparation = (
+        _own_objective(section.function, section.args)
+        if section.type == "own"
+        else (Objective(OBJECTIVES[section.type], **parameters), None)
+    )
     return PolicyLoss(
-        objective=_own(**parameters)
-        if objective["type"] == "own"
-        else partial(OBJECTIVES[objective["type"]], **parameters),
-        ratio=RATIOS[ratio],
-        reduce=partial(REDUCTIONS[reduction], max_tokens=max_tokens),
-        kl=kl,
-        gate=parameters if objective["type"] == "sapo" else None,
-        correct=None if correction is None else partial(_correct, **correction),
-        balance=balance,
+        objective=objective,
+        level=algo.ratio,
+        reduction=_reduction(algo.reduction, max_tokens),
+        kl=algo.kl,
+        gate=parameters if section.type == "sapo" else None,
+        correction=Correction(**algo.correction.model_dump()) if algo.correction else None,
+        balance=algo.balance,
+        preparation=preparation,
     )
 
 
-def _own(function: str, args: dict[str, Any]) -> Objective:
-    """A function of the user's. Raises ValueError where it doesn't take these arguments."""
-    found = resolve(function, field="algo.objective.function")
+def _own_objective(name: str, args: Mapping[str, Any]) -> tuple[Objective, Prepares | None]:
+    """A function of the user's, or an object of a class whose `__call__` is one."""
+    field = "algo.objective.function"
+    function = resolve(name, field=field)
+    if isinstance(function, type):
+        instance = resolve_call(name, field=field, args=args)
+        objective, args = Objective(instance), {}
+        preparation = instance if isinstance(instance, Prepares) else None
+    else:
+        objective, preparation = Objective(function, **args), None
     try:
-        signature(found).bind(None, None, **args)
-    except TypeError as error:
-        raise ValueError(
-            f"algo.objective.args ({args}) must fit {function}{signature(found)}; {error}"
-        ) from error
-    return partial(found, **args)
+        check_call(
+            objective.function, name=name, field=field, args=dict.fromkeys(objective.names) | dict(args)
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; an objective can ask for {', '.join(TOKEN_TENSORS)} by name") from error
+    return objective, preparation
 
 
-def _correct(
-    policy: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, *, type: str, level: str, **bounds
-):
-    weights = importance(policy, engine, mask, level=level).detach()
-    return weights, CORRECTIONS[type](weights, **bounds)
+def _reduction(section: str | OwnFunctionConfig, max_tokens: int) -> Reduction:
+    if isinstance(section, str):
+        return Reduction(REDUCTIONS[section], max_tokens)
+    field = "algo.reduction.function"
+    function = resolve(section.function, field=field)
+    reduction = Reduction(function, max_tokens, **section.args)
+    known = dict.fromkeys(reduction.names)
+    check_call(function, None, None, name=section.function, field=field, args=known | dict(section.args))
+    return reduction

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -16,29 +17,50 @@ from torch.distributed.tensor import DTensor
 
 from vlm_sapo.models.weights import discarded, like, whole
 
-LARGEST = 4 * 2**30
+MAX_FILE_BYTES = 4 * 2**30
 """Bytes from which a file is full."""
 FILES = "optimizer-*.safetensors"
 Write = Callable[[Path], None]
 """Writes part of a checkpoint into a folder."""
 
 
-def schedule_factor(step: int, *, kind: str, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at a step (0-based) of `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(total - warmup, 1)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning rate over `total_steps`."""
+
+    lr: float
+    total_steps: int
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step (0-based)."""
+        return self.lr * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        factors = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return factors.get(self.schedule, 1.0)
 
 
-def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """`adamw`, or one that holds its moments in 8 bits."""
-    if name == "adamw":
+def build_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW, also one that holds its moments in 8 bits."""
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     import bitsandbytes
 
     kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-    return vars(bitsandbytes.optim)[kinds[name]](parameters, **options)
+    return vars(bitsandbytes.optim)[kinds[settings.name]](parameters, **options)
 
 
 def state_parts(
@@ -50,13 +72,13 @@ def state_parts(
     size = number = 0
     for name, parameter in parameters.items():
         for field, value in optimizer.state.get(parameter, {}).items():
-            held = torch.as_tensor(value)
+            moment = torch.as_tensor(value)
             if keep:
-                tensors[f"{name}/{field}"] = whole(held).to("cpu", copy=True)
+                tensors[f"{name}/{field}"] = whole(moment).to("cpu", copy=True)
                 size += tensors[f"{name}/{field}"].nbytes
             else:
-                discarded(held)
-        if size > LARGEST:
+                discarded(moment)
+        if size > MAX_FILE_BYTES:
             number, size = number + 1, 0
             yield partial(_write_state, tensors, number)
             tensors = {}
@@ -71,7 +93,7 @@ def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
 ) -> None:
     """Takes over what `state_parts` wrote; parameters may be sharded otherwise than they were."""
-    places = {name: place for place, name in enumerate(parameters)}
+    indices = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for path in sorted(folder.glob(FILES)):
         with safe_open(path, framework="pt") as file:
@@ -82,5 +104,5 @@ def load_state(
                     value = like(value, parameter)
                 if value.dtype == torch.int64:  # bitsandbytes counts its steps with plain numbers
                     value = int(value)
-                state.setdefault(places[name], {})[field] = value
+                state.setdefault(indices[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,42 +1,121 @@
-"""A run under way: what the loops work with, and what they leave in the run's folder."""
+"""A run under way: its folder, progress, checkpoints, evaluations and signals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 
 from vlm_sapo.data.stream import TaskMixture
-from vlm_sapo.distributed import Interrupted, World
+from vlm_sapo.distributed import Interrupted, World, shielded
 from vlm_sapo.evaluation.periodic import Evaluator
+from vlm_sapo.models.encode import Encoder
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import draw_curves
+from vlm_sapo.reporting.metrics import Metrics, UpdateStats
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.rollout.sampler import Rollouts
-from vlm_sapo.training.batch import MiniBatch
+from vlm_sapo.reporting.step_report import StepRecords, StepReport
+from vlm_sapo.rollout.sampler import Rollouts, Stopwatch
+from vlm_sapo.training.batch import Batch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
 from vlm_sapo.training.checks import ParityError
-from vlm_sapo.training.interruption import Interruption
-from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import Example, Prompt, RolloutBatch
+from vlm_sapo.types import RolloutBatch
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
+TWICE = 2.0
+"""Seconds within which signals are one."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """What a signal does between `handling_signals` begins and ends.
+
+    Between two steps, which is most of the time, it ends the work at once; an update is finished first.
+    Several processes agree on it after a step. A second signal, TWICE seconds later, ends the process where
+    it is: launchers pass on what the processes get themselves.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.reason, self.alarm, self._between = world, "", False, False
+        self._first = math.inf
+        """When the first signal came."""
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._signalled) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """In the block a signal raises Interrupted; so does one that came before. All processes call it."""
+        reason, alarm = max(self.world.all_gather((self.reason, self.alarm)))
+        if reason:
+            raise Interrupted(reason, alarm=alarm)
+        self._between = self.world.size == 1
+        try:
+            yield
+        finally:
+            self._between = False
+
+    def ask(self, reason: str, *, alarm: bool = False) -> None:
+        """Ends the run before its next step."""
+        self.reason, self.alarm = reason, alarm
+
+    def stop_at_alarm(self, reason: str) -> None:
+        """Ends the run before its next step, as an alarm asks for."""
+        self.ask(reason, alarm=True)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._first > TWICE:
+            sys.exit(128 + number)
+        self._first = min(self._first, now)
+        if not self.reason:
+            self.ask(signal.Signals(number).name)
+        if self._between:
+            self._between = False
+            shielded.raises(Interrupted(self.reason, alarm=self.alarm))
+
+
+class Check(Protocol):
+    """Looks at a step's groups before anything is trained on them."""
+
+    def __call__(self, step: int, rollout: RolloutBatch) -> Metrics: ...
+
+
+class Advantage(Protocol):
+    """Rewards, or anything else of a batch, to advantages; see training/loss.py."""
+
+    rewards_decide: bool
+    """Whether a group whose rewards are all equal has none."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """[N, T] float64."""
 
 
 @dataclass
-class Core:
+class Run:
     """What `train` and `sft` have in common. Close it in the end."""
 
     folder: RunFolder
     console: Console
     policy: Policy
     stream: TaskMixture
-    encode: Callable[[Example], Prompt]
+    encode: Encoder
     evaluator: Evaluator
     progress: Progress
     checkpoint_every: int
@@ -44,6 +123,8 @@ class Core:
     interruption: Interruption
     rollouts: Rollouts
     world: World
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    started: float = 0.0
 
     def close(self) -> None:
         """Ends what runs beside this process."""
@@ -51,16 +132,30 @@ class Core:
         self.checkpoints.close()
         self.folder.close()
 
-    def advance(self, step: int, seconds: float) -> None:
-        """A step is done; it took so long."""
-        self.progress.advance(step, seconds)
-        self.rollouts.trained()
+    def begin_step(self) -> None:
+        self.started, self.watch = time.perf_counter(), Stopwatch()
+
+    def end_step(self, step: int) -> None:
+        """A step is done, and counts."""
+        self.progress.advance(step, time.perf_counter() - self.started)
+        self.rollouts.mark_trained()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Durations of the present step's parts, and of the whole."""
+        return dict(self.watch.seconds) | {"step": time.perf_counter() - self.started}
+
+    @contextmanager
+    def before_update(self, name: str) -> Iterator[None]:
+        """Times a part of a step that lies before its first update, and may be interrupted."""
+        with self.watch.time(name), self.checkpoint_on_error():
+            yield
 
     @contextmanager
     def checkpoint_on_error(self) -> Iterator[None]:
         """Writes a checkpoint of the finished steps where the block, which lies between two, fails or is
-        interrupted. What was given out and not trained on is given out again; what an engine drew that
-        disagrees is drawn anew."""
+        interrupted. Groups that were sampled and not trained on are returned again; what an engine sampled
+        that disagrees is sampled again."""
         try:
             with self.interruption.interruptible():
                 yield
@@ -68,15 +163,20 @@ class Core:
         except Exception as error:
             if not isinstance(error, Interrupted):  # of which all know
                 self.world.fail_everywhere(error)
-            self.checkpoints.settle()
+            self.checkpoints.wait()
             if self.progress.step and self.checkpoints.newest_step != self.progress.step:
                 disagrees = any(self.world.all_gather(isinstance(error, ParityError)))
-                self.save_checkpoint(self.rollouts.state(anew=disagrees))
+                self.save_checkpoint(self.rollouts.state(resample=disagrees))
                 self.console.say(
                     f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
                 )
-            self.checkpoints.settle()
+            self.checkpoints.wait()
             raise
+
+    def evaluate(self, step: int, *, last: int) -> None:
+        """Evaluates where it is due: before the first step, every so many, and after the last."""
+        with self.checkpoint_on_error():
+            self.evaluator.at(step, last=last)
 
     def checkpoint_if_due(self, step: int, *, last: int) -> None:
         """Writes a checkpoint after every so many steps, and after the last one."""
@@ -89,7 +189,7 @@ class Core:
 
     def finish(self, steps: int) -> dict:
         """Writes `final/`, `curves.png` and `summary.json`; returns the summary."""
-        self.checkpoints.settle()
+        self.checkpoints.wait()
         failed = None
         try:
             self.policy.export(self.folder.path / "final", write=self.world.main)
@@ -116,10 +216,10 @@ class Core:
         draw_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for name, step in (("eval_before", 0), ("eval_after", steps)):
-            found = [record for record in evaluations if record["step"] == step]
-            for place, record in enumerate(found):
+            records = [record for record in evaluations if record["step"] == step]
+            for index, record in enumerate(records):
                 short = {key: record[key] for key in ("pass@1", "ci95", "n")}
-                summary[f"{name}/{record['name']}" if place else name] = short
+                summary[f"{name}/{record['name']}" if index else name] = short
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
             self.console.warn(
@@ -133,20 +233,40 @@ class Core:
         return summary
 
 
-@dataclass
-class Training:
-    """What the loop of `train` works with."""
+@dataclass(kw_only=True)
+class TrainingRun(Run):
+    """What reinforcement learning has besides."""
 
-    core: Core
-    checks: Sequence[Callable[[int, RolloutBatch], dict[str, float]]]
-    """Look at a step's groups before anything is trained on them; they return metrics."""
-    advantage: Callable[[torch.Tensor], torch.Tensor]
-    loss: PolicyLoss
-    split: Callable[..., list[MiniBatch]]
-    """(groups, advantages, layout=..., budget=...) to mini-batches."""
-    report: Callable[..., str]
-    """Writes what a step leaves, and returns the numbers that matter most."""
+    minibatches: int
+    mask_truncated: bool
+    keep_zero_advantages: bool
+    """Whether groups without an advantage go through the model as well, as a KL term needs."""
+    checks: Sequence[Check]
+    advantage: Advantage
+    report: StepReport
 
-    def check(self, step: int, drawn: RolloutBatch) -> dict[str, float]:
+    def check(self, step: int, rollout: RolloutBatch) -> Metrics:
         """All checks."""
-        return {name: value for check in self.checks for name, value in check(step, drawn).items()}
+        return {name: value for check in self.checks for name, value in check(step, rollout).items()}
+
+    def log(
+        self,
+        step: int,
+        rollout: RolloutBatch,
+        batch: Batch,
+        updates: list[UpdateStats | None],
+        further: Mapping[str, float],
+    ) -> str:
+        """Writes what the step leaves; returns the numbers that matter most."""
+        sizes = [len(minibatch.mask) for minibatch in batch.split()]
+        records = StepRecords(
+            rollout=rollout,
+            advantages=batch.mean_advantages(),
+            updates=updates,
+            first_rows=[sum(sizes[:index]) for index in range(len(sizes))],
+            seconds=self.seconds | dict(rollout.seconds),
+            further=further,
+            shortages=self.policy.memory.shortages,
+            tokens_per_microbatch=self.policy.memory.tokens,
+        )
+        return self.report.write(step, records)

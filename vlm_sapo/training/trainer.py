@@ -2,73 +2,64 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
-
-import torch
 
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.metrics import StepMeter
+from vlm_sapo.rollout.sampler import Rollouts
+from vlm_sapo.training.batch import collate
 from vlm_sapo.training.build import build_training
+from vlm_sapo.training.folder import open_folder
 from vlm_sapo.training.launch import join
-from vlm_sapo.training.resume import open_folder
-from vlm_sapo.training.run import FINISHED, Training
-from vlm_sapo.types import Group
+from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.run import FINISHED, TrainingRun
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
     """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
     processes = join(config, console)
-    console = processes.console
     folder = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
-        console.say(FINISHED)
+        processes.console.say(FINISHED)
         return summary
-    training = build_training(config, folder, processes)
-    with closing(training.core), training.core.interruption.handling_signals():
-        return loop(training, config.train.steps)
+    run, loss = build_training(config, folder, processes)
+    with closing(run), run.interruption.handling_signals():
+        return loop(run, loss, config.train.steps)
 
 
-def loop(training: Training, steps: int) -> dict:
+def loop(run: TrainingRun, loss: PolicyLoss, steps: int) -> dict:
     """Steps until `steps` are done, from wherever the run stands; returns the summary."""
-    core = training.core
-    with core.checkpoint_on_error():
-        core.evaluator.at(core.progress.step, last=steps)
-    with core.console.progress("train", steps, core.progress.step) as show:
-        for step in range(core.progress.step + 1, steps + 1):
-            show(step, advance(training, step))
-            with core.checkpoint_on_error():
-                core.evaluator.at(step, last=steps)
-            core.checkpoint_if_due(step, last=steps)
-    return core.finish(steps)
+    run.evaluate(run.progress.step, last=steps)
+    with run.console.progress("train", steps, run.progress.step) as show:
+        for step in range(run.progress.step + 1, steps + 1):
+            show(step, train_step(step, run, run.rollouts, run.policy, loss))
+            run.evaluate(step, last=steps)
+            run.checkpoint_if_due(step, last=steps)
+    return run.finish(steps)
 
 
-def advance(training: Training, step: int) -> str:
-    """One step: draw groups, score them, update in mini-batches. Returns the numbers that matter most."""
-    core, policy = training.core, training.core.policy
-    started, meter = time.perf_counter(), StepMeter(core.world, training.loss)
+def train_step(step: int, run: TrainingRun, rollouts: Rollouts, policy: Policy, loss: PolicyLoss) -> str:
+    """One step: sample and score groups, update in mini-batches. Returns the numbers that matter most."""
+    run.begin_step()
     lr = policy.set_step(step - 1)
-    with meter.time("draw"), core.checkpoint_on_error():
-        drawn = core.rollouts(step, policy.vlm)
-    with meter.time("check"), core.checkpoint_on_error():
-        checked = training.check(step, drawn)
-    behind = policy.vlm.version - drawn.version
-    advantages = [advantages_of(training, group) for group in drawn.groups]
-    batch = training.split(drawn.groups, advantages, layout=policy.layout, budget=policy.memory.budget)
-    with meter.time("old_logprobs"):
-        policy.score(batch, fresh=behind == 0)
-    with meter.time("update"):
-        for minibatch in batch:
-            for passed in policy.accumulate(minibatch, training.loss):
-                meter.add(**passed)
-            if minibatch.micros:
-                meter.close_minibatch(policy.step())
-    core.advance(step, time.perf_counter() - started)
-    extra = {"lr": lr, "rollout/updates_behind": behind} | checked
-    return training.report(step, meter, drawn, advantages, extra)
-
-
-def advantages_of(training: Training, group: Group) -> torch.Tensor:
-    """[G] float64 advantages of a group's rewards."""
-    return training.advantage(torch.tensor([score.total for score in group.rewards], dtype=torch.float64))
+    with run.before_update("draw"):
+        rollout = rollouts.next(step, policy.vlm)  # sync weights, sample, score
+    with run.before_update("check"):
+        checked = run.check(step, rollout)  # shared == plain, engine == trainer
+    behind = policy.vlm.version - rollout.version
+    batch = collate(
+        rollout.groups,
+        minibatches=run.minibatches,
+        mask_truncated=run.mask_truncated,
+        keep_zero_advantages=run.keep_zero_advantages,
+        rewards_decide=run.advantage.rewards_decide,
+        world=run.world,
+    )
+    with run.watch.time("old_logprobs"):
+        batch = policy.score(batch, fresh=behind == 0)  # old log-probs, reference
+    batch = batch.replace(advantages=run.advantage(batch))
+    with run.watch.time("update"):
+        updates = [policy.update(minibatch, loss) for minibatch in batch.split()]
+    run.end_step(step)
+    return run.log(step, rollout, batch, updates, {"lr": lr, "rollout/updates_behind": behind} | checked)

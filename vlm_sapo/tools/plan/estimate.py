@@ -8,7 +8,6 @@ from dataclasses import replace
 from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.plugins import locate
-from vlm_sapo.rollout.build import engine_dtype
 from vlm_sapo.tools.plan import memory, passes
 from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus, Held, Row
 from vlm_sapo.tools.plan.passes import Load, Rows
@@ -100,7 +99,7 @@ class Estimator:
 
     def _engine_weights(self) -> float:
         engine = self.config.rollout.engine
-        dtype = engine_dtype(engine, "bfloat16" if self.autocast else self.config.model.dtype)
+        dtype = engine.weights_dtype("bfloat16" if self.autocast else self.config.model.dtype)
         return self._base() * BYTES[dtype] / engine.tensor_parallel
 
     def _base(self) -> int:

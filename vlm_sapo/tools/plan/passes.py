@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import torch
 
-from vlm_sapo.models.decoding import prefill
+from vlm_sapo.models.decoding import BranchGrid, prefill
 from vlm_sapo.models.experts import NullRecorder
 from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
 from vlm_sapo.models.packing import GroupSlice, Inputs, choose
 from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import sample
 from vlm_sapo.tools.plan import simulate
 from vlm_sapo.tools.plan.memory import FOUR_BITS, Held
@@ -161,11 +162,9 @@ def micro_batch(vlm: VLM, rows: Rows, layout: str = "shared") -> list[GroupSlice
     """Groups that fill the budget, the last one with fewer responses; at least one response."""
     shared = layout == "shared" and vlm.attends_fully
     return [
-        (
-            simulate.draw_prompt(vlm, rows.prompt, rows.image),
-            [torch.tensor([0] * length) for length in lengths],
-        )
+        GroupSlice(prompt, tuple(simulate.fake_response(prompt, length) for length in lengths))
         for lengths in (_branches(rows) if shared else _copies(rows))
+        for prompt in [simulate.draw_prompt(vlm, rows.prompt, rows.image)]
     ]
 
 
@@ -193,8 +192,8 @@ def _update(vlm: VLM, inputs: Inputs, load: Load) -> tuple[int, int]:
     """The highest memory of the forward and of the backward pass."""
     with Memory() as memory:
         with _precision(load):
-            logprobs, entropies = Pass(vlm)(inputs)
-        loss, forward = logprobs.sum(), memory.peak
+            scores = Pass(vlm)(inputs)
+        loss, forward = scores.logprobs.sum(), memory.peak
         memory.peak = memory.live
         loss.backward()
     return forward, memory.peak
@@ -234,7 +233,7 @@ def _generate(vlm: VLM, prompts: list[Prompt], rows: Rows, load: Load) -> tuple[
     """The highest memory of the prefill and of the last token, and that of all keys and values."""
     with Memory() as memory, _precision(load):
         before = memory.live
-        branches = prefill(vlm, prompts, rows.group, NullRecorder())[1]
+        branches = prefill(vlm, BranchGrid.of(as_contexts(prompts), rows.group), NullRecorder())[1]
         highest = memory.peak
         tokens = torch.tensor([0] * len(prompts) * rows.group)
         branches.step(tokens, tokens)

@@ -27,7 +27,7 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
-from vlm_sapo.types import Example, Prompt
+from vlm_sapo.types import Example, Prompt, Response
 
 LARGEST_KNOWN = 2**22
 """Elements of the largest tensor that keeps its values."""
@@ -182,6 +182,12 @@ def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
         pixels=pixels if taken else None,
         grid=torch.tensor([[1, side, side]]) if taken else None,
     )
+
+
+def fake_response(prompt: Prompt, tokens: int) -> Response:
+    """A response of so many tokens; call it inside a Simulation."""
+    ids = torch.tensor([0] * tokens)
+    return Response.sampled(prompt.positions, ids, torch.zeros(tokens), text="", finish="stop")
 
 
 @contextmanager

@@ -1,8 +1,6 @@
-"""A run's folder, checkpoints and alarms: new ones, or those of a run that goes on."""
+"""A run's folder, checkpoints, logs and alarms: new ones, or those of a run that is resumed."""
 
 from __future__ import annotations
-
-from functools import partial
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import differences, dump
@@ -12,11 +10,11 @@ from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
-from vlm_sapo.training.run import Core
+from vlm_sapo.training.run import Interruption
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
-    """The run's folder, made or found to belong to this config."""
+    """The run's folder, a new one or one that belongs to this config."""
     world, console = processes.world, processes.console
     folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
     world.on_main(lambda: _open(folder, config, console))
@@ -24,8 +22,8 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -
 
 
 def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console) -> None:
-    asked = {"overwrite": False, "accept_changes": False}
-    text = dump(config.model_copy(update={"run": config.run.model_copy(update=asked)}))
+    cleared = {"overwrite": False, "accept_changes": False}
+    text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
     stored = None if config.run.overwrite else folder.stored()
     if config.run.overwrite:
         folder.stored()  # or what lies there is no run's
@@ -60,20 +58,19 @@ def build_checkpoints(
     config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes
 ) -> Checkpoints:
     """The run's checkpoints, as its config wants them kept."""
-    given = config.checkpoint
+    section = config.checkpoint
     return Checkpoints(
-        folder.path / "checkpoints",
+        folder,
         console=processes.console,
         world=processes.world,
-        last=given.keep_last,
-        best=lambda: folder.best(given.keep_best),
-        background=given.background,
-        on_error=given.on_error,
-        settle_logs=folder.settle,
+        keep_last=section.keep_last,
+        keep_best=section.keep_best,
+        background=section.background,
+        on_error=section.on_error,
     )
 
 
-def go_on(
+def open_logs(
     config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes, step: int
 ) -> None:
     """Makes logs and trackers ready for what comes after `step`."""
@@ -96,13 +93,12 @@ def go_on(
         )
 
 
-def build_alarms(config: cfg.TrainConfig, core: Core) -> Alarms:
+def build_alarms(
+    config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
+) -> Alarms:
     """What watches the metrics, with those of the steps that are done."""
     thresholds = config.alarms.model_dump(exclude={"stop"})
-    alarms = Alarms(
-        core.console,
-        **thresholds,
-        stop=partial(core.interruption.ask, alarm=True) if config.alarms.stop else None,
-    )
-    alarms.resume(core.folder.read("metrics.jsonl"))
+    stop = interruption.stop_at_alarm if config.alarms.stop else None
+    alarms = Alarms(console, **thresholds, stop=stop)
+    alarms.resume(folder.read("metrics.jsonl"))
     return alarms
