@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_sapo.models import families
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.packing import GroupSlice
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.types import Example, Prompt, Response
@@ -91,14 +92,23 @@ def example(
     return Example(id=f"e{number}", problem=problem, answer="2", images=images, columns=columns)
 
 
-def completion(ids: list[int], finish: str = "stop") -> Response:
-    return Response(ids=torch.tensor(ids), logprobs=torch.zeros(len(ids)), text="", finish=finish)
+def response(ids: list[int], prompt: Prompt, finish: str = "stop") -> Response:
+    """A response that the policy sampled in one go, with log-probs of zero."""
+    return Response.sampled(
+        prompt.positions, torch.tensor(ids), torch.zeros(len(ids)), text="", finish=finish
+    )
 
 
 @dataclass(frozen=True)
 class Rows:
     prompts: list[Prompt]
-    completions: list[Response]
+    responses: list[Response]
+
+    @property
+    def slices(self) -> list[GroupSlice]:
+        """Each prompt with its response."""
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return [GroupSlice(prompt, (response,)) for prompt, response in pairs]
 
 
 @pytest.fixture
@@ -107,5 +117,5 @@ def rows(encoder) -> Rows:
     prompts = [encoder(example(number, pictures=count)) for number, count in enumerate((1, 2, 0, 1))]
     lengths = (5, 1, 9, 3)
     generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randint(10, 200, (length,), generator=generator).tolist() for length in lengths]
-    return Rows(prompts, [completion(ids) for ids in drawn])
+    ids = [torch.randint(10, 200, (length,), generator=generator).tolist() for length in lengths]
+    return Rows(prompts, [response(row, prompt) for row, prompt in zip(ids, prompts, strict=True)])

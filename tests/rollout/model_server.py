@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.conftest import example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Prompt, Sampling
 
@@ -108,7 +109,7 @@ class ModelServer:
         assert set(map(int, asked["logit_bias"])) == set(self.vlm.banned)
         sampling = Sampling(asked["n"], asked["max_tokens"], asked["temperature"], asked["seed"])
         engine = HfEngine(self.vlm, prompts_per_batch=1, experts=self.experts)
-        [completions] = engine.generate([prompt], sampling)
+        [responses] = engine.generate(as_contexts([prompt]), sampling)
         return {
             "prompt_token_ids": prompt.ids.tolist(),
             "choices": [
@@ -120,7 +121,7 @@ class ModelServer:
                     "weight_versions": [{"version": self.version, "start": 0, "end": len(item.ids)}],
                     "routed_experts": encoded(item.experts) if self.experts else None,
                 }
-                for index, item in enumerate(completions)
+                for index, item in enumerate(responses)
             ],
         }
 

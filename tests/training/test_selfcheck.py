@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from tests.training.test_batch import draw_groups, make_policy
-from vlm_sapo.distributed import World
+from tests.training.test_batch import make_policy, sample_groups
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.selfcheck import SelfCheck
+from vlm_sapo.training.checks import SelfCheck
 from vlm_sapo.types import RolloutBatch
 
 REWARDS = [[1, 0, 0, 1]]
@@ -22,19 +21,20 @@ class Shifted(SharedPrefix):
     def inputs(self, groups):
         inputs = super().inputs(groups)
         positions = inputs.positions.clone()
-        positions[:, :, len(groups[0][0].ids) :] += 1
+        positions[:, :, len(groups[0].prompt.ids) :] += 1
         return replace(inputs, positions=positions)
 
 
 def check(policy, groups, budget=10**6):
-    policy.memory.budget = budget
-    check = SelfCheck(policy, Console(), choose=policy.reuse_sampled, world=World())
-    assert check(1, RolloutBatch(groups, [], policy.vlm.version, {})) == {}
+    policy.memory.tokens = budget
+    check = SelfCheck(policy, Console(), choose=policy.reuse_sampled)
+    rollout = RolloutBatch(tuple(groups), (0,), policy.vlm.version, {}, {})
+    assert check(1, rollout) == {}
 
 
-def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):
+def test_agreement_is_reported_and_nothing_changes(model_folder, encoder, capsys):
     policy = make_policy(model_folder(), reuse_sampled=True)
-    check(policy, draw_groups(policy, encoder, REWARDS))
+    check(policy, sample_groups(policy, encoder, REWARDS))
     output = capsys.readouterr().out
     assert "agrees with the plain pass" in output and "serve as old log-probs" in output
     assert isinstance(policy.layout, SharedPrefix) and policy.reuse_sampled
@@ -43,7 +43,7 @@ def test_agreement_is_reported_and_kept(model_folder, encoder, capsys):
 
 def test_a_layout_that_is_wrong_is_dropped_loudly(model_folder, encoder, capsys):
     policy = make_policy(model_folder(), layout=Shifted())
-    check(policy, draw_groups(policy, encoder, REWARDS))
+    check(policy, sample_groups(policy, encoder, REWARDS))
     output = capsys.readouterr().out
     assert "warning: the shared-prefix pass DISAGREES" in output and "row e0" in output
     assert isinstance(policy.layout, Plain)
@@ -51,7 +51,7 @@ def test_a_layout_that_is_wrong_is_dropped_loudly(model_folder, encoder, capsys)
 
 def test_logprobs_of_another_policy_are_recomputed(model_folder, encoder, capsys):
     policy = make_policy(model_folder(), reuse_sampled=True)
-    groups = draw_groups(policy, encoder, REWARDS)
+    groups = sample_groups(policy, encoder, REWARDS)
     with torch.no_grad():
         for parameter in policy.vlm.parameters():
             parameter.mul_(1.01)
@@ -61,7 +61,7 @@ def test_logprobs_of_another_policy_are_recomputed(model_folder, encoder, capsys
 
 def test_a_group_over_the_budget_is_checked_in_parts(model_folder, encoder, capsys):
     policy = make_policy(model_folder())
-    groups = draw_groups(policy, encoder, REWARDS)
+    groups = sample_groups(policy, encoder, REWARDS)
     check(policy, groups, budget=len(groups[0].prompt.ids) + 20)
     tokens = sum(len(item.ids) for item in groups[0].responses)
     assert f"on {tokens} response tokens" in capsys.readouterr().out
