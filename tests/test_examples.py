@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import vlm_sapo
 from tests.conftest import ROOT
 from tests.training.conftest import short_run
-from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.loss import OwnAdvantage, build_loss
 
 EXAMPLES = {
     "reward": ["reward.parts=[{name: docs/examples/reward.py:main_colour, args: {partly: 0.5}}]"],
@@ -17,13 +19,23 @@ EXAMPLES = {
     "objective": [
         "algo.objective={type: own, function: docs/examples/objective.py:bell, args: {width: 0.1}}"
     ],
+    "advantage": ["algo.advantage={type: own, function: docs/examples/advantage.py:without_repetition}"],
+    "environment": [
+        "rollout.environment={function: docs/examples/environment.py:CheckAgain, max_turns: 2}",
+        "rollout.max_tokens=96",
+    ],
+    "engine": [
+        "rollout.engine={type: own, function: docs/examples/engine.py:counting, policy_modules: true}",
+        "rollout.engine.args.path=PATH/counts.json",
+    ],
 }
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains(name, model_folder, tmp_path):
-    assert len((ROOT / f"docs/examples/{name}.py").read_text().splitlines()) < 40
-    config = short_run(tmp_path, model_folder(), "train.steps=2", "eval.data=null", *EXAMPLES[name])
+    assert len((ROOT / f"docs/examples/{name}.py").read_text().splitlines()) < 60
+    options = [option.replace("PATH", str(tmp_path)) for option in EXAMPLES[name]]
+    config = short_run(tmp_path, model_folder(), "train.steps=2", "eval.data=null", *options)
     assert vlm_sapo.train(config)["steps"] == 2
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert all("reward/mean" in json.loads(line) for line in lines)
@@ -44,14 +56,20 @@ def test_the_reward_looks_at_the_picture():
 
 
 def test_the_objective_falls_like_a_bell():
-    import torch
-
     from docs.examples.objective import bell
     from vlm_sapo.algo.diagnostics import effective_update
+    from vlm_sapo.algo.objectives import TokenTensors
+    from vlm_sapo.training.loss import Objective
 
     log_ratio = torch.tensor([[-0.5, 0.0, 0.5, 1.0]], dtype=torch.float64)
-    found = effective_update(bell, log_ratio, torch.tensor([[2.0]], dtype=torch.float64))
-    assert torch.allclose(found, (-((log_ratio / 0.5) ** 2) / 2).exp())
+    tensors = TokenTensors(
+        logprobs=log_ratio - 2,
+        old=torch.full_like(log_ratio, -2.0),
+        advantages=torch.full_like(log_ratio, 2.0),
+        mask=torch.ones_like(log_ratio, dtype=torch.bool),
+    )
+    update = effective_update(Objective(bell), tensors)
+    assert torch.allclose(update, (-((log_ratio / 0.5) ** 2) / 2).exp())
 
 
 def test_the_python_interface(model_folder, tmp_path):
@@ -75,16 +93,14 @@ def test_the_python_interface(model_folder, tmp_path):
         (["{type: own, function: docs/examples/objective.py:none}"], "algo.objective.function"),
         (
             ["{type: own, function: docs/examples/objective.py:bell, args: {widht: 1}}"],
-            "algo.objective.args .*widht",
+            "algo.objective.args .*widht.*can ask for log_ratio, advantage",
         ),
     ],
 )
 def test_an_objective_that_does_not_fit_is_named(overrides, sentence):
     config = vlm_sapo.load_config("quickstart", *(f"algo.objective={each}" for each in overrides))
     with pytest.raises(ValueError, match=sentence):
-        build_loss(
-            config.algo.objective.model_dump(), ratio="token", reduction="token_mean", kl=0.0, max_tokens=8
-        )
+        build_loss(config.algo, max_tokens=8)
 
 
 def test_another_type_takes_no_fields_of_the_first():
@@ -97,10 +113,57 @@ def test_another_type_takes_no_fields_of_the_first():
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(
-        "from vlm_sapo.rewards.pool import Reward\nfrom vlm_sapo.types import Example, Response\n"
-        "print(Reward([{'name': 'math'}], workers=1)([(Response('1'), Example('1', 'p', '1'))]))\n"
+        "from vlm_sapo.rewards.pool import RewardPool\nfrom vlm_sapo.types import Example, ResponseText\n"
+        "print(RewardPool([{'name': 'math'}], workers=1)([(ResponseText('1'), Example('1', 'p', '1'))]))\n"
     )
     done = subprocess.run(
         [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0 and "if __name__ == '__main__'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("algo.advantage={type: own, function: docs/examples/advantage.py:none}", "algo.advantage.function"),
+        (
+            "algo.advantage={type: own, function: docs/examples/advantage.py:without_repetition, args: {x: 1}}",
+            r"algo.advantage.args \({'x': 1}\) must fit",
+        ),
+        ("algo.reduction={type: own, function: 'os:getcwd'}", "algo.reduction.args"),
+        ("rollout.environment={function: docs/examples/environment.py:None}", "rollout.environment.function"),
+        (
+            "rollout.environment={function: docs/examples/environment.py:CheckAgain, args: {x: 1}}",
+            "rollout.environment.args",
+        ),
+        ("rollout.engine={type: own, function: docs/examples/engine.py:counting}", "rollout.engine.args"),
+    ],
+)
+def test_functions_of_the_users_are_checked_at_the_start(override, sentence, model_folder, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        vlm_sapo.train(short_run(tmp_path, model_folder(), "eval.data=null", override))
+
+
+def test_a_reduction_of_ones_own(model_folder, tmp_path):
+    """A sum over tokens, divided by the denominators that it asks for."""
+    (tmp_path / "mine.py").write_text(
+        "def mean(losses, mask, num_tokens, scale=1.0):\n"
+        "    return scale * (losses * mask).sum() / num_tokens\n"
+    )
+    own = f"{{type: own, function: '{tmp_path}/mine.py:mean', args: {{scale: 2.0}}}}"
+    losses = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    algo = vlm_sapo.load_config("quickstart", f"algo.reduction={own}").algo
+    assert float(build_loss(algo, max_tokens=8).reduction(losses, mask, 2, 3)) == 4.0
+
+
+def test_an_advantage_that_is_no_tensor_is_named():
+    advantage = OwnAdvantage(lambda batch: [1.0], "mine.py:advantage")
+    batch = SimpleNamespace(mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"\(mine.py:advantage\) must return a tensor \[2\] or \[2, 3\].*list"
+    ):
+        advantage(batch)
+    advantage = OwnAdvantage(lambda batch: torch.full((2,), float("nan")), "mine.py:advantage")
+    with pytest.raises(ValueError, match="must return finite advantages"):
+        advantage(batch)

@@ -1,25 +1,35 @@
-"""Updates whose numbers are none: left out, counted, kept, and too many of them an end."""
+"""Updates that are not finite: skipped, counted, kept, and too many of them an end."""
 
 import json
 
 import pytest
 import torch
-from vlm_sapo.training.guard import Guard, NumbersError
 
 from tests.training.conftest import metrics
-from tests.training.test_batch import draw_groups, loss_of, make_policy, split
+from tests.training.test_batch import loss_of, make_policy, sample_groups, scored
 from vlm_sapo.distributed import World
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.loss import PolicyLoss
+from vlm_sapo.training.policy import NumbersError, UpdateGuard
+from vlm_sapo.training.sft import Likelihood
 from vlm_sapo.training.trainer import train
 
 REWARDS = [[1, 0, 0, 1], [0, 1, 0, 0]]
 
 
+class InfiniteLoss(Likelihood):
+    def __call__(self, passed, micro, minibatch):
+        return passed.logprobs.sum() * float("inf")
+
+
+class InfiniteGradient(Likelihood):
+    def __call__(self, passed, micro, minibatch):
+        return (passed.logprobs.sum() * 0).sqrt()
+
+
 @pytest.fixture
 def policy(model_folder, tmp_path):
-    guard = Guard(tmp_path / "bad", Console(), limit=1, world=World())
-    return make_policy(model_folder(), guard=guard)
+    return make_policy(model_folder(), guard=UpdateGuard(tmp_path / "bad", Console(), limit=1, world=World()))
 
 
 def weights(policy):
@@ -27,20 +37,20 @@ def weights(policy):
 
 
 def update(policy, encoder, *, loss=None, old=None) -> float:
-    (minibatch,) = split(policy, draw_groups(policy, encoder, REWARDS))
-    for micro in minibatch.micros:
-        micro.old = None if old is None else torch.full_like(micro.sampled, old)
+    batch = scored(policy, sample_groups(policy, encoder, REWARDS))
+    if old is not None:
+        fixed = torch.full_like(batch.old, old)
+        batch = batch.replace(old=fixed, on_policy=torch.zeros(len(fixed), dtype=torch.bool))
     policy.set_step(6)
-    list(policy.accumulate(minibatch, loss or loss_of()))
-    return policy.step()
+    return policy.update(batch, loss or loss_of()).grad_norm
 
 
 @pytest.mark.parametrize("wrong", ["ratio", "loss", "gradient"])
 def test_an_update_that_would_spoil_the_weights_is_left_out(policy, encoder, tmp_path, capsys, wrong):
     ways = {
         "ratio": {"old": -1000.0},
-        "loss": {"loss": lambda logprobs, *_: logprobs.sum() * float("inf")},
-        "gradient": {"loss": lambda logprobs, *_: (logprobs.sum() * 0).sqrt()},
+        "loss": {"loss": InfiniteLoss()},
+        "gradient": {"loss": InfiniteGradient()},
     }
     before, version = weights(policy), policy.vlm.version
     norm = update(policy, encoder, **ways[wrong])
@@ -48,8 +58,8 @@ def test_an_update_that_would_spoil_the_weights_is_left_out(policy, encoder, tmp
     assert all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
     assert policy.vlm.version == version
     assert all(parameter.grad is None for parameter in policy.trained)
-    said = capsys.readouterr().out
-    assert "step 7: an update is left out" in said and wrong in said
+    printed = capsys.readouterr().out
+    assert "step 7: an update is left out" in printed and wrong in printed
     if wrong != "gradient":
         kept = torch.load(tmp_path / "bad/step_000007_process_0.pt", weights_only=True)
         assert len(kept["rows"]) == len(kept["prompts"]) == len(kept["responses"]) == 2

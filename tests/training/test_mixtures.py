@@ -6,18 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from tests.conftest import FAMILIES
-from tests.training.test_batch import REWARDS, advantages, draw_groups, loss_of
-from vlm_sapo.distributed import World
+from tests.training.test_batch import REWARDS, loss_of, make_policy, sample_groups, scored
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import Plain, SharedPrefix
-from vlm_sapo.reporting.metrics import StepMeter
+from vlm_sapo.reporting.metrics import update_metrics, update_record
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.training.batch import minibatches
-from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Sampling
 
@@ -26,25 +23,17 @@ FAR = 0.3
 """A learning rate that changes experts within one update."""
 
 
-def make_policy(folder, *, lr=1e-3, precision="no", **options) -> Policy:
-    accelerator, vlm = Accelerator(cpu=True, mixed_precision=precision), load_vlm(str(folder))
+def moe_policy(folder, *, budget=10**6, **options):
+    vlm = load_vlm(str(folder))
     options = {"layout": SharedPrefix() if vlm.attends_fully else Plain()} | options
-    return Policy(vlm, accelerator, total_steps=10, lr=lr, **options)
+    return make_policy(None, vlm=vlm, budget=budget, **options)
 
 
-def update(policy, groups, loss, *, count=2, budget=10**6, fresh=True):
+def update(policy, groups, loss, *, count=2, fresh=True):
     """One step of the loop: its mini-batches, and its metrics."""
-    batch = minibatches(groups, advantages(groups), count=count, layout=policy.layout, budget=budget)
-    policy.score(batch, fresh=fresh)
-    meter = StepMeter(World(), loss)
-    for minibatch in batch:
-        for micro in minibatch.micros:
-            logprobs, entropies = policy.logprobs(micro)
-            meter.add(
-                policy.backward(loss(logprobs, micro, minibatch)), logprobs, entropies, **micro.tensors()
-            )
-        meter.close_minibatch(policy.step())
-    return batch, meter.record()
+    minibatches = scored(policy, groups, count=count, fresh=fresh).split()
+    updates = [policy.update(minibatch, loss) for minibatch in minibatches]
+    return minibatches, update_record([update_metrics(stats, loss) for stats in updates], 0)
 
 
 @pytest.fixture(params=MIXTURES)
@@ -54,8 +43,8 @@ def folder(request, model_folder):
 
 @pytest.fixture
 def groups(folder):
-    policy = make_policy(folder)
-    return draw_groups(policy, Encoder(policy.vlm), REWARDS)
+    policy = moe_policy(folder)
+    return sample_groups(policy, Encoder(policy.vlm), REWARDS)
 
 
 def weights(policy):
@@ -72,20 +61,20 @@ def test_an_update_depends_on_neither_budget_nor_layout(folder, groups, replay, 
     """Weights after two mini-batches with the balance loss on, of which the second is off policy."""
     loss = replace(loss_of(), balance=0.5)
     found = []
-    usual = make_policy(folder).layout
+    usual = moe_policy(folder).layout
     if isinstance(other[0], SharedPrefix) and isinstance(usual, Plain):
         pytest.skip("linear attention has no shared prefix")
     for layout, budget in ((usual, 10**6), other):
-        policy = make_policy(folder, layout=layout, replay=replay, balance=True)
+        policy = moe_policy(folder, layout=layout, replay=replay, budget=budget)
         policy.optimizer = torch.optim.SGD(policy.vlm.parameters(), lr=0.05)  # Adam magnifies rounding
         start = weights(policy)
-        update(policy, groups, loss, budget=budget)
+        update(policy, groups, loss)
         found.append(weights(policy) - start)
     assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
 
 
 def test_the_balance_loss_is_in_the_gradient_and_evens_the_load(folder, groups):
-    policy = make_policy(folder, balance=True, lr=3e-3)
+    policy = moe_policy(folder, lr=3e-3)
     with torch.no_grad():
         for name, parameter in policy.vlm.model.named_parameters():
             if ".mlp.gate." in name:
@@ -103,21 +92,21 @@ def test_the_balance_loss_is_in_the_gradient_and_evens_the_load(folder, groups):
 @pytest.mark.parametrize("replay", [False, True], ids=["", "replay"])
 def test_the_second_minibatch_uses_the_experts_of_its_old_pass(folder, replay, precision):
     """R2; without it the same update changes experts. The first mini-batch's own pass gives its own."""
-    policy = make_policy(folder, replay=replay, lr=FAR, precision=precision)
-    groups = draw_groups(policy, Encoder(policy.vlm), REWARDS)
+    policy = moe_policy(folder, replay=replay, lr=FAR, precision=precision)
+    groups = sample_groups(policy, Encoder(policy.vlm), REWARDS)
     seen = []
     for module in policy.vlm.model.modules():
         if {"gate", "experts"} <= dict(module.named_children()).keys():
             module.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    batch, metrics = update(policy, groups, loss_of())
+    minibatches, metrics = update(policy, groups, loss_of())
     layers = len(policy.vlm.routers.layers)
     assert len(seen) == 3 * layers  # the second's old pass, the first's update and the second's
-    [micro] = batch[1].micros
+    [micro] = minibatches[1].fit(10**6, policy.layout)
     old = micro.routes.laid_out(policy.layout.inputs(micro.groups)).long()
     known = old[:, 0, 0] >= 0
     assert known.float().mean() > 0.9
     for layer in range(layers):
-        before, after = (seen[place + layer][known].sort(-1).values for place in (0, 2 * layers))
+        before, after = (seen[start + layer][known].sort(-1).values for start in (0, 2 * layers))
         assert torch.equal(before, old[known, layer].sort(-1).values)
         assert torch.equal(before, after) == replay
     assert metrics["minibatch1/experts_changed"] > 0.05
@@ -128,38 +117,37 @@ def test_the_second_minibatch_uses_the_experts_of_its_old_pass(folder, replay, p
 
 def test_the_engines_experts_are_replayed_in_the_old_pass_too(folder, groups):
     """R3 with an engine of other weights: each pass follows what the completions tell."""
-    policy = make_policy(folder, replay=True, lr=FAR)
+    policy = moe_policy(folder, replay=True, lr=FAR)
     engine = HfEngine(load_vlm(str(folder)), prompts_per_batch=8, experts=True)
     with torch.no_grad():
         for name, parameter in engine.vlm.model.named_parameters():
             if ".mlp.gate." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    drawn = engine.generate([group.prompt for group in groups], Sampling(4, 12, 1.0, seed=0))
-    told = [replace(group, responses=tuple(items)) for group, items in zip(groups, drawn, strict=True)]
-    batch, metrics = update(policy, told, loss_of(), fresh=False)
+    sampled = engine.generate(as_contexts([group.prompt for group in groups]), Sampling(4, 12, 1.0, seed=0))
+    routed = [replace(group, responses=tuple(items)) for group, items in zip(groups, sampled, strict=True)]
+    minibatches, metrics = update(policy, routed, loss_of(), fresh=False)
     assert metrics["minibatch0/experts_changed"] > 0.05 < metrics["minibatch1/experts_changed"]
-    for minibatch in batch:
-        for micro in minibatch.micros:
-            rows = [item for group in told for item in group.responses if not group.flat]
+    for minibatch in minibatches:
+        for micro in minibatch.fit(10**6, policy.layout):
+            rows = [item for group in routed for item in group.responses if not group.zero_variance]
             assert any(
                 torch.equal(micro.routes.responses[0, : len(item.ids)], item.experts[-len(item.ids) :])
                 for item in rows
             )
     with torch.no_grad():  # the engine's own weights then give the engine's own log-probs
-        own = make_policy(folder, replay=True)
+        own = moe_policy(folder, replay=True)
         own.vlm.load_state_dict(engine.vlm.state_dict())
-        [minibatch] = minibatches(told, advantages(told), count=1, layout=own.layout, budget=10**6)
-        logprobs, _ = own.logprobs(minibatch.micros[0])
-        assert (logprobs - minibatch.micros[0].sampled).abs().max() < 2e-5
+        [micro] = scored(own, routed).fit(10**6, own.layout)
+        assert (own.forward(micro)[0].logprobs - micro.sampled).abs().max() < 2e-5
 
 
 def test_what_cannot_be_known_is_not_logged(folder, groups, model_folder):
-    policy = make_policy(folder, reuse_sampled=True)
+    policy = moe_policy(folder, reuse_sampled=True)
     _, metrics = update(policy, groups, loss_of())
     assert not [name for name in metrics if "experts_changed" in name]
     assert 1.0 <= metrics["policy/expert_load"] <= 4.0 and 0 < metrics["policy/router_entropy"] <= math.log(4)
-    dense = make_policy(model_folder("qwen3_vl"))
-    _, metrics = update(dense, draw_groups(dense, Encoder(dense.vlm), REWARDS), loss_of())
+    dense = moe_policy(model_folder("qwen3_vl"))
+    _, metrics = update(dense, sample_groups(dense, Encoder(dense.vlm), REWARDS), loss_of())
     assert not [name for name in metrics if "expert" in name or "router" in name]
 
 
@@ -183,11 +171,8 @@ def test_a_run_with_replay(settings, tmp_path, folder, replay):
 
 def test_a_microbatch_that_adds_nothing_adds_nothing_to_balance(folder, groups):
     """Processes without work of their own run such ones."""
-    policy = make_policy(folder, balance=True)
-    [batch] = minibatches(groups, advantages(groups), count=1, layout=policy.layout, budget=10**6)
-    [micro] = batch.micros
-    idle = replace(micro, mask=torch.zeros_like(micro.mask), advantages=torch.zeros_like(micro.advantages))
-    logprobs, entropies = policy.logprobs(idle)
-    assert policy.backward(replace(loss_of(), balance=1.0)(logprobs, idle, batch)) == 0.0
+    policy = moe_policy(folder)
+    batch = scored(policy, groups)
+    passed, _ = policy.forward(batch.idle(), usage_gradient=True)
+    assert policy.backward(replace(loss_of(), balance=1.0)(passed, batch.idle(), batch)) == 0.0
     assert float(policy.grad_norm()) == 0.0
-    assert len(idle.usage.told(idle.mask.any(1)).counts) == 0

@@ -131,10 +131,46 @@ def cispo(log_ratio: torch.Tensor, advantage: torch.Tensor, *, cap: float) -> to
     return -log_ratio.exp().clamp(max=cap).detach() * advantage * log_ratio
 
 
+def dppo(
+    token_log_ratio: torch.Tensor,
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    low: float,
+    high: float,
+) -> torch.Tensor:
+    """-r A within the trust region and 0 outside (DPPO with the binary total variation, arXiv 2602.04879): a
+    token is outside where its probability has moved in its advantage's direction by more than `high` (up) or
+    `low` (down)."""
+    change = (logprobs.exp() - old.exp()).detach()
+    outside = torch.where(advantage > 0, change > high, change < -low)
+    return torch.where(outside, 0.0, -token_log_ratio.exp() * advantage)
+
+
+def vespo(
+    token_log_ratio: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+) -> torch.Tensor:
+    """-sg(phi(W)) A log pi with phi(W) = W^k exp(lambda (1 - W)), W being the product of the response's ratios
+    (VESPO, arXiv 2602.10693). log pi_old is subtracted, which changes the value and not the gradient."""
+    log_weight = token_log_ratio.detach().sum(-1, keepdim=True).clamp(-LIMIT, LIMIT)
+    positive = advantage > 0
+    power = torch.where(positive, advantage.new_tensor(k_pos), advantage.new_tensor(k_neg))
+    decay = torch.where(positive, advantage.new_tensor(lambda_pos), advantage.new_tensor(lambda_neg))
+    phi = (power * log_weight + decay * (1.0 - log_weight.exp())).exp()
+    return -phi * advantage * token_log_ratio
+
+
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Unbiased, non-negative estimate of KL(policy, reference) per token of a sample of the policy."""
     difference = (reference - logprobs).clamp(-20.0, 20.0)
     return difference.exp() - difference - 1.0
 
 
-OBJECTIVES = {"sapo": sapo, "grpo": clip, "gspo": clip, "cispo": cispo}
+OBJECTIVES = {"sapo": sapo, "grpo": clip, "gspo": clip, "cispo": cispo, "dppo": dppo, "vespo": vespo}

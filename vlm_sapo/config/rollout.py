@@ -109,10 +109,22 @@ UNSAMPLED = ("top_p", "top_k", "min_p")
 """Ways to cut the distribution off that training refuses."""
 
 
+class EnvironmentConfig(Section):
+    function: str
+    """`path/to/file.py:name` or `package.module:name` of a class whose objects have `reset(example)` and
+    `step(response)`, one object for each response (docs/rollouts.md)."""
+    args: dict[str, Any] = {}
+    """Its keyword arguments."""
+    max_turns: Annotated[int, Field(ge=1)] = 8
+    """Turns of the policy in one response, after which it ends."""
+
+
 class RolloutConfig(Section):
     engine: EngineConfig = HfConfig()
     """What draws the responses: `hf` uses the policy itself, `vllm` an engine in this process, `vllm_server`
     servers. `engine: NAME` is short for `engine: {type: NAME}`."""
+    environment: EnvironmentConfig | None = None
+    """What answers the policy, for several turns in one response; null for one turn."""
     group: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt."""
     max_tokens: Positive = 1024

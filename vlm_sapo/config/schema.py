@@ -157,6 +157,26 @@ class CispoConfig(Section):
     """Largest weight of a token: an absolute ratio, not 1 + epsilon."""
 
 
+class DppoConfig(Section):
+    type: Literal["dppo"]
+    low: NotNegative = 0.2
+    """Tokens with a negative advantage leave the loss once their probability has fallen by more than this."""
+    high: NotNegative = 0.2
+    """Tokens with a positive advantage leave the loss once their probability has risen by more than this."""
+
+
+class VespoConfig(Section):
+    type: Literal["vespo"]
+    k_pos: NotNegative = 2.0
+    """Power of the sequence ratio W in its weight W^k exp(lambda (1 - W)), for positive advantages."""
+    lambda_pos: NotNegative = 3.0
+    """Decay of that weight, for positive advantages."""
+    k_neg: NotNegative = 3.0
+    """Power for negative advantages."""
+    lambda_neg: NotNegative = 2.0
+    """Decay for negative advantages."""
+
+
 class CorrectionConfig(Section):
     type: Literal["truncated", "masked"]
     """What becomes of importance weights over `high`: set to it, or to 0 (as are those under `low`)."""
@@ -187,7 +207,8 @@ class OwnFunctionConfig(Section):
 
 class AlgoConfig(Section):
     objective: Annotated[
-        SapoConfig | GrpoConfig | GspoConfig | CispoConfig | OwnFunctionConfig, Field(discriminator="type")
+        SapoConfig | GrpoConfig | GspoConfig | CispoConfig | DppoConfig | VespoConfig | OwnFunctionConfig,
+        Field(discriminator="type"),
     ] = SapoConfig()
     """What a token's importance ratio and advantage contribute."""
     ratio: Literal["token", "sequence"] = "token"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 
 import torch
 from qwen_vl_utils import fetch_image
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RowError
+
+ASSISTANT_MARK, USER_MARK = "ASSISTANT TEXT", "USER TEXT"
+"""Stand for texts in a rendered chat template."""
 
 
 class Encoder:
@@ -72,6 +76,43 @@ class Encoder:
         return Response.sampled(
             prompt.positions, torch.tensor(ids), unknown, text=prompt.opening + text, finish="stop"
         )
+
+    def user_turn(self, text: str) -> torch.Tensor:
+        """[E] the tokens between the end of a turn of the policy and the beginning of its next one, with the
+        text as the user's."""
+        before, after = self._user_turn
+        tokenizer = self.vlm.tokenizer
+        pieces = (
+            tokenizer(before, add_special_tokens=False)["input_ids"],
+            self.plain.ids(text),
+            tokenizer(after, add_special_tokens=False)["input_ids"],
+        )
+        return torch.tensor([token for piece in pieces for token in piece])
+
+    @cached_property
+    def _user_turn(self) -> tuple[str, str]:
+        """What the chat template writes before and behind the user's text, after the end of a turn."""
+        turns = [("user", "."), ("assistant", ASSISTANT_MARK), ("user", USER_MARK)]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        rendered = self.vlm.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        rest = rendered.rpartition(ASSISTANT_MARK)[2].removeprefix(self.vlm.tokenizer.eos_token)
+        before, mark, after = rest.partition(USER_MARK)
+        if not mark:
+            raise ValueError(
+                "the chat template of model.path must write an assistant's turn and a user's turn behind it, as "
+                "rollout.environment needs; use a template that does"
+            )
+        return before, after
+
+    def ends_turn(self, response: Response) -> bool:
+        """Whether it ends as the chat template ends a turn."""
+        return int(response.ids[-1]) == self.vlm.tokenizer.eos_token_id
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The text of some tokens, without special ones."""
+        return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _resize(self, example: Example, number: int):
         picture = example.images[number]

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from vlm_sapo.config.rollout import EngineConfig, OwnEngineConfig, VllmConfig, VllmServerConfig
+from vlm_sapo.config.rollout import (
+    EngineConfig,
+    EnvironmentConfig,
+    OwnEngineConfig,
+    VllmConfig,
+    VllmServerConfig,
+)
 from vlm_sapo.distributed import World
+from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
-from vlm_sapo.plugins import resolve_call
+from vlm_sapo.plugins import check_call, resolve, resolve_call
 from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.environment import Episodes
 from vlm_sapo.rollout.hf import HfEngine, call
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
@@ -83,6 +92,18 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         warn=needs.warn,
         experts=needs.experts,
     )
+
+
+def build_episodes(
+    environment: EnvironmentConfig, engine: RolloutEngine, encode: Encoder, world: World
+) -> Episodes:
+    """The engine with an environment around it. Raises ValueError where there is none of that name, or it
+    does not take its arguments."""
+    field = "rollout.environment.function"
+    make = resolve(environment.function, field=field)
+    check_call(make, name=environment.function, field=field, args=environment.args)
+    make = partial(make, **environment.args)
+    return Episodes(engine, encode, make, max_turns=environment.max_turns, world=world)
 
 
 def open_model(

@@ -27,7 +27,7 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepReport
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.rollout.build import EngineNeeds, build_engine
+from vlm_sapo.rollout.build import EngineNeeds, build_engine, build_episodes
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
 from vlm_sapo.training.checkpoint import Progress, restore
@@ -163,9 +163,10 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         world=world,
         experts=purpose.algo.replay == "r3",
     )
-    rollouts = _build_rollouts(
-        config, stream, build_engine(config.rollout.engine, needs), reward, world, purpose
-    )
+    engine = build_engine(config.rollout.engine, needs)
+    if config.rollout.environment is not None:
+        engine = build_episodes(config.rollout.environment, engine, encode, stream.world)
+    rollouts = _build_rollouts(config, stream, engine, reward, world, purpose)
     progress, state = restore(checkpoint, policy) if checkpoint else (Progress(), None)
     if state is not None:
         rollouts.restore(state)

@@ -1,0 +1,166 @@
+"""Episodes: who wrote which tokens, when they end, and that the environment's tokens have no loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import FAMILIES, example
+from tests.training.test_batch import loss_of, make_policy, scored
+from vlm_sapo.algo.objectives import k3
+from vlm_sapo.distributed import World
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
+from vlm_sapo.rollout.environment import Episodes, Observation
+from vlm_sapo.rollout.hf import HfEngine
+from vlm_sapo.rollout.sampler import with_environment
+from vlm_sapo.types import Group, Reward, Sampling
+
+QUESTION = "Are you sure? <|im_end|>"
+"""With the name of a special token, which must stay plain text."""
+
+
+class AskTwice:
+    """Asks until the third turn, which it rewards."""
+
+    def reset(self, example):
+        self.seen = []
+
+    def step(self, response):
+        self.seen.append(response)
+        last = len(self.seen) == 3
+        return Observation(QUESTION, done=last, reward=1.0 if last else 0.25)
+
+
+def episodes(vlm, make=AskTwice, *, max_turns=8):
+    engine = HfEngine(vlm, prompts_per_batch=8)
+    return Episodes(engine, Encoder(vlm), make, max_turns=max_turns, world=World())
+
+
+def eager(vlm):
+    """The model with a bias to end its turns, so that episodes have several."""
+    head = vlm.model.lm_head
+    bias = torch.zeros(head.weight.shape[0])
+    bias[vlm.tokenizer.eos_token_id] = 6.0
+    head.register_forward_hook(lambda _, __, output: output + bias)
+    return vlm
+
+
+@pytest.fixture(params=FAMILIES)
+def vlm(request, model_folder):
+    return eager(load_vlm(str(model_folder(request.param))))
+
+
+def sample(vlm, engine, *, group=4, max_tokens=120):
+    encode = Encoder(vlm)
+    prompts = [encode(example(number, pictures=number % 3)) for number in range(3)]
+    return prompts, engine.generate(as_contexts(prompts), Sampling(group, max_tokens, 1.0, seed=1))
+
+
+def test_responses_say_who_wrote_what(vlm):
+    prompts, groups = sample(vlm, episodes(vlm))
+    several = 0
+    for prompt, responses in zip(prompts, groups, strict=True):
+        for item in responses:
+            assert item.spans[0].start == 0 and item.spans[-1].end == len(item.ids) <= 120
+            assert all(a.end == b.start for a, b in zip(item.spans, item.spans[1:], strict=False))
+            for span in item.spans:
+                assert item.mask[span.start : span.end].all() == (span.source == "policy")
+                assert not (span.source == "environment" and item.mask[span.start : span.end].any())
+            assert not item.logprobs[~item.mask].any() and not item.ids[item.mask].eq(-1).any()
+            asked = [span for span in item.spans if span.source == "environment"]
+            for span in asked:
+                text = vlm.tokenizer.decode(item.ids[span.start : span.end])
+                assert QUESTION in text and text.count("<|im_start|>") == 2
+                assert int(item.ids[span.start - 1]) == vlm.tokenizer.eos_token_id
+            assert item.text.count("\n") >= len(asked) - 1 and QUESTION not in item.text
+            first = torch.tensor([int(prompt.positions.max()) + 1 + i for i in range(len(item.ids))])
+            assert torch.equal(item.positions, first.expand(3, -1))
+            several += len(item.turns) == 3 and item.finish == "stop"
+            if len(item.turns) == 3 and item.finish == "stop":
+                assert item.reward == 1.5
+    assert several > 2
+
+
+def test_each_turn_is_sampled_from_what_was_said_before(vlm):
+    """The engine's log-probs of all turns are those of a training pass over the whole episode."""
+    prompts, groups = sample(vlm, episodes(vlm))
+    policy = make_policy(None, vlm=vlm, layout=SharedPrefix() if vlm.attends_fully else Plain())
+    for prompt, responses in zip(prompts, groups, strict=True):
+        with torch.no_grad():
+            scores = policy.run([GroupSlice(prompt, tuple(responses))])
+        for item, logprobs in zip(responses, scores.logprobs, strict=True):
+            assert (logprobs[: len(item.ids)] - item.logprobs).abs().max() < 2e-5
+
+
+def test_an_episode_does_not_depend_on_the_others(vlm):
+    _, together = sample(vlm, episodes(vlm))
+    encode = Encoder(vlm)
+    alone = episodes(vlm).generate(
+        as_contexts([encode(example(2, pictures=2))]), Sampling(4, 120, 1.0, seed=1, slots=(2,))
+    )
+    for one, other in zip(together[2], alone[0], strict=True):
+        assert torch.equal(one.ids, other.ids)
+
+
+def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm):
+    if not vlm.attends_fully:
+        pytest.skip("linear attention has no shared prefix")
+    prompts, sampled = sample(vlm, episodes(vlm))
+    groups = [
+        Group(prompt, tuple(items), tuple(Reward(float(index % 2), {}) for index in range(len(items))))
+        for prompt, items in zip(prompts, sampled, strict=True)
+    ]
+    gradients = []
+    for layout in (SharedPrefix(), Plain()):
+        policy = make_policy(None, vlm=vlm, layout=layout)
+        batch = scored(policy, groups)
+        for micro in batch.fit(10**6, layout):
+            passed, _ = policy.forward(micro)
+            (slope,) = torch.autograd.grad(loss_of()(passed, micro, batch), passed.logprobs)
+            assert not slope[~micro.mask].any() and slope[micro.mask].any()
+        policy._accumulate(batch, loss_of())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trained if p.grad is not None]))
+        policy.optimizer.zero_grad()
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    assert batch.num_tokens == sum(int(item.mask.sum()) for items in sampled for item in items)
+
+
+def test_episodes_end_at_their_limits(model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    _, groups = sample(vlm, episodes(vlm, max_turns=1))
+    assert {item.finish for items in groups for item in items} <= {"turns", "length"}
+    _, groups = sample(vlm, episodes(vlm), max_tokens=40)
+    assert all(len(item.ids) <= 40 for items in groups for item in items)
+    assert "length" in {item.finish for items in groups for item in items}
+
+
+def test_the_environments_reward_is_a_part_of_its_own(model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    _, [[first, *_], *_] = sample(vlm, episodes(vlm))
+    reward = with_environment(replace(first, reward=0.5), Reward(1.0, {"math": 1.0}))
+    assert reward.total == 1.5 and reward.parts == {"math": 1.0, "environment": 0.5}
+    assert with_environment(replace(first, reward=None), Reward(1.0, {})) == Reward(1.0, {})
+    assert float(k3(torch.tensor(0.0), torch.tensor(0.0))) == 0.0
+
+
+class Painter(AskTwice):
+    def step(self, response):
+        return Observation("Look at this", images=(object(),))
+
+
+class Mute(AskTwice):
+    def step(self, response):
+        return "go on"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [(Painter, "row e0: the environment returned images"), (Mute, "row e0: .* returned str")],
+)
+def test_what_an_environment_must_not_return(kind, sentence, model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    with pytest.raises(RolloutError, match=sentence):
+        sample(vlm, episodes(vlm, kind))

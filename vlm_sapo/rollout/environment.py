@@ -1,0 +1,175 @@
+"""Episodes: an environment answers the policy's turns, and both stand in one response.
+
+The environment's tokens have no loss; what the policy sampled is never decoded and tokenized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from vlm_sapo.distributed import World
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.engine import RolloutEngine, RolloutError
+from vlm_sapo.types import Context, Example, Prompt, Response, Sampling, Span
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an environment answers to a turn."""
+
+    text: str = ""
+    """The next user turn, unless the episode is over."""
+    images: tuple[Image, ...] = ()
+    """Not supported yet."""
+    done: bool = False
+    """Whether the episode is over."""
+    reward: float | None = None
+    """Added to the response's reward, over all turns."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else there is to say."""
+
+
+class Environment(Protocol):
+    """One episode. A new object is made for each response."""
+
+    def reset(self, example: Example) -> None:
+        """Begins with the problem that the policy will answer."""
+
+    def step(self, response: str) -> Observation:
+        """Answers a turn of the policy."""
+
+
+@dataclass
+class Episode:
+    """One response under way."""
+
+    prompt: Prompt
+    number: int
+    """Index of the response in its group."""
+    environment: Environment
+    response: Response | None = None
+    turns: int = 0
+    reward: float | None = None
+    over: bool = False
+
+    def end(self, finish: Literal["stop", "length", "turns"]) -> None:
+        self.response, self.over = replace(self.response, finish=finish, reward=self.reward), True
+
+
+class Episodes:
+    """An engine whose responses are episodes: `engine` samples the turns, and environments that `make` makes
+    answer them, at most `max_turns` times. A response is at most `Sampling.max_tokens` long, the environment's
+    tokens included."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        encode: Encoder,
+        make: Callable[[], Environment],
+        *,
+        max_turns: int,
+        world: World,
+    ):
+        self.engine, self.encode, self.make = engine, encode, make
+        self.max_turns, self.world = max_turns, world
+
+    @property
+    def in_background(self) -> bool:
+        return self.engine.in_background
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.engine.shares_weights
+
+    @property
+    def problems_at_once(self) -> int:
+        return self.engine.problems_at_once
+
+    def sync(self, vlm: VLM) -> None:
+        self.engine.sync(vlm)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
+        """See RolloutEngine; contexts must be new."""
+        groups = [
+            [self._begin(context.prompt, number) for number in range(sampling.group)] for context in contexts
+        ]
+        first = self.engine.generate(contexts, sampling)
+        for episodes, responses in zip(groups, first, strict=True):
+            for episode, response in zip(episodes, responses, strict=True):
+                self._answer(episode, response, sampling.max_tokens)
+        while any(self.world.all_gather(any(not item.over for group in groups for item in group))):
+            self._continue(groups, sampling)
+        return [[episode.response for episode in episodes] for episodes in groups]
+
+    def _begin(self, prompt: Prompt, number: int) -> Episode:
+        environment = self.make()
+        environment.reset(prompt.example)
+        return Episode(prompt, number, environment)
+
+    def _continue(self, groups: Sequence[Sequence[Episode]], sampling: Sampling) -> None:
+        """A further turn of each episode that isn't over."""
+        running = {index: [item for item in group if not item.over] for index, group in enumerate(groups)}
+        running = {index: episodes for index, episodes in running.items() if episodes}
+        contexts = [
+            Context(
+                episodes[0].prompt,
+                tuple(item.response for item in episodes),
+                tuple(item.number for item in episodes),
+            )
+            for episodes in running.values()
+        ]
+        slots = tuple(sampling.slots[index] if sampling.slots else index for index in running)
+        responses = self.engine.generate(contexts, replace(sampling, slots=slots))
+        for episodes, answers in zip(running.values(), responses, strict=True):
+            for episode, response in zip(episodes, answers, strict=True):
+                self._answer(episode, response, sampling.max_tokens)
+
+    def _answer(self, episode: Episode, response: Response, max_tokens: int) -> None:
+        """Lets the environment answer the turn that was sampled last."""
+        episode.response, episode.turns = response, episode.turns + 1
+        turn = self.encode.decode(response.turns[-1])
+        observation = episode.environment.step(episode.prompt.opening + turn if episode.turns == 1 else turn)
+        if not isinstance(observation, Observation):
+            raise RolloutError(
+                f"{episode.prompt.example.label}: step of rollout.environment.function must return an "
+                f"Observation; it returned {type(observation).__name__}"
+            )
+        if observation.images:
+            raise RolloutError(
+                f"{episode.prompt.example.label}: the environment returned images, which are not supported "
+                "yet; return text"
+            )
+        if observation.reward is not None:
+            episode.reward = (episode.reward or 0.0) + observation.reward
+        if observation.done or response.finish == "length" or not self.encode.ends_turn(response):
+            episode.end(response.finish)
+            return
+        if episode.turns == self.max_turns:
+            episode.end("turns")
+            return
+        ids = self.encode.user_turn(observation.text)
+        if len(response.ids) + len(ids) >= max_tokens:
+            episode.end("length")
+            return
+        episode.response = response.continued(_written(response, ids))
+
+
+def _written(before: Response, ids: torch.Tensor) -> Response:
+    """What the environment wrote behind a response."""
+    length = len(ids)
+    return replace(
+        Response.sampled(before.positions, ids, torch.zeros(length), text=before.text, finish=before.finish),
+        mask=torch.zeros(length, dtype=torch.bool),
+        spans=(Span(0, length, source="environment"),),
+    )
