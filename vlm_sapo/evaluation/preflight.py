@@ -20,10 +20,10 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.pool import PictureSize, RewardPool
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
-from vlm_sapo.rewards.verifiers.choice import named, option_column, options
+from vlm_sapo.rewards.verifiers.choice import named_options, option_column, read_options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.rewards.verifiers.text import golds
+from vlm_sapo.rewards.verifiers.text import gold_texts
 from vlm_sapo.types import Example, ResponseText, Reward, RowError
 
 SIDE = 32
@@ -190,7 +190,7 @@ def gold_response(example: Example, name: str, args: Mapping[str, Any], resized:
         found = in_coordinates(gold_boxes(example), example, resized, args)
         answer = json.dumps([[round(side, 6) for side in box] for box in found])
     elif _by_text(example, name):
-        answer = golds(example)[0]
+        answer = gold_texts(example)[0]
     elif name == "json_fields":
         return ResponseText(answer, resized=resized)
     return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
@@ -201,7 +201,7 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized
     name, args = own_verifier(example, name, args)
     answer = "nothing of the kind"
     number = read_number(example.answer)
-    given = options(example) if name in ("auto", "choice") else []
+    given = read_options(example) if name in ("auto", "choice") else []
     lettered = (
         given or option_column(example.columns) or example.columns.get("question_type") == "multi_choice"
     )
@@ -210,7 +210,7 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized
             (right + 1, bottom + 1, right + 2, bottom + 2) for _, _, right, bottom in gold_boxes(example)
         ]
         answer = json.dumps([list(box) for box in boxes])
-    elif lettered and name in ("auto", "choice") and (chosen := named(example.answer, given)):
+    elif lettered and name in ("auto", "choice") and (chosen := named_options(example.answer, given)):
         count = len(given) or len(string.ascii_uppercase)
         answer = next(
             (string.ascii_uppercase[index] for index in range(count) if index not in chosen), answer

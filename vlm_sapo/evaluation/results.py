@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_sapo.rewards.verifiers.normalize import plain
+from vlm_sapo.rewards.verifiers.normalize import normalize
 
 RESAMPLES = 2000
 RIGHT = 0.5
@@ -86,8 +86,7 @@ def majority(record: dict) -> float:
     """The score of the answer that most samples give, in one spelling; of the first drawn among equals.
     Samples without an answer have no vote."""
     spelled = [
-        None if answer is None else "".join(plain(answer).split()).strip(".").casefold()
-        for answer in record["answers"]
+        None if answer is None else normalize(answer, "compact").strip(".") for answer in record["answers"]
     ]
     votes = Counter(answer for answer in spelled if answer is not None)
     if not votes:
