@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import picture
 from vlm_sapo.rewards.parts import RewardError, build_part
-from vlm_sapo.rewards.pool import RewardPool, share_pictures, with_pictures
+from vlm_sapo.rewards.pool import RewardPool, load_images, share_images
 from vlm_sapo.types import Example, ResponseText
 
 CUSTOM = """
@@ -184,9 +184,9 @@ def test_pictures_arrive_as_they_are(mode, tmp_path):
     pictures = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
     item = (ResponseText("r"), row())
     item = (item[0], replace(item[1], images=pictures))
-    [sent, again] = share_pictures([item, item], str(tmp_path))
+    [sent, again] = share_images([item, item], str(tmp_path))
     assert sent[1].images is again[1].images and len(list(tmp_path.iterdir())) == 2
-    for found, image in zip(with_pictures(sent)[1].images, pictures, strict=True):
+    for found, image in zip(load_images(sent)[1].images, pictures, strict=True):
         assert (found.mode, found.size) == (image.mode, image.size)
         assert found.convert("RGB").tobytes() == image.convert("RGB").tobytes()
 

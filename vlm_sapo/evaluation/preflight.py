@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.rewards.pool import PictureSize, RewardPool
+from vlm_sapo.rewards.pool import ImageSize, RewardPool
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
 from vlm_sapo.rewards.verifiers.choice import named_options, option_column, read_options
@@ -107,7 +107,7 @@ def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures
         example = examples[index]
     except RowError as error:
         return Inspected(index, key, None, str(error))
-    light = replace(example, images=tuple(PictureSize(image.size) for image in example.images))
+    light = replace(example, images=tuple(ImageSize(image.size) for image in example.images))
     prints = tuple(map(fingerprint, example.images)) if pictures else ()
     try:
         prompt = unlimited(example)
