@@ -421,7 +421,7 @@ def test_a_variant_of_a_file_that_cannot_tell_it_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         json.dumps({"id": "1", "question": "?", "answer": "3", "image": None}) + "\n"
     )
-    with pytest.raises(ValueError, match="no column that tells the split"):
+    with pytest.raises(ValueError, match="no column that names the split"):
         build_benchmark(f"mathvision:testmini={tmp_path}/rows.jsonl")
 
 

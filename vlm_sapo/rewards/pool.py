@@ -198,8 +198,8 @@ class RewardPool:
     def _chunk_verdicts(
         self, future: Future, items: Sequence[Item], parts: Sequence[int]
     ) -> list[list[Verdict]]:
-        """Verdicts of a chunk. If it was stopped or crashed, every part gets the whole time for each response,
-        so that only the verdict of the part that hangs is lost."""
+        """Verdicts of a chunk. If it timed out or crashed, every part gets the whole time for each response:
+        only the verdict of the part that hangs is lost."""
         rows = self._result(future)
         if rows is not None:
             return rows
@@ -247,8 +247,8 @@ class RewardPool:
             response, example = item
             last_line = verdict.detail.strip().splitlines()[-1]
             raise RewardError(
-                f"reward {part.label}, {example.label}, response {str(response)[:300]!r}: {last_line}; fix the "
-                f"function, or set reward.on_error=zero to score such responses 0\n{verdict.detail}"
+                f"reward {part.label}, {example.label}, response {str(response)[:300]!r}: {last_line}; "
+                f"fix the function, or set reward.on_error=zero to score such responses 0\n{verdict.detail}"
             )
         return verdict
 
