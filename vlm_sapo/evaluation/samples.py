@@ -19,7 +19,7 @@ def stamp(path: str | Path | None) -> list[int]:
 
 
 def weights(model: str | None) -> list[list]:
-    """Names and stamps of the files that hold a local model's weights; empty for a hub id."""
+    """Names and stamps of a local model's weight files; empty for a hub id."""
     if model is None or not locate(model).is_dir():
         return []
     return [[file.name, *stamp(file)] for file in sorted(locate(model).glob("*.safetensors"))]

@@ -107,7 +107,7 @@ def stated_answer(response: str) -> str | None:
 
 
 def statement(response: str) -> str:
-    """The rest of the line behind the last "the answer is"; empty where there is none."""
+    """The rest of the line after the last "the answer is"; empty if there is none."""
     statements = list(STATEMENT.finditer(response))
     rest = response[statements[-1].end() :].strip() if statements else ""
     return rest.splitlines()[0].strip(" *") if rest else ""

@@ -140,7 +140,7 @@ def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] 
 
 
 def _agrees(text: str, options: Sequence[str], index: int) -> bool:
-    """Whether the text behind a letter isn't another option's, and no other number than its own option's."""
+    """Whether the text after a letter isn't another option's, and no other number than its own option's."""
     keys = [_key(option) for option in options]
     if _key(text) in keys:
         return keys.index(_key(text)) == index
@@ -200,8 +200,8 @@ def _leading_option(text: str, options: list[str], *, alone: bool = False) -> fr
 
 
 def _mentioned_option(text: str, options: Sequence[str]) -> frozenset[int] | None:
-    """The one option whose text stands in the text; None where none or several do. Longer options are looked
-    for first and taken out, so that one inside another doesn't count twice."""
+    """The one option whose words the text contains; None where it contains none or several. Longer options
+    are looked for first and removed, so that one inside another doesn't count twice."""
     text = " " + normalize(text, "words") + " "
     mentioned = set()
     for _, index in sorted((-len(option), index) for index, option in enumerate(options)):

@@ -50,7 +50,7 @@ ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, 
 
 def math(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer equals the gold one as text, as a number, or as an expression, set, interval,
-    equation, matrix or list (math-verify, behind a normalisation of spelling and units)."""
+    equation, matrix or list (math-verify, after spelling and units are normalized)."""
     gold = example.answer.strip()
     if not gold:
         raise BadGold("the gold answer is empty")
@@ -68,7 +68,7 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
 
 
 def _stated_sentence(response: str) -> str:
-    """The stated answer up to the end of its sentence; a number that is stated behind the last box instead of
+    """The stated answer up to the end of its sentence; a number that is stated after the last box instead of
     that box."""
     later = SENTENCE_END.split(statement(response.rpartition("boxed{")[2]))[0]
     if amount(later)[0] is not None:
@@ -78,7 +78,7 @@ def _stated_sentence(response: str) -> str:
 
 
 def answers_match(answer: str, gold: str) -> bool:
-    """Whether two written answers mean the same; the gold one decides what is asked for."""
+    """Whether two written answers mean the same; the gold one decides which form is expected."""
     boxes = boxed(gold)
     gold = boxes[0] if len(boxes) == 1 else gold
     if normalize(answer, "spaced_digits") == normalize(gold, "spaced_digits"):
@@ -91,7 +91,7 @@ def answers_match(answer: str, gold: str) -> bool:
         if not _may_state_number(answer, gold_number):
             return False
     (name, side), (gold_name, gold_side) = _split_assignment(answer), _split_assignment(gold)
-    if bool(name) != bool(gold_name):  # `x = 3` where 3 is asked for, and the other way round
+    if bool(name) != bool(gold_name):  # `x = 3` where 3 is expected, or 3 where `x = 3` is
         answer, gold = side, gold_side
     return expressions_match(answer, gold)
 
@@ -133,7 +133,7 @@ def numbers_match(number: Decimal, gold: Decimal) -> bool:
 def parse_expressions(text: str) -> tuple:
     """What math-verify reads in a text; empty where it reads nothing.
 
-    A text that marks its mathematics is read as it stands, any other one as mathematics throughout.
+    A text that marks its mathematics is read unchanged, any other one as mathematics throughout.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 

@@ -27,7 +27,7 @@ UNITS = (
     "|days?|weeks?|years?|dollars?|cents?|points?|people|cups?|[\u4e00-\u9fff]+"
 )
 LETTERS = "m|s|g|h|hr|min|l|L|N|J|kJ|W|kW|V|A|K|Pa|kPa|Hz|kHz|MHz|eV|mol|rad"
-"""Units only behind a number or another unit: elsewhere they are symbols."""
+"""Units only after a number or another unit; elsewhere they are symbols."""
 NUMBER_WITH_LETTER = re.compile(rf"\d(?:{LETTERS})(?![A-Za-z])")
 POWER = r"\.?(?:\s*\^\s*\{?\s*-?[1-3](?!\d)\s*\}?)?"
 UNIT_WORDS = re.compile(

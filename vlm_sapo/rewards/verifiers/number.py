@@ -38,7 +38,7 @@ NO_UNIT = re.compile(
 
 def read_number(text: str, *, percent: bool = True) -> float | None:
     """The value of a text that is one number: thousands separators, fractions, mixed numbers, percent
-    (divided by 100 with `percent`), currency signs, `x =` before it, thousand to trillion and units behind
+    (divided by 100 with `percent`), currency signs, `x =` before it, thousand to trillion and units after
     it, and the words up to twelve; None for anything else."""
     text = normalize(text, "number")
     if (word := text.casefold().strip(string.punctuation)) in NUMBER_WORDS:
@@ -98,7 +98,7 @@ def number(
 
 
 def _only_number(text: str, *, percent: bool) -> float | None:
-    """The number behind a text's last equals sign, else its one number, else None."""
+    """The number after a text's last equals sign, else its one number, else None."""
     if "=" in text and (value := read_number(text.rpartition("=")[2], percent=percent)) is not None:
         return value
     numbers = NUMBER.findall(text)

@@ -1,4 +1,4 @@
-"""The benchmarks' own scoring rules, for numbers that stand beside published ones.
+"""The benchmarks' own scoring rules, for numbers that can be compared with published ones.
 
 Each is written from its authors' description. Where theirs asks a language model to extract the answer
 from a response, rules extract it here, and where theirs guesses at random, nothing is scored. Our own
@@ -78,7 +78,7 @@ def dynamath(response: str, example: Example) -> float:
 
 
 def we_math(response: str, example: Example) -> float:
-    """The first letter from A to H behind the last "Answer"."""
+    """The first letter from A to H after the last "Answer"."""
     rest = response.rpartition("Answer")[2] if "Answer" in response else response
     rest = re.sub(r"[><:.\s(*{]|\\boxed", "", rest)
     return float(rest[:1] in set("ABCDEFGH") and rest[:1] == example.answer.strip())
@@ -111,7 +111,7 @@ def _last_named(text: str, spellings: dict[str, str]) -> str | None:
 
 
 def mmmu_pro(response: str, example: Example) -> float:
-    """The letter behind the last "Answer:", else as for MMMU, where `A.` names an option too."""
+    """The letter after the last "Answer:", else as for MMMU, where `A.` names an option too."""
     letters = re.findall(r"Answer:[\s*$(]*(?:\\text\{)?\(?([A-J])\b", response)
     if letters:
         return float(letters[-1] == example.answer.strip())

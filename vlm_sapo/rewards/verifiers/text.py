@@ -18,7 +18,7 @@ from vlm_sapo.types import Example, ResponseText
 PLAIN_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 FILLERS = {"a", "an", "the", "is", "are", "was", "were", "it", "it's", "its", "this", "that"}
 FILLERS |= {"these", "they", "answer", "final", "about", "approximately", "roughly"}
-"""Words that may stand around a short answer in training."""
+"""Words that are allowed around a short answer in training."""
 HEDGES = re.compile(r"\b(?:not|no|nor|neither|never|and|or)\b|n't", re.IGNORECASE)
 
 
