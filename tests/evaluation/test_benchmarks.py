@@ -1,4 +1,4 @@
-"""Benchmark definitions on their own rows: problems, pictures, verdicts, the authors' scores."""
+"""Benchmark definitions on their own rows: problems, images, verdicts, the authors' scores."""
 
 import json
 
@@ -65,14 +65,13 @@ def test_every_definition_is_valid(name):
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_definition_reads_its_sources_columns(name, tmp_path):
+def test_a_definition_reads_the_columns_of_its_source(name, tmp_path):
     """Rows with the columns that the hub has, from a local file."""
     Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
     data = (tmp_path / "a.png").as_posix()
     row = {k: data if v is P else [data] if v == [P] else v for k, v in HUB[name].items()}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    made = build_benchmark(f"{name}={tmp_path}/rows.jsonl")
-    [example] = made.examples
+    [example] = build_benchmark(f"{name}={tmp_path}/rows.jsonl").examples
     assert example.problem and example.answer and example.task == name
     count = {"mmmu": 3}.get(name, 1)
     assert len(example.images) == count and example.problem.count("<image>") in (0, count)
@@ -105,7 +104,7 @@ def run(tmp_path, model_folder):
 
 @needs_real
 @pytest.mark.parametrize("name", FOLDERS)
-def test_each_on_its_real_rows(run, name, model_folder, tmp_path):
+def test_each_benchmark_on_real_rows(run, name, model_folder, tmp_path):
     data = str(REAL / FOLDERS[name] / "problems.jsonl")
     options = (
         "--benchmark",
@@ -119,10 +118,11 @@ def test_each_on_its_real_rows(run, name, model_folder, tmp_path):
         "--limit",
         "12",
     )
-    result, found = run("--model", str(model_folder()), *options)
+    result, results = run("--model", str(model_folder()), *options)
     assert result.exit_code == 0, result.exception
     assert (
-        found[name]["n"] == 12 and found[name]["ci95"][0] <= found[name]["pass@1"] <= found[name]["ci95"][1]
+        results[name]["n"] == 12
+        and results[name]["ci95"][0] <= results[name]["pass@1"] <= results[name]["ci95"][1]
     )
     records = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert len(records) == 12 and all(record["pictures"] for record in records)
@@ -143,7 +143,7 @@ def real_rows(name: str) -> list[dict]:
 
 @needs_real
 @pytest.mark.skipif(not (SHARED / "verifier_truth").exists(), reason="the truth files are not here")
-def test_recorded_responses_of_mathvision_score_as_its_authors_say(run, tmp_path):
+def test_recorded_mathvision_responses_get_the_authors_verdicts(run, tmp_path):
     lines = (SHARED / "verifier_truth/triples.jsonl").read_text().splitlines()
     ids = {row["id"] for row in real_rows("mathvision")}
     truth = {
@@ -154,17 +154,17 @@ def test_recorded_responses_of_mathvision_score_as_its_authors_say(run, tmp_path
     assert len(truth) > 8
     responses = recorded(tmp_path, {key: row["response"] for key, row in truth.items()})
     data = str(REAL / "mathvision/problems.jsonl")
-    result, found = run(
+    result, results = run(
         "--responses", responses, "--benchmark", "mathvision", "--data", data, "--on-error", "skip"
     )
     assert result.exit_code == 0, result.exception
     official = sum(row["verdict"] for row in truth.values()) / len(truth)
-    assert found["mathvision"]["official"]["pass@1"] == pytest.approx(official)
-    assert found["mathvision"]["n"] == len(truth) and "response_tokens" not in found["mathvision"]
+    assert results["mathvision"]["official"]["pass@1"] == pytest.approx(official)
+    assert results["mathvision"]["n"] == len(truth) and "response_tokens" not in results["mathvision"]
 
 
 @needs_real
-def test_right_answers_in_each_benchmarks_own_form_score_1_and_others_0(run, tmp_path):
+def test_correct_answers_score_1_and_others_0_in_every_answer_format(run, tmp_path):
     """Every second problem answered right, in the form that its prompt asks for."""
     forms = {
         "mathvision": (lambda row: row["id"], lambda row: row["answer"], r"So \boxed{{{}}}"),
@@ -179,21 +179,21 @@ def test_right_answers_in_each_benchmarks_own_form_score_1_and_others_0(run, tmp
     for name, (key, gold, form) in forms.items():
         rows = real_rows(name)
         answers = {
-            key(row): form.format(gold(row) if place % 2 == 0 else "H" if name == "wemath" else "-77.5")
-            for place, row in enumerate(rows)
+            key(row): form.format(gold(row) if index % 2 == 0 else "H" if name == "wemath" else "-77.5")
+            for index, row in enumerate(rows)
         }
         data = str(REAL / FOLDERS[name] / "problems.jsonl")
         responses = recorded(tmp_path, answers)
-        result, found = run("--responses", responses, "--benchmark", name, "--data", data, out=name)
+        result, results = run("--responses", responses, "--benchmark", name, "--data", data, out=name)
         assert result.exit_code == 0, result.exception
         assert "are no rows of" not in result.output
         share = (len(rows) + 1) // 2 / len(rows)
-        assert found[name]["pass@1"] == pytest.approx(share), name
-        if "official" in found[name]:
-            assert found[name]["official"]["pass@1"] == pytest.approx(share), name
+        assert results[name]["pass@1"] == pytest.approx(share), name
+        if "official" in results[name]:
+            assert results[name]["official"]["pass@1"] == pytest.approx(share), name
 
 
-def test_a_rows_faults_are_named_before_anything_is_generated(run, tmp_path, model_folder):
+def test_bad_rows_are_named_before_generation(run, tmp_path, model_folder):
     Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
     good = {
         "id": "1",
@@ -220,8 +220,8 @@ def test_a_rows_faults_are_named_before_anything_is_generated(run, tmp_path, mod
             "--data",
             str(tmp_path / "rows.jsonl"),
         )
-        result, found = run(*options, "--max-tokens", "4")
-        assert result.exit_code != 0 and not found
+        result, results = run(*options, "--max-tokens", "4")
+        assert result.exit_code != 0 and not results
         assert words in str(result.exception) and "row bad" in str(result.exception)
         assert not (tmp_path / "out/samples.jsonl").exists()
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "1", "text": "x"}) + "\n")
@@ -235,7 +235,7 @@ def test_a_rows_faults_are_named_before_anything_is_generated(run, tmp_path, mod
     assert "there is none" in str(result.exception)
 
 
-def test_a_marked_picture_that_is_missing_is_named(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
     row = {"id": "7", "question": "<image 1> <image 2>?", "options": "[]", "answer": "3", "image_1": "a.png"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -243,12 +243,12 @@ def test_a_marked_picture_that_is_missing_is_named(tmp_path):
         build_benchmark(f"mmmu={tmp_path}/rows.jsonl").examples[0]
 
 
-def test_a_folder_of_other_settings_is_refused(run, model_folder):
+def test_a_folder_with_other_settings_is_refused(run, model_folder):
     options = ("--model", str(model_folder()), "--benchmark", "shapes", "--max-tokens", "4")
-    first, found = run(*options, "--limit", "4")
-    assert first.exit_code == 0 and found["shapes"]["n"] == 4
+    first, results = run(*options, "--limit", "4")
+    assert first.exit_code == 0 and results["shapes"]["n"] == 4
     again, same = run(*options, "--limit", "4")
-    assert again.exit_code == 0 and same == found
+    assert again.exit_code == 0 and same == results
     other, _ = run(*options, "--limit", "5")
     assert "differ in limit" in str(other.exception)
 
@@ -270,7 +270,7 @@ def test_a_folder_of_other_settings_is_refused(run, model_folder):
         (("--benchmark", "shapes", "--responses", "no.jsonl"), "there is none"),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(run, options, words):
+def test_command_line_errors(run, options, words):
     result, _ = run(*options)
     assert words in str(result.exception)
 
@@ -278,14 +278,14 @@ def test_mistakes_on_the_command_line_are_named(run, options, words):
 def we_math_records(verdicts: dict[str, list[float]]) -> list[dict]:
     records = []
     for group, scores in verdicts.items():
-        names = [*(str(place + 1) for place in range(len(scores) - 1)), "multi"]
+        names = [*(str(number) for number in range(1, len(scores))), "multi"]
         for name, score in zip(names, scores, strict=True):
             columns = {"ID": group, "key": f"{group[0]}steps_{name}"}
             records.append({"id": f"{group}/{name}", "columns": columns, "scores": [score]})
     return records
 
 
-def test_we_maths_four_ways():
+def test_we_math_four_way_score():
     """One group of each: by hand strict CM 1, RM 2, IG 1, IK 1 of 5; loose CM 2, RM 1."""
     verdicts = {
         "2steps_1": [1, 1, 1],  # complete mastery
@@ -295,9 +295,9 @@ def test_we_maths_four_ways():
         "3steps_2": [1, 0, 1, 0],  # insufficient knowledge
     }
     records = [*we_math_records(verdicts), *we_math_records({"2steps_9": [1, 1, 1]})[:2]]
-    found = we_math(records, "scores")
-    assert found["groups"] == 5 and found["incomplete_groups"] == 1
-    strict, loose = found["strict"], found["loose"]
+    numbers = we_math(records, "scores")
+    assert numbers["groups"] == 5 and numbers["incomplete_groups"] == 1
+    strict, loose = numbers["strict"], numbers["loose"]
     assert [round(strict[name] * 5) for name in ("CM", "RM", "IG", "IK")] == [1, 2, 1, 1]
     assert strict["score"] == pytest.approx((5 - 0.5 - 2 - 1) / 5)
     assert [round(loose[name] * 5) for name in ("CM", "RM", "IG", "IK")] == [2, 1, 1, 1]
@@ -307,10 +307,10 @@ def test_we_maths_four_ways():
 def test_worst_case_and_versions():
     """Question 3 lacks a variant: it counts in the average alone."""
     scores = {"1": ([1.0, 0.0], [1.0, 1.0]), "2": ([0.0, 1.0], [1.0, 1.0]), "3": ([1.0, 1.0],)}
-    rows = [{"id": name, "scores": row} for name, found in scores.items() for row in found]
-    found = worst_case(rows, "scores")
-    assert found["average"] == pytest.approx(0.8) and found["worst_case"] == 0.5
-    assert (found["questions"], found["variants"], found["incomplete_questions"]) == (2, 2, 1)
+    rows = [{"id": name, "scores": row} for name, variants in scores.items() for row in variants]
+    numbers = worst_case(rows, "scores")
+    assert numbers["average"] == pytest.approx(0.8) and numbers["worst_case"] == 0.5
+    assert (numbers["questions"], numbers["variants"], numbers["incomplete_questions"]) == (2, 2, 1)
     rows = [
         {"columns": {"problem_version": v}, "scores": [s]} for v, s in (("a", 1.0), ("a", 0.0), ("b", 1.0))
     ]
@@ -333,21 +333,21 @@ def graded(run, tmp_path, rows: list[dict], answers: dict, *options, benchmark="
     )
 
 
-def test_other_data_or_responses_need_another_folder(run, tmp_path):
+def test_other_data_or_responses_in_the_same_folder_are_refused(run, tmp_path):
     rows = [{"id": n, "question": "?", "answer": str(n)} for n in range(3)]
     right = {n: rf"\boxed{{{n}}}" for n in range(3)}
-    _, found = graded(run, tmp_path, rows, right)
-    assert found["mmk12"]["pass@1"] == 1.0
+    _, results = graded(run, tmp_path, rows, right)
+    assert results["mmk12"]["pass@1"] == 1.0
     result, _ = graded(run, tmp_path, rows, dict.fromkeys(range(3), "none"))
     assert "differ in" in str(result.exception) and "recorded" in str(result.exception)
     changed = [row | {"answer": "9"} for row in rows]
     result, _ = graded(run, tmp_path, changed, right)
     assert "definition" in str(result.exception)
-    _, found = graded(run, tmp_path, changed, right, out="other")
-    assert found["mmk12"]["pass@1"] == 0.0
+    _, results = graded(run, tmp_path, changed, right, out="other")
+    assert results["mmk12"]["pass@1"] == 0.0
 
 
-def test_recorded_responses_are_counted_and_told_apart(run, tmp_path):
+def test_recorded_responses_must_match_the_rows(run, tmp_path):
     rows = [{"id": n, "question": "?", "answer": str(n), "image": None} for n in range(2)]
     both = {"id": 0, "responses": [r"\boxed{0}", "x"]}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -362,14 +362,16 @@ def test_recorded_responses_are_counted_and_told_apart(run, tmp_path):
         assert words in str(result.exception)
     lines = [both, {"id": 1, "responses": ["a", "b"]}, {"id": "nobody", "responses": ["a", "b"]}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result, found = run("--responses", str(tmp_path / "r.jsonl"), *options)
-    assert found["mmk12"]["pass@1"] == 0.25 and found["mmk12"]["samples"] == 2 and "nobody" in result.output
+    result, results = run("--responses", str(tmp_path / "r.jsonl"), *options)
+    assert (
+        results["mmk12"]["pass@1"] == 0.25 and results["mmk12"]["samples"] == 2 and "nobody" in result.output
+    )
     rows.append(rows[0])
     result, _ = graded(run, tmp_path, rows, {0: "a", 1: "b"}, out="shared")
     assert "share ids" in str(result.exception)
 
 
-def test_golds_and_answers_in_their_sources_own_form(run, tmp_path):
+def test_golds_and_answers_in_the_format_of_their_source(run, tmp_path):
     rows = [
         {"id": "1", "question": "?", "options": "[]", "answer": "['24/7', '3.429']", "question_type": "open"},
         {
@@ -380,8 +382,8 @@ def test_golds_and_answers_in_their_sources_own_form(run, tmp_path):
             "question_type": "multiple-choice",
         },
     ]
-    _, found = graded(run, tmp_path, rows, {"1": "3.429", "2": "B"}, benchmark="mmmu")
-    assert found["mmmu"]["pass@1"] == found["mmmu"]["official"]["pass@1"] == 1.0
+    _, results = graded(run, tmp_path, rows, {"1": "3.429", "2": "B"}, benchmark="mmmu")
+    assert results["mmmu"]["pass@1"] == results["mmmu"]["official"]["pass@1"] == 1.0
     rows = [
         {
             "id": "1",
@@ -401,11 +403,11 @@ def test_golds_and_answers_in_their_sources_own_form(run, tmp_path):
         },
     ]
     answers = {"1": '{"short answer": "0.667"}', "2": '{"short answer": "Decreasing"}'}
-    _, found = graded(run, tmp_path, rows, answers, benchmark="dynamath", out="d")
-    assert found["dynamath"]["pass@1"] == found["dynamath"]["official"]["pass@1"] == 0.5
+    _, results = graded(run, tmp_path, rows, answers, benchmark="dynamath", out="d")
+    assert results["dynamath"]["pass@1"] == results["dynamath"]["official"]["pass@1"] == 0.5
 
 
-def test_a_users_own_verifier_is_not_held_to_boxed_answers(run, tmp_path, model_folder):
+def test_a_users_own_verifier_may_ignore_boxed_answers(run, tmp_path, model_folder):
     (tmp_path / "mine.py").write_text(
         "def f(response, example):\n    return float(example.images[0].getpixel((0, 0))[0] > 9)\n"
     )
@@ -413,20 +415,20 @@ def test_a_users_own_verifier_is_not_held_to_boxed_answers(run, tmp_path, model_
     (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "?", "answer": "x", "image": "a.png"}) + "\n")
     definition = f"about: mine\nsource: {tmp_path}/rows.jsonl\nverifier: {{name: '{tmp_path}/mine.py:f'}}\nmax_tokens: 4\n"
     (tmp_path / "mine.yaml").write_text(definition)
-    result, found = run("--model", str(model_folder()), "--benchmark", str(tmp_path / "mine.yaml"))
-    assert result.exit_code == 0 and found["mine"]["pass@1"] == 1.0
+    result, results = run("--model", str(model_folder()), "--benchmark", str(tmp_path / "mine.yaml"))
+    assert result.exit_code == 0 and results["mine"]["pass@1"] == 1.0
 
 
-def test_a_variant_of_a_file_that_cannot_tell_it_is_refused(tmp_path):
+def test_a_variant_needs_a_column_that_names_the_split(tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         json.dumps({"id": "1", "question": "?", "answer": "3", "image": None}) + "\n"
     )
-    with pytest.raises(ValueError, match="no column that tells the split"):
+    with pytest.raises(ValueError, match="no column that names the split"):
         build_benchmark(f"mathvision:testmini={tmp_path}/rows.jsonl")
 
 
 @pytest.mark.parametrize("name", ["mathvista", "wemath", "chartqa", "mathverse", "clevr_count"])
-def test_rows_of_another_set_are_named(name, tmp_path):
+def test_rows_of_another_data_set_are_named(name, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "r7", "other": 1}) + "\n")
     with pytest.raises(ValueError, match="r7|other"):
         build_benchmark(f"{name}={tmp_path}/rows.jsonl")

@@ -1,7 +1,8 @@
-"""Evaluation: what a score is, its interval, samples that outlive an interruption, unusable rows."""
+"""Evaluation: scores and their interval, resuming after an interruption, unusable rows."""
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +15,16 @@ from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.types import Prompt, RowError, Sampling
 
 MEASURE = Measure("accuracy")
-DRAW = Sampling(2, 8, 1.0, 7)
+SAMPLING = Sampling(2, 8, 1.0, 7)
 
 
 @pytest.fixture(scope="module")
 def reward():
-    with closing(RewardPool([{"name": "math", "label": "accuracy"}], workers=1)) as made:
-        yield made
+    with closing(RewardPool([{"name": "math", "label": "accuracy"}], workers=1)) as pool:
+        yield pool
 
 
-class Parrot:
+class FakeEngine:
     """An engine that answers the gold answer on the first of two responses and runs on at the second."""
 
     def __init__(self, stop_at=None):
@@ -33,12 +34,11 @@ class Parrot:
         self.places.append(sampling.places)
         if len(self.places) == self.stop_at:
             raise KeyboardInterrupt
-        return [[said("\\boxed{2}", "stop"), said("hmm", "length")] for _ in prompts]
+        return [[response("\\boxed{2}", "stop"), response("hmm", "length")] for _ in prompts]
 
 
-def said(text: str, finish: str):
-    made = completion([1, 2, 3] if finish == "stop" else [1] * 5, finish)
-    return type(made)(made.ids, made.logprobs, text, finish)
+def response(text: str, finish: str):
+    return replace(completion([1, 2, 3] if finish == "stop" else [1] * 5, finish), text=text)
 
 
 def encode(row) -> Prompt:
@@ -48,38 +48,52 @@ def encode(row) -> Prompt:
 
 
 def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
-    engine = Parrot()
+    engine = FakeEngine()
     rows = [example(number, kind="a" if number else "b") for number in range(3)]
     measure = Measure("accuracy", by=("kind",))
     result, records = evaluate(
-        engine, rows, encode, reward, DRAW, measure, samples=SampleFile(tmp_path, "b"), batch=2
+        engine, rows, encode, reward, SAMPLING, measure, samples=SampleFile(tmp_path, "b"), batch=2
     )
     assert result["pass@1"] == 0.5 and result["n"] == 3 and result["samples"] == 2
     assert result["pass@2"] == 1.0 and result["majority@2"] == 1.0 and result["no_answer"] == 0.5
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
-    assert engine.places == [(0, 1), (2,)]  # what a problem's draws depend on is its row alone
+    assert engine.places == [(0, 1), (2,)]  # a problem's samples depend on its row alone
 
 
-def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
-    """A line separator inside a response and a torn last line cost nothing but the torn line."""
+def test_an_interrupted_evaluation_resumes(reward, tmp_path):
+    """A line separator in a response is no new line, and only the incomplete last line is sampled again."""
     rows = [example(number) for number in (0, 1, 2, 4, 5)]
     whole, _ = evaluate(
-        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "whole", "b"), batch=2
+        FakeEngine(),
+        rows,
+        encode,
+        reward,
+        SAMPLING,
+        MEASURE,
+        samples=SampleFile(tmp_path / "whole", "b"),
+        batch=2,
     )
     path = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
         evaluate(
-            Parrot(stop_at=3), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=2
+            FakeEngine(stop_at=3),
+            rows,
+            encode,
+            reward,
+            SAMPLING,
+            MEASURE,
+            samples=SampleFile(path, "b"),
+            batch=2,
         )
     lines = (path / "samples.jsonl").read_text().split("\n")
     assert [json.loads(line)["id"] for line in lines if line] == ["e0", "e1", "e2", "e4"]
     lines[0] = lines[0].replace("hmm", "h\u2028mm")
     (path / "samples.jsonl").write_text("\n".join(lines)[:-20])
-    second = Parrot()
+    second = FakeEngine()
     result, records = evaluate(
-        second, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=4
+        second, rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(path, "b"), batch=4
     )
     assert result == whole and second.places == [(3, 4)] and len(records) == 5
     assert records[0]["responses"][1] == "h\u2028mm"
@@ -88,28 +102,37 @@ def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
     assert (path / json.loads(lines[0])["pictures"][0]).is_file()
 
 
-def test_a_whole_last_line_without_its_end_is_kept_apart(tmp_path):
+def test_a_last_line_without_newline_is_completed(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"benchmark": "b", "row": 0}')
     SampleFile(tmp_path, "b").add([{"benchmark": "b", "row": 1}])
     assert sorted(SampleFile(tmp_path, "b").done) == [0, 1]
 
 
-def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
+def test_an_unusable_row_stops_or_is_skipped(reward, tmp_path):
     rows = [example(number) for number in range(5)]
     with pytest.raises(RowError, match="row e3"):
-        evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "a", "b"))
+        evaluate(
+            FakeEngine(), rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(tmp_path / "a", "b")
+        )
     result, records = evaluate(
-        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "c", "b"), skip=True
+        FakeEngine(),
+        rows,
+        encode,
+        reward,
+        SAMPLING,
+        MEASURE,
+        samples=SampleFile(tmp_path / "c", "b"),
+        skip=True,
     )
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
     with pytest.raises(ValueError, match="no usable row"):
         evaluate(
-            Parrot(),
+            FakeEngine(),
             rows[3:4],
             encode,
             reward,
-            DRAW,
+            SAMPLING,
             MEASURE,
             samples=SampleFile(tmp_path / "d", "b"),
             skip=True,
@@ -117,25 +140,25 @@ def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
 
 
 def test_pass_at_k_has_no_bias():
-    """Of 4 samples 1 right: 1 - C(3, 2) / C(4, 2) = 1 / 2; by drawing pairs, 3 of 6 hold it."""
+    """Of 4 samples 1 right: 1 - C(3, 2) / C(4, 2) = 1 / 2; of the 6 pairs, 3 contain it."""
     assert pass_at([[1.0, 0.0, 0.0, 0.0]], 2) == pytest.approx(0.5)
     assert pass_at([[1.0, 0.0, 0.0, 0.0], [1.0] * 4], 1) == pytest.approx(0.625)
     assert pass_at([[0.0] * 3 + [1.0]], 4) == 1.0
 
 
-def test_the_majority_is_that_of_the_answers_in_one_spelling():
+def test_majority_votes_by_normalized_answer():
     record = {"answers": ["4", "$3$", " 3.", None, None], "scores": [0.0, 1.0, 1.0, 0.0, 0.0]}
     assert majority(record) == 1.0
     assert majority({"answers": [None, None], "scores": [0.0, 0.0]}) == 0.0
 
 
-def test_the_interval_is_that_of_the_binomial():
+def test_the_interval_matches_the_binomial():
     """300 problems, one sample each, 180 right: .6 with a standard error of .0283."""
     low, high = bootstrap(np.array([1.0] * 180 + [0.0] * 120))
     assert low == pytest.approx(0.6 - 1.96 * 0.0283, abs=0.01)
     assert high == pytest.approx(0.6 + 1.96 * 0.0283, abs=0.01)
 
 
-def test_certainty_has_no_width():
+def test_the_interval_of_identical_scores_has_no_width():
     records = [{"scores": [1.0], "tokens": [2], "truncated": [False], "outcomes": ["graded"]}] * 4
     assert summarize(records, MEASURE)["ci95"] == [1.0, 1.0]

@@ -1,8 +1,8 @@
-"""Answers that were graded wrongly once: wrong ones that were rewarded, right ones that were refused."""
+"""Answers that were graded wrongly once: wrong ones that scored 1, correct ones that scored 0."""
 
 import pytest
 
-from tests.rewards.test_verifiers import PICTURE, example
+from tests.rewards.test_verifiers import IMAGE, example
 from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText
@@ -63,20 +63,20 @@ ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 
 def score(name: str, answer: str, row: Example, **args) -> float:
-    """The score of an answer in a box; 0 where the verifier finds none."""
+    """The score of an answer in a box; 0 if the verifier reads none."""
     try:
         return VERIFIERS[name](ResponseText(rf"\boxed{{{answer}}}", resized=((100, 100),)), row, **args)
     except NoAnswer:
         return 0.0
 
 
-@pytest.mark.parametrize(("name", "gold", "answer", "wanted"), ROWS)
-def test_verdicts(name, gold, answer, wanted):
-    assert score(name, answer, example(gold)) == wanted
+@pytest.mark.parametrize(("name", "gold", "answer", "expected"), ROWS)
+def test_verdicts(name, gold, answer, expected):
+    assert score(name, answer, example(gold)) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "contents"),
     [
         (r"I write it in \boxed{ as asked. \boxed{7}", ["7"]),
         (r"\boxed{\boxed{7}}", [r"\boxed{7}"]),
@@ -86,18 +86,18 @@ def test_verdicts(name, gold, answer, wanted):
         (r"\boxed{5", []),
     ],
 )
-def test_boxes_that_are_not_closed(text, found):
-    assert boxed(text) == found
+def test_boxes_that_are_not_closed(text, contents):
+    assert boxed(text) == contents
 
 
-def test_lists_are_lists_whatever_their_spaces():
+def test_spaces_in_lists_are_ignored():
     assert score("exact", "[1,2]", example("[1, 2]")) == 1
     assert score("auto", "[1,2]", example("[1, 2]", answer_type="list")) == 1
     assert score("exact", "[1,3]", example("[1, 2]")) == score("exact", "[12]", example("[1, 2]")) == 0
 
 
 @pytest.mark.parametrize(
-    ("gold", "given", "wanted"),
+    ("gold", "answer", "expected"),
     [
         ('{"a": 1}', '{"a": true}', 0),
         ('{"a": true}', '{"a": 1}', 0),
@@ -107,11 +107,11 @@ def test_lists_are_lists_whatever_their_spaces():
         ('{"a": [1.0]}', '{"a": [1]}', 1),
     ],
 )
-def test_json_values(gold, given, wanted):
-    assert score("json_fields", given, example(gold)) == wanted
+def test_json_values(gold, answer, expected):
+    assert score("json_fields", answer, example(gold)) == expected
 
 
-def test_the_last_of_a_fence_and_a_box_counts():
+def test_json_is_read_from_the_last_of_fence_and_box():
     fence, box = '```json\n{"a": 1}\n```', r'\boxed{{"a": 2}}'
     row = example('{"a": 2}')
     assert VERIFIERS["json_fields"](ResponseText(f"{fence} no, {box}"), row) == 1
@@ -119,11 +119,11 @@ def test_the_last_of_a_fence_and_a_box_counts():
     assert VERIFIERS["json_fields"](ResponseText(f"<answer>{fence}</answer>"), example('{"a": 1}')) == 1
 
 
-PLACE = Example(id="r", problem="p", answer="[20, 20, 60, 60]", images=(PICTURE,))
+BOX_ROW = Example(id="r", problem="p", answer="[20, 20, 60, 60]", images=(IMAGE,))
 
 
 @pytest.mark.parametrize(
-    ("answer", "args", "wanted"),
+    ("answer", "args", "expected"),
     [
         ("[0, 0, 200, 100]", {"metric": "giou"}, 0),
         ("[40, 40, 40, 40]", {"metric": "giou"}, 0),
@@ -135,12 +135,12 @@ PLACE = Example(id="r", problem="p", answer="[20, 20, 60, 60]", images=(PICTURE,
         ("[-900, -900, 900, 900]", {"threshold": 0.0}, 0),
     ],
 )
-def test_boxes_that_cover_nothing_or_everything(answer, args, wanted):
-    assert score("box", answer, PLACE, coordinates="original", **args) == pytest.approx(wanted)
+def test_degenerate_and_oversized_boxes(answer, args, expected):
+    assert score("box", answer, BOX_ROW, coordinates="original", **args) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("answer", "wanted"),
+    ("answer", "expected"),
     [
         ("(20, 20)", 1),
         ("x=20, y=20", 1),
@@ -156,18 +156,18 @@ def test_boxes_that_cover_nothing_or_everything(answer, args, wanted):
         ("(100, 80)", 0),
     ],
 )
-def test_points(answer, wanted):
-    assert score("point_in_box", answer, PLACE, coordinates="original") == wanted
+def test_points(answer, expected):
+    assert score("point_in_box", answer, BOX_ROW, coordinates="original") == expected
 
 
-def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
+def test_boxes_are_read_from_the_last_of_fence_and_box():
     fence, box = "```json\n[[0, 0, 5, 5]]\n```", r"\boxed{[20, 20, 60, 60]}"
-    assert VERIFIERS["box"](ResponseText(f"{fence} no, {box}"), PLACE, coordinates="original") == 1
-    assert VERIFIERS["box"](ResponseText(f"{box} no, {fence}"), PLACE, coordinates="original") == 0
+    assert VERIFIERS["box"](ResponseText(f"{fence} no, {box}"), BOX_ROW, coordinates="original") == 1
+    assert VERIFIERS["box"](ResponseText(f"{box} no, {fence}"), BOX_ROW, coordinates="original") == 0
 
 
 @pytest.mark.parametrize(
-    ("gold", "response", "wanted"),
+    ("gold", "response", "expected"),
     [
         ("7", "The answer is 8. Earlier I had 7", 0),
         ("8", "The answer is 8. Earlier I had 7", 1),
@@ -175,8 +175,8 @@ def test_the_last_of_a_fence_of_boxes_and_a_box_counts():
         (r"$\{1, 2\}$", r"The roots are \boxed{1} and \boxed{2}.", 1),
     ],
 )
-def test_stated_mathematics_has_one_chance(gold, response, wanted):
-    assert VERIFIERS["math"](ResponseText(response), example(gold), finding="stated") == wanted
+def test_only_the_stated_expression_is_graded(gold, response, expected):
+    assert VERIFIERS["math"](ResponseText(response), example(gold), finding="stated") == expected
 
 
 COLORS = ["red", "green", "blue", "black"]
@@ -184,7 +184,7 @@ TENS = ["10", "20", "30", "40"]
 
 
 @pytest.mark.parametrize(
-    ("options", "gold", "answer", "wanted"),
+    ("options", "gold", "answer", "expected"),
     [
         # a letter with another option behind it
         (COLORS, "B", "B. red", 0),
@@ -221,8 +221,8 @@ TENS = ["10", "20", "30", "40"]
         (["AB", "AC", "BC"], "B", "AC", 1),
     ],
 )
-def test_choices(options, gold, answer, wanted):
-    assert score("choice", answer, example(gold, choices=options)) == wanted
+def test_choices(options, gold, answer, expected):
+    assert score("choice", answer, example(gold, choices=options)) == expected
 
 
 @pytest.mark.parametrize(
@@ -243,10 +243,10 @@ def test_choices(options, gold, answer, wanted):
         {"metric": "anls", "threshold": ""},
     ],
 )
-def test_columns_that_hold_nothing(columns):
+def test_empty_columns_are_ignored(columns):
     assert score("auto", "42", example("42", **columns)) == 1
     assert score("auto", "70", example("42", **columns)) == 0
 
 
-def test_options_by_letter():
+def test_options_may_be_a_json_object_by_letter():
     assert score("choice", "green", example("B", options='{"A": "red", "B": "green"}')) == 1

@@ -1,4 +1,4 @@
-"""The authors' rules, on cases and on their own recorded verdicts."""
+"""The benchmark authors' rules, on cases and against their recorded verdicts."""
 
 import json
 
@@ -47,11 +47,11 @@ def row(answer: str, **columns) -> Example:
         ("chartqa", "0", {}, "0.0", 0),
     ],
 )
-def test_a_rules_cases(rule, gold, columns, response, score):
+def test_cases_of_the_rules(rule, gold, columns, response, score):
     assert vars(official)[rule](response, row(gold, **columns)) == score
 
 
-def test_nothing_is_guessed():
+def test_no_option_named_is_no_answer():
     with pytest.raises(NoAnswer):
         official.mmmu("I can't say", row("B", options="['one', 'two']"))
 
@@ -70,10 +70,10 @@ def test_nothing_is_guessed():
 )
 def test_the_rules_agree_with_the_recorded_verdicts(tmp_path, source, rule, columns, target):
     lines = (SHARED / "verifier_truth/triples.jsonl").read_text().splitlines()
-    chosen = [
+    unflagged = [
         line for line in lines if (row := json.loads(line))["source"] == source and not row.get("flags")
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(chosen) + "\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join(unflagged) + "\n")
     name, out = f"vlm_sapo.rewards.verifiers.official:{rule}", tmp_path / "out.jsonl"
     options = ["--reward", name, "--response", columns, "--out", str(out), "--timeout", "2"]
     result = CliRunner().invoke(app, ["score", str(tmp_path / "rows.jsonl"), *options])

@@ -1,4 +1,4 @@
-"""Rewards in their worker processes: hanging, crashing and broken ones, and every kind of custom function."""
+"""Rewards in worker processes: functions that hang, crash or raise, and every kind of custom function."""
 
 import threading
 from contextlib import closing
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import picture
 from vlm_sapo.rewards.parts import RewardError, build_part
-from vlm_sapo.rewards.pool import RewardPool, share_pictures, with_pictures
+from vlm_sapo.rewards.pool import RewardPool, load_images, share_images
 from vlm_sapo.types import Example, ResponseText
 
 CUSTOM = """
@@ -98,42 +98,43 @@ def row(answer: str = "3", **columns) -> Example:
 
 @pytest.fixture
 def reward(tmp_path):
-    """`reward(name, ..., **options)`: built-in names, or functions of CUSTOM; closed in the end."""
+    """`reward(name, ..., **options)` builds a pool of built-in verifiers or functions in CUSTOM; closed after
+    the test."""
     (tmp_path / "mine.py").write_text(CUSTOM)
-    made = []
+    pools = []
 
     def make(*specs, **options):
         full = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
         for spec in full:
             if f"def {spec['name']}(" in CUSTOM:
                 spec["name"] = f"{tmp_path}/mine.py:{spec['name']}"
-        made.append(RewardPool(full, **{"workers": 2, "timeout": 5.0} | options))
-        return made[-1]
+        pools.append(RewardPool(full, **{"workers": 2, "timeout": 5.0} | options))
+        return pools[-1]
 
     yield make
-    for item in made:
-        item.close()
+    for pool in pools:
+        pool.close()
 
 
 def test_parts_are_weighted_and_named(reward):
     specs = [{"name": "math", "label": "accuracy", "weight": 0.9}, {"name": "format", "weight": 0.1}]
-    right, wrong, nothing = reward(*specs)(
+    correct, wrong, unmarked = reward(*specs)(
         [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{4}", "three")]
     )
-    assert right.total == pytest.approx(0.9) and right.parts == {"accuracy": 1.0, "format": 0.0}
+    assert correct.total == pytest.approx(0.9) and correct.parts == {"accuracy": 1.0, "format": 0.0}
     assert wrong.total == pytest.approx(0.1) and wrong.outcomes["accuracy"] == "graded"
-    assert nothing.total == 0 and nothing.outcomes["accuracy"] == "no_answer"
+    assert unmarked.total == 0 and unmarked.outcomes["accuracy"] == "no_answer"
 
 
-def test_a_closed_gate_takes_everything(reward):
+def test_below_its_gate_a_part_zeroes_the_reward(reward):
     specs = [{"name": "math"}, {"name": "format", "weight": 0.0, "gate": 1.0}]
-    without, within = reward(*specs)(
+    below, above = reward(*specs)(
         [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{3}")]
     )
-    assert (without.total, within.total) == (0.0, 1.0) and without.parts["math"] == 1.0
+    assert (below.total, above.total) == (0.0, 1.0) and below.parts["math"] == 1.0
 
 
-def test_what_hangs_or_dies_is_stopped_and_the_others_go_on(reward):
+def test_a_timeout_or_crash_loses_only_its_own_response(reward):
     for name, word, outcome in (("sleeps", "sleep", "timeout"), ("dies", "die", "crash")):
         texts = [f"{word} {n}" if n % 4 == 0 else f"fine {n}" for n in range(8)]
         scores = reward(name, timeout=1.0)([(ResponseText(text), row()) for text in texts])
@@ -173,25 +174,25 @@ def test_kinds_of_functions(reward):
     ]
 
 
-def test_async_functions_wait_together(reward):
+def test_async_functions_run_concurrently(reward):
     texts = ["sleep", *(f"fine {n}" for n in range(20))]
     first, *others = reward("waits", timeout=2.0)([(ResponseText(text), row()) for text in texts])
     assert first.outcomes["waits"] == "timeout" and all(score.total == 1.0 for score in others)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_pictures_arrive_as_they_are(mode, tmp_path):
-    pictures = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
+def test_images_reach_the_worker_unchanged(mode, tmp_path):
+    images = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
     item = (ResponseText("r"), row())
-    item = (item[0], replace(item[1], images=pictures))
-    [sent, again] = share_pictures([item, item], str(tmp_path))
+    item = (item[0], replace(item[1], images=images))
+    [sent, again] = share_images([item, item], str(tmp_path))
     assert sent[1].images is again[1].images and len(list(tmp_path.iterdir())) == 2
-    for found, image in zip(with_pictures(sent)[1].images, pictures, strict=True):
-        assert (found.mode, found.size) == (image.mode, image.size)
-        assert found.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+    for loaded, image in zip(load_images(sent)[1].images, images, strict=True):
+        assert (loaded.mode, loaded.size) == (image.mode, image.size)
+        assert loaded.convert("RGB").tobytes() == image.convert("RGB").tobytes()
 
 
-def test_a_function_sees_picture_and_tokens(reward):
+def test_a_function_gets_images_and_token_count(reward):
     example = Example(id="r1", problem="p", answer="3", images=(Image.new("RGB", (30, 20), (5, 0, 0)),))
     assert reward("width")([(ResponseText("r", tokens=7), example)])[0].total == 30 + 5 + 7
 
@@ -205,7 +206,7 @@ def test_a_function_sees_picture_and_tokens(reward):
         ("too_few", "1 values for 2"),
     ],
 )
-def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
+def test_an_exception_names_row_and_response(reward, name, words):
     items = [(ResponseText("the response"), row()), (ResponseText("another"), row())]
     spec = {"name": name, "batched": name == "too_few"}
     with pytest.raises(RewardError) as error:
@@ -216,7 +217,7 @@ def test_a_bug_stops_with_row_response_and_traceback(reward, name, words):
     assert [(score.total, *score.outcomes.values()) for score in scores] == [(0.0, "error")] * 2
 
 
-def test_no_function_ends_the_run_without_a_word(reward):
+def test_exit_and_cancel_in_a_function_are_errors(reward):
     for name, word in (("leaves", "leave"), ("cancels", "cancel")):
         items = [(ResponseText(word), row()), (ResponseText("stay"), row())]
         with pytest.raises(RewardError, match=name):
@@ -225,26 +226,26 @@ def test_no_function_ends_the_run_without_a_word(reward):
         assert [tuple(score.outcomes.values()) for score in scores] == [("error",), ("graded",)]
 
 
-def test_only_what_hangs_is_lost(reward):
+def test_other_parts_of_a_response_that_times_out_are_graded(reward):
     specs = [{"name": "sleeps"}, {"name": "length", "args": {"allowed": 1, "buffer": 1}}]
     [score] = reward(*specs, timeout=1.0)([(ResponseText("sleep", tokens=9), row())])
     assert score.parts == {"sleeps": 0.0, "length": -1.0} and score.outcomes["sleeps"] == "timeout"
 
 
-def test_a_dying_batch_is_graded_one_by_one(reward):
+def test_a_crashed_batch_is_graded_one_by_one(reward):
     spec = {"name": "halves", "batched": True}
     scores = reward(spec)([(ResponseText(text), row()) for text in ("fine", "die", "well")])
     assert [score.total for score in scores] == [0.5, 0.0, 0.5]
     assert [*scores[1].outcomes.values()] == ["crash"]
 
 
-def test_a_lost_verdict_is_not_kept(reward, tmp_path):
+def test_timeouts_are_not_cached(reward, tmp_path):
     item = (ResponseText("r"), row(log=str(tmp_path / "log")))
-    made = reward("first_sleeps", timeout=1.0)
-    assert [made([item])[0].total for _ in range(2)] == [0.0, 1.0]
+    grade = reward("first_sleeps", timeout=1.0)
+    assert [grade([item])[0].total for _ in range(2)] == [0.0, 1.0]
 
 
-def test_rows_of_two_splits_with_one_id_are_two_rows(reward):
+def test_rows_of_two_splits_may_share_an_id(reward):
     grade = reward("math")
     response = ResponseText(r"\boxed{7}", tokens=3)
     assert [grade([(response, row(gold))])[0].total for gold in ("7", "8")] == [1.0, 0.0]
@@ -255,22 +256,22 @@ def test_async_calls_share_one_event_loop(reward):
     assert [grade([(ResponseText(text), row())])[0].total for text in ("a", "b", "c")] == [1.0] * 3
 
 
-def test_rows_that_cannot_be_sent_are_named(reward):
+def test_a_row_that_cannot_be_pickled_is_an_error(reward):
     with pytest.raises(RewardError, match="plain values"):
         reward("sleeps")([(ResponseText("r"), row(bad=lambda: 1))])
 
 
-def test_a_reward_that_only_breaks_in_its_process_is_named(tmp_path):
+def test_a_reward_that_cannot_be_set_up_in_a_worker_is_an_error(tmp_path):
     code = (
         "import multiprocessing\nassert not multiprocessing.parent_process(), 'no'\ndef f(r, e): return 1.0\n"
     )
     (tmp_path / "odd.py").write_text(code)
-    made = RewardPool([{"name": f"{tmp_path}/odd.py:f"}], workers=1)
-    with closing(made), pytest.raises(RewardError, match="AssertionError: no"):
-        made([(ResponseText("r"), row())])
+    grade = RewardPool([{"name": f"{tmp_path}/odd.py:f"}], workers=1)
+    with closing(grade), pytest.raises(RewardError, match="AssertionError: no"):
+        grade([(ResponseText("r"), row())])
 
 
-def test_a_verdict_is_kept(reward, tmp_path):
+def test_verdicts_are_cached(reward, tmp_path):
     counted = reward("counts")
     example = row(log=str(tmp_path / "log"))
     for _ in range(2):
@@ -290,7 +291,7 @@ def test_a_verdict_is_kept(reward, tmp_path):
         ({"name": "box", "args": {"coordinates": "thousnd"}}, "args.coordinates ('thousnd')"),
     ],
 )
-def test_an_unknown_reward_or_argument_is_named(spec, words):
+def test_unknown_names_and_arguments_are_named(spec, words):
     with pytest.raises(ValueError, match="reward.parts.0") as error:
         build_part(spec)
     assert words in str(error.value)
@@ -321,7 +322,7 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_judge_is_asked_again_and_its_verdict_kept(reward):
+def test_the_judge_retries_and_its_verdicts_are_cached(reward):
     Judge.calls = 0
     with HTTPServer(("127.0.0.1", 0), Judge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -24,7 +24,7 @@ from vlm_sapo.rewards.verifiers.text import (
 from vlm_sapo.types import Example, ResponseText
 
 COLORS = {"choices": ["red", "green", "dark blue"]}
-PICTURE = Image.new("RGB", (200, 100))
+IMAGE = Image.new("RGB", (200, 100))
 
 
 def example(answer: str, **columns) -> Example:
@@ -188,7 +188,7 @@ def test_choice_of_stated_answers(gold, response, score):
     assert graded(choice, response, example(gold, **COLORS), finding="stated") == score
 
 
-def test_choice_reads_options_wherever_they_are():
+def test_choice_reads_options_from_columns_and_problem():
     assert choice(r"\boxed{green}", example("B", options="['red', 'green']")) == 1
     assert choice(r"\boxed{green}", example("B", option="A. red; B. green")) == 1
     assert choice(r"\boxed{green}", example("B", problem="Which? (A) red (B) green")) == 1
@@ -311,7 +311,7 @@ BOX = "[20, 10, 60, 50]"
     ],
 )
 def test_box(answer, args, score):
-    row = Example(id="r", problem="p", answer=BOX, images=(PICTURE,))
+    row = Example(id="r", problem="p", answer=BOX, images=(IMAGE,))
     response = ResponseText(f"<answer>{answer}</answer>", resized=((100, 50),))
     try:
         assert box(response, row, **args) == pytest.approx(score)
@@ -320,7 +320,7 @@ def test_box(answer, args, score):
 
 
 def test_boxes_are_matched_whatever_their_order():
-    row = Example(id="r", problem="p", answer="[[0, 0, 10, 10], [50, 50, 90, 90]]", images=(PICTURE,))
+    row = Example(id="r", problem="p", answer="[[0, 0, 10, 10], [50, 50, 90, 90]]", images=(IMAGE,))
     listed = [{"bbox_2d": [50, 50, 90, 90], "label": "b"}, {"bbox_2d": [0, 0, 10, 10], "label": "a"}]
     fence = f"```json\n{json.dumps(listed)}\n```"
     assert box(ResponseText(fence), row, coordinates="original") == 1
@@ -333,7 +333,7 @@ def test_overlaps():
 
 
 def test_point_in_box():
-    row = Example(id="r", problem="p", answer=BOX, images=(PICTURE,))
+    row = Example(id="r", problem="p", answer=BOX, images=(IMAGE,))
     inside = ResponseText("<answer>(20, 15)</answer>", resized=((100, 50),))
     outside = ResponseText("<answer>(40, 15)</answer>", resized=((100, 50),))
     assert (point_in_box(inside, row), point_in_box(outside, row)) == (1, 0)
@@ -363,7 +363,7 @@ def test_language():
         ({}, r"\frac{1}{2}", "1/2", 1),
     ],
 )
-def test_auto_goes_by_the_row(columns, gold, response, score):
+def test_auto_selects_the_verifier_by_the_row(columns, gold, response, score):
     assert auto(ResponseText(response), example(gold, **columns), finding="stated") == pytest.approx(score)
 
 

@@ -22,7 +22,7 @@ VERDICT, OFFICIAL = "verdict", "official"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems with the way they are scored."""
+    """Problems and how they are scored."""
 
     name: str
     about: str
@@ -32,7 +32,7 @@ class Benchmark:
     measure: Measure
     max_tokens: int
     origin: dict
-    """The definition, and size and time of the local file behind it: what samples belong to."""
+    """The definition, and size and time of its local file: samples belong to these."""
 
 
 def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
@@ -40,8 +40,8 @@ def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
 
     Raises ValueError naming the file and its field.
     """
-    asked, _, file = name.partition("=")
-    stem, _, variant = asked.partition(":")
+    definition_name, _, file = name.partition("=")
+    stem, _, variant = definition_name.partition(":")
     path = find(stem, FOLDER, field="benchmark")
     try:
         definition = cfg.BenchmarkConfig.model_validate(read_mapping(path))
@@ -57,12 +57,12 @@ def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
 
 
 def build_benchmarks(names: Sequence[str], *, limit: int | None = None) -> list[Benchmark]:
-    """The benchmarks asked for. Raises ValueError where two would be reported under one name."""
-    made = [build_benchmark(name, limit=limit) for name in names]
-    titles = [benchmark.name for benchmark in made]
+    """The benchmarks that `NAME[:VARIANT][=FILE]` ask for. Raises ValueError if two have one name."""
+    benchmarks = [build_benchmark(name, limit=limit) for name in names]
+    titles = [benchmark.name for benchmark in benchmarks]
     if len(set(titles)) < len(titles):
         raise ValueError(f"two benchmarks of one name ({', '.join(titles)}); evaluate them one by one")
-    return made
+    return benchmarks
 
 
 def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
@@ -78,7 +78,7 @@ def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
     file = name.partition("=")[2]
     if file and ":" in name.partition("=")[0] and definition.variant == "split" and not examples.has_split:
         raise ValueError(
-            f"{name}: {file} has no column that tells the split; give the split's own rows as NAME=FILE"
+            f"{name}: {file} has no column that names the split; give the split's own rows as NAME=FILE"
         )
     return Benchmark(
         name=title,

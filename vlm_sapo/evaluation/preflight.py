@@ -1,4 +1,4 @@
-"""Looks at every row as training or an evaluation will: its pictures, its prompt, its gold answer."""
+"""Checks every row before training or an evaluation uses it: its images, its prompt, its gold answer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,35 +18,35 @@ from PIL import Image
 
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.rewards.pool import PictureSize, RewardPool
+from vlm_sapo.rewards.pool import RewardPool, without_pixels
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
-from vlm_sapo.rewards.verifiers.choice import named, option_column, options
+from vlm_sapo.rewards.verifiers.choice import named_options, option_column, read_options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.rewards.verifiers.text import golds
+from vlm_sapo.rewards.verifiers.text import gold_texts
 from vlm_sapo.types import Example, ResponseText, Reward, RowError
 
-SIDE = 32
-"""Of the grey thumbnail that near-duplicates are confirmed by."""
-AHEAD = 64
-"""Rows that are read ahead of the one that is looked at."""
-TOGETHER = 256
-"""Rows whose gold answers are graded at once, with their pictures where a function of a user's grades."""
+THUMBNAIL_SIDE = 32
+"""Pixels of the grey thumbnail that confirms near-duplicates."""
+ROWS_AHEAD = 64
+"""Rows that are read ahead of the current one."""
+ROWS_PER_GRADING = 256
+"""Rows whose gold answers are graded at once; their images are in memory if a user's function grades."""
 
 
 @dataclass(frozen=True)
-class Print:
-    """What identifies a picture."""
+class Fingerprint:
+    """What identifies an image."""
 
     exact: str
     """Digest of size and pixels."""
     perceptual: int
     """64-bit perceptual hash."""
     thumbnail: np.ndarray
-    """[SIDE * SIDE] float32 greys, centred and of length 1; zeros for a picture of one colour."""
+    """[THUMBNAIL_SIDE ** 2] float32 greys, centred and of length 1; zeros for an image of one colour."""
     blank: bool
-    """Whether the picture has one colour only."""
+    """Whether the image has one colour only."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ class Inspected:
     index: int
     id: str
     example: Example | None
-    """With picture sizes in place of pictures; None where the row could not be read."""
+    """With image sizes instead of images; None if the row could not be read."""
     error: str = ""
     tokens: int = 0
     image_tokens: int = 0
     resized: tuple[tuple[int, int], ...] = ()
-    """Width and height of the pictures as the model sees them."""
-    prints: tuple[Print, ...] = ()
+    """Width and height of the images as the model sees them."""
+    prints: tuple[Fingerprint, ...] = ()
     gold: str = ""
-    """What is wrong with the gold answer; empty where it scores 1."""
+    """What is wrong with the gold answer; empty if it scores 1."""
     wrong: str = ""
     """A wrong answer that scores above 0, and its score."""
 
@@ -72,43 +73,37 @@ def inspect(
     examples: ExampleSet,
     encode: Encoder,
     *,
-    pictures: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    fingerprints: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Inspected]:
-    """Every row, on all cores; with `pictures` also what identifies its pictures. `encode.max_tokens` is the
-    limit that a prompt is held against. No row stops it: what is wrong is in `error`."""
+    """Every row, read on all cores; with `fingerprints` also those of its images. Prompts longer than
+    `encode.max_tokens` are errors. A row never stops it: what is wrong is in `error`."""
     unlimited = Encoder(
         encode.vlm, min_pixels=encode.min_pixels, max_pixels=encode.max_pixels, max_tokens=float("inf")
     )
-    rows = []
+    rows: list[Inspected] = []
+    pending: deque[Future[Inspected]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row in _ahead(
-            pool, lambda index: _inspect(index, examples, encode, unlimited, pictures), len(examples)
-        ):
-            rows.append(row)
-            progress(len(rows))
+        for index in range(len(examples) + ROWS_AHEAD):
+            if index < len(examples):
+                pending.append(pool.submit(_inspect, index, examples, encode, unlimited, fingerprints))
+            if index >= ROWS_AHEAD:
+                rows.append(pending.popleft().result())
+                if progress:
+                    progress(len(rows))
     return rows
 
 
-def _ahead(pool: ThreadPoolExecutor, call: Callable, count: int) -> Iterator[Inspected]:
-    """Results in order, with a bounded number of rows in memory."""
-    waiting = []
-    for index in range(count):
-        waiting.append(pool.submit(call, index))
-        if len(waiting) > AHEAD:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
-
-
-def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures: bool) -> Inspected:
+def _inspect(
+    index: int, examples: ExampleSet, encode: Encoder, unlimited: Encoder, fingerprints: bool
+) -> Inspected:
     key = examples.key(index)
     try:
         example = examples[index]
     except RowError as error:
         return Inspected(index, key, None, str(error))
-    light = replace(example, images=tuple(PictureSize(image.size) for image in example.images))
-    prints = tuple(map(fingerprint, example.images)) if pictures else ()
+    _, light = without_pixels((ResponseText(""), example))
+    prints = tuple(map(fingerprint, example.images)) if fingerprints else ()
     try:
         prompt = unlimited(example)
     except RowError as error:
@@ -123,14 +118,15 @@ def _inspect(index: int, examples, encode: Encoder, unlimited: Encoder, pictures
     return Inspected(index, key, light, error, tokens, image_tokens, sizes, prints)
 
 
-def fingerprint(picture: Image.Image) -> Print:
-    """What identifies a picture, whatever its file format."""
-    rgb = picture.convert("RGB")
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """What identifies an image, whatever its file format."""
+    rgb = image.convert("RGB")
     grey = rgb.convert("L")
-    thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32).ravel()
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    thumbnail = np.asarray(grey.resize(size, Image.Resampling.BOX), dtype=np.float32).ravel()
     centred = thumbnail - thumbnail.mean()
     length = np.linalg.norm(centred)
-    return Print(
+    return Fingerprint(
         exact=hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest(),
         perceptual=int(str(imagehash.phash(grey)), 16),
         thumbnail=centred / max(length, 1e-9),
@@ -141,56 +137,73 @@ def fingerprint(picture: Image.Image) -> Print:
 def check_golds(
     examples: ExampleSet, rows: Sequence[Inspected], reward: RewardPool, spec: Mapping[str, Any]
 ) -> list[Inspected]:
-    """The rows with `gold` and `wrong` filled in: what the part `spec` of the reward says of the gold answer
-    and of a wrong one. Functions of a user's see the pictures."""
+    """The rows with `gold` and `wrong` filled in: how the reward's part `spec` grades the gold answer and a
+    wrong one. A user's functions get the images."""
     label, name, args = spec["label"], spec["name"], spec["args"]
     readable = [row for row in rows if row.example is not None]
-    made = {row.index: _responses(row, name, args) for row in readable}
-    own = not all(part.builtin for part in reward.parts)
-    graded: list[Reward] = []
-    for start in range(0, len(readable), TOGETHER):
+    probes = {row.index: _probe(row, name, args) for row in readable}
+    needs_images = not all(part.builtin for part in reward.parts)
+    rewards: list[Reward] = []
+    for start in range(0, len(readable), ROWS_PER_GRADING):
         items = []
-        for row in readable[start : start + TOGETHER]:
-            example = examples[row.index] if own else row.example
-            items += [(response, example) for response in made[row.index][:2]]
-        graded += reward(items)
-    scores, checked = iter(graded), {}
-    for row in readable:
-        good, bad, problem = made[row.index]
-        one, other = next(scores), next(scores)
-        outcome, value, leaked = one.outcomes[label], one.parts[label], other.parts[label]
-        if not problem and value < 1:
-            why = f"scores {value:g}" if outcome == "graded" else one.details[label] or outcome
-            problem = f"the gold answer {row.example.answer[:60]!r}, given as {str(good)[:80]!r}: {why}"
-        leak = f"{str(bad)[:60]!r} scores {leaked:g} for the gold {row.example.answer[:60]!r}"
-        checked[row.index] = replace(row, gold=problem, wrong=leak if leaked > 0 and not problem else "")
+        for row in readable[start : start + ROWS_PER_GRADING]:
+            example = examples[row.index] if needs_images else row.example
+            probe = probes[row.index]
+            items += [(probe.gold, example), (probe.wrong, example)]
+        rewards += reward(items)
+    checked = {
+        row.index: _checked(row, probes[row.index], gold, wrong, label)
+        for row, gold, wrong in zip(readable, rewards[::2], rewards[1::2], strict=True)
+    }
     return [checked.get(row.index, row) for row in rows]
 
 
-def _responses(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[ResponseText, ResponseText, str]:
+@dataclass(frozen=True)
+class _Probe:
+    """Two responses that show whether a row's gold answer can be graded."""
+
+    gold: ResponseText
+    wrong: ResponseText
+    problem: str = ""
+    """Why there are none; then both are empty."""
+
+
+def _probe(row: Inspected, name: str, args: Mapping[str, Any]) -> _Probe:
     try:
-        good = gold_response(row.example, name, args, row.resized)
-        return good, wrong_response(row.example, name, args, row.resized), ""
+        return _Probe(
+            gold_response(row.example, name, args, row.resized),
+            wrong_response(row.example, name, args, row.resized),
+        )
     except Ungraded as error:
-        return ResponseText(""), ResponseText(""), str(error) or error.outcome
+        return _Probe(ResponseText(""), ResponseText(""), str(error) or error.outcome)
 
 
-PLACES = ("box", "point_in_box")
+def _checked(row: Inspected, probe: _Probe, gold: Reward, wrong: Reward, label: str) -> Inspected:
+    """The row with what the part `label` said of both responses."""
+    answer = row.example.answer[:60]
+    problem, value, outcome = probe.problem, gold.parts[label], gold.outcomes[label]
+    if not problem and value < 1:
+        why = f"scores {value:g}" if outcome == "graded" else gold.details[label] or outcome
+        problem = f"the gold answer {answer!r}, given as {str(probe.gold)[:80]!r}: {why}"
+    accepted = f"{str(probe.wrong)[:60]!r} scores {wrong.parts[label]:g} for the gold {answer!r}"
+    return replace(row, gold=problem, wrong=accepted if wrong.parts[label] > 0 and not problem else "")
 
-LISTED = ("anls", "chartqa", "edit_distance", "exact", "short")
+
+BOX_VERIFIERS = ("box", "point_in_box")
+TEXT_VERIFIERS = ("anls", "chartqa", "edit_distance", "exact", "short")
 """Verifiers whose gold answer may be a list of accepted texts."""
 
 
 def gold_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> ResponseText:
-    """The gold answer as a response that the verifier `name` must score 1; `resized` are the pictures' sizes
-    as the model sees them."""
+    """The gold answer as a response that the verifier `name` must score 1; `resized` are the images' sizes as
+    the model sees them."""
     name, args = own_verifier(example, name, args)
     answer = example.answer
-    if name in PLACES:
-        found = in_coordinates(gold_boxes(example), example, resized, args)
-        answer = json.dumps([[round(side, 6) for side in box] for box in found])
-    elif _by_text(example, name):
-        answer = golds(example)[0]
+    if name in BOX_VERIFIERS:
+        boxes = in_coordinates(gold_boxes(example), example, resized, args)
+        answer = json.dumps([[round(side, 6) for side in box] for box in boxes])
+    elif _compares_texts(example, name):
+        answer = gold_texts(example)[0]
     elif name == "json_fields":
         return ResponseText(answer, resized=resized)
     return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
@@ -201,25 +214,28 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized
     name, args = own_verifier(example, name, args)
     answer = "nothing of the kind"
     number = read_number(example.answer)
-    given = options(example) if name in ("auto", "choice") else []
-    lettered = (
-        given or option_column(example.columns) or example.columns.get("question_type") == "multi_choice"
-    )
-    if name in PLACES:
+    gold_options = _gold_options(example) if name in ("auto", "choice") else None
+    if name in BOX_VERIFIERS:
         boxes = [
             (right + 1, bottom + 1, right + 2, bottom + 2) for _, _, right, bottom in gold_boxes(example)
         ]
         answer = json.dumps([list(box) for box in boxes])
-    elif lettered and name in ("auto", "choice") and (chosen := named(example.answer, given)):
-        count = len(given) or len(string.ascii_uppercase)
-        answer = next(
-            (string.ascii_uppercase[index] for index in range(count) if index not in chosen), answer
-        )
-    elif number is not None and not _by_text(example, name):
+    elif gold_options:
+        letters = string.ascii_uppercase[: len(read_options(example)) or None]
+        answer = next((letter for i, letter in enumerate(letters) if i not in gold_options), answer)
+    elif number is not None and not _compares_texts(example, name):
         answer = f"{abs(number) * 2 + 7:g}"
     return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
 
 
-def _by_text(example: Example, name: str) -> bool:
+def _gold_options(example: Example) -> frozenset[int] | None:
+    """Indices of the options that the gold answer names; None if the row isn't multiple choice."""
+    options = read_options(example)
+    if options or option_column(example.columns) or example.columns.get("question_type") == "multi_choice":
+        return named_options(example.answer, options)
+    return None
+
+
+def _compares_texts(example: Example, name: str) -> bool:
     """Whether the verifier compares texts, of which the gold answer may list several."""
-    return name.rpartition(":")[2] in LISTED or example.columns.get("metric") == "anls"
+    return name.rpartition(":")[2] in TEXT_VERIFIERS or example.columns.get("metric") == "anls"

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from vlm_sapo.rewards.verifiers.normalize import plain
+from vlm_sapo.rewards.verifiers.normalize import normalize
 
 RESAMPLES = 2000
-RIGHT = 0.5
-"""A graded score from which a response counts as right in pass@k."""
+PASS_SCORE = 0.5
+"""A response with at least this score counts as correct in pass@k."""
+
+
+class Metric(Protocol):
+    """A benchmark's own score, from the records and the key of their scores."""
+
+    def __call__(self, records: list[dict], key: str, /) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -25,16 +32,15 @@ class Measure:
     official: str | None = None
     """The part that is the authors' rule."""
     by: tuple[str, ...] = ()
-    """Columns whose values get a score of their own."""
-    metric: Callable[[list[dict], str], dict] | None = None
-    """The authors' own score, from the records and the key of their scores."""
+    """Columns by whose values the scores are broken down."""
+    metric: Metric | None = None
 
 
 def summarize(records: list[dict], measure: Measure) -> dict:
     """The numbers of a list of records, one per problem with lists over its samples.
 
     `pass@1` is the mean of our verdict over samples and problems, `ci95` its bootstrap interval over
-    problems; `official` holds both by the authors' rule, and on how many responses the two differ.
+    problems; `official` has both by the authors' rule, and on how many responses the two differ.
     """
     scores = [record["scores"] for record in records]
     count = min(map(len, scores))
@@ -49,17 +55,7 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     if count > 1:
         result[f"majority@{count}"] = float(np.mean([majority(record) for record in records]))
     if measure.official:
-        official = [record["official"] for record in records]
-        differ = sum(
-            a != b
-            for one, other in zip(scores, official, strict=True)
-            for a, b in zip(one, other, strict=True)
-        )
-        result["official"] = {
-            "pass@1": float(_means(official).mean()),
-            "ci95": bootstrap(_means(official)),
-            "differ": differ,
-        }
+        result["official"] = _official_numbers(records)
     if measure.metric:
         result["metric"] = measure.metric(records, "official" if measure.official else "scores")
     outcomes = [outcome for record in records for outcome in record["outcomes"]]
@@ -72,33 +68,42 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     return result
 
 
+def _official_numbers(records: list[dict]) -> dict:
+    scores = [record["official"] for record in records]
+    pairs = [pair for record in records for pair in zip(record["scores"], record["official"], strict=True)]
+    return {
+        "pass@1": float(_means(scores).mean()),
+        "ci95": bootstrap(_means(scores)),
+        "differ": sum(own != official for own, official in pairs),
+    }
+
+
 def pass_at(scores: Sequence[Sequence[float]], k: int) -> float:
-    """Chance that one of k samples is right, without bias from n of them (arXiv 2107.03374): the mean over
-    problems of 1 - C(n - c, k) / C(n, k), c of the n being right."""
-    shares = []
+    """Probability that one of k samples is correct, estimated without bias from n (arXiv 2107.03374): the
+    mean over problems of 1 - C(n - c, k) / C(n, k), where c of the n are correct."""
+    estimates = []
     for row in scores:
-        right = sum(score >= RIGHT for score in row)
-        shares.append(1 - math.comb(len(row) - right, k) / math.comb(len(row), k))
-    return float(np.mean(shares))
+        correct = sum(score >= PASS_SCORE for score in row)
+        estimates.append(1 - math.comb(len(row) - correct, k) / math.comb(len(row), k))
+    return float(np.mean(estimates))
 
 
 def majority(record: dict) -> float:
-    """The score of the answer that most samples give, in one spelling; of the first drawn among equals.
+    """The score of the answer that most samples give, by normalized spelling; the first sampled one on a tie.
     Samples without an answer have no vote."""
-    spelled = [
-        None if answer is None else "".join(plain(answer).split()).strip(".").casefold()
-        for answer in record["answers"]
+    normalized = [
+        None if answer is None else normalize(answer, "compact").strip(".") for answer in record["answers"]
     ]
-    votes = Counter(answer for answer in spelled if answer is not None)
+    votes = Counter(answer for answer in normalized if answer is not None)
     if not votes:
         return 0.0
-    return float(record["scores"][spelled.index(votes.most_common(1)[0][0])])
+    return float(record["scores"][normalized.index(votes.most_common(1)[0][0])])
 
 
 def bootstrap(means: np.ndarray) -> list[float]:
     """95 % percentile interval of the mean over problems ([n] problem means), 2000 resamples, fixed seed."""
-    draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
-    low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
+    resamples = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.quantile(means[resamples].mean(1), [0.025, 0.975])
     return [float(low), float(high)]
 
 
@@ -118,29 +123,28 @@ def _by(records: list[dict], column: str) -> dict[str, dict]:
 
 def versions(records: list[dict], key: str) -> dict:
     """MathVerse: the mean over its versions of the mean over each one's problems."""
-    found = defaultdict(list)
+    scores = defaultdict(list)
     for record in records:
-        found[record["columns"]["problem_version"]].append(np.mean(record[key]))
-    means = {name: float(np.mean(values)) for name, values in sorted(found.items())}
+        scores[record["columns"]["problem_version"]].append(np.mean(record[key]))
+    means = {name: float(np.mean(values)) for name, values in sorted(scores.items())}
     return {"mean_of_versions": float(np.mean(list(means.values()))), **means}
 
 
 def worst_case(records: list[dict], key: str) -> dict:
-    """DynaMath: a question counts where all its variants (rows of one id) are right; `average` counts
-    rows."""
-    found = defaultdict(list)
+    """DynaMath: a question counts if all its variants (rows of one id) are correct; `average` counts rows."""
+    questions = defaultdict(list)
     for record in records:
-        found[record["id"]].append(record[key])
-    variants = max(map(len, found.values()))
-    whole = [rows for rows in found.values() if len(rows) == variants]
-    worst = [np.mean([min(sample) for sample in zip(*rows, strict=True)]) for rows in whole]
-    average = [np.mean(row) for rows in found.values() for row in rows]
+        questions[record["id"]].append(record[key])
+    variants = max(map(len, questions.values()))
+    complete = [rows for rows in questions.values() if len(rows) == variants]
+    worst = [np.mean([min(sample) for sample in zip(*rows, strict=True)]) for rows in complete]
+    average = [np.mean(row) for rows in questions.values() for row in rows]
     return {
         "average": float(np.mean(average)),
         "worst_case": float(np.mean(worst)),
-        "questions": len(whole),
+        "questions": len(complete),
         "variants": variants,
-        "incomplete_questions": len(found) - len(whole),
+        "incomplete_questions": len(questions) - len(complete),
     }
 
 
@@ -148,27 +152,28 @@ def we_math(records: list[dict], key: str) -> dict:
     """We-Math's four-way score over groups of sub-problems and their composite (`ID`, `key`), strict and
     loose.
 
-    IK: some sub-problem wrong and the composite wrong; IG: all right and the composite wrong; CM and RM share
-    the groups whose composite is right: strict CM needs every sub-problem right, loose CM one, and the others
-    are RM. Score: (groups - IG / 2 - RM - IK) / groups. Groups that miss a row are left out and counted.
+    IK: some sub-problem wrong and the composite wrong; IG: all correct and the composite wrong; CM and RM
+    share the groups whose composite is correct: strict CM needs every sub-problem correct, loose CM one, and
+    the others are RM. Score: (groups - IG / 2 - RM - IK) / groups. Groups with a missing row are left out and
+    counted.
     """
     groups: dict[str, dict[str, list]] = defaultdict(dict)
     for record in records:
         groups[record["columns"]["ID"]][record["columns"]["key"].rpartition("_")[2]] = record[key]
-    whole = {
+    complete = {
         name: rows
         for name, rows in groups.items()
         if set(rows) == {"multi", *map(str, range(1, int(name[0]) + 1))}
     }
-    result: dict = {"groups": len(whole), "incomplete_groups": len(groups) - len(whole)}
-    for mode in ("strict", "loose") if whole else ():
+    result: dict = {"groups": len(complete), "incomplete_groups": len(groups) - len(complete)}
+    for mode in ("strict", "loose") if complete else ():
         counts = dict.fromkeys(("CM", "RM", "IG", "IK"), 0.0)
-        for rows in whole.values():
+        for rows in complete.values():
             samples = len(rows["multi"])
-            for place in range(samples):
-                steps = [scores[place] >= 1 for step, scores in rows.items() if step != "multi"]
-                counts[_mastery(steps, rows["multi"][place] >= 1, mode)] += 1 / samples
-        shares = {name: count / len(whole) for name, count in counts.items()}
+            for sample in range(samples):
+                steps = [scores[sample] >= 1 for step, scores in rows.items() if step != "multi"]
+                counts[_mastery(steps, rows["multi"][sample] >= 1, mode)] += 1 / samples
+        shares = {name: count / len(complete) for name, count in counts.items()}
         score = 1 - shares["IG"] / 2 - shares["RM"] - shares["IK"]
         result[mode] = {"score": score, **shares}
     return result

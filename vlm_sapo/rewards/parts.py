@@ -6,10 +6,9 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Protocol, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,13 +19,20 @@ from vlm_sapo.types import Example, ResponseText, Reward
 
 ENTRY_POINTS = "vlm_sapo.rewards"
 """Installed packages offer rewards in this entry point group."""
-CONCURRENT = 64
-"""Calls of an async reward that are under way at once."""
+MAX_CONCURRENT_CALLS = 64
+"""Calls of an async reward that run at once."""
 GRADED = "graded"
 _LOOP = asyncio.Runner()
-"""One event loop per process: clients that a function keeps are bound to the loop of their first call."""
+"""One event loop per process: a function's clients are bound to the loop of their first call."""
 
 Item = tuple[ResponseText, Example]
+
+
+class RewardFunction(Protocol):
+    """A verifier or a user's function: `(response, example, **args)` to a number or a dict of numbers;
+    batched, `(responses, examples, **args)` to a list of them."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class RewardError(ValueError):
@@ -40,10 +46,10 @@ class Verdict:
     value: float
     outcome: str = GRADED
     """`graded`, or why not: `no_answer`, `bad_gold`, `timeout`, `crash`, `error`; these score 0."""
-    named: Mapping[str, float] = field(default_factory=dict)
+    components: Mapping[str, float] = field(default_factory=dict)
     """The values by name, where the function returned several; `value` is their sum."""
     detail: str = ""
-    """What went wrong, for a person."""
+    """What went wrong, for the message."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Part:
     """One named part of a reward."""
 
     label: str
-    function: Callable[..., Any]
+    function: RewardFunction
+    args: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     gate: float | None = None
-    """Where the part scores below, the whole reward is 0."""
+    """If the part scores less than this, the whole reward is 0."""
     kind: Literal["each", "batched", "async"] = "each"
     """How it is called: `(response, example)`, `(responses, examples)` for many, or awaited."""
     builtin: bool = False
@@ -63,61 +70,75 @@ class Part:
         """Verdicts of the responses; `timeout` in seconds is an async function's for each. Exceptions become
         verdicts with outcome `error`."""
         if self.kind == "batched":
-            try:
-                values = list(self.function([item[0] for item in items], [item[1] for item in items]))
-                if len(values) != len(items):
-                    raise ValueError(f"returned {len(values)} values for {len(items)} responses")
-            except BaseException as error:
-                return [_failed(error)] * len(items)
-            return [self._judged(lambda value=value: value) for value in values]
+            return self._grade_batch(items)
         if self.kind == "async":
-            return _LOOP.run(self._gather(items, timeout))
-        return [self._judged(partial(self.function, response, example)) for response, example in items]
+            return _LOOP.run(self._grade_concurrently(items, timeout))
+        return [self._grade_one(response, example) for response, example in items]
 
-    async def _gather(self, items: Sequence[Item], timeout: float | None) -> list[Verdict]:
-        room = asyncio.Semaphore(CONCURRENT)
+    def _grade_one(self, response: ResponseText, example: Example) -> Verdict:
+        try:
+            value = self.function(response, example, **self.args)
+        except BaseException as error:
+            return _failure(error)
+        return _verdict(value)
 
-        async def one(response: ResponseText, example: Example) -> Verdict:
-            async with room:
+    def _grade_batch(self, items: Sequence[Item]) -> list[Verdict]:
+        responses, examples = [response for response, _ in items], [example for _, example in items]
+        try:
+            values = list(self.function(responses, examples, **self.args))
+            if len(values) != len(items):
+                raise ValueError(f"returned {len(values)} values for {len(items)} responses")
+        except BaseException as error:
+            return [_failure(error)] * len(items)
+        return [_verdict(value) for value in values]
+
+    async def _grade_concurrently(self, items: Sequence[Item], timeout: float | None) -> list[Verdict]:
+        semaphore = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
+
+        async def grade_one(response: ResponseText, example: Example) -> Verdict:
+            async with semaphore:
                 try:
-                    value = await asyncio.wait_for(self.function(response, example), timeout)
+                    call = self.function(response, example, **self.args)
+                    value = await asyncio.wait_for(call, timeout)
                 except TimeoutError:
                     return Verdict(0.0, "timeout", detail=f"over {timeout} s")
                 except BaseException as error:
-                    return _failed(error)
-            return self._judged(lambda: value)
+                    return _failure(error)
+            return _verdict(value)
 
-        return await asyncio.gather(*(one(*item) for item in items))
-
-    @staticmethod
-    def _judged(call: Callable[[], Any]) -> Verdict:
-        try:
-            return _verdict(call())
-        except BaseException as error:
-            return _failed(error)
+        return await asyncio.gather(*(grade_one(*item) for item in items))
 
 
-def _failed(error: BaseException) -> Verdict:
-    """What a function raised, `sys.exit()` included: no user's function may end a run without a word."""
+def _failure(error: BaseException) -> Verdict:
+    """The verdict for what a function raised, `sys.exit()` included: no user's function may end a run without
+    a message."""
     if isinstance(error, Ungraded):
         return Verdict(0.0, error.outcome, detail=str(error))
     return Verdict(0.0, "error", detail="".join(traceback.format_exception(error)))
 
 
 def _verdict(value: Any) -> Verdict:
-    named = {name: _number(item, value) for name, item in value.items()} if isinstance(value, Mapping) else {}
-    return Verdict(_number(sum(named.values()) if named else value, value), named=named)
+    """The verdict for what a function returned; an error unless that is numbers."""
+    try:
+        if not isinstance(value, Mapping):
+            return Verdict(_finite(value, value))
+        components = {name: _finite(item, value) for name, item in value.items()}
+        return Verdict(
+            _finite(sum(components.values()) if components else value, value), components=components
+        )
+    except BaseException as error:
+        return _failure(error)
 
 
-def _number(item: Any, returned: Any) -> float:
+def _finite(item: Any, returned: Any) -> float:
     """A number of Python's, numpy's or torch's."""
     if isinstance(item, str | bytes) or not math.isfinite(number := float(item)):
         raise TypeError(f"returned {returned!r}; return a finite number, or a dict of them by name")
     return number
 
 
-def _check_values(function: Callable, args: Mapping[str, Any], number: int) -> None:
-    """Holds a verifier's arguments against the types of its parameters."""
+def _check_values(function: RewardFunction, args: Mapping[str, Any], number: int) -> None:
+    """Raises ValueError if an argument doesn't have the type of the verifier's parameter."""
     hints = get_type_hints(function)
     for name, value in args.items():
         try:
@@ -132,7 +153,7 @@ def _check_values(function: Callable, args: Mapping[str, Any], number: int) -> N
 def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     """A part from its `name, label, weight, gate, args, batched` (the fields of the config's section).
 
-    Raises ValueError naming the field where the function is not found or does not take the arguments.
+    Raises ValueError naming the field if there is no such function or it doesn't take the arguments.
     """
     name, args = spec["name"], spec.get("args", {})
     function = resolve(name, field=f"reward.parts.{number}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
@@ -146,13 +167,14 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     builtin = name in VERIFIERS or name.startswith("vlm_sapo.rewards.")
     if builtin:
         _check_values(function, args, number)
-    waits = inspect.iscoroutinefunction(function)
+    is_async = inspect.iscoroutinefunction(function)
     return Part(
         label=spec.get("label") or name.rpartition(":")[2],
-        function=partial(function, **args),
+        function=function,
+        args=args,
         weight=spec.get("weight", 1.0),
         gate=spec.get("gate"),
-        kind="batched" if batched else "async" if waits else "each",
+        kind="batched" if batched else "async" if is_async else "each",
         builtin=builtin,
     )
 
@@ -163,8 +185,8 @@ def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Reward:
-    """The weighted sum of the parts' verdicts, 0 where a gate is closed."""
-    closed = any(
+    """The weighted sum of the parts' verdicts, 0 if one is below its gate."""
+    below_gate = any(
         part.gate is not None and verdict.value < part.gate
         for part, verdict in zip(parts, verdicts, strict=True)
     )
@@ -172,7 +194,7 @@ def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Reward:
     values: dict[str, float] = {}
     for part, verdict in zip(parts, verdicts, strict=True):
         values[part.label] = verdict.value
-        values |= {f"{part.label}/{name}": value for name, value in verdict.named.items()}
+        values |= {f"{part.label}/{name}": value for name, value in verdict.components.items()}
     outcomes = {part.label: verdict.outcome for part, verdict in zip(parts, verdicts, strict=True)}
     details = {part.label: verdict.detail for part, verdict in zip(parts, verdicts, strict=True)}
-    return Reward(0.0 if closed else total, values, outcomes, details)
+    return Reward(0.0 if below_gate else total, values, outcomes, details)

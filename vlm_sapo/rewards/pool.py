@@ -23,7 +23,7 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 
 from vlm_sapo.rewards.parts import (
-    CONCURRENT,
+    MAX_CONCURRENT_CALLS,
     Item,
     Part,
     RewardError,
@@ -34,51 +34,51 @@ from vlm_sapo.rewards.parts import (
 )
 from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
-CHUNK = 16
-"""Responses that built-in verifiers grade between two messages."""
-CACHED = 10_000
-"""Verdicts that are kept."""
-KEPT = ("graded", "no_answer", "bad_gold")
-"""Outcomes that another try would not change; their verdicts are kept."""
+CHUNK_SIZE = 16
+"""Responses that a worker grades with built-in verifiers in one task."""
+CACHE_SIZE = 10_000
+"""Verdicts that are cached."""
+CACHED_OUTCOMES = ("graded", "no_answer", "bad_gold")
+"""Outcomes that another try would not change."""
 _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""
-_BROKEN: list[str] = []
+_SETUP_ERRORS: list[str] = []
 """Why the parts could not be built there."""
 
 
-def _ready() -> None:
-    """Nothing to do."""
+def _do_nothing() -> None:
+    pass
 
 
-def _start(specs: Sequence[Mapping[str, Any]], isolated: bool) -> None:
+def _start_worker(specs: Sequence[Mapping[str, Any]], isolated: bool) -> None:
     if isolated:
         leave_network()  # first: no process with threads can
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
     except BaseException:
-        _BROKEN[:] = [traceback.format_exc()]
+        _SETUP_ERRORS[:] = [traceback.format_exc()]
 
 
 def _end_with_parent() -> None:
-    """A run that is killed leaves no process behind that computes for ever."""
+    """Ends this process with its parent, so that a killed run leaves no process that computes for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _parts() -> list[Part]:
-    if _BROKEN:
-        raise RewardError(f"the reward cannot be set up in a process of its own:\n{_BROKEN[0]}")
+    if _SETUP_ERRORS:
+        raise RewardError(f"the reward cannot be set up in a process of its own:\n{_SETUP_ERRORS[0]}")
     return _PARTS
 
 
 def _grade_each(items: Sequence[Item]) -> list[list[Verdict]]:
-    items = [with_pictures(item) for item in items]
+    items = [load_images(item) for item in items]
     return [[part.grade([item])[0] for part in _parts() if part.kind == "each"] for item in items]
 
 
 def _grade_part(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
-    return _parts()[number].grade([with_pictures(item) for item in items], timeout)
+    return _parts()[number].grade([load_images(item) for item in items], timeout)
 
 
 def score_groups(
@@ -86,21 +86,21 @@ def score_groups(
 ) -> list[list[Reward]]:
     """Scores of each prompt's responses."""
     items = [
-        (ResponseText.of(prompt, completion), prompt.example)
-        for prompt, drawn in zip(prompts, responses, strict=True)
-        for completion in drawn
+        (ResponseText.of(prompt, response), prompt.example)
+        for prompt, group in zip(prompts, responses, strict=True)
+        for response in group
     ]
     scores = iter(reward(items))
-    return [[next(scores) for _ in drawn] for drawn in responses]
+    return [[next(scores) for _ in group] for group in responses]
 
 
 class RewardPool:
     """Scores responses by the weighted sum of its parts.
 
-    Every response has `timeout` seconds for the parts that are called for each; one that takes longer, or
-    brings its process down, scores 0 with outcome `timeout` or `crash`, and the others go on. An exception
-    in a reward raises RewardError with `on_error` `stop`, since a bug must not train as "always wrong", and
-    scores 0 with `zero`. Verdicts are kept by row and response.
+    Every response has `timeout` seconds for the parts that are called per response; one that takes longer, or
+    crashes its process, scores 0 with outcome `timeout` or `crash`, and the others go on. An exception in a
+    reward raises RewardError with `on_error` `stop`, since a bug must not train as "always wrong", and scores
+    0 with `zero`. Verdicts are cached by row and response.
     """
 
     def __init__(
@@ -114,34 +114,36 @@ class RewardPool:
         self.parts = [build_part(spec, number) for number, spec in enumerate(specs)]
         self.on_error, self.timeout = on_error, timeout
         self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
-        """Whether the workers, which read what a model wrote, can do without the network."""
+        """Whether the workers, which parse what a model wrote, run without the network."""
         self._cache: dict[tuple, list[Verdict]] = {}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
-            initializer=_start,
+            initializer=_start_worker,
             initargs=([portable(spec) for spec in specs], self.isolated),
             context=context,
         )
-        self._pool.schedule(_ready)  # starts the workers, which takes seconds, in the background
+        self._pool.schedule(_do_nothing)  # starts the workers, which takes seconds, in the background
 
     def __call__(self, items: Sequence[Item]) -> list[Reward]:
         """Scores of (response, example) pairs, in order."""
-        keys = [_key(item) for item in items]
+        keys = [_cache_key(item) for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
         try:
             graded = dict(zip(new, self._grade(list(new.values())), strict=True))
         except BrokenProcessPool as error:
             raise RewardError(
-                "the reward's processes end as they start; they import the script that was started: what it "
-                "runs must stand under `if __name__ == '__main__':`"
+                "the reward's processes end as they start; they import the script that was started, so "
+                "what it runs must be under `if __name__ == '__main__':`"
             ) from error
         verdicts = [graded.get(key) or self._cache[key] for key in keys]
-        if len(self._cache) + len(graded) > CACHED:
+        if len(self._cache) + len(graded) > CACHE_SIZE:
             self._cache.clear()
         self._cache |= {
-            key: row for key, row in graded.items() if all(verdict.outcome in KEPT for verdict in row)
+            key: row
+            for key, row in graded.items()
+            if all(verdict.outcome in CACHED_OUTCOMES for verdict in row)
         }
         return [combine(self.parts, row) for row in verdicts]
 
@@ -156,35 +158,36 @@ class RewardPool:
             return []
         with TemporaryDirectory() as folder:
             if all(part.builtin for part in self.parts):
-                return self._grade_sent(items, [without_pictures(item) for item in items], CHUNK)
-            return self._grade_sent(items, share_pictures(items, folder), 1)
+                return self._grade_sent(items, [without_pixels(item) for item in items], CHUNK_SIZE)
+            return self._grade_sent(items, share_images(items, folder), 1)
 
-    def _grade_sent(self, items: list[Item], sent: list[Item], size: int) -> list[list[Verdict]]:
+    def _grade_sent(self, items: list[Item], sent: list[Item], chunk_size: int) -> list[list[Verdict]]:
+        """Verdicts of every part; `sent` are the items as they go to the workers."""
         table: list[list[Verdict]] = [[] for _ in self.parts]
         each = [number for number, part in enumerate(self.parts) if part.kind == "each"]
-        starts = range(0, len(items), size) if each else ()
-        chunks = [self._schedule(_grade_each, sent[start : start + size]) for start in starts]
-        together = {
+        starts = range(0, len(items), chunk_size) if each else ()
+        chunks = [self._schedule(_grade_each, sent[start : start + chunk_size]) for start in starts]
+        whole_batches = {
             number: self._schedule(
-                _grade_part, number, sent, self.timeout, limit=self._limit(part, len(sent))
+                _grade_part, number, sent, self.timeout, limit=self._time_limit(part, len(sent))
             )
             for number, part in enumerate(self.parts)
             if part.kind != "each"
         }
         try:
             for start, future in zip(starts, chunks, strict=True):
-                rows = self._each(future, sent[start : start + size], each)
+                rows = self._chunk_verdicts(future, sent[start : start + chunk_size], each)
                 for item, verdicts in zip(items[start:], rows, strict=False):
                     for number, verdict in zip(each, verdicts, strict=True):
-                        table[number].append(self._accepted(verdict, self.parts[number], item))
-            for number, future in together.items():
-                verdicts = self._result(future) or self._alone(number, sent)
+                        table[number].append(self._stop_on_error(verdict, self.parts[number], item))
+            for number, future in whole_batches.items():
+                verdicts = self._result(future) or self._grade_singly(number, sent)
                 table[number] = [
-                    self._accepted(verdict, self.parts[number], item)
+                    self._stop_on_error(verdict, self.parts[number], item)
                     for item, verdict in zip(items, verdicts, strict=True)
                 ]
         except BaseException:
-            for future in (*chunks, *together.values()):
+            for future in (*chunks, *whole_batches.values()):
                 future.cancel()
             raise
         return [list(verdicts) for verdicts in zip(*table, strict=True)]
@@ -192,63 +195,66 @@ class RewardPool:
     def _schedule(self, function, *args, limit: float | None = None) -> Future:
         return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
 
-    def _each(self, future: Future, items: Sequence[Item], parts: Sequence[int]) -> list[list[Verdict]]:
-        """Verdicts of a chunk; where something held it up, every part gets the whole time for each response,
-        so that only what hangs is lost."""
+    def _chunk_verdicts(
+        self, future: Future, items: Sequence[Item], parts: Sequence[int]
+    ) -> list[list[Verdict]]:
+        """Verdicts of a chunk. If it timed out or crashed, every part gets the whole time for each response:
+        only the verdict of the part that hangs is lost."""
         rows = self._result(future)
         if rows is not None:
             return rows
         if len(items) > 1:
             singles = [self._schedule(_grade_each, [item]) for item in items]
-            return [self._each(single, [item], parts)[0] for single, item in zip(singles, items, strict=True)]
+            return [
+                self._chunk_verdicts(single, [item], parts)[0]
+                for single, item in zip(singles, items, strict=True)
+            ]
         if len(parts) == 1:
-            return [[self._lost(future)]]
-        return [[self._alone(number, items)[0] for number in parts]]
+            return [[self._lost_verdict(future)]]
+        return [[self._grade_singly(number, items)[0] for number in parts]]
 
-    def _alone(self, number: int, items: Sequence[Item]) -> list[Verdict]:
-        """One part's verdicts, each response by itself."""
-        limit = self._limit(self.parts[number], 1)
+    def _grade_singly(self, number: int, items: Sequence[Item]) -> list[Verdict]:
+        """One part's verdicts, each response in a task of its own."""
+        limit = self._time_limit(self.parts[number], 1)
         futures = [self._schedule(_grade_part, number, [item], self.timeout, limit=limit) for item in items]
-        return [(self._result(future) or [self._lost(future)])[0] for future in futures]
+        return [(self._result(future) or [self._lost_verdict(future)])[0] for future in futures]
 
-    def _limit(self, part: Part, count: int) -> float:
-        """Seconds for all responses together; an async function keeps its own limits, so this one is
-        wider."""
-        rounds = math.ceil(count / CONCURRENT) + 1 if part.kind == "async" else count
+    def _time_limit(self, part: Part, count: int) -> float:
+        """Seconds for all responses together; longer for async functions, which have a limit per call."""
+        rounds = math.ceil(count / MAX_CONCURRENT_CALLS) + 1 if part.kind == "async" else count
         return self.timeout * rounds
 
     @staticmethod
     def _result(future: Future) -> list | None:
-        """What a task returned, None where it was stopped or its process ended; never an empty list."""
+        """What a task returned, None if it was stopped or its process ended; never an empty list."""
         try:
             return future.result()
         except (TimeoutError, ProcessExpired):
             return None
-        except (PicklingError, TypeError, AttributeError) as error:  # functions' own errors are verdicts
+        except (PicklingError, TypeError, AttributeError) as error:  # a function's own errors are verdicts
             raise RewardError(
                 f"a row cannot be sent to the reward's processes ({error}); its columns must be plain values"
             ) from error
 
-    def _lost(self, future: Future) -> Verdict:
+    def _lost_verdict(self, future: Future) -> Verdict:
         error = future.exception()
         if isinstance(error, ProcessExpired):
             return Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")
         return Verdict(0.0, "timeout", detail=f"over {self.timeout} s")
 
-    def _accepted(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
+    def _stop_on_error(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
         if verdict.outcome == "error" and self.on_error == "stop":
             response, example = item
-            shown = repr(str(response)[:300])
-            last = verdict.detail.strip().splitlines()[-1]
+            last_line = verdict.detail.strip().splitlines()[-1]
             raise RewardError(
-                f"reward {part.label}, {example.label}, response {shown}: {last}; mend the function, or set "
-                f"reward.on_error=zero to score such responses 0\n{verdict.detail}"
+                f"reward {part.label}, {example.label}, response {str(response)[:300]!r}: {last_line}; "
+                f"fix the function, or set reward.on_error=zero to score such responses 0\n{verdict.detail}"
             )
         return verdict
 
 
-def _key(item: Item) -> tuple:
-    """What a verdict depends on. Rows of several splits may share source and id."""
+def _cache_key(item: Item) -> tuple:
+    """What a verdict depends on; rows of several splits may share source and id."""
     response, example = item
     row = (example.source, example.task, example.id, example.problem, example.answer)
     return *row, str(response), response.tokens, response.resized
@@ -259,21 +265,21 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
 
 
 def leave_network() -> bool:
-    """Takes the network from this process, where Linux lets it; returns whether it did. Only in a process
-    without threads."""
+    """Cuts this process off the network if Linux allows it; returns whether it did. Only in a process without
+    threads."""
     with suppress(OSError, AttributeError):
         return ctypes.CDLL(None, use_errno=True).unshare(NEW_USER | NEW_NETWORK) == 0
     return False
 
 
-class PictureSize(NamedTuple):
-    """Stands in for a picture where a verifier needs its size alone."""
+class ImageSize(NamedTuple):
+    """Stands for an image where a verifier needs only its size."""
 
     size: tuple[int, int]
 
 
-class PictureFile(NamedTuple):
-    """Stands in for a picture whose pixels lie in a file, as they are in memory."""
+class ImageFile(NamedTuple):
+    """Stands for an image whose raw pixels are in a file."""
 
     path: str
     mode: str
@@ -281,46 +287,46 @@ class PictureFile(NamedTuple):
     palette: bytes | None
 
 
-def without_pictures(item: Item) -> Item:
-    """The same with picture sizes in place of pictures."""
+def without_pixels(item: Item) -> Item:
+    """The item with image sizes instead of images."""
     response, example = item
-    return response, replace(example, images=tuple(PictureSize(image.size) for image in example.images))
+    return response, replace(example, images=tuple(ImageSize(image.size) for image in example.images))
 
 
-def share_pictures(items: Sequence[Item], folder: str) -> list[Item]:
-    """The same with files in `folder` in place of pictures, one set for all responses to a row."""
-    made: dict[int, tuple[PictureFile, ...]] = {}
+def share_images(items: Sequence[Item], folder: str) -> list[Item]:
+    """The items with files in `folder` instead of images, one set for all responses to a row."""
+    files: dict[int, tuple[ImageFile, ...]] = {}
     shared = []
     for response, example in items:
-        if id(example) not in made:
-            stem = Path(folder) / str(len(made))
-            made[id(example)] = tuple(
+        if id(example) not in files:
+            stem = Path(folder) / str(len(files))
+            files[id(example)] = tuple(
                 _write(image, f"{stem}_{number}.pixels") for number, image in enumerate(example.images)
             )
-        shared.append((response, replace(example, images=made[id(example)])))
+        shared.append((response, replace(example, images=files[id(example)])))
     return shared
 
 
-def with_pictures(item: Item) -> Item:
-    """What `share_pictures` sent, with its pictures again."""
+def load_images(item: Item) -> Item:
+    """The item from `share_images` with its images again."""
     response, example = item
-    if example.images and isinstance(example.images[0], PictureFile):
+    if example.images and isinstance(example.images[0], ImageFile):
         return response, replace(example, images=_read(example.images))
     return item
 
 
-def _write(image: Image.Image, path: str) -> PictureFile:
+def _write(image: Image.Image, path: str) -> ImageFile:
     Path(path).write_bytes(image.tobytes())
     palette = bytes(image.getpalette("RGB")) if image.mode == "P" else None
-    return PictureFile(path, image.mode, image.size, palette)
+    return ImageFile(path, image.mode, image.size, palette)
 
 
 @lru_cache(maxsize=4)
-def _read(files: tuple[PictureFile, ...]) -> tuple[Image.Image, ...]:
+def _read(files: tuple[ImageFile, ...]) -> tuple[Image.Image, ...]:
     return tuple(map(_read_one, files))
 
 
-def _read_one(file: PictureFile) -> Image.Image:
+def _read_one(file: ImageFile) -> Image.Image:
     image = Image.frombytes(file.mode, file.size, Path(file.path).read_bytes())
     if file.palette is not None:
         image.putpalette(file.palette)

@@ -6,7 +6,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its workers
 
 from vlm_sapo.rewards import pool  # noqa: E402, F401
-from vlm_sapo.rewards.verifiers.math import equal  # noqa: E402
+from vlm_sapo.rewards.verifiers.math import answers_match  # noqa: E402
 
 for answer, gold in (
     (r"\frac{1}{2}", "0.5"),
@@ -17,4 +17,4 @@ for answer, gold in (
     (r"y = 2x + 1", r"2x + 1 = y"),
     (r"x_1 \ge \sin(30)", r"x_1 \geq \sin(30)"),
 ):
-    equal(answer, gold)
+    answers_match(answer, gold)

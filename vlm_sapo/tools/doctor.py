@@ -17,7 +17,7 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
-from vlm_sapo.evaluation.preflight import Inspected, Print, check_golds, inspect
+from vlm_sapo.evaluation.preflight import Fingerprint, Inspected, check_golds, inspect
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
@@ -291,7 +291,9 @@ def matches(one: Sequence[Inspected], other: Sequence[Inspected]) -> list[tuple[
     return found
 
 
-def _near(mark: Print, right: Sequence[tuple[Inspected, Print]], hashes: np.ndarray) -> Inspected | None:
+def _near(
+    mark: Fingerprint, right: Sequence[tuple[Inspected, Fingerprint]], hashes: np.ndarray
+) -> Inspected | None:
     """The first row with nearly the same picture."""
     close = np.bitwise_count(hashes ^ np.uint64(mark.perceptual)) <= BITS
     for place in close.nonzero()[0]:
@@ -359,7 +361,7 @@ def _examine(
 
 def _inspect_rows(name: str, examples: ExampleSet, encode: Encoder, console: Console) -> list[Inspected]:
     with console.progress(f"examine {name}", len(examples), lines=2) as show:
-        return inspect(examples, encode, pictures=True, progress=lambda done: show(done, "rows"))
+        return inspect(examples, encode, fingerprints=True, progress=lambda done: show(done, "rows"))
 
 
 def _write(sets: Sequence[RowSet], findings, out: Path, console: Console) -> None:

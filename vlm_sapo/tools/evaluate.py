@@ -157,7 +157,7 @@ def _run(
                 skip=skip,
                 progress=lambda done: show(done, f"{done} problems graded"),
             )
-    samples.settle()
+    samples.flush()
     console.samples(records[:3])
     for caution in cautions(result, settings, max_tokens):
         console.warn(f"{benchmark.name}: {caution}")

@@ -1,7 +1,7 @@
-"""Finds the answer in a response.
+"""Extracts the answer from a response.
 
 Training reads only a *marked* answer: the last `\\boxed{...}`, else the last `<answer>...</answer>`. A
-guess at what an unmarked response meant is a reward for luck. Files of responses that were written without
+guess at what an unmarked response meant would reward luck. Files of responses that were written without
 marks are graded by their *stated* answer: a marked one, else what follows the last "the answer is", else
 all of a response that is nothing but an answer.
 """
@@ -23,7 +23,7 @@ STATEMENT = re.compile(
 )
 JSON_ANSWER = re.compile(r'"[\w ]*answer"\s*:\s*("(?:[^"\\]|\\.)*"|-?[\d.][\d.eE+-]*)', re.IGNORECASE)
 """A field of a JSON object, such as DynaMath's `short answer`."""
-SHORT = 100
+BARE_ANSWER_LENGTH = 100
 """Characters of a response that may be nothing but an answer."""
 TAIL = 20_000
 """Characters at a response's end that are searched."""
@@ -36,7 +36,7 @@ class Ungraded(Exception):
 
 
 class NoAnswer(Ungraded):
-    """The response holds no answer."""
+    """The response has no answer."""
 
     outcome = "no_answer"
 
@@ -77,18 +77,18 @@ def fenced_json(response: str) -> str | None:
 
 
 def boxed(text: str) -> list[str]:
-    """What stands in each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order; one that is never
+    """The contents of each outermost complete `\\boxed{...}` or `\\fbox{...}`, in order; one that is never
     closed doesn't hide those after it."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     opened: list[int] = []
     for match in re.finditer(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]", text):
         if match[0] != "}":
             opened.append(match.end() if len(match[0]) > 1 else -1)
         elif opened and (start := opened.pop()) >= 0:
-            while found and found[-1][0] > start:
-                found.pop()
-            found.append((start, match.start()))
-    return [text[start:end] for start, end in found]
+            while spans and spans[-1][0] > start:
+                spans.pop()
+            spans.append((start, match.start()))
+    return [text[start:end] for start, end in spans]
 
 
 def stated_answer(response: str) -> str | None:
@@ -99,15 +99,15 @@ def stated_answer(response: str) -> str | None:
     response = response.strip()[-TAIL:]
     if fields := JSON_ANSWER.findall(response):
         return fields[-1].strip('"').replace("\\\\", "\\").strip() or None
-    if said := statement(response):
-        return said
-    if 0 < len(response) <= SHORT and "\n" not in response:
+    if rest := statement(response):
+        return rest
+    if 0 < len(response) <= BARE_ANSWER_LENGTH and "\n" not in response:
         return response
     return None
 
 
 def statement(response: str) -> str:
-    """The rest of the line behind the last "the answer is"; empty where there is none."""
-    said = list(STATEMENT.finditer(response))
-    rest = response[said[-1].end() :].strip() if said else ""
+    """The rest of the line after the last "the answer is"; empty if there is none."""
+    statements = list(STATEMENT.finditer(response))
+    rest = response[statements[-1].end() :].strip() if statements else ""
     return rest.splitlines()[0].strip(" *") if rest else ""

@@ -1,13 +1,18 @@
-"""A judge: a language model behind an OpenAI-compatible endpoint decides."""
+"""A judge: a language model behind an OpenAI-compatible endpoint grades the answer."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, find_answer
 from vlm_sapo.types import Example
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 PROMPT = """\
 Question: {problem}
@@ -34,19 +39,32 @@ async def judge(
     requests are tried again with growing pauses; a request that fails for good raises. Needs the `judge`
     extra.
     """
-    given = find_answer(response, finding)
-    content = prompt.format(problem=example.problem, answer=example.answer, given=given)
-    reply = await _client(url, key_variable, retries).chat.responses.create(
-        model=model, temperature=0.0, max_tokens=8, messages=[{"role": "user", "content": content}]
-    )
-    verdict = re.match(r"\W*(yes|no)\b", reply.choices[0].message.content or "", re.IGNORECASE)
+    answer = find_answer(response, finding)
+    content = prompt.format(problem=example.problem, answer=example.answer, given=answer)
+    reply = await _Endpoint(url, model, key_variable, retries).ask(content)
+    verdict = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
     if verdict is None:
         raise NoAnswer
     return float(verdict[1].casefold() == "yes")
 
 
-@cache
-def _client(url: str, key_variable: str, retries: int):
+@dataclass(frozen=True)
+class _Endpoint:
+    url: str
+    model: str
+    key_variable: str
+    retries: int
+
+    async def ask(self, content: str) -> str:
+        reply = await _client(self).chat.completions.create(
+            model=self.model, temperature=0.0, max_tokens=8, messages=[{"role": "user", "content": content}]
+        )
+        return reply.choices[0].message.content or ""
+
+
+@cache  # a client keeps its connections between calls
+def _client(endpoint: _Endpoint) -> AsyncOpenAI:
     from openai import AsyncOpenAI  # an extra
 
-    return AsyncOpenAI(base_url=url, api_key=os.environ.get(key_variable, "none"), max_retries=retries)
+    key = os.environ.get(endpoint.key_variable, "none")
+    return AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=endpoint.retries)

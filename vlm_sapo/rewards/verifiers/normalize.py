@@ -1,10 +1,16 @@
-"""Brings answers into one spelling before they are compared: unicode signs, text commands, units, spacing."""
+"""The one text normaliser: brings answers into one spelling, at a named level, before they are compared."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Decimal
+from typing import Literal
 
+Level = Literal[
+    "unicode", "text", "folded", "latex", "expression", "number", "compact", "spaced_digits", "words",
+    "letters", "mathvision",
+]  # fmt: skip
 SIGNS = str.maketrans(
     {
         "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "∕": "/", "：": ":", "，": ",", "（": "(",
@@ -21,8 +27,8 @@ UNITS = (
     "|days?|weeks?|years?|dollars?|cents?|points?|people|cups?|[\u4e00-\u9fff]+"
 )
 LETTERS = "m|s|g|h|hr|min|l|L|N|J|kJ|W|kW|V|A|K|Pa|kPa|Hz|kHz|MHz|eV|mol|rad"
-"""Units only behind a number or another unit: elsewhere they are symbols."""
-JOINED = re.compile(rf"\d(?:{LETTERS})(?![A-Za-z])")
+"""Units only after a number or another unit; elsewhere they are symbols."""
+NUMBER_WITH_LETTER = re.compile(rf"\d(?:{LETTERS})(?![A-Za-z])")
 POWER = r"\.?(?:\s*\^\s*\{?\s*-?[1-3](?!\d)\s*\}?)?"
 UNIT_WORDS = re.compile(
     rf"(?<![A-Za-z\\])(?:m/s(?:\^\{{?2\}}?)?|(?:{UNITS})(?![A-Za-z]){POWER}"
@@ -36,14 +42,63 @@ AMOUNT = re.compile(
     rf"\s*({ONE_UNIT}(?:(?:\s*(?:/|\\cdot|\*|per\s)\s*|\s+){ONE_UNIT})*)?"
 )
 """A number and its unit; a decimal comma only before two decimals: `1,5` may be a list."""
-TEXT = re.compile(
+TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
 
 
-def plain(text: str) -> str:
-    """The text without math delimiters, text commands, sizing and spacing commands; unicode signs
-    replaced."""
+CURRENCY = "$€£¥"
+ASSIGNMENT = re.compile(r"^(?:[A-Za-z]\w{0,20}|\\[a-z]+)\s*=\s*")
+WORD = re.compile(r"[^\s.,:;!?()\"'*$]+(?:[.,]\d+)*")
+SPACE_BESIDE_A_DIGIT_ONLY = re.compile(r"(?<!\d) | (?!\d)")
+
+
+def normalize(text: str, level: Level) -> str:
+    """The text at a level; each is built on the one in the second column.
+
+    | level | built on | what it does | read by |
+    | --- | --- | --- | --- |
+    | `unicode` | | NFKC form | `short` |
+    | `text` | `unicode` | single spaces | `exact` with `case`, `edit_distance` |
+    | `folded` | `text` | no upper case | `exact`, `anls`, `json_fields` |
+    | `latex` | | ASCII for signs; no delimiters, text, size and space commands | `short`, `exact`, `anls` |
+    | `expression` | `latex` | math-verify's spelling: roots and fractions written out, no units | `math` |
+    | `number` | `latex` | `1/2` for fractions, `%` for percent; no `x =`, no currency in front | `number` |
+    | `compact` | `latex` | no spaces, no upper case | `choice`, majority vote |
+    | `spaced_digits` | `latex` | as `compact`, but `1 2` isn't `12`; no final stop or outer braces | `math` |
+    | `words` | `latex` | words and numbers, no punctuation, no upper case | `choice` |
+    | `letters` | `latex` | letters and digits, no font commands, no upper case | `choice` |
+    | `mathvision` | | the rule of MATH-Vision's authors, on its own so that nothing changes it | `official` |
+    """
+    match level:
+        case "unicode":
+            return unicodedata.normalize("NFKC", text)
+        case "text":
+            return " ".join(normalize(text, "unicode").split())
+        case "folded":
+            return normalize(text, "text").casefold()
+        case "mathvision":
+            return _by_mathvision(text)
+    text = _without_latex_dressing(text)
+    match level:
+        case "latex":
+            return text
+        case "expression":
+            return _to_expression(text)
+        case "number":
+            return _to_number(text)
+        case "compact":
+            return text.replace(" ", "").casefold()
+        case "spaced_digits":
+            return SPACE_BESIDE_A_DIGIT_ONLY.sub("", text).rstrip(".,;").strip("{}").casefold()
+        case "words":
+            return " ".join(WORD.findall(text.casefold()))
+        case "letters":
+            return re.sub(r"mathrm|mathbf|textbf|text|quad|bf|\W", "", text.casefold())
+    raise AssertionError(level)
+
+
+def _without_latex_dressing(text: str) -> str:
     text = text.translate(SIGNS)
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
@@ -51,33 +106,42 @@ def plain(text: str) -> str:
     text = re.sub(r" ?\{ ?, ?\} ?", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
     text = re.sub(r"\\([%&#])", r"\1", text.replace("＄", "$"))
-    while (shorter := TEXT.sub(r" \1 ", text)) != text:
+    while (shorter := TEXT_COMMAND.sub(r" \1 ", text)) != text:
         text = shorter
     return " ".join(text.split())
 
 
-def normalise(text: str) -> str:
-    """LaTeX in the spelling that math-verify reads: roots, fractions, degrees and constants written out,
-    units gone. What is no LaTeX stays readable as such."""
-    text = plain(text)
-    text = re.sub(rf"{DEGREES}|[$€£¥]\s*(?=[\d.])", "", text)
+def _to_expression(text: str) -> str:
+    text = re.sub(rf"{DEGREES}|[{CURRENCY}]\s*(?=[\d.])", "", text)
     text = re.sub(r"(?<![\d.,/^_}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
-    text = roots(text)
+    text = write_roots(text)
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     text = UNIT_WORDS.sub(" ", text)
-    text = (
-        re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))(?!\d{3},?\d{1,2}(?:\D|$))", "", text) if _thousands(text) else text
-    )
+    if _all_commas_separate_thousands(text):
+        text = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))(?!\d{3},?\d{1,2}(?:\D|$))", "", text)
     text = text.replace("**", "^")
     text = text.replace("*", r" \cdot ") if "\\" in text else text
     return " ".join(text.split()).rstrip(".,;").strip()
 
 
+def _to_number(text: str) -> str:
+    text = text.strip("*").rstrip(".").strip()
+    text = ASSIGNMENT.sub("", text)
+    text = re.sub(r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text).strip()
+    text = re.sub(r"(?<=\d)\s*(?:%|per\s?cent\b)", "%", text, flags=re.IGNORECASE)
+    return re.sub(rf"^([-+]?)\s*[{CURRENCY}]?\s*", r"\1", text)
+
+
+def _by_mathvision(text: str) -> str:
+    text = re.sub(r"\s+|\^\{?\\circ\}?|\\text\{|units?", "", text.lower()).strip("$.")
+    return re.sub(r"^\(?([a-e])\)?\}?$", r"\1", text.rpartition("=")[2])
+
+
 def amount(text: str) -> tuple[Decimal | None, str]:
     """The number and the unit of a text that is nothing else; None and "" for any other one."""
-    match = AMOUNT.fullmatch(plain(text).strip("{} ").rstrip(".,; "))
+    match = AMOUNT.fullmatch(normalize(text, "latex").strip("{} ").rstrip(".,; "))
     if not match:
         return None, ""
     sign, number, unit = match.groups(default="")
@@ -85,12 +149,12 @@ def amount(text: str) -> tuple[Decimal | None, str]:
     return Decimal(sign + number.replace(",", ".")), unit
 
 
-def _thousands(text: str) -> bool:
+def _all_commas_separate_thousands(text: str) -> bool:
     """Whether every comma of the text separates thousands."""
     return re.fullmatch(r"[^,]*?\b\d{1,3}(?:,\d{3})+(?:\.\d+)?\b[^,]*", text) is not None
 
 
-def roots(text: str) -> str:
+def write_roots(text: str) -> str:
     """`√{2}`, `√(x+1)`, `√2`, `sqrt(3)` and `sqrt{3}` as `\\sqrt{...}`."""
     text = re.sub(r"√\s*(?=[{(])|(?<![\\A-Za-z])sqrt\s*(?=[{(])", r"\\sqrt", text)
     text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text)

@@ -7,33 +7,15 @@ import re
 import string
 
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, find_answer
-from vlm_sapo.rewards.verifiers.normalize import plain
+from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.types import Example
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
 FRACTION = re.compile(rf"({NUMBER.pattern})\s*/\s*({NUMBER.pattern})")
-WORDS = dict(
-    zip(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-        ],
-        range(13),
-        strict=True,
-    )
-)
-CURRENCY = "$€£¥"
+NUMBER_WORDS = {
+    "zero": 0.0, "one": 1.0, "two": 2.0, "three": 3.0, "four": 4.0, "five": 5.0, "six": 6.0, "seven": 7.0,
+    "eight": 8.0, "nine": 9.0, "ten": 10.0, "eleven": 11.0, "twelve": 12.0,
+}  # fmt: skip
 SCALES = {
     "dozen": 12.0,
     "hundred": 1e2,
@@ -48,7 +30,7 @@ MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)")
 UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=\bm))(?:\^\{?[23]\}?)")
 NO_UNIT = re.compile(
     r"[\d=+*/^<>\\:;,|_]|(?:^|\s)-\s|\b(?:or|and|to|times|squared|cubed|plus|minus|half|"
-    + "|".join([*WORDS, *SCALES])
+    + "|".join([*NUMBER_WORDS, *SCALES])
     + r")\b",
     re.IGNORECASE,
 )
@@ -56,11 +38,11 @@ NO_UNIT = re.compile(
 
 def read_number(text: str, *, percent: bool = True) -> float | None:
     """The value of a text that is one number: thousands separators, fractions, mixed numbers, percent
-    (divided by 100 with `percent`), currency signs, `x =` before it, thousand to trillion and units behind
+    (divided by 100 with `percent`), currency signs, `x =` before it, thousand to trillion and units after
     it, and the words up to twelve; None for anything else."""
-    text = _spelled(text)
-    if (word := text.casefold().strip(string.punctuation)) in WORDS:
-        return float(WORDS[word])
+    text = normalize(text, "number")
+    if (word := text.casefold().strip(string.punctuation)) in NUMBER_WORDS:
+        return NUMBER_WORDS[word]
     if match := MIXED.match(text):
         sign, whole, top, bottom = match.groups()
         value = float(f"{sign}1") * (float(whole) + float(top) / float(bottom)) if float(bottom) else None
@@ -75,15 +57,6 @@ def read_number(text: str, *, percent: bool = True) -> float | None:
     if scale := SCALE.match(rest):
         value, rest = value * SCALES[scale[0].strip().casefold()], rest[scale.end() :]
     return value if _is_unit(rest) else None
-
-
-def _spelled(text: str) -> str:
-    """The text with fractions as `1/2`, percent as `%`, and without what stands before the number."""
-    text = plain(text).strip().strip("*").rstrip(".").strip()
-    text = re.sub(r"^(?:[A-Za-z]\w{0,20}|\\[a-z]+)\s*=\s*", "", text)
-    text = re.sub(r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text).strip()
-    text = re.sub(r"(?<=\d)\s*(?:%|per\s?cent\b)", "%", text, flags=re.IGNORECASE)
-    return re.sub(rf"^([-+]?)\s*[{re.escape(CURRENCY)}]?\s*", r"\1", text)
 
 
 def _value(text: str, percent: bool) -> float:
@@ -108,36 +81,36 @@ def number(
 ) -> float:
     """1.0 where the answer is within the absolute or the relative tolerance of the gold number, or equal to
     it when both are rounded to `precision` decimals. ChartQA's relaxed accuracy is `relative: 0.05`."""
-    answer, gold = find_answer(response, finding), example.answer
-    percent = _spelled(answer).endswith("%") and _spelled(gold).endswith("%")
-    wanted = read_number(gold, percent=not percent)
-    if wanted is None:
-        raise BadGold(f"the gold answer {gold!r} is not a number")
-    given = read_number(answer, percent=not percent)
-    if given is None and finding == "stated":
-        given = _only_number(answer, percent=not percent)
-    if given is None:
+    text, gold_text = find_answer(response, finding), example.answer
+    both_percent = all(normalize(side, "number").endswith("%") for side in (text, gold_text))
+    gold = read_number(gold_text, percent=not both_percent)
+    if gold is None:
+        raise BadGold(f"the gold answer {gold_text!r} is not a number")
+    answer = read_number(text, percent=not both_percent)
+    if answer is None and finding == "stated":
+        answer = _only_number(text, percent=not both_percent)
+    if answer is None:
         raise NoAnswer
     if precision is not None:
-        return float(round(given, precision) == round(wanted, precision))
-    allowed = max(absolute, relative * abs(wanted), 0.0 if wanted.is_integer() else 1e-9 * abs(wanted))
-    return float(abs(given - wanted) <= allowed)
+        return float(round(answer, precision) == round(gold, precision))
+    tolerance = max(absolute, relative * abs(gold), 0.0 if gold.is_integer() else 1e-9 * abs(gold))
+    return float(abs(answer - gold) <= tolerance)
 
 
 def _only_number(text: str, *, percent: bool) -> float | None:
-    """The number behind a text's last equals sign, else its one number, else None."""
+    """The number after a text's last equals sign, else its one number, else None."""
     if "=" in text and (value := read_number(text.rpartition("=")[2], percent=percent)) is not None:
         return value
-    found = NUMBER.findall(text)
-    return _value(found[0], percent) if len(found) == 1 else None
+    numbers = NUMBER.findall(text)
+    return _value(numbers[0], percent) if len(numbers) == 1 else None
 
 
 def count(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer is the gold integer, in digits or as a word up to twelve."""
-    wanted = read_number(example.answer)
-    if wanted is None or not wanted.is_integer():
+    gold = read_number(example.answer)
+    if gold is None or not gold.is_integer():
         raise BadGold(f"the gold answer {example.answer!r} is not an integer")
-    given = read_number(find_answer(response, finding))
-    if given is None or math.isinf(given):
+    answer = read_number(find_answer(response, finding))
+    if answer is None or math.isinf(answer):
         raise NoAnswer
-    return float(given == wanted)
+    return float(answer == gold)

@@ -1,7 +1,7 @@
-"""The benchmarks' own scoring rules, for numbers that stand beside published ones.
+"""The benchmarks' own scoring rules, for numbers that can be compared with published ones.
 
-Each is written from its authors' description. Where theirs asks a language model to find the answer in a
-response, the answer is found by rules here, and where theirs guesses at random, nothing is scored. Our own
+Each is written from its authors' description. Where theirs asks a language model to extract the answer
+from a response, rules extract it here, and where theirs guesses at random, nothing is scored. Our own
 verdicts are those of the other verifiers; evaluations report both.
 """
 
@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 import string
 
+from rapidfuzz.distance import Levenshtein
+
 from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer
-from vlm_sapo.rewards.verifiers.choice import options
-from vlm_sapo.rewards.verifiers.math import value
-from vlm_sapo.rewards.verifiers.text import golds, levenshtein, short
+from vlm_sapo.rewards.verifiers.choice import read_options
+from vlm_sapo.rewards.verifiers.math import real_value
+from vlm_sapo.rewards.verifiers.normalize import normalize
+from vlm_sapo.rewards.verifiers.text import gold_texts, short
 from vlm_sapo.types import Example
 
 
@@ -22,27 +25,23 @@ def mathvision(response: str, example: Example) -> float:
     numbers or tuples of them that are equal when rounded to two decimals."""
     boxes = boxed(response)
     rest = re.split("the answer is", response, flags=re.IGNORECASE)[-1]
-    answer = _squeezed(boxes[-1] if boxes else rest)
-    given, gold = options(example), example.answer.strip()
-    wanted = {_squeezed(gold)}
-    if given and gold in string.ascii_uppercase and string.ascii_uppercase.index(gold) < len(given):
-        wanted.add(_squeezed(given[string.ascii_uppercase.index(gold)]))
-    return float(answer in wanted or any(_rounds_alike(answer, text) for text in wanted))
+    answer = normalize(boxes[-1] if boxes else rest, "mathvision")
+    options, gold = read_options(example), example.answer.strip()
+    accepted = {normalize(gold, "mathvision")}
+    if options and gold in string.ascii_uppercase and string.ascii_uppercase.index(gold) < len(options):
+        accepted.add(normalize(options[string.ascii_uppercase.index(gold)], "mathvision"))
+    return float(answer in accepted or any(_equal_when_rounded(answer, text) for text in accepted))
 
 
 def mathvista(response: str, example: Example) -> float:
     """Options: a letter's text, else the option with the least edit distance. Integers: cut to one. Floats:
     rounded to the row's precision. Lists: as texts."""
     answer, gold = find_answer(response, "stated").strip(), example.answer.strip()
-    kind, given = str(example.columns.get("answer_type") or ""), options(example)
-    if given:
-        match = re.fullmatch(r"\(?([A-Z])\)?[.:]?(?:\s.*)?", answer, re.DOTALL)
-        if match and string.ascii_uppercase.index(match[1]) < len(given):
-            chosen = given[string.ascii_uppercase.index(match[1])]
-        else:
-            chosen = min(given, key=lambda option: levenshtein(answer.lower(), option.lower()))
+    kind, options = str(example.columns.get("answer_type") or ""), read_options(example)
+    if options:
         index = string.ascii_uppercase.find(gold) if len(gold) == 1 else -1
-        return float(chosen == (given[index] if gold not in given and 0 <= index < len(given) else gold))
+        by_letter = gold not in options and 0 <= index < len(options)
+        return float(_nearest_option(answer, options) == (options[index] if by_letter else gold))
     try:
         if kind == "integer":
             return float(int(float(answer)) == int(float(gold)))
@@ -54,22 +53,32 @@ def mathvista(response: str, example: Example) -> float:
     return float(answer == gold)
 
 
+def _nearest_option(answer: str, options: list[str]) -> str:
+    match = re.fullmatch(r"\(?([A-Z])\)?[.:]?(?:\s.*)?", answer, re.DOTALL)
+    if match and string.ascii_uppercase.index(match[1]) < len(options):
+        return options[string.ascii_uppercase.index(match[1])]
+    distances = [Levenshtein.distance(answer.lower(), option.lower()) for option in options]
+    return options[distances.index(min(distances))]
+
+
 def dynamath(response: str, example: Example) -> float:
     """The field `short answer` of the response's JSON: floats within .001, the same letter, or a text that
-    stands in the gold one."""
+    is part of the gold one."""
     answer, gold = find_answer(response, "stated").strip(), example.answer.strip()
     kind = str(example.columns.get("answer_type"))
     if kind == "multiple choice":
         letter = re.match(r"\(?([A-Za-z])(?![A-Za-z])", answer)
         return float(letter is not None and letter[1].upper() == gold.upper())
     if kind in ("float", "int"):
-        given, wanted = _number(answer), _number(gold)
-        return float(given is not None and wanted is not None and abs(given - wanted) <= 0.001 + 1e-12)
+        number, gold_number = _number(answer), _number(gold)
+        if number is None or gold_number is None:
+            return 0.0
+        return float(abs(number - gold_number) <= 0.001 + 1e-12)
     return float(answer.lower() in gold.lower())
 
 
 def we_math(response: str, example: Example) -> float:
-    """The first letter from A to H behind the last "Answer"."""
+    """The first letter from A to H after the last "Answer"."""
     rest = response.rpartition("Answer")[2] if "Answer" in response else response
     rest = re.sub(r"[><:.\s(*{]|\\boxed", "", rest)
     return float(rest[:1] in set("ABCDEFGH") and rest[:1] == example.answer.strip())
@@ -78,67 +87,65 @@ def we_math(response: str, example: Example) -> float:
 def mmmu(response: str, example: Example, *, shapes: tuple[str, ...] = ("({})", " {} ")) -> float:
     """Options: the last one named as `(A)`, else as ` A `, else by its text. Others: a gold text in the
     answer, or a gold number to two decimals."""
-    given = options(example)
-    if not given:
+    options = read_options(example)
+    if not options:
         return short(response, example, finding="stated")
     for character in ",.!?;:'":
         response = response.strip(character)
     text = f" {response} "
-    letters = string.ascii_uppercase[: len(given)]
+    letters = string.ascii_uppercase[: len(options)]
     for shape in shapes:
-        places = {letter: text.rfind(shape.format(letter)) for letter in letters}
-        if max(places.values()) >= 0:
-            return float(max(places, key=places.get) == example.answer.strip())
+        if letter := _last_named(text, {letter: shape.format(letter) for letter in letters}):
+            return float(letter == example.answer.strip())
     if len(response.split()) > 5:
-        places = {
-            letter: text.lower().rfind(option.lower()) for letter, option in zip(letters, given, strict=True)
-        }
-        if max(places.values()) >= 0:
-            return float(max(places, key=places.get) == example.answer.strip())
+        lowered = (option.lower() for option in options)
+        if letter := _last_named(text.lower(), dict(zip(letters, lowered, strict=True))):
+            return float(letter == example.answer.strip())
     raise NoAnswer
 
 
+def _last_named(text: str, spellings: dict[str, str]) -> str | None:
+    """The letter whose spelling comes last in the text; None if the text has none of them."""
+    positions = {letter: text.rfind(spelling) for letter, spelling in spellings.items()}
+    return max(positions, key=positions.get) if max(positions.values()) >= 0 else None
+
+
 def mmmu_pro(response: str, example: Example) -> float:
-    """The letter behind the last "Answer:", else as for MMMU, where `A.` names an option too."""
-    found = re.findall(r"Answer:[\s*$(]*(?:\\text\{)?\(?([A-J])\b", response)
-    if found:
-        return float(found[-1] == example.answer.strip())
+    """The letter after the last "Answer:", else as for MMMU, where `A.` names an option too."""
+    letters = re.findall(r"Answer:[\s*$(]*(?:\\text\{)?\(?([A-J])\b", response)
+    if letters:
+        return float(letters[-1] == example.answer.strip())
     return mmmu(response, example, shapes=("({})", " {} ", "{}."))
 
 
 def letters(response: str, example: Example) -> float:
     """LogicVista, VisuLogic: the same letters, in any order."""
-    found = re.findall(r"(?<![A-Za-z])([A-Ha-h])(?![A-Za-z])", find_answer(response, "stated"))
-    wanted = re.findall(r"[A-Ha-h]", example.answer)
-    if not found:
+    named = re.findall(r"(?<![A-Za-z])([A-Ha-h])(?![A-Za-z])", find_answer(response, "stated"))
+    if not named:
         raise NoAnswer
-    return float(sorted(letter.lower() for letter in found) == sorted(letter.lower() for letter in wanted))
+    gold = re.findall(r"[A-Ha-h]", example.answer)
+    return float(sorted(map(str.lower, named)) == sorted(map(str.lower, gold)))
 
 
 def chartqa(response: str, example: Example) -> float:
     """Relaxed accuracy: numbers within 5 % of the gold one, per cent divided by 100; other texts the same but
     for case. A gold 0 is compared as a text."""
     answer = find_answer(response, "stated").strip()
-    for gold in golds(example):
-        given, wanted = _number(answer), _number(gold)
-        if given is not None and wanted:
-            if abs(given - wanted) / abs(wanted) <= 0.05:
+    for gold in gold_texts(example):
+        number, gold_number = _number(answer), _number(gold)
+        if number is not None and gold_number:
+            if abs(number - gold_number) / abs(gold_number) <= 0.05:
                 return 1.0
         elif answer.lower() == gold.lower():
             return 1.0
     return 0.0
 
 
-def _squeezed(text: str) -> str:
-    text = re.sub(r"\s+|\^\{?\\circ\}?|\\text\{|units?", "", text.lower()).strip("$.")
-    return re.sub(r"^\(?([a-e])\)?\}?$", r"\1", text.rpartition("=")[2])
-
-
-def _rounds_alike(one: str, other: str) -> bool:
+def _equal_when_rounded(one: str, other: str) -> bool:
     numbers = []
     for text in (one, other):
         parts = text[1:-1].split(",") if re.fullmatch(r"\(.*,.*\)", text) else [text]
-        numbers.append([value(part) for part in parts])
+        numbers.append([real_value(part) for part in parts])
     first, second = numbers
     return len(first) == len(second) and all(
         a is not None and b is not None and round(a, 2) == round(b, 2)
@@ -151,4 +158,4 @@ def _number(text: str) -> float | None:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        return value(text) if "\\" in text else None
+        return real_value(text) if "\\" in text else None

@@ -1,6 +1,6 @@
 """The built-in verifiers by name: `(response, example, **args) -> float`.
 
-They read the marked answer in training; with `finding: stated` also answers without a mark (answers.py).
+In training they read the marked answer; with `finding: stated` also answers without a mark (answers.py).
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ TEXTS = {"list", "string", "str"}
 
 
 def auto(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """The verifier that the row's recipe names; without one it chooses by the row: `choice` where it has
-    options or its `question_type` says multiple choice, `anls` where its `metric` does, `number`, `exact` or
+    """The verifier that the row's recipe names. Without one the row's columns decide: `choice` if it has
+    options or its `question_type` says multiple choice, `anls` if its `metric` does, `number`, `exact` or
     `short` by its `answer_type`, and `math` for the others.
     """
     if example.verifier:
         name, args = example.verifier
         function = resolve(name, field="verifier.name", builtin=VERIFIERS)
-        given = {"finding": finding} if "finding" in signature(function).parameters else {}
-        return function(response, replace(example, verifier=None), **given | dict(args))
+        defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
+        return function(response, replace(example, verifier=None), **defaults | dict(args))
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
     if option_column(columns) or kind.startswith("multi"):
         return choice(response, example, finding=finding)
     if str(columns.get("metric") or "").lower() == "anls":
-        threshold = _held_number(columns, "threshold")
+        threshold = _number_in(columns, "threshold")
         threshold = 0.5 if threshold is None else threshold
         return text.anls(response, example, threshold=threshold, finding=finding)
     if answer in NUMBERS and read_number(example.answer) is not None:
-        precision = _held_number(columns, "precision")
+        precision = _number_in(columns, "precision")
         decimals = None if precision is None else int(precision)
         return number(response, example, precision=decimals, finding=finding)
     if answer == "short" or kind == "open":
@@ -56,8 +56,8 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
     return math(response, example, finding=finding)
 
 
-def _held_number(columns: Mapping[str, Any], name: str) -> float | None:
-    """The number in a column; None where it is empty or no finite number."""
+def _number_in(columns: Mapping[str, Any], name: str) -> float | None:
+    """The finite number in a column; None if it has none."""
     try:
         value = float(columns.get(name))
     except (TypeError, ValueError):
@@ -86,5 +86,5 @@ VERIFIERS = {
 
 
 def own_verifier(example: Example, name: str, args: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The verifier that `auto` goes by for this row, where its recipe names one."""
+    """The verifier that grades this row: for `auto` the one that its recipe names, if it names one."""
     return example.verifier if name == "auto" and example.verifier else (name, args)

@@ -6,40 +6,41 @@ import ast
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import Any, Literal
 
+from rapidfuzz.distance import Levenshtein
+
 from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
-from vlm_sapo.rewards.verifiers.normalize import plain
+from vlm_sapo.rewards.verifiers.normalize import Level, normalize
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example, ResponseText
 
-PLAIN = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+PLAIN_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 FILLERS = {"a", "an", "the", "is", "are", "was", "were", "it", "it's", "its", "this", "that"}
 FILLERS |= {"these", "they", "answer", "final", "about", "approximately", "roughly"}
-"""Words that may stand around a short answer in training."""
+"""Words that are allowed around a short answer in training."""
 HEDGES = re.compile(r"\b(?:not|no|nor|neither|never|and|or)\b|n't", re.IGNORECASE)
 
 
-def golds(example: Example) -> list[str]:
+def gold_texts(example: Example) -> list[str]:
     """The accepted answers: the texts of a JSON list, or the answer itself. Raises BadGold when empty."""
     text = example.answer.strip()
     if text.startswith("["):
-        listed = _listed(text)
-        if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
-            return listed
+        items = _parse_list(text)
+        if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+            return items
     if not text:
         raise BadGold("the gold answer is empty")
     return [text]
 
 
 def readings(answer: str) -> list[str]:
-    """The answer as it stands, and without LaTeX's commands around it."""
-    bare = plain(answer)
+    """The answer as it was written, and without LaTeX's commands around it."""
+    bare = normalize(answer, "latex")
     return [answer] if bare == answer else [answer, bare]
 
 
-def _listed(text: str) -> Any:
+def _parse_list(text: str) -> Any:
     """The value of a JSON list, or of a Python list in a text, as MMMU stores one."""
     for read in (json.loads, ast.literal_eval):
         try:
@@ -52,69 +53,68 @@ def _listed(text: str) -> Any:
 def exact(response: str, example: Example, *, case: bool = False, finding: Finding = "marked") -> float:
     """1.0 where the answer is one of the gold texts, by Unicode form, spaces (in a list all of them) and
     (unless `case`) case."""
-    given = [_squash(reading, case) for reading in readings(find_answer(response, finding))]
-    wanted = [_squash(gold, case) for gold in golds(example)]
-    lists = {_tight(gold) for gold in wanted if gold.startswith("[")}
-    return float(any(answer in wanted or _tight(answer) in lists for answer in given))
-
-
-def _tight(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    level: Level = "text" if case else "folded"
+    answers = [normalize(reading, level) for reading in readings(find_answer(response, finding))]
+    golds = [normalize(gold, level) for gold in gold_texts(example)]
+    gold_lists = {gold.replace(" ", "") for gold in golds if gold.startswith("[")}
+    return float(any(answer in golds or answer.replace(" ", "") in gold_lists for answer in answers))
 
 
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """1.0 where the answer is one of the gold texts with at most filler words around it, or holds the gold
+    """1.0 where the answer is one of the gold texts with at most filler words around it, or contains the gold
     number to two decimals and no other number. Numbers count from the last side of an equation; a gold text
-    of one letter must stand there in its own case.
+    of one letter must appear in its own case.
 
-    A stated answer may hold any other words and numbers too (MMMU's open questions); in training that would
+    A stated answer may contain other words and numbers too (MMMU's open questions); in training that would
     reward listing everything."""
     answer = find_answer(response, finding)
-    matches = _holds if finding == "stated" else _states
-    return float(any(matches(reading, gold) for reading in readings(answer) for gold in golds(example)))
+    matches = _contains if finding == "stated" else _states
+    return float(any(matches(reading, gold) for reading in readings(answer) for gold in gold_texts(example)))
 
 
-def _holds(answer: str, gold: str) -> bool:
-    """Whether the gold text or number stands anywhere in the answer."""
-    wanted = read_number(gold, percent=False)
-    if wanted is not None:
-        numbers = [float(found.replace(",", "")) for found in PLAIN.findall(answer.rpartition("=")[2])]
-        return any(round(number, 2) == round(wanted, 2) for number in numbers)
-    return _around(answer, gold) is not None
+def _contains(answer: str, gold: str) -> bool:
+    """Whether the gold text or number is anywhere in the answer."""
+    gold_number = read_number(gold, percent=False)
+    if gold_number is not None:
+        numbers = [
+            float(digits.replace(",", "")) for digits in PLAIN_NUMBER.findall(answer.rpartition("=")[2])
+        ]
+        return any(round(number, 2) == round(gold_number, 2) for number in numbers)
+    return _words_around(answer, gold) is not None
 
 
 def _states(answer: str, gold: str) -> bool:
     """Whether the answer is the gold text or number and nothing else of weight."""
-    wanted = read_number(gold, percent=False)
-    if wanted is None:
-        around = _around(answer, gold)
+    gold_number = read_number(gold, percent=False)
+    if gold_number is None:
+        around = _words_around(answer, gold)
         return around is not None and FILLERS.issuperset(word.casefold() for word in around)
     side = answer.rpartition("=")[2]
-    given, numbers = read_number(side, percent=False), list(PLAIN.finditer(side))
-    if given is None and len(numbers) == 1:
-        given = read_number(side[numbers[0].start() :], percent=False)
-    if given is None or HEDGES.search(answer):
+    number, matches = read_number(side, percent=False), list(PLAIN_NUMBER.finditer(side))
+    if number is None and len(matches) == 1:
+        number = read_number(side[matches[0].start() :], percent=False)
+    if number is None or HEDGES.search(answer):
         return False
-    if abs(wanted) < 0.01:
-        return abs(given - wanted) <= 0.01 * abs(wanted)
-    return round(given, 2) == round(wanted, 2)
+    if abs(gold_number) < 0.01:
+        return abs(number - gold_number) <= 0.01 * abs(gold_number)
+    return round(number, 2) == round(gold_number, 2)
 
 
-def _around(answer: str, gold: str) -> list[str] | None:
-    """The words around the gold text in the answer; None where it doesn't stand there."""
-    words, wanted = _words(answer), _words(gold)
-    if len(gold.strip()) == 1:
-        same, sought = words, wanted
-    else:
-        same, sought = [word.casefold() for word in words], [word.casefold() for word in wanted]
-    for start in range(len(same) - len(sought) + 1) if sought else ():
-        if same[start : start + len(sought)] == sought:
-            return words[:start] + words[start + len(sought) :]
+def _words_around(answer: str, gold: str) -> list[str] | None:
+    """The words around the gold text in the answer; None where the answer doesn't contain it."""
+    words, gold_words = _split_words(answer), _split_words(gold)
+    compared = words
+    if len(gold.strip()) > 1:
+        compared, gold_words = ([word.casefold() for word in side] for side in (words, gold_words))
+    for start in range(len(compared) - len(gold_words) + 1) if gold_words else ():
+        if compared[start : start + len(gold_words)] == gold_words:
+            return words[:start] + words[start + len(gold_words) :]
     return None
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\s,;:!?()\"'*$]+", unicodedata.normalize("NFKC", text).rstrip("."))
+def _split_words(text: str) -> list[str]:
+    """Full stops inside stay: `U.S` and `3.5` are one word."""
+    return re.findall(r"[^\s,;:!?()\"'*$]+", normalize(text, "unicode").rstrip("."))
 
 
 def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Finding = "marked") -> float:
@@ -122,11 +122,9 @@ def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Fi
     1 - distance / longer length, lower-cased and with single spaces; 0 where that distance is `threshold` or
     more."""
     best = 0.0
-    for answer in map(_squash, readings(find_answer(response, finding))):
-        for gold in map(_squash, golds(example)):
-            longest = max(len(answer), len(gold))
-            limit = int(threshold * longest) + 1
-            distance = levenshtein(answer, gold, limit=limit) / longest if longest else 0.0
+    for answer in readings(find_answer(response, finding)):
+        for gold in gold_texts(example):
+            distance = Levenshtein.normalized_distance(normalize(answer, "folded"), normalize(gold, "folded"))
             best = max(best, 1.0 - distance if distance < threshold else 0.0)
     return best
 
@@ -142,39 +140,19 @@ def edit_distance(
     over the gold texts."""
     best = 0.0
     for reading in readings(find_answer(response, finding)):
-        for gold in golds(example):
-            one, other = _squash(reading, case=True), _squash(gold, case=True)
+        for gold in gold_texts(example):
+            answer_units, gold_units = normalize(reading, "text"), normalize(gold, "text")
             if unit == "word":
-                one, other = one.split(), other.split()
-            if not other:
+                answer_units, gold_units = answer_units.split(), gold_units.split()
+            if not gold_units:
                 raise BadGold(f"the gold answer {gold!r} is empty")
-            best = max(best, 1 - levenshtein(one, other, limit=len(other)) / len(other))
+            best = max(best, 1 - Levenshtein.distance(answer_units, gold_units) / len(gold_units))
     return best
-
-
-def levenshtein(one: Sequence, other: Sequence, *, limit: int | None = None) -> int:
-    """Edit distance; where it reaches `limit`, `limit`."""
-    if len(one) < len(other):
-        one, other = other, one
-    limit = len(one) if limit is None else limit
-    if len(one) - len(other) >= limit:
-        return limit
-    row = list(range(len(other) + 1))
-    for place, item in enumerate(one, 1):
-        previous, row[0] = row[0], place
-        for column, wanted in enumerate(other, 1):
-            previous, row[column] = (
-                row[column],
-                min(row[column] + 1, row[column - 1] + 1, previous + (item != wanted)),
-            )
-        if min(row) >= limit:
-            return limit
-    return min(row[-1], limit)
 
 
 def json_fields(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """The share of the gold JSON object's fields that the answer's object has with the same value; texts are
-    compared without case and doubled spaces, numbers by value. The answer may stand in a code fence; of a
+    compared without case and doubled spaces, numbers by value. The answer may be in a code fence; of a
     fence and a mark the last counts."""
     try:
         gold = json.loads(example.answer)
@@ -182,31 +160,31 @@ def json_fields(response: str, example: Example, *, finding: Finding = "marked")
         raise BadGold(f"the gold answer must be a JSON object; {error}") from error
     if not isinstance(gold, dict) or not gold:
         raise BadGold("the gold answer must be a JSON object with at least one field")
-    given = _json_object(response, finding)
-    right = sum(name in given and _same(given[name], wanted) for name, wanted in gold.items())
-    return right / len(gold)
+    answer = _json_object(response, finding)
+    correct = sum(name in answer and _values_match(answer[name], value) for name, value in gold.items())
+    return correct / len(gold)
 
 
 def _json_object(response: str, finding: Finding) -> dict:
     try:
-        found = json.loads(fenced_json(response) or find_answer(response, finding))
+        value = json.loads(fenced_json(response) or find_answer(response, finding))
     except (ValueError, RecursionError):
         raise NoAnswer from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise NoAnswer
-    return found
+    return value
 
 
-def _same(given, wanted) -> bool:
+def _values_match(value: Any, gold: Any) -> bool:
     """Equal as JSON: numbers by value, a text and a number by their spelling; true is no number, null no
     text."""
-    if given is None or wanted is None or isinstance(given, bool) or isinstance(wanted, bool):
-        return given is wanted
-    if isinstance(given, str) or isinstance(wanted, str):
-        return _squash(str(given)) == _squash(str(wanted))
-    if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(_same, given, wanted))
-    return given == wanted
+    if value is None or gold is None or isinstance(value, bool) or isinstance(gold, bool):
+        return value is gold
+    if isinstance(value, str) or isinstance(gold, str):
+        return normalize(str(value), "folded") == normalize(str(gold), "folded")
+    if isinstance(value, list) and isinstance(gold, list):
+        return len(value) == len(gold) and all(map(_values_match, value, gold))
+    return value == gold
 
 
 def format(response: str, example: Example, *, pattern: str = r"<think>.*</think>.*\\boxed\{.*\}.*") -> float:
@@ -236,15 +214,10 @@ SCRIPTS = {
 def language(response: str, example: Example, *, script: str = "latin", share: float = 0.9) -> float:
     """1.0 where at least `share` of the response's letters are of the script; without letters 1.0.
 
-    Tells scripts apart, not languages that share one.
+    Distinguishes scripts, not languages that share one.
     """
     if script not in SCRIPTS:
         raise ValueError(f"script ({script}) must be one of {', '.join(SCRIPTS)}")
     letters = [unicodedata.name(char, "") for char in response if char.isalpha()]
-    wanted = sum(name.startswith(SCRIPTS[script]) for name in letters)
-    return float(wanted >= share * len(letters))
-
-
-def _squash(text: str, case: bool = False) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return text if case else text.casefold()
+    in_script = sum(name.startswith(SCRIPTS[script]) for name in letters)
+    return float(in_script >= share * len(letters))
