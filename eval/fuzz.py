@@ -21,6 +21,7 @@ SLOW = 5.0
 """Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
 
 with atheris.instrument_imports(include=["vlm_sapo"]):
+    from vlm_sapo.config.data import RowsConfig
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.data.images import decode
@@ -67,7 +68,7 @@ def rows(text: str) -> None:
     path = FOLDER / "rows.jsonl"
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
-        examples = ExampleSet(open_rows(str(path)), name=str(path))
+        examples = ExampleSet(open_rows(str(path)), RowsConfig(source=str(path)))
         for index in range(len(examples)):
             json.dumps(examples[index].problem)
     except ValueError:

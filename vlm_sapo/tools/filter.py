@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
-from vlm_sapo.data.rows import ExampleSet, holds_picture
+from vlm_sapo.data.rows import ExampleSet, holds_image
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure
@@ -141,7 +141,7 @@ def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
     made = {}
     for name, value in examples.raw(number).items():
         items = value if isinstance(value, list) else [value]
-        if name in examples.pictures or holds_picture(value):
+        if name in examples.image_columns or holds_image(value):
             target = path.parent / f"{path.stem}_pictures" / f"{number}_{name}"
             paths = [
                 _picture_path(item, examples.folder, target.with_name(f"{target.name}_{place}.png"))
