@@ -123,8 +123,8 @@ class ExampleSet(Sequence):
     """The rows of a source as examples, selected, renamed and rewritten as a config section says.
 
     `task` is the rows' name in logs, by default the section's own. A row is transformed before its columns
-    are read. Rows of a file may name images in the file's folder only, unless `pictures_anywhere` is set; rows
-    of a Python function may name any.
+    are read. Rows of a file may name images in the file's folder only, unless `pictures_anywhere` is set;
+    rows of a Python function may name any.
     """
 
     def __init__(self, rows: Sequence[Row], section: SourceConfig, *, task: str | None = None):
