@@ -1,9 +1,9 @@
-"""Throws what a fuzzer makes up at everything that reads responses, gold answers, configs and rows.
+"""Fuzzes everything that reads responses, gold answers, configs, rows and images.
 
 python eval/fuzz.py box -max_total_time=60
 
-A parser must answer within SLOW seconds, or raise what it declares. The first argument is one of TARGETS; the
-others are libFuzzer's. Needs the `fuzz` extra.
+A parser must answer within TIME_LIMIT seconds, or raise what it declares. The first argument is one of
+TARGETS; the others are libFuzzer's. Needs the `fuzz` extra.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import atheris
 
-SLOW = 5.0
+TIME_LIMIT = 5.0
 """Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
 
 with atheris.instrument_imports(include=["vlm_sapo"]):
@@ -36,7 +36,7 @@ COLUMNS = {"options": ["one", "two", "three"], "answer_type": "float"}
 
 
 def verifier(name: str, **args: object) -> Callable[[str], None]:
-    """Grades a made-up response against each of some gold answers, and against itself."""
+    """Grades a fuzzed response against several gold answers, and against itself."""
 
     def run(text: str) -> None:
         for gold in (*GOLDS, text):
@@ -56,9 +56,9 @@ def config(text: str) -> None:
     """A config file and an override."""
     path = FOLDER / "config.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
-    for given in ((str(path), []), ("quickstart", [text.replace("\0", "")])):
+    for name, overrides in ((str(path), []), ("quickstart", [text.replace("\0", "")])):
         try:
-            load(TrainConfig, given[0], given[1])
+            load(TrainConfig, name, overrides)
         except ValueError:
             continue
 
@@ -75,8 +75,8 @@ def rows(text: str) -> None:
         return
 
 
-def pictures(text: str) -> None:
-    """A picture's bytes."""
+def images(text: str) -> None:
+    """An image's bytes."""
     try:
         decode(text.encode("latin-1", errors="replace"), FOLDER)
     except ValueError:
@@ -88,7 +88,7 @@ TARGETS: dict[str, Callable[[str], None]] = {
     **{name: verifier(name, **ARGS.get(name, {})) for name in VERIFIERS if name not in ("judge", "length")},
     "config": config,
     "rows": rows,
-    "pictures": pictures,
+    "pictures": images,
 }
 
 
@@ -100,10 +100,10 @@ def main() -> None:
 
     def test(data: bytes) -> None:
         text = data.decode("latin-1") if name == "pictures" else data.decode("utf-8", errors="replace")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         target(text)
-        taken = time.perf_counter() - begun
-        assert taken < SLOW, f"{taken:.1f} s"
+        seconds = time.perf_counter() - start
+        assert seconds < TIME_LIMIT, f"{seconds:.1f} s"
 
     atheris.Setup(sys.argv, test)
     atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""What the benchmarks' own columns need before they are a problem with pictures: one row in, one row out."""
+"""Transforms from the benchmarks' own columns to a problem with images: one row in, one row out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MARK = re.compile(r"<image ?(\d*)>")
 
 
 def mathvision(row: dict) -> dict:
-    """Options below the question; the one merged picture at the first of the marks."""
-    problem = _one_picture(row["question"])
+    """Options below the question; the one merged image at the first mark."""
+    problem = _one_image(row["question"])
     options = row.get("options") or []
     return row | {
         "problem": problem + _lettered(options),
@@ -54,7 +54,7 @@ def logicvista(row: dict) -> dict:
 def dynamath(row: dict) -> dict:
     """The answer instruction by type, and what our verifier reads: letters, or numbers to three digits."""
     kind = row["answer_type"]
-    wanted = {
+    form = {
         "multiple choice": "the corresponding choice option in the 'short answer' key, such as 'A' or 'B'",
         "float": "a three-digit floating-point number in the 'short answer' key",
     }.get(kind, "the answer in the 'short answer' key, in as few words or symbols as possible")
@@ -63,7 +63,7 @@ def dynamath(row: dict) -> dict:
         "problem": f"{row['question']}\n## Answer Instruction\nPlease provide an answer to the question "
         "outlined above. Your response should adhere to the following JSON format, which includes two keys: "
         "'solution' and 'short answer'. The 'solution' key can contain detailed steps needed to solve the "
-        f"question, and the 'short answer' key should provide a concise response, {wanted}.",
+        f"question, and the 'short answer' key should provide a concise response, {form}.",
         "question_type": "multi_choice" if kind == "multiple choice" else "free_form",
         "precision": 3 if kind == "float" else None,
         "level": row.get("level", row.get("knowledge_level")),
@@ -71,8 +71,8 @@ def dynamath(row: dict) -> dict:
 
 
 def mmmu(row: dict) -> dict:
-    """Pictures at their marks, in the marks' order; options below; the instruction by type."""
-    problem, images = _pictures(str(row["question"]), row, _listed(row["options"]))
+    """Images at their marks, in the marks' order; options below; the instruction by type."""
+    problem, images = _with_images(str(row["question"]), row, _listed(row["options"]))
     return row | {
         "problem": problem + _options_and_instruction(row),
         "images": images,
@@ -82,7 +82,7 @@ def mmmu(row: dict) -> dict:
 
 
 def mmmu_pro(row: dict) -> dict:
-    """As MMMU, with the instruction to reason; the `vision` subset has the question in its picture."""
+    """As MMMU, with the instruction to reason; the `vision` subset has the question in its image."""
     options = _listed(row["options"])
     if "image" in row and row["image"] is not None:
         problem, images = (
@@ -90,7 +90,7 @@ def mmmu_pro(row: dict) -> dict:
             [row["image"]],
         )
     else:
-        problem, images = _pictures(str(row["question"]), row, options)
+        problem, images = _with_images(str(row["question"]), row, options)
         problem += _lettered(options)
     return row | {
         "problem": f"{problem}\nThe last line of your response should be of the following format: "
@@ -102,7 +102,7 @@ def mmmu_pro(row: dict) -> dict:
 
 
 def olympiadbench(row: dict) -> dict:
-    """Context before the question; the accepted answers joined; pictures in their order."""
+    """Context before the question; the accepted answers joined; images in their order."""
     answers = row["final_answer"]
     images = [row[name] for name in sorted(row) if re.fullmatch(r"image_\d+", name) and row[name] is not None]
     problem = MARK.sub("", f"{row.get('context') or ''}\n{row['question']}").strip()
@@ -115,10 +115,10 @@ def olympiadbench(row: dict) -> dict:
 
 def chartqa(row: dict) -> dict:
     """The label, which the hub holds as a list of one, and which half it belongs to."""
-    held = row.get("label", row.get("answer"))
+    label = row.get("label", row.get("answer"))
     half = row.get("type", row.get("human_or_machine"))
     return row | {
-        "answer": held[0] if isinstance(held, list) else str(held),
+        "answer": label[0] if isinstance(label, list) else str(label),
         "half": {"0": "human", "1": "augmented", "human_test": "human", "augmented_test": "augmented"}.get(
             str(half), str(half)
         ),
@@ -127,25 +127,25 @@ def chartqa(row: dict) -> dict:
 
 def refcoco(row: dict) -> dict:
     """One expression a row: the first of the list that the hub holds."""
-    held = row["answer"]
-    return row | {"expression": held[0] if isinstance(held, list) else held}
+    answer = row["answer"]
+    return row | {"expression": answer[0] if isinstance(answer, list) else answer}
 
 
 def letters(row: dict) -> dict:
-    """Multiple choice whose options stand in the question or the picture."""
+    """Multiple choice whose options are in the question or the image."""
     return row | {"question_type": "multi_choice"}
 
 
-def _pictures(problem: str, row: dict, options: list | None = None) -> tuple[str, list]:
-    """The problem with `<image>` marks, and the pictures in the order of its marks. Pictures that only
-    options name come behind the question's, which loses no picture; one that nothing names comes first."""
+def _with_images(problem: str, row: dict, options: list | None = None) -> tuple[str, list]:
+    """The problem with `<image>` marks, and the images in the order of its marks. Images that only options
+    name follow the question's, so that none is lost; those that nothing names come first."""
     numbers = [number or "1" for number in MARK.findall(problem)]
     named = [number for option in options or [] for number in MARK.findall(str(option)) if number]
-    held = [name[6:] for name in sorted(row) if re.fullmatch(r"image_\d+", name) and row[name] is not None]
-    behind = [number for number in dict.fromkeys(named) if number not in numbers]
-    before = [number for number in held if number not in numbers and number not in behind]
-    marked = "<image>" * len(before) + MARK.sub("<image>", problem) + "<image>" * len(behind)
-    return marked, [row.get(f"image_{number}") for number in [*before, *numbers, *behind]]
+    present = [name[6:] for name in sorted(row) if re.fullmatch(r"image_\d+", name) and row[name] is not None]
+    after = [number for number in dict.fromkeys(named) if number not in numbers]
+    before = [number for number in present if number not in numbers and number not in after]
+    marked = "<image>" * len(before) + MARK.sub("<image>", problem) + "<image>" * len(after)
+    return marked, [row.get(f"image_{number}") for number in [*before, *numbers, *after]]
 
 
 def _options_and_instruction(row: dict) -> str:
@@ -169,6 +169,6 @@ def _kind(options: list) -> str:
     return "multi_choice" if options else "free_form"
 
 
-def _one_picture(problem: str) -> str:
+def _one_image(problem: str) -> str:
     first, *rest = MARK.split(problem)[::2]
     return first + "<image>" + "".join(rest) if rest else problem
