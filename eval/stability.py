@@ -238,13 +238,8 @@ def summarize(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
         "evaluations": [[line["step"], _short(line["pass@1"])] for line in evaluations],
         "kinds": by_kind(folder / "evaluations"),
         "series": {name: [_short(line.get(key)) for line in metrics] for name, key in series.items()},
-        "minibatches": {
-            name: [_mean(line.get(f"minibatch{index}/{name}") for line in metrics) for index in range(count)]
-            for name in UPDATE_METRICS
-            if any(f"minibatch{index}/{name}" in line for line in metrics for index in range(count))
-        },
+        "minibatches": by_update(metrics, updates),
     }
-    row["minibatches"]["steps"] = [sum(index < number for number in updates) for index in range(count)]
     if 1 < count <= 4:
         by_index = [
             [line["minibatches"][index] for line in histograms if index < len(line["minibatches"])]
@@ -256,6 +251,19 @@ def summarize(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
         ]
         row["clouds"] = [cloud(lines) for lines in by_index]
     return row
+
+
+def by_update(metrics: list[dict], updates: list[int]) -> dict[str, list[float | int | None]]:
+    """UPDATE_METRICS as means by the index of the update in its step, and how many `steps` had such an
+    update; `updates` is the number of updates of each step."""
+    count = max(updates, default=0)
+    means: dict[str, list[float | int | None]] = {}
+    for name in UPDATE_METRICS:
+        keys = [f"minibatch{index}/{name}" for index in range(count)]
+        if any(key in line for line in metrics for key in keys):
+            means[name] = [_mean(line.get(key) for line in metrics) for key in keys]
+    means["steps"] = [sum(index < number for number in updates) for index in range(count)]
+    return means
 
 
 def cloud(lines: list[dict]) -> list[list[float]]:

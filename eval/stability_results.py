@@ -328,27 +328,43 @@ def show(plan: Plan, store: Store, folder: Path) -> None:
             curves(arms, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
             parts += [f"## {name}: {plan.studies[name].title}\n", f"![{name}]({name}.png)\n"]
             parts += [table(plan, name, arms) + "\n", assumptions(arms) + "\n", kinds(arms) + "\n"]
+    parts += _details(studies, folder)
+    parts += _unplanned([row for key, row in store.rows.items() if key not in planned])
+    (folder / "tables.md").write_text("\n".join(parts) + "\n")
+    print("\n".join(parts))
+
+
+def _details(studies: dict[str, list[Result]], folder: Path) -> list[str]:
+    """Writes the figures of BASE by model; Markdown that compares the dense model's with TRL's."""
     titles = {"methods": "dense", "mixture": "mixture of experts"}
-    close = {
+    by_model = {
         title: result
         for name, title in titles.items()
         for result in studies.get(name, ())
         if result.arm.options == BASE and result.rows
     }
-    if close:
-        ratios(close).savefig(folder / "ratios.png", dpi=100)
+    if by_model:
+        ratios(by_model).savefig(folder / "ratios.png", dpi=100)
     path = folder / "trl.json"
-    if "dense" in close and path.is_file():
-        figure, text = compare_with_trl(close["dense"], json.loads(path.read_text()))
-        figure.savefig(folder / "trl.png", dpi=100)
-        parts += ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
-    if others := [row for key, row in store.rows.items() if key not in planned]:
-        parts += ["## Runs of no arm\n", "Trained, and left out of the plan afterwards.\n"]
-        parts += ["| model | seed | overrides | pass@1 |", "| --- | --- | --- | --- |"]
-        parts += [
+    if "dense" not in by_model or not path.is_file():
+        return []
+    figure, text = compare_with_trl(by_model["dense"], json.loads(path.read_text()))
+    figure.savefig(folder / "trl.png", dpi=100)
+    return ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
+
+
+def _unplanned(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: the results that belong to no arm."""
+    if not rows:
+        return []
+    return [
+        "## Runs of no arm\n",
+        "Trained, and left out of the plan afterwards.\n",
+        "| model | seed | overrides | pass@1 |",
+        "| --- | --- | --- | --- |",
+        *(
             f"| {row['model']} | {row['seed']} | {' '.join(row['overrides'][1:-1])} | "
             f"{', '.join(f'{rate:.3f}' for _, rate in row['evaluations'])} |"
-            for row in others
-        ]
-    (folder / "tables.md").write_text("\n".join(parts) + "\n")
-    print("\n".join(parts))
+            for row in rows
+        ),
+    ]

@@ -140,7 +140,7 @@ def _with_images(problem: str, row: dict, options: list | None = None) -> tuple[
     """The problem with `<image>` marks, and the images in the order of its marks. Images that only options
     name follow the question's, so that none is lost; those that nothing names come first."""
     numbers = [number or "1" for number in MARK.findall(problem)]
-    named = [number for option in options or [] for number in MARK.findall(str(option)) if number]
+    named = filter(None, MARK.findall(" ".join(map(str, options or []))))
     present = [name[6:] for name in sorted(row) if re.fullmatch(r"image_\d+", name) and row[name] is not None]
     after = [number for number in dict.fromkeys(named) if number not in numbers]
     before = [number for number in present if number not in numbers and number not in after]
