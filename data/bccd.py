@@ -1,5 +1,5 @@
 """Questions about blood cells under the microscope (BCCD, github.com/Shenggan/BCCD_Dataset), from a file with
-one annotated picture a line: `image, objects` (name, xmin, ymin, xmax, ymax) and `split`.
+one annotated image a line: `image, objects` (name, xmin, ymin, xmax, ymax) and `split`.
 
 Red cells are not asked about: their boxes are incomplete where cells crowd.
 """
@@ -14,30 +14,30 @@ CELLS = {"WBC": "white blood cells", "Platelets": "platelets"}
 
 
 def counts(path: str) -> list[dict]:
-    """How many white cells, how many platelets: two rows a picture."""
+    """How many white cells, how many platelets: two rows per image."""
     return [
         _row(path, row, f"How many {cells} are in the picture?", str(len(_boxes(row, name))), name)
-        for row in _pictures(path)
+        for row in _annotated_images(path)
         for name, cells in CELLS.items()
     ]
 
 
 def boxes(path: str) -> list[dict]:
-    """Where the white cell is, in pixels, for pictures that have one."""
+    """Where the white cell is, in pixels, for images that have one."""
     return [
         _row(path, row, "the white blood cell", json.dumps(_boxes(row, "WBC")[0]), "box")
-        for row in _pictures(path)
+        for row in _annotated_images(path)
         if len(_boxes(row, "WBC")) == 1
     ]
 
 
 def _row(path: str, row: dict, problem: str, answer: str, kind: str) -> dict:
-    picture = str((Path(path).parent / row["image"]).resolve())
+    image = str((Path(path).parent / row["image"]).resolve())
     return {
         "id": f"{row['id']}-{kind}",
         "problem": problem,
         "answer": answer,
-        "image": picture,
+        "image": image,
         "split": row["split"],
         "kind": kind,
     }
@@ -48,7 +48,7 @@ def _boxes(row: dict, name: str) -> list[list[int]]:
     return [[thing[corner] for corner in corners] for thing in row["objects"] if thing["name"] == name]
 
 
-def _pictures(path: str) -> Iterator[dict]:
+def _annotated_images(path: str) -> Iterator[dict]:
     for line in Path(path).read_text(encoding="utf-8").split("\n"):
         if line.strip():
             row = json.loads(line)

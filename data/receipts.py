@@ -16,7 +16,7 @@ QUESTIONS = {
 
 def rows(path: str) -> list[dict]:
     """A row for every field that a receipt has: the total is compared as a number, the others by ANLS."""
-    made = []
+    questions = []
     for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
         receipt = json.loads(line)
         if not QUESTIONS.keys() & receipt.keys():
@@ -24,15 +24,15 @@ def rows(path: str) -> list[dict]:
                 f"{path}: a receipt has some of {', '.join(QUESTIONS)}; this row has {', '.join(receipt)}"
             )
         for field in filter(receipt.get, QUESTIONS):
-            how = {"answer_type": "float"} if field == "total" else {"metric": "anls"}
-            made.append(
+            grading = {"answer_type": "float"} if field == "total" else {"metric": "anls"}
+            questions.append(
                 {
                     "id": f"{receipt['id']}-{field}",
                     "problem": QUESTIONS[field],
                     "answer": receipt[field],
                     "image": str((Path(path).parent / receipt["image"]).resolve()),
                     "field": field,
-                    **how,
+                    **grading,
                 }
             )
-    return made
+    return questions

@@ -6,11 +6,11 @@ import re
 
 
 def answer_in_tags(row: dict) -> dict:
-    """`answer` is what stands in the last answer tag of `solution` (of `answer` where there is none), or all
-    of it without a tag."""
-    held = str(row.get("solution") or row["answer"])
-    found = re.findall(r"<answer>(.*?)</answer>", held, re.DOTALL)
-    return row | {"answer": (found[-1] if found else held).strip()}
+    """`answer` becomes the text of the last answer tag of `solution` (or of `answer`, where there is no
+    `solution`), or all of it where there is no tag."""
+    text = str(row.get("solution") or row["answer"])
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return row | {"answer": (tagged[-1] if tagged else text).strip()}
 
 
 def unboxed(row: dict) -> dict:
@@ -21,13 +21,13 @@ def unboxed(row: dict) -> dict:
 
 def first_label(row: dict) -> dict:
     """ChartQA: `answer` is the label, which the hub holds as a list of one."""
-    held = row.get("label", row.get("answer"))
-    return row | {"answer": held[0] if isinstance(held, list) else held}
+    label = row.get("label", row.get("answer"))
+    return row | {"answer": label[0] if isinstance(label, list) else label}
 
 
 def last_sentence(row: dict) -> dict:
-    """FormalGeo7k restates the figure in the text; only the question is left, so the picture is needed. Rows
-    of other releases are as they should be."""
+    """FormalGeo7k restates the figure in the text; only the question is left, so the image is needed. Rows
+    of other releases are left as they are."""
     if "problem_text_en" not in row:
         return row
     sentences = re.split(r"(?<=[.?!])\s+", row["problem_text_en"].strip())

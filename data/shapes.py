@@ -4,7 +4,7 @@ cells; the hard one, on which methods are compared, has sixteen with more shapes
 Every row is drawn from its index, so a split needs no files: `rows(split="train", size=1000)` is a sequence
 of dicts with `id, problem, images, answer, kind`, `choices` where the answer is one of a few words, and
 `demonstration` for the cold start. A layout belongs to the held-out splits or to the training splits by its
-checksum, so no held-out picture has a layout that was ever trained on.
+checksum, so no held-out image has a layout that was ever trained on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Level:
     """Cells in a row and in a column."""
     fewest: int
     most: int
-    """Shapes in a picture."""
+    """Shapes in an image."""
     kinds: tuple[str, ...]
     """Kinds of questions, in turn."""
 
@@ -51,9 +51,9 @@ class Rows(Sequence):
     """A split as a sequence of rows, each drawn when it is asked for."""
 
     def __init__(self, split: str, size: int, seed: int = 0, look_share: float = 1.0, level: str = "easy"):
-        for name, given, known in (("split", split, SPLITS), ("level", level, LEVELS)):
-            if given not in known:
-                raise ValueError(f"data.args.{name} ({given}) must be one of {', '.join(known)}")
+        for name, value, known in (("split", split, SPLITS), ("level", level, LEVELS)):
+            if value not in known:
+                raise ValueError(f"data.args.{name} ({value}) must be one of {', '.join(known)}")
         self.split, self.size, self.seed, self.look_share = split, size, seed, look_share
         self.level = LEVELS[level]
 
@@ -68,10 +68,10 @@ class Rows(Sequence):
         kind = self.level.kinds[index % len(self.level.kinds)]
         row = ask(rng, layout, kind)
         look = rng.random() < self.look_share
-        picture = draw_picture(rng, layout, self.level.side)
+        image = draw_image(rng, layout, self.level.side)
         return {
             "id": f"{self.split}-{index}",
-            "images": [picture],
+            "images": [image],
             "kind": kind,
             "demonstration": demonstrate(rng, layout, row, look),
             **row,
@@ -95,11 +95,11 @@ def draw_layout(rng: random.Random, level: Level, held_out: bool) -> Layout:
             return layout
 
 
-def draw_picture(rng: random.Random, layout: Layout, cells: int) -> Image.Image:
-    """RGB, 16 pixels a cell: shapes of varying size, place and shade on a light background."""
+def draw_image(rng: random.Random, layout: Layout, cells: int) -> Image.Image:
+    """RGB, 16 pixels a cell: shapes of varying size, position and shade on a light background."""
     shade = rng.randint(225, 255)
-    picture = Image.new("RGB", (cells * CELL, cells * CELL), (shade, shade, shade))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (cells * CELL, cells * CELL), (shade, shade, shade))
+    draw = ImageDraw.Draw(image)
     for cell, (color, shape) in layout.items():
         row, column = divmod(cell - 1, cells)
         side = rng.randint(9, 13)
@@ -113,7 +113,7 @@ def draw_picture(rng: random.Random, layout: Layout, cells: int) -> Image.Image:
             draw.rectangle(box, fill=fill)
         else:
             draw.polygon([(left, top + side), (left + side, top + side), (left + side / 2, top)], fill=fill)
-    return picture
+    return image
 
 
 def ask(rng: random.Random, layout: Layout, kind: str) -> dict:

@@ -3,9 +3,9 @@
     python eval/bench.py [--trl PYTHON] [--device cuda] [--rounds 3]
 
 Each measurement is a process of its own (eval/speed.py, eval/trl_step.py); a round measures every side once.
-PYTHON is the interpreter of an environment that has TRL; without it that column stays away. The model has
+PYTHON is the interpreter of an environment that has TRL; without it the TRL rows are left out. The model has
 random weights: for the CPU 1.6 million parameters, for a GPU the shape of Qwen3-VL-2B. Results are added to
-runs/bench/DEVICE.jsonl as they come; a later call with the same options goes on from there, and --fresh
+runs/bench/DEVICE.jsonl as they come; a later call with the same options continues from there, and --fresh
 starts over.
 """
 
@@ -62,13 +62,13 @@ def main() -> None:
         for side in sides
     ]
     with Console().progress("bench", len(jobs)) as show:
-        for place, (number, workload, side) in enumerate(jobs, 1):
+        for done, (number, workload, side) in enumerate(jobs, 1):
             if not results.has(number, workload, side):
                 options = WORKLOADS[args.device][workload].split()
                 options += ["--plain"] if side == "ours, plain" else []
                 measured = run([*sides[side], model, *options])
                 results.add({"round": number, "workload": workload, "side": side} | measured)
-            show(place, f"{workload}: {side}")
+            show(done, f"{workload}: {side}")
     print(table(results.rows, list(WORKLOADS[args.device]), list(sides)))
 
 
@@ -83,8 +83,8 @@ class Results:
         self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def has(self, number: int, workload: str, side: str) -> bool:
-        wanted = (number, workload, side)
-        return any((row["round"], row["workload"], row["side"]) == wanted for row in self.rows)
+        key = (number, workload, side)
+        return any((row["round"], row["workload"], row["side"]) == key for row in self.rows)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -102,11 +102,11 @@ def make_model(folder: Path, size: str) -> Path:
 
 def run(command: list) -> dict:
     """The JSON line that a measurement prints last; raises RuntimeError with its last lines if it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if process.returncode:
+        last = "\n".join(process.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {last}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def table(rows: list[dict], workloads: list[str], sides: list[str]) -> str:
@@ -129,8 +129,9 @@ KEYS = ("seconds_per_rollout_batch", "generation", "old_logprobs", "update", "pe
 
 
 def typical(rows: list[dict], workload: str, side: str, key: str) -> float:
-    found = [row.get(key, 0.0) for row in rows if (row["workload"], row["side"]) == (workload, side)]
-    return median(found)
+    """The median over rounds; 0 where the key was not measured."""
+    values = [row.get(key, 0.0) for row in rows if (row["workload"], row["side"]) == (workload, side)]
+    return median(values)
 
 
 if __name__ == "__main__":

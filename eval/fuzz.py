@@ -1,9 +1,9 @@
-"""Throws what a fuzzer makes up at everything that reads responses, gold answers, configs and rows.
+"""Fuzzes everything that reads responses, gold answers, configs, rows and images.
 
 python eval/fuzz.py box -max_total_time=60
 
-A parser must answer within SLOW seconds, or raise what it declares. The first argument is one of TARGETS; the
-others are libFuzzer's. Needs the `fuzz` extra.
+A parser must answer within TIME_LIMIT seconds, or raise what it declares. The first argument is one of
+TARGETS; the others are libFuzzer's. Needs the `fuzz` extra.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 
 import atheris
 
-SLOW = 5.0
+TIME_LIMIT = 5.0
 """Seconds, with the fuzzer's instruments; in training a verifier has `reward.timeout`, 10."""
 
 with atheris.instrument_imports(include=["vlm_sapo"]):
+    from vlm_sapo.config.data import RowsConfig
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.data.images import decode
@@ -35,7 +36,7 @@ COLUMNS = {"options": ["one", "two", "three"], "answer_type": "float"}
 
 
 def verifier(name: str, **args: object) -> Callable[[str], None]:
-    """Grades a made-up response against each of some gold answers, and against itself."""
+    """Grades a fuzzed response against several gold answers, and against itself."""
 
     def run(text: str) -> None:
         for gold in (*GOLDS, text):
@@ -55,9 +56,9 @@ def config(text: str) -> None:
     """A config file and an override."""
     path = FOLDER / "config.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
-    for given in ((str(path), []), ("quickstart", [text.replace("\0", "")])):
+    for name, overrides in ((str(path), []), ("quickstart", [text.replace("\0", "")])):
         try:
-            load(TrainConfig, given[0], given[1])
+            load(TrainConfig, name, overrides)
         except ValueError:
             continue
 
@@ -67,15 +68,15 @@ def rows(text: str) -> None:
     path = FOLDER / "rows.jsonl"
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
-        examples = ExampleSet(open_rows(str(path)), name=str(path))
+        examples = ExampleSet(open_rows(str(path)), RowsConfig(source=str(path)))
         for index in range(len(examples)):
             json.dumps(examples[index].problem)
     except ValueError:
         return
 
 
-def pictures(text: str) -> None:
-    """A picture's bytes."""
+def images(text: str) -> None:
+    """An image's bytes."""
     try:
         decode(text.encode("latin-1", errors="replace"), FOLDER)
     except ValueError:
@@ -87,7 +88,7 @@ TARGETS: dict[str, Callable[[str], None]] = {
     **{name: verifier(name, **ARGS.get(name, {})) for name in VERIFIERS if name not in ("judge", "length")},
     "config": config,
     "rows": rows,
-    "pictures": pictures,
+    "pictures": images,
 }
 
 
@@ -99,10 +100,10 @@ def main() -> None:
 
     def test(data: bytes) -> None:
         text = data.decode("latin-1") if name == "pictures" else data.decode("utf-8", errors="replace")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         target(text)
-        taken = time.perf_counter() - begun
-        assert taken < SLOW, f"{taken:.1f} s"
+        seconds = time.perf_counter() - start
+        assert seconds < TIME_LIMIT, f"{seconds:.1f} s"
 
     atheris.Setup(sys.argv, test)
     atheris.Fuzz()

@@ -1,9 +1,9 @@
-"""Holds what `vlm-sapo plan` predicts against the highest memory of the trainer's own steps: a table.
+"""Compares the memory that `vlm-sapo plan` predicts with the measured peak of the trainer's steps: a table.
 
     python eval/memory.py MODEL_DIR --side 256 [--device cuda]
 
-On a CPU the bytes of all live tensors are counted, the weights and the prepared pictures included; on a GPU
-the allocator's own highest number is taken. Two steps of two updates each; every response has exactly
+On a CPU the bytes of all live tensors are counted, including the weights and the prepared images; on a GPU
+the allocator's own peak is taken. Two steps of two updates each; every response has exactly
 --tokens tokens, and every prompt is as long as the plan assumes.
 """
 
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, dict]] = {
         "train": {"precision": "bf16"},
     },
     "kl": {"algo": {"kl": 0.1}},
-    "kl, vision frozen, one prompt drawn at once": {
+    "kl, vision frozen, one prompt per batch": {
         "algo": {"kl": 0.1},
         "model": {"freeze": ["vision", "merger"]},
         "rollout": {"prompts_per_batch": 1},
@@ -51,7 +51,7 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
     from vlm_sapo.models.loading import load_outline
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
-    sizes = {"count": 2 * args.prompts, "side": args.side, "pictures": 1}
+    sizes = {"count": 2 * args.prompts, "side": args.side, "images": 1}
     pixels = {"min_pixels": args.side**2, "max_pixels": args.side**2}
     values: dict[str, dict] = {
         "run": {"dir": folder, "overwrite": True},
@@ -73,23 +73,23 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
 
 
 def predict(config: TrainConfig, device: str) -> float:
-    """The highest memory that the plan expects of tensors, in bytes."""
+    """The peak of tensor memory that the plan predicts, in bytes."""
     from vlm_sapo.tools.plan.estimate import Estimator
-    from vlm_sapo.tools.plan.memory import CONTEXT, GB, Gpus
+    from vlm_sapo.tools.plan.memory import CUDA_CONTEXT, GB, Gpus
 
-    found = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
-    pictures = dict(found.host)["pictures"] if device == "cpu" else 0
-    return max(found.totals["training"], found.totals["generating"]) + pictures - CONTEXT
+    estimate = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
+    pixels = dict(estimate.host)["image pixels"] if device == "cpu" else 0
+    return max(estimate.totals["training"], estimate.totals["generating"]) + pixels - CUDA_CONTEXT
 
 
 def measure(config: TrainConfig, device: str) -> float:
-    """The highest memory of the steps, in bytes."""
+    """The peak memory of the steps, in bytes."""
     import torch
     from accelerate.state import AcceleratorState
     from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
-    from vlm_sapo.tools.plan.simulate import Memory
+    from vlm_sapo.tools.plan.simulate import MemoryCounter
     from vlm_sapo.training.build import build_training
     from vlm_sapo.training.launch import join
     from vlm_sapo.training.trainer import loop
@@ -101,11 +101,11 @@ def measure(config: TrainConfig, device: str) -> float:
     policy.vlm.stops = [-1]
     models = [policy.vlm] + ([policy.reference.vlm] if config.algo.kl else [])
     weights = sum(parameter.nbytes for vlm in models for parameter in vlm.parameters())
-    with closing(training.core), Memory() as memory:
+    with closing(training.core), MemoryCounter() as counter:
         loop(training, config.train.steps)
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return memory.peak + weights
+    return counter.peak + weights
 
 
 def main() -> None:
@@ -129,8 +129,9 @@ def main() -> None:
     for name in args.case or CASES:
         with tempfile.TemporaryDirectory() as folder:
             config = configure(args, CASES[name], folder)
-            expected, found = predict(config, args.device), measure(config, args.device)
-        lines.append(f"| {name} | {expected / 1e6:.1f} MB | {found / 1e6:.1f} MB | {expected / found:.3f} |")
+            predicted, measured = predict(config, args.device), measure(config, args.device)
+        ratio = predicted / measured
+        lines.append(f"| {name} | {predicted / 1e6:.1f} MB | {measured / 1e6:.1f} MB | {ratio:.3f} |")
     print("\n".join(lines))
 
 

@@ -9,11 +9,11 @@ from vlm_sapo.rewards.verifiers.table import auto
 
 
 def noisy(response, example, share):
-    """What `auto` says, and the opposite for this share of all answered responses: always the same ones.
-    Without an answer 0."""
+    """The verdict of `auto`, flipped for this share of all answered responses, always the same ones. 0
+    without an answer."""
     try:
-        right = auto(response, example)
+        correct = auto(response, example)
     except Ungraded:
         return 0.0
-    errs = zlib.crc32(f"{example.id}/{response}".encode()) < share * 2**32
-    return 1.0 - right if errs else right
+    flipped = zlib.crc32(f"{example.id}/{response}".encode()) < share * 2**32
+    return 1.0 - correct if flipped else correct

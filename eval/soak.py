@@ -1,5 +1,5 @@
-"""A long run of the quick start with faults at random beside one without, each in a process of its own: what
-they take meanwhile (memory, processes, files, threads), and their held-out results.
+"""A long run of the quick start with random faults beside one without, each in a process of its own: the
+resources that they use (memory, processes, files, threads), and their held-out results.
 
 unshare --user --map-root-user --mount python eval/soak.py --steps 1000 --out runs/soak
 
@@ -29,7 +29,7 @@ import time
 from vlm_sapo.rewards.verifiers.table import auto
 
 def faulty(response, example, *, rate, log):
-    """What `auto` says, but sometimes never, and sometimes the process ends."""
+    """The verdict of `auto`, but sometimes too late, and sometimes the process ends."""
     dice = random.SystemRandom().random()
     if dice < 2 * rate:
         with open(log, "a") as file:
@@ -38,18 +38,18 @@ def faulty(response, example, *, rate, log):
     return auto(response, example)
 '''
 ROWS = '''
-from data.shapes import rows as drawn
+from data.shapes import rows as shape_rows
 
 def rows(split, size, bad):
-    """The drawn world with every so many rows broken."""
-    found = drawn(split=split, size=size)
-    broken = {"images": [b"no picture"]}
-    return [row | broken if number % bad == bad - 1 else row for number, row in enumerate(found)]
+    """The quick start's rows, of which every `bad`th is broken."""
+    rows = shape_rows(split=split, size=size)
+    broken = {"images": [b"no image"]}
+    return [row | broken if number % bad == bad - 1 else row for number, row in enumerate(rows)]
 '''
 
 
 class FullDisk(threading.Thread):
-    """Fills the disk of a folder now and then, for a while."""
+    """Fills the disk of a folder at random times, for `lasting` seconds."""
 
     def __init__(self, folder: Path, *, every: float, lasting: float):
         super().__init__(daemon=True)
@@ -68,25 +68,25 @@ class FullDisk(threading.Thread):
 
 
 def own_disk(folder: Path, size: str) -> bool:
-    """Puts a small disk under a folder, that only this process sees; whether the system lets it."""
+    """Mounts a small disk at a folder, visible to this process only; returns whether that is allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-class Watch(threading.Thread):
-    """Looks at this process and its children."""
+class ResourceMonitor(threading.Thread):
+    """Records the resources of this process and its children."""
 
     def __init__(self, metrics: Path, every: float):
         super().__init__(daemon=True)
         self.metrics, self.every, self.done = metrics, every, threading.Event()
-        self.seen: list[dict[str, int]] = []
+        self.samples: list[dict[str, int]] = []
 
     def run(self) -> None:
         while not self.done.wait(self.every):
-            self.seen.append(self.look())
+            self.samples.append(self.measure())
 
-    def look(self) -> dict[str, int]:
+    def measure(self) -> dict[str, int]:
         steps = self.metrics.read_text().count("\n") if self.metrics.is_file() else 0
         return {
             "steps": steps,
@@ -118,8 +118,8 @@ def children(pid: int) -> list[int]:
 
 
 def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict:
-    """The summary of a run with `seen`, what was looked at meanwhile, and `struck`, how often each fault
-    did. A rate of 0 is a run without faults."""
+    """The summary of a run with `seen`, its resources over time, and `struck`, the number of faults by kind.
+    A rate of 0 is a run without faults."""
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig
     from vlm_sapo.training.trainer import train
@@ -149,8 +149,8 @@ def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict
     disk = FullDisk(folder / "run", every=20.0, lasting=3.0)
     (folder / "run").mkdir(exist_ok=True)
     can_fill = rate > 0 and own_disk(folder / "run", "60m")
-    watch = Watch(folder / "run/metrics.jsonl", every=2.0)
-    watch.start()
+    monitor = ResourceMonitor(folder / "run/metrics.jsonl", every=2.0)
+    monitor.start()
     if can_fill:
         disk.start()
     restarts = 0
@@ -159,34 +159,34 @@ def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict
             try:
                 summary = train(config)
                 break
-            except ValueError as error:  # a full disk at the very end: what a user would do
+            except ValueError as error:  # a full disk at the very end: a user would start it again
                 if "make room" not in str(error):
                     raise
                 restarts += 1
                 time.sleep(disk.lasting)
     finally:
-        disk.done.set(), watch.done.set()
+        disk.done.set(), monitor.done.set()
         if can_fill:
             disk.join()
-    watch.join()
+    monitor.join()
     gc.collect()
     time.sleep(2)
-    watch.seen.append(watch.look())
+    monitor.samples.append(monitor.measure())
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or twice"
-    struck = Counter({"full disk": disk.count, "bad row": summary.get("rows_skipped", 0)})
-    struck |= {"started again": restarts, "slow reward": 0, "dying worker": 0}
-    struck.update((folder / "faults.log").read_text().splitlines() if rate else ())
-    return summary | {"seen": watch.seen, "struck": struck}
+    faults = Counter({"full disk": disk.count, "bad row": summary.get("rows_skipped", 0)})
+    faults |= {"started again": restarts, "slow reward": 0, "dying worker": 0}
+    faults.update((folder / "faults.log").read_text().splitlines() if rate else ())
+    return summary | {"seen": monitor.samples, "struck": faults}
 
 
-def run(place: Path, steps: int, rate: float, overrides: list[str]) -> None:
-    """In a process of its own, so that what is seen is this run's."""
+def run(folder: Path, steps: int, rate: float, overrides: list[str]) -> None:
+    """Runs in a process of its own, so that the resources are this run's."""
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    result = soak(place, steps, rate=rate, overrides=overrides)
-    place.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    result = soak(folder, steps, rate=rate, overrides=overrides)
+    folder.with_suffix(".json").write_text(json.dumps(result, indent=1))
 
 
 def main() -> None:
@@ -199,8 +199,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     rates = {args.out.resolve() / "without_faults": 0.0, args.out.resolve() / "with_faults": args.rate}
     processes = [
-        context.Process(target=run, args=(place, args.steps, rate, args.overrides))
-        for place, rate in rates.items()
+        context.Process(target=run, args=(folder, args.steps, rate, args.overrides))
+        for folder, rate in rates.items()
     ]
     for process in processes:
         process.start()
@@ -208,24 +208,24 @@ def main() -> None:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("a run failed; see above")
-    for place in rates:
-        show(place.name, json.loads(place.with_suffix(".json").read_text()))
+    for folder in rates:
+        show(folder.name, json.loads(folder.with_suffix(".json").read_text()))
 
 
 def show(name: str, result: dict) -> None:
     """A table of ten rows, and the change from the second tenth to the last."""
-    seen = [row for row in result["seen"] if row["steps"]]
+    samples = [row for row in result["seen"] if row["steps"]]
     print(
         f"\n{name}: {result['seconds']} s, held-out {result['eval_before']['pass@1']:.3f} before and "
         f"{result['eval_after']['pass@1']:.3f} after; {result['struck']}"
     )
-    print("| " + " | ".join(seen[0]) + " |\n" + "|---" * len(seen[0]) + "|")
-    for place in range(10):
-        print("| " + " | ".join(map(str, seen[place * (len(seen) - 1) // 9].values())) + " |")
-    tenth = max(1, len(seen) // 10)
+    print("| " + " | ".join(samples[0]) + " |\n" + "|---" * len(samples[0]) + "|")
+    for index in range(10):
+        print("| " + " | ".join(map(str, samples[index * (len(samples) - 1) // 9].values())) + " |")
+    tenth = max(1, len(samples) // 10)
     first, last = (
         sum(row["resident MB"] + row["children's MB"] for row in rows) / len(rows)
-        for rows in (seen[tenth : 2 * tenth], seen[-tenth - 1 : -1])
+        for rows in (samples[tenth : 2 * tenth], samples[-tenth - 1 : -1])
     )
     print(f"memory: {first:.0f} MB in the second tenth, {last:.0f} MB in the last: {last / first - 1:+.1%}")
 

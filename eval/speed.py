@@ -1,4 +1,4 @@
-"""Times our trainer's own step on synthetic pictures and prints one JSON line.
+"""Times our trainer's own step on synthetic images and prints one JSON line.
 
     python eval/speed.py MODEL_DIR --side 512 --group 8 --prompts 4 --tokens 64 --steps 3 [--plain]
 
@@ -34,7 +34,7 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
     from vlm_sapo.config.schema import TrainConfig
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
-    sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "pictures": args.pictures}
+    sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "images": args.pictures}
     return TrainConfig.model_validate(
         {
             "run": {"dir": folder},
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
-    parser.add_argument("--plain", action="store_true", help="every response with its own prompt and picture")
+    parser.add_argument("--plain", action="store_true", help="every response with its own prompt and image")
     parser.add_argument("--unequal", action="store_true", help="responses end at random")
     parser.add_argument("--frozen-vision", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
@@ -150,10 +150,10 @@ def peaks(device: torch.device) -> dict[str, float]:
     """Peak memory so far, in GB."""
     import torch
 
-    found = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    peak = {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     if device.type == "cuda":
-        found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(value, 3) for name, value in found.items()}
+        peak["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 3) for name, value in peak.items()}
 
 
 def count_forward(training, config: TrainConfig) -> int:

@@ -1,14 +1,13 @@
-"""Does SAPO keep its promise? Trains tiny models by many methods and seeds and compares them
-(docs/results.md).
+"""The stability study: trains tiny models by many methods and seeds and compares them (docs/results.md).
 
     python eval/stability.py run                     # every study of eval/stability.yaml, two runs at a time
     python eval/stability.py run quick               # one of them, by name
     python eval/stability.py show                    # tables and figures of what is there
 
 A study is a table of arms in the YAML file; an arm is a model and overrides of a config, and each seed of it
-is an ordinary `vlm-sapo train`. Arms that come to the same config are trained once. Results are added to
-docs/stability/runs.json as they come, so that the same command goes on after an interruption; a result
-counts for a config and the model it began with, and for no other. Code is not looked at: --again.
+is an ordinary `vlm-sapo train`. Arms with the same config are trained once. Results are added to
+docs/stability/runs.json as they come, so that the same command continues after an interruption. A result
+belongs to a config and its initial model; after a change of code, --again trains anew.
 """
 
 from __future__ import annotations
@@ -40,13 +39,14 @@ from vlm_sapo.plugins import locate, resolve
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs/stability"
-SERIES = {
+STEP_METRICS = {
     "entropy": "policy/entropy",
     "effective_update": "policy/effective_update",
     "tokens": "response/tokens",
 }
-"""Kept of every step, by our name, beside `accuracy`: the mean of the part that evaluations measure."""
-BY_UPDATE = (
+"""Metrics stored of every step, by their name there, beside `accuracy`: the mean of the reward part that
+evaluations measure."""
+UPDATE_METRICS = (
     "effective_update",
     "abs_log_ratio_p50",
     "abs_log_ratio_p99",
@@ -61,9 +61,9 @@ BY_UPDATE = (
     "experts_changed",
     "grad_norm",
 )
-"""Kept by the number of the update in its step, as means over the steps that had so many."""
-CLOUD = 40
-"""Sequences of each mini-batch number whose variance and gate deviation are kept."""
+"""Metrics stored by the index of the update in its step, as means over the steps that had so many."""
+CLOUD_SIZE = 40
+"""Sequences of each mini-batch index whose variance and gate deviation are stored."""
 
 
 class Study(BaseModel):
@@ -75,7 +75,7 @@ class Study(BaseModel):
     arms: list[list[str | list[str]]]
     """Each entry is a product: an option's name, or several of which each is taken in turn."""
     against: list[str]
-    """Options: an arm is compared with the one that has this option in the place of one of its own."""
+    """Options: an arm is compared with the one that has this option instead of one of its own."""
     common: list[str] = []
     """Overrides of all its arms."""
     seeds: list[int] | None = None
@@ -108,20 +108,20 @@ class Plan(BaseModel):
     def arms(self, name: str) -> list[Arm]:
         """The arms of a study."""
         study = self.studies[name]
-        found = []
+        arms = []
         for product in study.arms:
             for options in itertools.product(*map(_axis, product)):
                 overrides = [*study.common, *(text for option in options for text in self.options[option])]
                 seeds = self.seeds if study.seeds is None else study.seeds
-                found.append(
+                arms.append(
                     Arm(study.model, options, [f"model.path={self.models[study.model]}", *overrides], seeds)
                 )
-        return found
+        return arms
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method under some circumstances."""
+    """A model and options that are compared with others."""
 
     model: str
     options: tuple[str, ...]
@@ -141,14 +141,14 @@ class Run:
     overrides: list[str]
     seed: int
     key: str = field(default="", compare=False)
-    """Checksum of the config and of the model that it begins with. Code is not in it."""
+    """Checksum of the config and of the initial model, without the code."""
 
     def __post_init__(self) -> None:
         from vlm_sapo import load_config
 
         config = load_config(self.config, *self.overrides)
-        beside = {"run": {"name", "dir"}, "log": True, "checkpoint": True}
-        text = config.model_dump_json(exclude=beside, exclude_defaults=True)  # new fields change no key
+        excluded = {"run": {"name", "dir"}, "log": True, "checkpoint": True}
+        text = config.model_dump_json(exclude=excluded, exclude_defaults=True)  # new fields change no key
         model = (path.read_bytes() for path in sorted(locate(config.model.path).iterdir()))
         object.__setattr__(self, "key", hashlib.sha256(b"".join([text.encode(), *model])).hexdigest()[:12])
 
@@ -173,14 +173,14 @@ class Store:
         self.rows[row["key"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in self.rows.values())
-        aside = self.path.with_suffix(".part")
-        aside.write_text(f"[\n{lines}\n]\n")
-        aside.replace(self.path)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(f"[\n{lines}\n]\n")
+        temporary.replace(self.path)
 
 
 def train_one(run: Run, folder: Path) -> dict[str, Any]:
-    """Trains, or goes on, in a process that does nothing else, and returns what is kept. A run whose numbers
-    are none any more is a result, too; whatever else goes wrong raises."""
+    """Trains or resumes a run in a process of its own, and returns its result. A run that stopped at numbers
+    that are not finite is a result, too; other errors are raised."""
     import torch
     from vlm_sapo.training.guard import NumbersError
 
@@ -193,7 +193,7 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(run.config, *run.overrides, f"run.dir={folder}")
     stopped = None
-    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), alone(log):
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), exclusive_lock(log):
         try:
             train(config)
         except NumbersError as error:
@@ -201,13 +201,13 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc(file=log)
             raise
-    return gather(run, folder, config) | ({"stopped": stopped} if stopped else {})
+    return summarize(run, folder, config) | ({"stopped": stopped} if stopped else {})
 
 
 @contextlib.contextmanager
-def alone(file: IO) -> Iterator[None]:
-    """Holds the file's lock. Raises SystemExit where another process has it: two that write the same files
-    would spoil both."""
+def exclusive_lock(file: IO) -> Iterator[None]:
+    """Locks the file. Raises SystemExit where another process has the lock, since two would overwrite each
+    other's files."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -215,10 +215,10 @@ def alone(file: IO) -> Iterator[None]:
     yield
 
 
-def gather(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """What is kept of a run's folder."""
+def summarize(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The result of a run, read from its folder."""
     part = config.eval.part or config.reward.measured
-    series = SERIES | {"accuracy": f"reward/{part}"}
+    series = STEP_METRICS | {"accuracy": f"reward/{part}"}
     metrics, evaluations, histograms = (
         _lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "histograms")
     )
@@ -238,41 +238,49 @@ def gather(run: Run, folder: Path, config: TrainConfig) -> dict[str, Any]:
         "evaluations": [[line["step"], _short(line["pass@1"])] for line in evaluations],
         "kinds": by_kind(folder / "evaluations"),
         "series": {name: [_short(line.get(key)) for line in metrics] for name, key in series.items()},
-        "minibatches": {
-            name: [_mean(line.get(f"minibatch{place}/{name}") for line in metrics) for place in range(count)]
-            for name in BY_UPDATE
-            if any(f"minibatch{place}/{name}" in line for line in metrics for place in range(count))
-        },
+        "minibatches": by_update(metrics, updates),
     }
-    row["minibatches"]["steps"] = [sum(place < number for number in updates) for place in range(count)]
     if 1 < count <= 4:
-        told = [
-            [line["minibatches"][place] for line in histograms if place < len(line["minibatches"])]
-            for place in range(count)
+        by_index = [
+            [line["minibatches"][index] for line in histograms if index < len(line["minibatches"])]
+            for index in range(count)
         ]
         row["log_ratio"] = [
-            [sum(bin_) for bin_ in zip(*(line["log_ratio"] for line in lines), strict=True)] for lines in told
+            [sum(bin_) for bin_ in zip(*(line["log_ratio"] for line in lines), strict=True)]
+            for lines in by_index
         ]
-        row["clouds"] = [cloud(lines) for lines in told]
+        row["clouds"] = [cloud(lines) for lines in by_index]
     return row
+
+
+def by_update(metrics: list[dict], updates: list[int]) -> dict[str, list[float | int | None]]:
+    """UPDATE_METRICS as means by the index of the update in its step, and how many `steps` had such an
+    update; `updates` is the number of updates of each step."""
+    count = max(updates, default=0)
+    means: dict[str, list[float | int | None]] = {}
+    for name in UPDATE_METRICS:
+        keys = [f"minibatch{index}/{name}" for index in range(count)]
+        if any(key in line for line in metrics for key in keys):
+            means[name] = [_mean(line.get(key) for line in metrics) for key in keys]
+    means["steps"] = [sum(index < number for number in updates) for index in range(count)]
+    return means
 
 
 def cloud(lines: list[dict]) -> list[list[float]]:
     """Variance of log r, gate deviation and tau^2/4 of some sequences, evenly over the steps; empty where the
     objective has no gate."""
-    found = [sequence for line in lines for sequence in line.get("sequences", [])]
-    return [[float(f"{value:.3g}") for value in item] for item in found[:: max(1, len(found) // CLOUD)]][
-        :CLOUD
-    ]
+    sequences = [sequence for line in lines for sequence in line.get("sequences", [])]
+    sample = sequences[:: max(1, len(sequences) // CLOUD_SIZE)][:CLOUD_SIZE]
+    return [[float(f"{value:.3g}") for value in item] for item in sample]
 
 
 def by_kind(folder: Path) -> dict[str, float]:
     """Last pass@1 by kind of question."""
     last = max(folder.glob("step_*/samples.jsonl"), default=None)
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for line in _lines(last) if last else ():
-        found.setdefault(line["columns"].get("kind", "all"), []).extend(line["scores"])
-    return {kind: _short(sum(scores) / len(scores)) for kind, scores in sorted(found.items())}
+        scores.setdefault(line["columns"].get("kind", "all"), []).extend(line["scores"])
+    return {kind: _short(sum(values) / len(values)) for kind, values in sorted(scores.items())}
 
 
 def _lines(path: Path) -> list[dict]:
@@ -284,15 +292,15 @@ def _short(value: float | None) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return _short(sum(there) / len(there)) if there else None
+    numbers = [value for value in values if value is not None]
+    return _short(sum(numbers) / len(numbers)) if numbers else None
 
 
 def run_studies(
-    plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path, keep: bool = False
+    plan: Plan, names: Sequence[str], store: Store, *, workers: int, folder: Path, keep_folders: bool = False
 ) -> None:
-    """Trains what is not in the store, seed by seed so that an early look sees all arms. An interruption
-    reaches the runs under way, which leave checkpoints; with `keep` all folders stay."""
+    """Trains the runs that are not in the store, seed by seed, so that early results cover all arms. An
+    interruption also interrupts the runs, which leave checkpoints; with `keep_folders` all folders stay."""
     from vlm_sapo.reporting.console import Console
 
     runs = {run.key: run for name in names for arm in plan.arms(name) for run in arm.runs(plan.config)}
@@ -300,36 +308,34 @@ def run_studies(
     console = Console()
     console.say(f"{len(runs)} runs in {', '.join(names)}; {len(runs) - len(missing)} are there already")
     context = multiprocessing.get_context("spawn")
-    queue, under_way = iter(missing), {}
+    queue, running = iter(missing), {}
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         console.progress("study", len(missing)) as show,
-        storing(store, under_way),
+        storing_finished(store, running),
     ):
-        for run in itertools.islice(
-            queue, workers
-        ):  # no more than that, or an interruption would begin others
-            under_way[pool.submit(train_one, run, folder / run.key)] = run
+        for run in itertools.islice(queue, workers):  # no more, or an interruption would start others
+            running[pool.submit(train_one, run, folder / run.key)] = run
         for done in range(1, len(missing) + 1):
-            future = next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
+            future = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
             row = future.result()
             store.add(row)
-            run = under_way.pop(future)
-            if not keep:
+            run = running.pop(future)
+            if not keep_folders:
                 shutil.rmtree(folder / run.key)
-            for further in itertools.islice(queue, 1):
-                under_way[pool.submit(train_one, further, folder / further.key)] = further
+            for following in itertools.islice(queue, 1):
+                running[pool.submit(train_one, following, folder / following.key)] = following
             last = row["evaluations"][-1][1] if row["evaluations"] else float("nan")
             show(done, f"{last:.3f} after {row['seconds']:.0f} s: {' '.join(run.overrides[1:])}")
 
 
 @contextlib.contextmanager
-def storing(store: Store, under_way: dict[Future, Run]) -> Iterator[None]:
-    """Where the block fails or is interrupted, keeps what is still brought to its end."""
+def storing_finished(store: Store, running: dict[Future, Run]) -> Iterator[None]:
+    """If the block fails or is interrupted, stores the runs that still finish."""
     try:
         yield
     except BaseException:
-        for future in as_completed(under_way):
+        for future in as_completed(running):
             if future.exception() is None:
                 store.add(future.result())
         raise
@@ -340,16 +346,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", choices=["run", "show"])
-    parser.add_argument("studies", nargs="*", help="names of studies; all of them unless given")
+    parser.add_argument("studies", nargs="*", help="names of studies; by default all")
     parser.add_argument("--plan", type=Path, default=HERE / "stability.yaml")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of runs.json, tables and figures"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="where runs are made")
+    parser.add_argument("--folder", type=Path, default=Path("runs/stability"), help="where runs are written")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--keep", action="store_true", help="keep the runs' folders, for vlm-sapo report")
     parser.add_argument(
-        "--again", action="store_true", help="train what is there already, too: after a change of code"
+        "--again", action="store_true", help="train finished runs again: after a change of code"
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -359,7 +365,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     results = args.results / "runs.json"
     if args.verb == "run":
-        with results.with_suffix(".lock").open("w") as lock, alone(lock):
+        with results.with_suffix(".lock").open("w") as lock, exclusive_lock(lock):
             run(plan, args.studies or list(plan.studies), Store(results), args)
     show = resolve(f"{HERE}/stability_results.py:show", field="show")
     show(plan, Store(results), args.results)
@@ -373,7 +379,7 @@ def run(plan: Plan, names: Sequence[str], store: Store, args: argparse.Namespace
             store.rows.pop(key, None)
             shutil.rmtree(args.folder / key, ignore_errors=True)
     try:
-        run_studies(plan, names, store, workers=args.workers, folder=args.folder, keep=args.keep)
+        run_studies(plan, names, store, workers=args.workers, folder=args.folder, keep_folders=args.keep)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on") from None
 

@@ -3,9 +3,9 @@
 Definitions: pass@1 is the held-out rate over 16 samples a problem. `last` is that of
 the last evaluation, `best` that of the best, `area` the mean height of the curve between first and last step.
 A run has collapsed at the first step at which the mean training accuracy of the last 5 steps is under
-COLLAPSE of the best such mean before; or where its numbers were none any more, up to which pass@1 stays what
-it was, and is 0 from there on. Intervals are 95 % percentile bootstraps over seeds. Differences are paired by
-seed; one whose paired t interval holds 0 is a tie.
+COLLAPSE of the best such mean before; or where its numbers were not finite any more: pass@1 is constant up to
+there, and 0 afterwards. Intervals are 95 % percentile bootstraps over seeds. Differences are paired by
+seed; one whose paired t interval contains 0 is a tie.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def collapse(accuracy: Sequence[float]) -> int | None:
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean and its 95 % percentile bootstrap interval, with a fixed seed."""
-    given = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(given), (RESAMPLES, len(given)))
-    low, high = np.quantile(given[draws].mean(1), [0.025, 0.975])
-    return float(given.mean()), float(low), float(high)
+    sample = np.asarray(values, dtype=float)
+    indices = np.random.default_rng(0).integers(0, len(sample), (RESAMPLES, len(sample)))
+    low, high = np.quantile(sample[indices].mean(1), [0.025, 0.975])
+    return float(sample.mean()), float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Result:
-    """An arm with what its finished runs came to, by seed."""
+    """An arm with the results of its finished runs, by seed."""
 
     arm: Arm
     rows: dict[int, dict[str, Any]]
@@ -94,21 +94,21 @@ class Result:
 
 def results(plan: Plan, name: str, store: Store) -> list[Result]:
     """A study's arms in the plan's order."""
-    found = []
+    by_arm = []
     for arm in plan.arms(name):
         runs = arm.runs(plan.config)
-        found.append(Result(arm, {run.seed: store.rows[run.key] for run in runs if run.key in store.rows}))
-    return found
+        by_arm.append(Result(arm, {run.seed: store.rows[run.key] for run in runs if run.key in store.rows}))
+    return by_arm
 
 
-def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
+def table(plan: Plan, name: str, arms: Sequence[Result]) -> str:
     """Markdown: each arm's measures, and the differences to its counterparts."""
     against = plan.studies[name].against
-    by_options = {result.arm.options: result for result in found}
+    by_options = {result.arm.options: result for result in arms}
     head = ["arm", "seeds", "updates", "last", "best", "area", "collapsed"]
     head += [f"{key}, less `{option}`'s" for option in against for key in ("last", "area")]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for result in (result for result in found if result.rows):
+    for result in (result for result in arms if result.rows):
         measures = result.measures
         values = [[getattr(item, key) for item in measures.values()] for key in ("last", "best", "area")]
         steps = sorted(item.collapsed for item in measures.values() if item.collapsed is not None)
@@ -125,10 +125,10 @@ def table(plan: Plan, name: str, found: Sequence[Result]) -> str:
 def counterpart(
     options: tuple[str, ...], option: str, by_options: dict[tuple[str, ...], Result]
 ) -> dict[int, Measures]:
-    """The measures of the arm that has `option` in the place of one of these options, and is alike else;
-    nothing where there is no such arm."""
-    for place in range(len(options)):
-        other = (*options[:place], option, *options[place + 1 :])
+    """The measures of the arm that has `option` instead of one of these options, and is otherwise the same;
+    empty where there is no such arm."""
+    for index in range(len(options)):
+        other = (*options[:index], option, *options[index + 1 :])
         if other in by_options and option not in options:
             return by_options[other].measures
     return {}
@@ -140,8 +140,8 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def _difference(one: dict[int, Measures], other: dict[int, Measures], key: str) -> str:
-    """Of a measure, over the seeds that both have, and at how many of them `one` is ahead; in bold where it
-    is no tie."""
+    """Of a measure, over the seeds that both have, and at how many of them `one` is ahead; in bold unless
+    it is a tie."""
     gains = [getattr(one[seed], key) - getattr(other[seed], key) for seed in one if seed in other]
     if not gains:
         return ""
@@ -152,19 +152,19 @@ def _difference(one: dict[int, Measures], other: dict[int, Measures], key: str) 
 
 
 def tied(gains: Sequence[float]) -> bool:
-    """Whether the 95 % t interval of the mean holds 0. A percentile bootstrap of five seeds would call 16 %
-    of ties a difference, the t interval 5 %."""
+    """Whether the 95 % t interval of the mean contains 0. A percentile bootstrap of five seeds would call
+    16 % of ties a difference, the t interval 5 %."""
     if len(gains) < 2:
         return True
     reach = stats.t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5
     return bool(abs(np.mean(gains)) <= reach)
 
 
-def kinds(found: Sequence[Result]) -> str:
+def kinds(arms: Sequence[Result]) -> str:
     """Markdown: pass@1 at the end by kind of question."""
-    names = sorted({kind for result in found for row in result.rows.values() for kind in row["kinds"]})
+    names = sorted({kind for result in arms for row in result.rows.values() for kind in row["kinds"]})
     lines = [f"| arm | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
-    for result in (result for result in found if result.rows):
+    for result in (result for result in arms if result.rows):
         rows = [row["kinds"] for row in result.rows.values()]
         by_kind = [[row[name] for row in rows if name in row] for name in names]
         cells = [_interval(values) if values else "" for values in by_kind]
@@ -172,19 +172,19 @@ def kinds(found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def curves(found: Sequence[Result], title: str) -> Figure:
-    """Held-out pass@1 by step: a panel for what is alike, a colour for each first option, thin lines for
+def curves(arms: Sequence[Result], title: str) -> Figure:
+    """Held-out pass@1 by step: a panel for each setting, a colour for each first option, thin lines for
     seeds and a thick one for their mean."""
-    found = [result for result in found if result.rows]
-    panels = list(dict.fromkeys(result.arm.options[1:] for result in found))
-    firsts = list(dict.fromkeys(result.arm.options[0] for result in found))
+    arms = [result for result in arms if result.rows]
+    panels = list(dict.fromkeys(result.arm.options[1:] for result in arms))
+    firsts = list(dict.fromkeys(result.arm.options[0] for result in arms))
     figure, axes = grid(len(panels), title)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(" ".join(panel), fontsize=9)
-        for result in (result for result in found if result.arm.options[1:] == panel):
-            place = firsts.index(result.arm.options[0])
-            color, style = f"C{place % 10}", "-" if place < 10 else "--"
-            draw(axis, list(result.rows.values()), result.arm.options[0], color=color, ls=style)
+        for result in (result for result in arms if result.arm.options[1:] == panel):
+            index = firsts.index(result.arm.options[0])
+            color, style = f"C{index % 10}", "-" if index < 10 else "--"
+            plot(axis, list(result.rows.values()), result.arm.options[0], color=color, ls=style)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylim(0, 1)
     axes[0].set_ylabel("held-out pass@1", fontsize=8)
@@ -197,7 +197,7 @@ def curves(found: Sequence[Result], title: str) -> Figure:
     return figure
 
 
-def draw(axis: Axes, rows: Sequence[dict[str, Any]], label: str, **style: Any) -> None:
+def plot(axis: Axes, rows: Sequence[dict[str, Any]], label: str, **style: Any) -> None:
     """Thin lines for runs and a thick one for their mean at the evaluations of the longest."""
     for row in rows:
         axis.plot(*curve(row), lw=0.5, alpha=0.4, **style)
@@ -207,7 +207,7 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]], label: str, **style: Any) -
 
 
 def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """So many panels, five in a row."""
+    """A figure with `count` panels, five in a row."""
     columns = min(count, 5)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(max(2.9 * columns, 5.5) + 1.4, 2.6 * lines + 0.4), layout="constrained")
@@ -221,7 +221,7 @@ def grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-ASSUMED = (
+ASSUMPTIONS = (
     "effective_update",
     "abs_log_ratio_p50",
     "abs_log_ratio_p99",
@@ -236,28 +236,28 @@ ASSUMED = (
 )
 
 
-def assumptions(found: Sequence[Result]) -> str:
-    """Markdown: what the updates saw by their number in the step, means over steps and seeds. Groups without
-    variance make no update, so a step has fewer than its mini-batches where these are small; numbers that
-    under half of the steps have are left out."""
-    lines = ["| arm | update | " + " | ".join(ASSUMED) + " |", "| --- " * (2 + len(ASSUMED)) + "|"]
-    for result in (result for result in found if result.rows):
+def assumptions(arms: Sequence[Result]) -> str:
+    """Markdown: metrics by the index of the update in its step, as means over steps and seeds. Groups without
+    variance make no update, so a step may have fewer updates than mini-batches; indices that under half of
+    the steps have are left out."""
+    lines = ["| arm | update | " + " | ".join(ASSUMPTIONS) + " |", "| --- " * (2 + len(ASSUMPTIONS)) + "|"]
+    for result in (result for result in arms if result.rows):
         rows = [row["minibatches"] for row in result.rows.values()]
         half = sum(len(row["series"]["accuracy"]) for row in result.rows.values()) / 2
         counts = [
             sum(column) for column in itertools.zip_longest(*(row["steps"] for row in rows), fillvalue=0)
         ]
-        last = max((place for place, count in enumerate(counts) if count >= half), default=0)
-        for place in sorted({0, min(1, last), last // 2, last}):
-            cells = [_typical(rows, name, place) for name in ASSUMED]
-            lines.append(f"| {' '.join(result.arm.options)} | {place + 1} | {' | '.join(cells)} |")
+        last = max((index for index, count in enumerate(counts) if count >= half), default=0)
+        for index in sorted({0, min(1, last), last // 2, last}):
+            cells = [_typical(rows, name, index) for name in ASSUMPTIONS]
+            lines.append(f"| {' '.join(result.arm.options)} | {index + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _typical(rows: Sequence[dict[str, list]], name: str, place: int) -> str:
-    there = [row for row in rows if place < len(row.get(name, ())) and row[name][place] is not None]
-    weights = [row["steps"][place] for row in there]
-    return f"{np.average([row[name][place] for row in there], weights=weights):.3g}" if there else ""
+def _typical(rows: Sequence[dict[str, list]], name: str, index: int) -> str:
+    measured = [row for row in rows if index < len(row.get(name, ())) and row[name][index] is not None]
+    weights = [row["steps"][index] for row in measured]
+    return f"{np.average([row[name][index] for row in measured], weights=weights):.3g}" if measured else ""
 
 
 def ratios(groups: dict[str, Result]) -> Figure:
@@ -269,10 +269,10 @@ def ratios(groups: dict[str, Result]) -> Figure:
     middle = len(DECADES)
     for (name, result), upper, lower in zip(groups.items(), *axes, strict=True):
         rows = [row for row in result.rows.values() if "log_ratio" in row]
-        for place in range(len(rows[0]["log_ratio"])):
-            counts = np.sum([row["log_ratio"][place] for row in rows if row["log_ratio"][place]], axis=0)
+        for index in range(len(rows[0]["log_ratio"])):
+            counts = np.sum([row["log_ratio"][index] for row in rows if row["log_ratio"][index]], axis=0)
             share = (counts[middle + 1 :] + counts[:middle][::-1]) / counts.sum()
-            upper.step(DECADES, share, where="post", label=f"update {place + 1}")
+            upper.step(DECADES, share, where="post", label=f"update {index + 1}")
         upper.set(xscale="log", title=name, xlabel="|log r|", ylabel="share of tokens")
         points = [point for row in rows for cloud in row["clouds"][1:] for point in cloud]
         variance, deviation, factor = np.array(points).T
@@ -291,13 +291,13 @@ def ratios(groups: dict[str, Result]) -> Figure:
     return figure
 
 
-def beside_trl(ours: Result, theirs: list[dict[str, Any]]) -> tuple[Figure, str]:
+def compare_with_trl(ours: Result, theirs: list[dict[str, Any]]) -> tuple[Figure, str]:
     """The learning curves of the same task under TRL and here, and a Markdown table."""
     figure = Figure(figsize=(4.6, 3), layout="constrained")
     axis = figure.subplots()
     lines = ["| trainer | seeds | last | area |", "| --- | --- | --- | --- |"]
     for name, rows, color in (("vlm_sapo", list(ours.rows.values()), "C0"), ("TRL", theirs, "C1")):
-        draw(axis, rows, name, color=color)
+        plot(axis, rows, name, color=color)
         lasts = [curve(row)[1][-1] for row in rows]
         areas = [np.trapezoid(*reversed(curve(row))) / curve(row)[0][-1] for row in rows]
         lines.append(f"| {name} | {len(rows)} | {_interval(lasts)} | {_interval(areas)} |")
@@ -308,14 +308,14 @@ def beside_trl(ours: Result, theirs: list[dict[str, Any]]) -> tuple[Figure, str]
 
 
 BASE = ("sapo", "4-updates", "lr-3e-5")
-"""The arm that is looked at closely, and set beside TRL's."""
+"""The arm that is shown in detail, and compared with TRL's."""
 
 
 def show(plan: Plan, store: Store, folder: Path) -> None:
     """Writes tables.md and a figure for each study that has results, and prints the tables."""
     studies = {name: results(plan, name, store) for name in plan.studies}
     planned = {
-        row["key"]: row for found in studies.values() for result in found for row in result.rows.values()
+        row["key"]: row for arms in studies.values() for result in arms for row in result.rows.values()
     }
     hours = sum(row["seconds"] for row in planned.values()) / 3600
     parts = [
@@ -323,32 +323,48 @@ def show(plan: Plan, store: Store, folder: Path) -> None:
         f"[../results.md](../results.md) says what they mean. {len(planned)} runs, {hours:.1f} hours of one "
         "core in training steps. Differences in bold are no ties.\n"
     ]
-    for name, found in studies.items():
-        if any(result.rows for result in found):
-            curves(found, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
+    for name, arms in studies.items():
+        if any(result.rows for result in arms):
+            curves(arms, plan.studies[name].title).savefig(folder / f"{name}.png", dpi=100)
             parts += [f"## {name}: {plan.studies[name].title}\n", f"![{name}]({name}.png)\n"]
-            parts += [table(plan, name, found) + "\n", assumptions(found) + "\n", kinds(found) + "\n"]
+            parts += [table(plan, name, arms) + "\n", assumptions(arms) + "\n", kinds(arms) + "\n"]
+    parts += _details(studies, folder)
+    parts += _unplanned([row for key, row in store.rows.items() if key not in planned])
+    (folder / "tables.md").write_text("\n".join(parts) + "\n")
+    print("\n".join(parts))
+
+
+def _details(studies: dict[str, list[Result]], folder: Path) -> list[str]:
+    """Writes the figures of BASE by model; Markdown that compares the dense model's with TRL's."""
     titles = {"methods": "dense", "mixture": "mixture of experts"}
-    close = {
+    by_model = {
         title: result
         for name, title in titles.items()
         for result in studies.get(name, ())
         if result.arm.options == BASE and result.rows
     }
-    if close:
-        ratios(close).savefig(folder / "ratios.png", dpi=100)
+    if by_model:
+        ratios(by_model).savefig(folder / "ratios.png", dpi=100)
     path = folder / "trl.json"
-    if "dense" in close and path.is_file():
-        figure, text = beside_trl(close["dense"], json.loads(path.read_text()))
-        figure.savefig(folder / "trl.png", dpi=100)
-        parts += ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
-    if others := [row for key, row in store.rows.items() if key not in planned]:
-        parts += ["## Runs of no arm\n", "Trained, and left out of the plan afterwards.\n"]
-        parts += ["| model | seed | overrides | pass@1 |", "| --- | --- | --- | --- |"]
-        parts += [
+    if "dense" not in by_model or not path.is_file():
+        return []
+    figure, text = compare_with_trl(by_model["dense"], json.loads(path.read_text()))
+    figure.savefig(folder / "trl.png", dpi=100)
+    return ["## The same task under TRL\n", "![trl](trl.png)\n", text + "\n"]
+
+
+def _unplanned(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: the results that belong to no arm."""
+    if not rows:
+        return []
+    return [
+        "## Runs of no arm\n",
+        "Trained, and left out of the plan afterwards.\n",
+        "| model | seed | overrides | pass@1 |",
+        "| --- | --- | --- | --- |",
+        *(
             f"| {row['model']} | {row['seed']} | {' '.join(row['overrides'][1:-1])} | "
             f"{', '.join(f'{rate:.3f}' for _, rate in row['evaluations'])} |"
-            for row in others
-        ]
-    (folder / "tables.md").write_text("\n".join(parts) + "\n")
-    print("\n".join(parts))
+            for row in rows
+        ),
+    ]

@@ -4,9 +4,9 @@
     python eval/trl_curve.py update
 
 Both need an environment with TRL and this project (`make .venv-trl/installed`). `train` runs the steps
-of configs/shapes_hard.yaml with TRL's data order and draws, measures its models with our evaluation, and
-adds the results to docs/stability/trl.json. `update` lets TRL draw one rollout batch and make its updates,
-gives the same responses and advantages to our trainer, and prints how far gradients and weights lie apart.
+of configs/shapes_hard.yaml with TRL's data order and sampling, measures its models with our evaluation, and
+adds the results to docs/stability/trl.json. `update` lets TRL sample one rollout batch and make its updates,
+gives the same responses and advantages to our trainer, and prints how far gradients and weights differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLUMNS = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
         "images": List(Image()),
-        "place": Value("int64"),
+        "row": Value("int64"),
     }
 )
 
@@ -52,14 +52,14 @@ def trainer(
     noisy = config.reward.parts[0]
     reward = resolve(noisy.name, field="reward.parts")
     rows = [
-        {"prompt": [{"role": "user", "content": item.problem}], "images": list(item.images), "place": place}
-        for place, item in enumerate(examples)
+        {"prompt": [{"role": "user", "content": item.problem}], "images": list(item.images), "row": row}
+        for row, item in enumerate(examples)
     ]
 
-    def score(completions, place, **_) -> list[float]:
+    def score(completions, row, **_) -> list[float]:
         return [
-            reward(completion[0]["content"], examples[row], **noisy.args)
-            for completion, row in zip(completions, place, strict=True)
+            reward(completion[0]["content"], examples[index], **noisy.args)
+            for completion, index in zip(completions, row, strict=True)
         ]
 
     path = locate(config.model.path)
@@ -118,13 +118,13 @@ def train_curve(config: TrainConfig, seed: int) -> dict[str, Any]:
     """One run: held-out pass@1 by step, and seconds of training."""
     with tempfile.TemporaryDirectory() as folder:
         examples = list(build_examples(config.data.tasks[0], task="train"))
-        made = trainer(config, examples, folder, steps=config.train.steps, seed=seed)
+        grpo_trainer = trainer(config, examples, folder, steps=config.train.steps, seed=seed)
         started = time.perf_counter()
-        made.train()
+        grpo_trainer.train()
         seconds = time.perf_counter() - started
         curve = [[0, measure(config, Path(locate(config.model.path)))]]
         for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name[11:])):
-            made.processing_class.save_pretrained(path)
+            grpo_trainer.processing_class.save_pretrained(path)
             curve.append([int(path.name[11:]) // config.train.minibatches, round(measure(config, path), 4)])
     return {
         "seed": seed,
@@ -135,18 +135,18 @@ def train_curve(config: TrainConfig, seed: int) -> dict[str, Any]:
 
 
 class Recorder(TrainerCallback):
-    """Keeps the mini-batches of TRL's first rollout batch, each update's gradient, and the weights."""
+    """Records the mini-batches of TRL's first rollout batch, each update's gradient, and the weights."""
 
-    def __init__(self, made: GRPOTrainer):
+    def __init__(self, grpo_trainer: GRPOTrainer):
         self.batches: list[dict[str, torch.Tensor]] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
-        self.model, self.prepare = made.model, made._prepare_inputs
-        made._prepare_inputs = self._prepared
+        self.model, self.prepare = grpo_trainer.model, grpo_trainer._prepare_inputs
+        grpo_trainer._prepare_inputs = self._prepared
 
     def _prepared(self, batch):
         inputs = self.prepare(batch)
-        kept = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
-        self.batches.append({name: inputs[name].clone() for name in kept})
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        self.batches.append({name: inputs[name].clone() for name in names})
         return inputs
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -166,14 +166,14 @@ def compare_updates(config: TrainConfig) -> list[str]:
     rows = build_examples(config.data.tasks[0], task="train")
     examples = list(
         {item.problem: item for item in rows}.values()
-    )  # so that a prompt's text names its picture
+    )  # so that a prompt's text identifies its image
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(config, examples, folder, steps=1, seed=0)
-        recorder = Recorder(made)
-        made.add_callback(recorder)
-        made.train()
+        grpo_trainer = trainer(config, examples, folder, steps=1, seed=0)
+        recorder = Recorder(grpo_trainer)
+        grpo_trainer.add_callback(recorder)
+        grpo_trainer.train()
     vlm = load_vlm(str(locate(config.model.path)))
-    vlm.banned = []  # TRL bans no picture tokens
+    vlm.banned = []  # TRL bans no image tokens
     before = {name: item.detach().clone() for name, item in vlm.model.named_parameters()}
     encode = Encoder(vlm)
     prompts = {tuple(prompt.ids.tolist()): prompt for prompt in map(encode, examples)}
@@ -207,7 +207,7 @@ def compare_updates(config: TrainConfig) -> list[str]:
     policy.set_step(0)
     policy.score(minibatches)
     lines = ["| update | gradients differ by | weights' changes differ by |", "| --- | --- | --- |"]
-    theirs = dict(made.model.named_parameters())
+    theirs = dict(grpo_trainer.model.named_parameters())
     for minibatch, gradient in zip(minibatches, recorder.gradients, strict=True):
         list(policy.accumulate(minibatch, loss))
         norm = min(1.0, 1.0 / float(policy.grad_norm()))

@@ -29,7 +29,7 @@ TIMED = {
 
 
 def rows(args: argparse.Namespace) -> list[dict]:
-    """Noise pictures with a short question, two updates' worth of prompts a step."""
+    """Noise images with a short question; prompts for two updates a step."""
     generator = np.random.default_rng(0)
     shape = (args.side, args.side, 3)
     return [
@@ -45,7 +45,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 
 def reward(completions, **_) -> list[float]:
-    """Something that differs within every group."""
+    """A number that differs within every group."""
     return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
 
 

@@ -1,4 +1,4 @@
-"""The stability study: its plan is sound, its measures are those that docs/results.md defines, its results go on."""
+"""The stability study: its plan is valid, its measures are those that docs/results.md defines, it resumes."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from eval.noisy import noisy
-from eval.stability import HERE, RESULTS, Plan, Run, Store, alone, main, read_plan
+from eval.stability import HERE, RESULTS, Plan, Run, Store, exclusive_lock, main, read_plan
 from eval.stability_results import (
     COLLAPSE,
     WINDOW,
@@ -40,8 +40,8 @@ def test_every_arm_is_a_config_of_its_own(name):
 
 
 @pytest.mark.parametrize("name", PLAN.studies)
-def test_what_differs_between_methods_is_the_algorithm_alone(name):
-    """Arms that differ in their first option alone: nothing but `algo`, where data isn't the question."""
+def test_methods_differ_in_the_algorithm_only(name):
+    """Arms that differ in their first option only differ in `algo`, or in `data` where data is the question."""
     allowed = {"data"} if name == "shares" else {"algo"}
     arms = PLAN.arms(name)
     configs = [load_config(PLAN.config, *arm.overrides) for arm in arms]
@@ -53,7 +53,7 @@ def test_what_differs_between_methods_is_the_algorithm_alone(name):
     assert pairs
 
 
-def test_the_committed_results_are_the_plans():
+def test_the_committed_results_cover_the_plan():
     """After a change of configs or models, `make study` trains what this lists."""
     rows = Store(RESULTS / "runs.json").rows
     runs = {run.key: run for name in PLAN.studies for arm in PLAN.arms(name) for run in arm.runs(PLAN.config)}
@@ -61,16 +61,16 @@ def test_the_committed_results_are_the_plans():
     assert all(rows[key]["overrides"][-1] == f"run.seed={run.seed}" for key, run in runs.items())
 
 
-def test_a_run_is_named_by_its_config_and_not_by_how_it_was_said():
-    spelled = ["model.path=data/shapes/hard_dense", "run.seed=1"]
-    said = [*spelled, "algo.objective={type: sapo, tau_neg: 1.05}", "run.dir=elsewhere", "log.rollouts=3"]
-    assert Run("shapes_hard", "dense", spelled, 1).key == Run("shapes_hard", "dense", said, 1).key
+def test_a_runs_key_depends_on_its_config_and_not_on_how_it_is_written():
+    short = ["model.path=data/shapes/hard_dense", "run.seed=1"]
+    explicit = [*short, "algo.objective={type: sapo, tau_neg: 1.05}", "run.dir=elsewhere", "log.rollouts=3"]
+    assert Run("shapes_hard", "dense", short, 1).key == Run("shapes_hard", "dense", explicit, 1).key
     assert (
-        Run("shapes_hard", "dense", [*spelled, "train.lr=1e-6"], 1).key
-        != Run("shapes_hard", "dense", said, 1).key
+        Run("shapes_hard", "dense", [*short, "train.lr=1e-6"], 1).key
+        != Run("shapes_hard", "dense", explicit, 1).key
     )
     moe = ["model.path=data/shapes/hard_moe", "run.seed=1"]
-    assert Run("shapes_hard", "moe", moe, 1).key != Run("shapes_hard", "dense", spelled, 1).key
+    assert Run("shapes_hard", "moe", moe, 1).key != Run("shapes_hard", "dense", short, 1).key
 
 
 def test_unknown_options_are_named():
@@ -93,20 +93,20 @@ def row(evaluations, accuracy, seed=1, **more):
 
 
 def test_measures_of_a_curve():
-    found = measure(row([[0, 0.2], [10, 0.6], [20, 0.4]], [0.5] * 20))
-    assert (found.last, found.best, found.collapsed) == (0.4, 0.6, None)
-    assert found.area == pytest.approx((0.4 * 10 + 0.5 * 10) / 20)
+    measures = measure(row([[0, 0.2], [10, 0.6], [20, 0.4]], [0.5] * 20))
+    assert (measures.last, measures.best, measures.collapsed) == (0.4, 0.6, None)
+    assert measures.area == pytest.approx((0.4 * 10 + 0.5 * 10) / 20)
 
 
-def test_a_run_whose_numbers_ended_counts_as_nothing_from_there():
-    found = measure(row([[0, 0.5], [10, 0.5]], [0.5] * 14, steps=20, stopped="nan"))
-    assert (found.last, found.best, found.collapsed) == (0.0, 0.5, 15)
-    assert found.area == pytest.approx(0.5 * 14 / 20)
-    at_once = measure(row([[0, 0.5]], [], steps=20, stopped="nan"))
-    assert (at_once.last, at_once.area, at_once.collapsed) == (0.0, 0.0, 1)
+def test_a_run_that_stopped_at_non_finite_numbers_scores_0_afterwards():
+    measures = measure(row([[0, 0.5], [10, 0.5]], [0.5] * 14, steps=20, stopped="nan"))
+    assert (measures.last, measures.best, measures.collapsed) == (0.0, 0.5, 15)
+    assert measures.area == pytest.approx(0.5 * 14 / 20)
+    immediately = measure(row([[0, 0.5]], [], steps=20, stopped="nan"))
+    assert (immediately.last, immediately.area, immediately.collapsed) == (0.0, 0.0, 1)
 
 
-def test_collapse_is_the_first_step_far_under_the_best():
+def test_collapse_is_the_first_step_far_below_the_best():
     assert collapse([0.5] * 30) is None
     fall = [0.5] * 10 + [0.0] * 10
     under = next(n for n in range(1, WINDOW + 1) if 0.5 * (WINDOW - n) / WINDOW < COLLAPSE * 0.5)
@@ -133,18 +133,18 @@ def test_differences_are_paired_by_seed_and_ties_are_not_bold():
             seed: row([[0, 0.1], [9, levels[seed] + gain]], [0.5] * 9, seed) for seed, gain in gains.items()
         }
 
-    found = [
+    results = [
         Result(sapo, rows({1: 0, 2: 0, 3: 0})),
         Result(grpo, rows({1: 0.012, 2: 0.014, 3: 0.013})),
         Result(gspo, rows({1: 0.05, 2: -0.05, 3: 0.01})),
     ]
-    lines = table(plan, "methods", found).splitlines()[2:]
+    lines = table(plan, "methods", results).splitlines()[2:]
     assert lines[0].endswith("| 0 |  |  |")
     assert re.search(r"\| \*\*\+0\.013 \(\+0\.012 to \+0\.014\)\*\*, 3 of 3 \| \*\*\+0\.00[67] ", lines[1])
     assert "**" not in lines[2] and "2 of 3" in lines[2]
 
 
-def test_a_tie_is_one_for_the_t_interval():
+def test_ties_are_decided_by_the_t_interval():
     """Of five seeds; 2.776 is its quantile of .975."""
     gains = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
     reach = 2.776 * gains.std(ddof=1) / 5**0.5
@@ -155,20 +155,20 @@ def test_a_tie_is_one_for_the_t_interval():
 def test_an_arm_has_a_counterpart_for_every_question():
     arms = PLAN.arms("staleness")
     by_options = {
-        arm.options: Result(arm, {1: row([[0, 0], [9, place]], [0.5] * 9)}) for place, arm in enumerate(arms)
+        arm.options: Result(arm, {1: row([[0, 0], [9, index]], [0.5] * 9)}) for index, arm in enumerate(arms)
     }
     old = ("grpo", "old-4", "4-updates", "lr-3e-5")
 
     def last(options, against):
         return {seed: item.last for seed, item in counterpart(options, against, by_options).items()}
 
-    place = {arm.options: number for number, arm in enumerate(arms)}
-    assert last(old, "sapo") == {1: place["sapo", *old[1:]]}
-    assert last(old, "old-0") == {1: place["grpo", "old-0", *old[2:]]}
+    index = {arm.options: number for number, arm in enumerate(arms)}
+    assert last(old, "sapo") == {1: index["sapo", *old[1:]]}
+    assert last(old, "old-0") == {1: index["grpo", "old-0", *old[2:]]}
     assert last(("sapo", *old[1:]), "sapo") == {}
 
 
-def test_updates_that_few_steps_had_are_left_out():
+def test_update_indices_that_few_steps_have_are_left_out():
     """Seeds may differ in how many updates their steps had."""
     one = {"steps": [4, 4, 1], "effective_update": [1.0, 0.5, 0.1]}
     other = {"steps": [4, 2], "effective_update": [1.0, 0.2]}
@@ -177,10 +177,10 @@ def test_updates_that_few_steps_had_are_left_out():
         seed: row([[0, 0.1]], [0.5] * 4, seed, minibatches=item) for seed, item in enumerate((one, other))
     }
     lines = assumptions([Result(arm, rows)]).splitlines()[2:]
-    assert [line.split("|")[2:4] for line in lines] == [[" 1 ", " 1 "], [" 2 ", " 0.4 "]], "weighed by steps"
+    assert [line.split("|")[2:4] for line in lines] == [[" 1 ", " 1 "], [" 2 ", " 0.4 "]], "weighted by steps"
 
 
-def test_the_noisy_reward_errs_so_often_and_always_alike():
+def test_the_noisy_reward_flips_a_fixed_share_of_verdicts():
     row = example()
     texts = [ResponseText(f"look {number} \\boxed{{2}}") for number in range(2000)]
     scores = [noisy(text, row, share=0.1) for text in texts]
@@ -239,7 +239,7 @@ def small(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_studies_go_on_where_they_were(small, monkeypatch, capsys):
+def test_studies_resume(small, monkeypatch, capsys):
     """Each run is trained once; a result that is missing is trained again, to the same numbers."""
     paths = ["--plan", f"{small}/plan.yaml", "--results", f"{small}/out", "--folder", f"{small}/runs"]
     monkeypatch.setattr("sys.argv", ["stability.py", "run", *paths])
@@ -258,12 +258,12 @@ def test_studies_go_on_where_they_were(small, monkeypatch, capsys):
         small / "out/tables.md"
     ).read_text()
     assert not [path for path in (small / "runs").iterdir() if path.is_dir()]
-    kept = next(iter(whole))
-    (small / "out/runs.json").write_text(json.dumps([first[kept]]))
+    stored = next(iter(whole))
+    (small / "out/runs.json").write_text(json.dumps([first[stored]]))
     main()
     assert "3 runs in small; 1 are there already" in capsys.readouterr().out
     again = Store(small / "out/runs.json").rows
-    assert again[kept] == first[kept] and again.keys() == first.keys()
+    assert again[stored] == first[stored] and again.keys() == first.keys()
     assert all(again[key] | {"seconds": 0} == row | {"seconds": 0} for key, row in first.items())
 
 
@@ -273,7 +273,7 @@ def test_one_study_at_a_time(small, monkeypatch):
     )
     with (
         (small / "runs.lock").open("w") as lock,
-        alone(lock),
+        exclusive_lock(lock),
         pytest.raises(SystemExit, match="another study has"),
     ):
         main()

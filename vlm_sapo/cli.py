@@ -90,11 +90,10 @@ def score(
     on_error: Annotated[str, typer.Option(help="When a function raises: stop, or zero.")] = "stop",
 ) -> None:
     """Grade a file of responses, and compare with the verdicts that its rows carry."""
-    from vlm_sapo.tools.score import score_command
+    from vlm_sapo.tools.score import ScoreOptions, score_command
 
-    score_command(
-        file, reward, args=args, responses=response, gold=gold, out=out, timeout=timeout, on_error=on_error
-    )
+    options = ScoreOptions(args, response, gold, out, timeout, on_error)
+    score_command(file, reward, options)
 
 
 @app.command("eval")

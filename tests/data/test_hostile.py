@@ -1,10 +1,11 @@
-"""Pictures and rows that were made to do harm, or came out broken: what happens to each."""
+"""Images and rows that are malicious or broken: each is refused with a sentence, or read."""
 
 import base64
 import io
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,9 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import picture
-from vlm_sapo.data.images import FORMATS, LARGEST, decode
+from vlm_sapo.config.data import RowsConfig
+from vlm_sapo.data.images import FORMATS, MAX_PIXELS, decode
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.types import RowError
+
+
+def read_rows(path: Path) -> ExampleSet:
+    return ExampleSet(open_rows(str(path)), RowsConfig(source=str(path)))
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -26,7 +32,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def claims(width: int, height: int) -> bytes:
+def png_header(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes that says it has so many pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -47,12 +53,12 @@ def text_bomb() -> bytes:
 
 FRAMES = [picture(0), picture(1)]
 REFUSED = {
-    "a bomb of 900 million pixels": (claims(30_000, 30_000), "30000x30000 pixels|cannot be read"),
-    "20,000 x 20,000": (claims(20_000, 20_000), "20000x20000 pixels|cannot be read"),
-    "a compressed comment": (text_bomb(), "cannot be read as a picture"),
-    "cut short": (saved(picture())[:100], "cannot be read as a picture"),
-    "cut short, JPEG": (saved(picture(size=(200, 200)), "JPEG")[:700], "cannot be read as a picture"),
-    "empty": (b"", "cannot be read|is no picture"),
+    "a bomb of 900 million pixels": (png_header(30_000, 30_000), "30000x30000 pixels|cannot be read"),
+    "20,000 x 20,000": (png_header(20_000, 20_000), "20000x20000 pixels|cannot be read"),
+    "a compressed comment": (text_bomb(), "cannot be read as an image"),
+    "cut short": (saved(picture())[:100], "cannot be read as an image"),
+    "cut short, JPEG": (saved(picture(size=(200, 200)), "JPEG")[:700], "cannot be read as an image"),
+    "empty": (b"", "cannot be read|is no image"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "none of PNG, JPEG"),
     "HTML": (b"<!doctype html><html>", "cannot be read"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "cannot be read"),
@@ -76,7 +82,7 @@ READ = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_is_a_sentence(name, tmp_path):
+def test_a_file_that_is_no_image_is_refused_with_a_sentence(name, tmp_path):
     data, sentence = REFUSED[name]
     (tmp_path / "x.png").write_bytes(data)
     for value in (data, "x.png", "data:image/png;base64," + base64.b64encode(data).decode()):
@@ -85,12 +91,12 @@ def test_what_is_no_picture_is_a_sentence(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_odd_pictures_are_read(name, tmp_path):
-    made = decode(READ[name], tmp_path).convert("RGB")
-    assert made.size[0] * made.size[1] <= LARGEST
+def test_unusual_images_are_read(name, tmp_path):
+    image = decode(READ[name], tmp_path).convert("RGB")
+    assert image.size[0] * image.size[1] <= MAX_PIXELS
 
 
-def test_a_turned_picture_is_turned_back(tmp_path):
+def test_the_exif_orientation_is_applied(tmp_path):
     wide, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6
     assert decode(saved(wide, "JPEG", exif=exif), tmp_path).size == (20, 40)
@@ -106,10 +112,12 @@ def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
     picture().save(tmp_path / "secret.png")
     (folder / "rows.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "image": value}) + "\n")
     rows = open_rows(str(folder / "rows.jsonl"))
-    with pytest.raises(RowError, match="picture 1: .* leads out of .*pictures_anywhere=true"):
-        ExampleSet(rows, name=str(folder / "rows.jsonl"))[0]
+    with pytest.raises(RowError, match="image 1: .* leads out of .*pictures_anywhere=true"):
+        ExampleSet(rows, RowsConfig(source=str(folder / "rows.jsonl")))[0]
     if "secret" in str(value):
-        assert ExampleSet(rows, name=str(folder / "rows.jsonl"), anywhere=True)[0].images
+        assert ExampleSet(rows, RowsConfig(source=str(folder / "rows.jsonl"), pictures_anywhere=True))[
+            0
+        ].images
 
 
 def test_a_link_does_not_lead_out(tmp_path):
@@ -126,10 +134,10 @@ def test_half_a_character_is_an_error_of_its_row(tmp_path, field):
     row = {"problem": "p", "answer": "1", "id": "1"} | {field: "\ud83d"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(RowError, match=f"field {field} holds half a character"):
-        ExampleSet(open_rows(str(tmp_path / "rows.jsonl")), name=str(tmp_path / "rows.jsonl"))[0]
+        read_rows(tmp_path / "rows.jsonl")[0]
 
 
-def test_a_picture_inside_another_column_is_not_opened(tmp_path):
+def test_an_image_inside_another_column_is_not_opened(tmp_path):
     """`datasets` would open its path, or its address, as the row is read."""
     features = datasets.Features(
         {
@@ -143,11 +151,11 @@ def test_a_picture_inside_another_column_is_not_opened(tmp_path):
     meta = {"a": address, "b": [{"c": address}]}
     row = {"problem": "p", "answer": "1", "meta": meta, "more": '{"x": [1]}'}
     plain = datasets.Dataset.from_list([row]).data.table
-    kept = plain.cast(features.arrow_schema).replace_schema_metadata(features.arrow_schema.metadata)
-    pq.write_table(kept, tmp_path / "rows.parquet")
-    [example] = ExampleSet(open_rows(str(tmp_path / "rows.parquet")), name=str(tmp_path / "rows.parquet"))
+    table = plain.cast(features.arrow_schema).replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    [example] = read_rows(tmp_path / "rows.parquet")
     assert example.columns["meta"]["a"] == address and example.columns["meta"]["b"][0]["c"] == address
-    assert example.columns["more"] == {"x": [1]}, "what is no file is read as ever"
+    assert example.columns["more"] == {"x": [1]}, "columns that hold no file are read as before"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def test_a_picture_inside_another_column_is_not_opened(tmp_path):
         7,
     ],
 )
-def test_no_address_is_opened_and_no_name_breaks(value, tmp_path):
+def test_addresses_are_not_opened_and_odd_names_are_refused(value, tmp_path):
     with pytest.raises(ValueError):
         decode(value, tmp_path)
 
@@ -178,16 +186,16 @@ WHOLE = [saved(picture(), kind) for kind in FORMATS]
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8),
     st.integers(0, 3000),
 )
-def test_damaged_pictures_are_read_or_a_sentence(tmp_path, data, changes, length):
+def test_damaged_images_are_read_or_refused_with_a_sentence(tmp_path, data, changes, length):
     torn = bytearray(data[: length or None])
-    for place, byte in changes:
+    for position, byte in changes:
         if torn:
-            torn[place % len(torn)] = byte
+            torn[position % len(torn)] = byte
     try:
-        made = decode(bytes(torn), tmp_path)
+        image = decode(bytes(torn), tmp_path)
     except ValueError:
         return
-    assert made.size[0] * made.size[1] <= LARGEST
+    assert image.size[0] * image.size[1] <= MAX_PIXELS
 
 
 ROW = st.dictionaries(
@@ -201,15 +209,15 @@ ROW = st.dictionaries(
 
 
 @given(st.lists(ROW, min_size=1, max_size=3))
-def test_any_json_is_a_row_or_a_sentence(tmp_path, rows):
+def test_any_json_is_a_row_or_refused_with_a_sentence(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        made = ExampleSet(open_rows(str(path)), name=str(path))
+        examples = read_rows(path)
     except ValueError:
         return
-    for index in range(len(made)):
+    for index in range(len(examples)):
         try:
-            assert isinstance(made[index].problem, str)
+            assert isinstance(examples[index].problem, str)
         except ValueError as error:
             assert "row" in str(error)

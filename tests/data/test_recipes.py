@@ -1,4 +1,4 @@
-"""Recipes and mixtures in a config: what is merged, what is refused, what real rows become."""
+"""Recipes and mixtures in a config: how fields are merged, what is refused, and real rows."""
 
 import json
 
@@ -18,7 +18,7 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real rows are not
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_valid_and_says_where_its_rows_are(name):
+def test_every_recipe_is_valid_and_names_its_source(name):
     try:
         rows = RowsConfig(recipe=name)
     except ValueError as error:
@@ -27,7 +27,7 @@ def test_every_recipe_is_valid_and_says_where_its_rows_are(name):
     assert "{problem}" in rows.template and rows.task == name
 
 
-def test_what_is_given_comes_before_the_recipe():
+def test_fields_beside_a_recipe_override_it():
     rows = RowsConfig(recipe="bccd_count", args={"path": "a.jsonl"}, verifier={"args": {"finding": "stated"}})
     assert rows.args == {"path": "a.jsonl"} and rows.split == "train"
     assert rows.verifier.name == "count" and rows.verifier.args == {"finding": "stated"}
@@ -67,13 +67,13 @@ def test_a_list_is_a_mixture(tmp_path):
         ({"sorce": "a"}, "did you mean data.source"),
     ],
 )
-def test_mistakes_are_named(tmp_path, data, words):
+def test_errors_name_the_field(tmp_path, data, words):
     with pytest.raises(ValueError) as error:
         config(tmp_path, data)
     assert words in str(error.value)
 
 
-def test_the_held_out_rows_have_the_training_rows_prompt(tmp_path):
+def test_held_out_rows_use_the_prompt_of_training_rows(tmp_path):
     data = {
         "source": "a.jsonl",
         "template": "Q: {problem}",
@@ -86,13 +86,13 @@ def test_the_held_out_rows_have_the_training_rows_prompt(tmp_path):
     assert rows.template == "A {problem}" and rows.system == "Be brief."
 
 
-def test_a_jsonl_file_with_a_split_column_gives_the_split(tmp_path):
+def test_a_split_column_of_a_jsonl_file_selects_the_split(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     rows = [{"q": f"{n}?", "a": n, "pic": "a.png", "part": "test" if n % 2 else "train"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = {"problem": ["question", "q"], "answer": "a", "images": ["image", "pic"], "split": "part"}
-    made = build_examples(RowsConfig(source=str(tmp_path / "rows.jsonl"), split="test", columns=columns))
-    assert [row.answer for row in made] == ["1", "3", "5"] and made[0].images[0].size == (40, 40)
+    examples = build_examples(RowsConfig(source=str(tmp_path / "rows.jsonl"), split="test", columns=columns))
+    assert [row.answer for row in examples] == ["1", "3", "5"] and examples[0].images[0].size == (40, 40)
 
 
 def local(recipe: str) -> dict:
@@ -126,7 +126,7 @@ def test_a_mixture_of_real_tasks():
     )
 
 
-def test_mappings_are_joined_at_every_depth(tmp_path):
+def test_nested_mappings_are_merged(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "source: a.jsonl\nverifier: {name: box, args: {threshold: 0.7, coordinates: resized}}\nargs: {a: 1}\n"
     )

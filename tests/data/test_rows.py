@@ -1,4 +1,4 @@
-"""Every way a row can come, and every way it can be wrong."""
+"""Rows of every source, and each way in which a row can be wrong."""
 
 import base64
 import io
@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.conftest import picture
+from vlm_sapo.config.data import RowsConfig
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.types import RowError
@@ -24,7 +25,8 @@ def png(number: int = 0) -> bytes:
 
 
 def examples(path, rows=None, **options) -> ExampleSet:
-    return ExampleSet(rows if rows is not None else open_rows(str(path)), name=str(path), **options)
+    section = RowsConfig(source=str(path), **options)
+    return ExampleSet(rows if rows is not None else open_rows(str(path)), section)
 
 
 def write_jsonl(folder, *rows):
@@ -45,7 +47,7 @@ def test_jsonl_with_paths_relative_to_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["hub", "saved", "parquet"])
-def test_pictures_embedded_in_parquet(tmp_path, layout):
+def test_images_embedded_in_parquet(tmp_path, layout):
     rows = [
         {"question": f"<image>{n}", "label": "a", "pics": [{"bytes": png(n), "path": None}]} for n in range(3)
     ]
@@ -63,12 +65,12 @@ def test_pictures_embedded_in_parquet(tmp_path, layout):
         table.to_parquet(path / "data/train-00000-of-00001.parquet")
         path = path / "data/train-00000-of-00001.parquet" if layout == "parquet" else path
     columns = {"problem": "question", "answer": "label", "images": "pics"}
-    found = examples(path, columns=columns)
-    assert len(found) == 3
-    assert list(found[2].images[0].getdata()) == list(picture(2).getdata())
+    rows = examples(path, columns=columns)
+    assert len(rows) == 3
+    assert list(rows[2].images[0].getdata()) == list(picture(2).getdata())
 
 
-def test_data_urls_bytes_and_pil_pictures(tmp_path):
+def test_data_urls_bytes_and_pil_images(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     rows = [{"problem": "p", "answer": "1", "images": [url, png(), picture()]}]
     assert len(examples(tmp_path, rows)[0].images) == 3
@@ -76,10 +78,12 @@ def test_data_urls_bytes_and_pil_pictures(tmp_path):
 
 def test_filter_limit_and_transform(tmp_path):
     rows = [{"problem": "p", "answer": str(n), "kind": "ab"[n % 2]} for n in range(10)]
-    kept = examples(tmp_path, rows, keep={"kind": "b"}, limit=2, transform=lambda row: row | {"problem": "q"})
-    assert [example.answer for example in kept] == ["1", "3"]
-    assert kept[0].problem == "q"
-    assert len(examples(tmp_path, rows, keep={"kind": ["a", "b"]})) == 10
+    (tmp_path / "rewrite.py").write_text("def rename(row):\n    return row | {'problem': 'q'}\n")
+    rename = f"{tmp_path}/rewrite.py:rename"
+    selected = examples(tmp_path, rows, filter={"kind": "b"}, limit=2, transform=rename)
+    assert [example.answer for example in selected] == ["1", "3"]
+    assert selected[0].problem == "q"
+    assert len(examples(tmp_path, rows, filter={"kind": ["a", "b"]})) == 10
 
 
 @pytest.mark.parametrize(
@@ -88,12 +92,12 @@ def test_filter_limit_and_transform(tmp_path):
         ({"answer": ""}, ["row 7", "field answer is empty"]),
         ({"answer": None}, ["row 7", "field answer is empty"]),
         ({"problem": " "}, ["row 7", "field problem is empty"]),
-        ({"image": "pictures/missing.png"}, ["row 7", "field image, picture 1", "does not exist"]),
-        ({"image": "rows.jsonl"}, ["row 7", "field image, picture 1", "cannot be read as a picture"]),
-        ({"image": "https://example.org/x.png"}, ["row 7", "is an address; download the picture"]),
+        ({"image": "pictures/missing.png"}, ["row 7", "field image, image 1", "does not exist"]),
+        ({"image": "rows.jsonl"}, ["row 7", "field image, image 1", "cannot be read as an image"]),
+        ({"image": "https://example.org/x.png"}, ["row 7", "is an address; download the image"]),
         ({"image": "data:image/png;base64,!!"}, ["row 7", "not valid base64"]),
-        ({"image": 4}, ["row 7", "a int is no picture"]),
-        ({"problem": "<image> and <image>"}, ["row 7", "2 <image> marks", "1 pictures"]),
+        ({"image": 4}, ["row 7", "a int is no image"]),
+        ({"problem": "<image> and <image>"}, ["row 7", "2 <image> marks", "1 images"]),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, words):
@@ -104,10 +108,10 @@ def test_a_bad_row_is_named(tmp_path, row, words):
     assert all(word in str(error.value) for word in (*words, str(path)))
 
 
-def test_a_truncated_picture_is_named(tmp_path):
+def test_a_truncated_image_is_named(tmp_path):
     path = write_jsonl(tmp_path, {"id": 7, "problem": "p", "answer": "1", "image": "pictures/a.png"})
     (tmp_path / "pictures/a.png").write_bytes(png()[:-40])
-    with pytest.raises(RowError, match="row 7 .* field image, picture 1: .*a.png cannot be read"):
+    with pytest.raises(RowError, match="row 7 .* field image, image 1: .*a.png cannot be read"):
         examples(path)[0]
 
 
@@ -118,7 +122,7 @@ def test_unknown_columns_name_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=r"data.columns.problem \(problem\) must be a column"):
         examples(path)
     with pytest.raises(ValueError, match=r"data.filter.kind \(kind\) must be a column"):
-        examples(path, columns={"problem": "question"}, keep={"kind": 1})
+        examples(path, columns={"problem": "question"}, filter={"kind": 1})
 
 
 def test_malformed_json_names_the_line(tmp_path):
@@ -142,21 +146,20 @@ def test_missing_sources_and_splits(tmp_path):
 
 def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no rows left; check data.split, data.filter"):
-        examples(tmp_path, [{"problem": "p", "answer": "1"}], keep={"answer": "2"})
+        examples(tmp_path, [{"problem": "p", "answer": "1"}], filter={"answer": "2"})
 
 
-def test_the_first_picture_column_that_holds_one_counts_in_each_row(tmp_path):
+def test_each_row_uses_its_first_column_that_holds_images(tmp_path):
     picture().save(tmp_path / "p.png")
     rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": 2, "image": "p.png"}]
     rows.append({"problem": "c", "answer": 3, "images": ["p.png", "p.png"], "image": None, "mask": b"bytes"})
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "mask"}) + "\n" for row in rows))
-    made = ExampleSet(open_rows(str(path)), name=str(path))
-    assert [len(row.images) for row in made] == [0, 1, 2]
-    assert "mask" not in ExampleSet(rows, name=str(path))[2].columns
+    assert [len(row.images) for row in examples(path)] == [0, 1, 2]
+    assert "mask" not in examples(path, rows)[2].columns
 
 
-def test_lines_are_ended_by_line_feeds_alone_and_hold_objects(tmp_path):
+def test_only_line_feeds_end_lines_and_each_line_is_an_object(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"problem": "a\u2028b", "answer": "\u0085"}, ensure_ascii=False) + "\n")
     assert open_rows(str(path))[0]["problem"] == "a\u2028b"
@@ -167,13 +170,14 @@ def test_lines_are_ended_by_line_feeds_alone_and_hold_objects(tmp_path):
 
 def test_a_transform_that_fails_names_row_and_columns(tmp_path):
     rows = [{"id": "a", "problem": "p", "answer": "1"}, {"id": "b", "problem": "p"}]
-    made = ExampleSet(rows, name="r.jsonl", transform=lambda row: row | {"answer": row["answer"][0]})
+    (tmp_path / "rewrite.py").write_text("def first(row):\n    return row | {'answer': row['answer'][0]}\n")
+    first_letters = examples("r.jsonl", rows, transform=f"{tmp_path}/rewrite.py:first")
     with pytest.raises(ValueError, match="row b of r.jsonl.*KeyError.*columns are id, problem"):
-        made[1]
+        first_letters[1]
 
 
-def test_odd_pictures(tmp_path):
-    """16 bits are scaled, and an orientation that nobody can read is left alone."""
+def test_unusual_images(tmp_path):
+    """16 bits are scaled, and an unreadable orientation is ignored."""
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     grey = np.asarray(decode("deep.png", tmp_path))
@@ -182,10 +186,10 @@ def test_odd_pictures(tmp_path):
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
     picture().save(tmp_path / "e.jpg", exif=exif)
     data = (tmp_path / "e.jpg").read_bytes()
-    place = data.index(b"Exif")
+    start = data.index(b"Exif")
     for offset, byte in ((17, 0), (17, 26), (17, 84), (41, 13), (43, 1)):
         torn = bytearray(data)
-        torn[place + offset] = byte
+        torn[start + offset] = byte
         with suppress(struct.error, TypeError, AttributeError):  # up to Pillow 12.2
             ImageOps.exif_transpose(Image.open(io.BytesIO(torn)))
         assert decode(bytes(torn), tmp_path).size == (48, 48)

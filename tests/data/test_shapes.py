@@ -26,7 +26,7 @@ def test_rows_are_the_same_every_time():
         }
 
 
-def test_looking_demonstrations_are_right_and_guesses_often_wrong():
+def test_demonstrations_that_look_are_correct_and_guesses_often_wrong():
     looks, guesses = shapes("cold_start", 300, look_share=1.0), shapes("cold_start", 300, look_share=0.0)
     assert all(auto(row["demonstration"], as_example(row)) == 1.0 for row in looks)
     share = sum(auto(row["demonstration"], as_example(row)) for row in guesses) / 300

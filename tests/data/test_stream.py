@@ -1,3 +1,5 @@
+"""The order of prompts: shuffled, resumable, mixed by share."""
+
 from collections import Counter
 from dataclasses import replace
 
@@ -24,49 +26,49 @@ def ids(prompts) -> list[str]:
     return [prompt.id for prompt in prompts]
 
 
-def alone(examples, encode, **options) -> TaskMixture:
+def single_task(examples, encode, **options) -> TaskMixture:
     return TaskMixture({"a": PromptStream(examples, encode, **options)}, {"a": 1.0}, minibatch=1)
 
 
 def test_an_epoch_holds_every_row_once_and_the_next_in_another_order():
-    stream = alone(EXAMPLES, identity, seed=0)
+    stream = single_task(EXAMPLES, identity, seed=0)
     first, second = ids(stream.take(7)), ids(stream.take(7))
     assert sorted(first) == sorted(second) == sorted(ids(EXAMPLES))
     assert first != second
-    assert first != ids(alone(EXAMPLES, identity, seed=1).take(7))
+    assert first != ids(single_task(EXAMPLES, identity, seed=1).take(7))
 
 
-def test_the_order_goes_on_where_it_stopped():
-    whole = ids(alone(EXAMPLES, identity, seed=3).take(20))
-    stream = alone(EXAMPLES, identity, seed=3)
+def test_the_order_resumes_where_it_stopped():
+    whole = ids(single_task(EXAMPLES, identity, seed=3).take(20))
+    stream = single_task(EXAMPLES, identity, seed=3)
     stream.take(5)
-    resumed = alone(EXAMPLES, identity, seed=3)
+    resumed = single_task(EXAMPLES, identity, seed=3)
     resumed.restore(stream.state())
     assert ids(resumed.take(15)) == whole[5:]
 
 
-def test_bad_rows_stop_or_are_counted():
+def test_bad_rows_stop_the_stream_or_are_counted():
     with pytest.raises(RowError, match="e3"):
-        alone(EXAMPLES, fail_on_three, seed=0).take(7)
-    stream = alone(EXAMPLES, fail_on_three, seed=0, skip=True)
+        single_task(EXAMPLES, fail_on_three, seed=0).take(7)
+    stream = single_task(EXAMPLES, fail_on_three, seed=0, skip=True)
     assert "e3" not in ids(stream.take(12))
     assert stream.skipped == 2
 
 
-def test_a_set_without_a_usable_row_ends():
+def test_a_task_without_a_usable_row_is_an_error():
     with pytest.raises(RowError):
-        alone([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
+        single_task([EXAMPLES[3]], fail_on_three, seed=0, skip=True).take(1)
 
 
 def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> TaskMixture:
     streams = {
         task: PromptStream(
-            [replace(example(number, pictures=0), task=task) for number in range(5 + place)],
+            [replace(example(number, pictures=0), task=task) for number in range(5 + index)],
             encode,
             seed=task,
             skip=True,
         )
-        for place, task in enumerate(shares)
+        for index, task in enumerate(shares)
     }
     return TaskMixture(streams, shares, minibatch=minibatch)
 
@@ -93,7 +95,7 @@ def test_every_minibatch_holds_each_tasks_share(shares, size):
     assert all(abs(total[task] - share * 160 * size) < 1 for task, share in shares.items())
 
 
-def test_a_mixture_goes_on_where_it_stopped():
+def test_a_mixture_resumes_where_it_stopped():
     shares = {"a": 0.7, "b": 0.3}
     whole = [(p.task, p.id) for p in mixture(shares, 4).take(48)]
     first, second = mixture(shares, 4), mixture(shares, 4)
@@ -102,7 +104,7 @@ def test_a_mixture_goes_on_where_it_stopped():
     assert [(p.task, p.id) for p in second.take(36)] == whole[12:]
 
 
-def test_a_mixture_counts_what_it_leaves_out_and_replaces_within_a_task():
+def test_a_mixture_counts_bad_rows_and_replaces_them_within_the_task():
     def encode(item):
         if item.task == "b" and item.id == "e3":
             raise RowError("row e3 is bad")
@@ -111,6 +113,6 @@ def test_a_mixture_counts_what_it_leaves_out_and_replaces_within_a_task():
     stream = mixture({"a": 0.5, "b": 0.5}, 4, encode)
     prompts = stream.take(24)
     assert stream.skipped == 2 and stream.state()["b"]["skipped"] == 2
-    further = stream.draw({place: prompts[place].example.task for place in (1, 3)})
-    assert [(place, p.example.task) for place, p in further.items()] == [(1, "a"), (3, "b")]
-    assert stream.drawn == {"a": 12, "b": 12}
+    further = stream.next_prompts({slot: prompts[slot].example.task for slot in (1, 3)})
+    assert [(slot, p.example.task) for slot, p in further.items()] == [(1, "a"), (3, "b")]
+    assert stream.taken == {"a": 12, "b": 12}

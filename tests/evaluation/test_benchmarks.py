@@ -239,7 +239,7 @@ def test_a_missing_image_is_named(tmp_path):
     Image.new("RGB", (60, 40), "white").save(tmp_path / "a.png")
     row = {"id": "7", "question": "<image 1> <image 2>?", "options": "[]", "answer": "3", "image_1": "a.png"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="row 7 .* picture 2: .*NoneType"):
+    with pytest.raises(ValueError, match="row 7 .* image 2: .*NoneType"):
         build_benchmark(f"mmmu={tmp_path}/rows.jsonl").examples[0]
 
 

@@ -1,4 +1,4 @@
-"""The doctor: what it finds in rows made bad on purpose, and in real ones."""
+"""The doctor: its findings in rows that are broken on purpose, and in real ones."""
 
 import json
 
@@ -13,14 +13,14 @@ from vlm_sapo.cli import app
 REAL = SHARED / "data"
 
 
-def drawing(number: int) -> Image.Image:
-    """A drawing of its own for every number."""
+def sketch(number: int) -> Image.Image:
+    """A different image for every number."""
     image = Image.new("RGB", (96, 96), "white")
-    draw = ImageDraw.Draw(image)
-    for place in range(6):
-        x, y = (number * 37 + place * 29) % 80, (number * 53 + place * place * 17) % 80
-        draw.ellipse((x, y, x + 8 + number % 9, y + 14), outline="black", width=3)
-        draw.line((x, y, (x * 7 + number * 11) % 96, (y * 5 + 40) % 96), fill="navy", width=3)
+    canvas = ImageDraw.Draw(image)
+    for index in range(6):
+        x, y = (number * 37 + index * 29) % 80, (number * 53 + index * index * 17) % 80
+        canvas.ellipse((x, y, x + 8 + number % 9, y + 14), outline="black", width=3)
+        canvas.line((x, y, (x * 7 + number * 11) % 96, (y * 5 + 40) % 96), fill="navy", width=3)
     return image
 
 
@@ -31,7 +31,7 @@ class Case:
     def add(self, number: int, rows=None, **changes) -> None:
         name = changes.pop("image", f"{number}.png")
         if not (self.folder / name).exists() and name == f"{number}.png":
-            drawing(number).save(self.folder / name)
+            sketch(number).save(self.folder / name)
         row = {"id": f"r{number}", "problem": f"Question {number}?", "answer": str(number), "image": name}
         (self.rows if rows is None else rows).append(row | changes)
 
@@ -48,7 +48,7 @@ class Case:
         if self.held_out:
             values["eval"] = {"data": {"source": str(self.folder / "test.jsonl")}}
         (self.folder / "c.yaml").write_text(yaml.safe_dump(values))
-        out = self.folder / "found.json"
+        out = self.folder / "findings.json"
         options = ["--out", str(out), *(["--against", against] if against else [])]
         result = CliRunner().invoke(app, ["doctor", str(self.folder / "c.yaml"), *overrides, *options])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -58,10 +58,10 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path, model_folder):
-    made = Case(tmp_path, model_folder())
+    rows = Case(tmp_path, model_folder())
     for number in range(12):
-        made.add(number)
-    return made
+        rows.add(number)
+    return rows
 
 
 def test_good_rows_have_no_findings(case):
@@ -73,8 +73,8 @@ def test_good_rows_have_no_findings(case):
     assert "nothing would break the run" in result.output
 
 
-def test_what_would_break_a_run_is_exit_code_1(case):
-    drawing(13).save(case.folder / "whole.png")
+def test_rows_that_would_break_a_run_give_exit_code_1(case):
+    sketch(13).save(case.folder / "whole.png")
     (case.folder / "torn.png").write_bytes((case.folder / "whole.png").read_bytes()[:200])
     case.add(12, image="missing.png")
     case.add(13, image="torn.png")
@@ -100,7 +100,7 @@ def test_a_prompt_that_leaves_no_room_for_the_response(case):
     assert result.exit_code == 1 and findings["train.jsonl", "over the context"]["count"] == 12
 
 
-def test_what_is_worth_a_look(case):
+def test_suspicious_rows_are_reported(case):
     case.add(12, problem="The answer is 12, so?")
     case.add(13, problem="Of 1,913 people ...?", answer="1,913")
     case.add(14, image="0.png", problem="Question 0?", answer="5")
@@ -121,7 +121,7 @@ def test_what_is_worth_a_look(case):
     assert {name: finding["rows"] for (_, name), finding in findings.items()} == expected
 
 
-def test_one_answer_that_prevails_and_a_reward_that_takes_anything(case):
+def test_a_frequent_answer_and_a_reward_that_accepts_anything_are_reported(case):
     for row in case.rows[:9]:
         row["answer"] = "7"
     mine = "def any_answer(response, example): return 1.0 + 0 * example.images[0].getpixel((0, 0))[0]\n"
@@ -132,18 +132,18 @@ def test_one_answer_that_prevails_and_a_reward_that_takes_anything(case):
     assert findings["train.jsonl", "wrong answers accepted"]["count"] == 12
 
 
-def test_pictures_of_the_evaluation_in_training(case):
+def test_evaluation_images_in_training_are_reported(case):
     """The same file, another size and compression, and a benchmark's own rows."""
     case.add(3, case.held_out, id="h3", problem="Another question?")
-    drawing(4).resize((143, 143)).save(case.folder / "h4.jpg", quality=70)
+    sketch(4).resize((143, 143)).save(case.folder / "h4.jpg", quality=70)
     case.add(4, case.held_out, id="h4", image="h4.jpg")
     case.add(30, case.held_out)
-    drawing(5).save(case.folder / "b5.png")
+    sketch(5).save(case.folder / "b5.png")
     row = {"id": "b5", "question": "Why?", "answer": "1", "image": "b5.png"}
     (case.folder / "bench.jsonl").write_text(json.dumps(row) + "\n")
     result, _, findings = case.run(against=f"mmk12={case.folder}/bench.jsonl")
-    found = findings["train.jsonl", "pictures of held-out in training"]
-    assert found["rows"] == ["r3", "r4"] and "1 with the same pixels, 1 nearly" in found["text"]
+    leaked = findings["train.jsonl", "pictures of held-out in training"]
+    assert leaked["rows"] == ["r3", "r4"] and "1 with the same pixels, 1 nearly" in leaked["text"]
     assert findings["train.jsonl", "pictures of benchmark mmk12 in training"]["rows"] == ["r5"]
     assert result.exit_code == 0
 
@@ -167,15 +167,15 @@ def test_no_false_alarms(case):
     assert {name for _, name in findings} <= {"pictures much reduced"}
 
 
-def test_pictures_that_could_not_be_compared_are_named(case):
+def test_images_that_could_not_be_compared_are_named(case):
     row = {"id": "b1", "question": "Why?", "answer": "1", "image": "gone.png"}
     (case.folder / "bench.jsonl").write_text(json.dumps(row) + "\n")
     result, _, findings = case.run(against=f"mmk12={case.folder}/bench.jsonl")
-    found = findings["benchmark mmk12", "pictures not compared"]
-    assert result.exit_code == 0 and found["rows"] == ["b1"] and "gone.png" in found["text"]
+    finding = findings["benchmark mmk12", "pictures not compared"]
+    assert result.exit_code == 0 and finding["rows"] == ["b1"] and "gone.png" in finding["text"]
 
 
-def test_a_benchmark_is_held_against_its_own_length(case):
+def test_a_benchmark_is_checked_against_its_own_max_tokens(case):
     (case.folder / "bm.yaml").write_text(
         f"about: b\nsource: {case.folder}/train.jsonl\nmax_tokens: 100000\nverifier: {{name: auto}}\n"
     )
@@ -193,15 +193,17 @@ def test_real_rows(case):
     assert "1457 and 2528" in findings["formalgeo", "pictures of benchmark geometry3k in training"]["text"]
 
 
-def test_pictures_with_transparency_are_laid_on_white(tmp_path):
+def test_transparent_images_get_a_white_background(tmp_path):
     from vlm_sapo.data.images import decode
 
     palette = Image.new("P", (20, 20), 0)
     palette.putpalette([0, 0, 0, 0, 0, 0])
     palette.paste(1, (5, 5, 10, 10))
     palette.save(tmp_path / "p.png", transparency=bytes([0, 255]))
-    read = decode("p.png", tmp_path)
+    image = decode("p.png", tmp_path)
     assert (
-        read.mode == "RGB" and read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((7, 7)) == (0, 0, 0)
+        image.mode == "RGB"
+        and image.getpixel((0, 0)) == (255, 255, 255)
+        and image.getpixel((7, 7)) == (0, 0, 0)
     )
     assert decode(picture(), tmp_path).mode == "RGB"

@@ -1,4 +1,4 @@
-"""Sampling the training rows, keeping those worth training on, and training on them."""
+"""Sampling the training rows, selecting those worth training on, and training on them."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_another_config_or_range_is_refused(settings, tmp_path):
     assert "two rates" in str(result.exception)
 
 
-def test_groups_without_variance_are_drawn_anew_within_their_task(settings, tmp_path):
+def test_groups_without_variance_are_resampled_within_their_task(settings, tmp_path):
     """A third of the rows has variance: more rounds leave fewer flat groups, and shares stay."""
     tasks = [
         {"source": "data/shapes.py:rows", "args": {"size": 30, "seed": seed}, "name": name, "share": 0.5}
@@ -108,7 +108,7 @@ def test_groups_without_variance_are_drawn_anew_within_their_task(settings, tmp_
     assert flat[6] >= flat[0]
 
 
-def test_kept_rows_name_their_pictures_where_they_are(settings, tmp_path):
+def test_kept_rows_give_the_paths_of_their_images(settings, tmp_path):
     """Outside the folder of the kept rows, which the printed overrides allow."""
     (tmp_path / "set").mkdir()
     picture().save(tmp_path / "set/p.png")

@@ -1,4 +1,4 @@
-"""What a config takes on given GPUs: the model without its memory, the sums, the nearest setting that fits."""
+"""The memory that a config takes on given GPUs: simulated passes, the sums, the nearest setting that fits."""
 
 import json
 import re
@@ -20,10 +20,10 @@ from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.tools.plan import memory, passes, simulate
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.estimate import Estimator
-from vlm_sapo.tools.plan.memory import GB, Gpus, Held
+from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
 from vlm_sapo.tools.plan.nearest import nearest
-from vlm_sapo.tools.plan.passes import Load, Rows
-from vlm_sapo.tools.plan.simulate import Memory
+from vlm_sapo.tools.plan.passes import BatchSpec
+from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec
 
 CONFIGS = SHARED / "processors/configs"
 PARAMETERS = {
@@ -37,7 +37,7 @@ PARAMETERS = {
     "Qwen3.6-27B": 27_356_728_560,
 }
 real = pytest.mark.skipif(not CONFIGS.is_dir(), reason="needs the shapes of real models")
-ROWS = Rows(prompt=24, image=4, response=6, group=3, budget=60)
+BATCH = BatchSpec(prompt=24, image=4, response=6, group=3, budget=60)
 
 
 @pytest.fixture
@@ -71,101 +71,103 @@ def tiny(model_folder, tmp_path):
 @real
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_ones(name, shape):
-    held = passes.held(Load(shape(name), "bfloat16", False, False))
-    assert sum(item.numel for item in held) == PARAMETERS[name]
-    assert memory.weights(held) == 2 * PARAMETERS[name]
-    assert memory.gradients(held) == 2 * PARAMETERS[name]
+    parameters = passes.parameters(ModelSpec(shape(name), "bfloat16", False, False))
+    assert sum(item.numel for item in parameters) == PARAMETERS[name]
+    assert memory.weight_bytes(parameters) == 2 * PARAMETERS[name]
+    assert memory.gradient_bytes(parameters) == 2 * PARAMETERS[name]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", [*FAMILIES, "one by one"])
-def test_a_pass_without_memory_counts_what_the_real_one_takes(family, checkpointing, frozen, model_folder):
+@pytest.mark.parametrize("family", [*FAMILIES, "plain layout"])
+def test_a_simulated_pass_counts_the_memory_of_a_real_one(family, checkpointing, frozen, model_folder):
     freeze, layout = ["vision", "merger"] if frozen else [], "shared"
-    if family == "one by one":
+    if family == "plain layout":
         family, layout = "qwen3_vl", "plain"
     path = str(model_folder(family))
-    load = Load(path, "float32", False, checkpointing, tuple(freeze), layout=layout)
-    mode, outline = passes.opened(load)
+    spec = ModelSpec(path, "float32", False, checkpointing, tuple(freeze), layout=layout)
+    mode, outline = passes.simulated_model(spec)
     with mode:
-        groups = passes.micro_batch(outline, ROWS, layout)
-    vlm = load_vlm(load.path, gradient_checkpointing=checkpointing, freeze=freeze)
+        groups = passes.micro_batch(outline, BATCH, layout)
+    vlm = load_vlm(spec.path, gradient_checkpointing=checkpointing, freeze=freeze)
     for prompt, _ in groups:
         object.__setattr__(prompt, "pixels", torch.zeros(prompt.pixels.shape))
     for parameter in vlm.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     if frozen:
         vlm.vision([prompt for prompt, _ in groups])
-    with Memory() as counted:
+    with MemoryCounter() as counter:
         logprobs, _ = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
         logprobs.sum().backward()
-    found = passes.training(load, ROWS)
-    assert found.activations + found.logits == pytest.approx(counted.peak, rel=0.15)
-    assert (found.features > 0) == frozen
+    predicted = passes.training_memory(spec, BATCH)
+    assert predicted.activations + predicted.logits == pytest.approx(counter.peak, rel=0.15)
+    assert (predicted.features > 0) == frozen
 
 
 def test_checkpointing_adapters_and_smaller_budgets_take_less(model_folder):
-    base = Load(str(model_folder()), "float32", False, False)
-    whole = passes.training(base, ROWS).activations
-    assert passes.training(Load(base.path, "float32", False, True), ROWS).activations < whole
-    assert passes.training(base, Rows(24, 4, 6, 3, 30)).activations < whole
-    adapted = Load(base.path, "bfloat16", True, False, rank=4, parts=("language",))
-    held = passes.held(adapted)
-    assert {item.size for item in held if item.trained} == {4}
-    assert 0 < memory.gradients(held) < 0.2 * memory.weights(held)
-    quantized = passes.held(Load(base.path, "bfloat16", True, False, rank=4, parts=("language",), bits=4))
-    saved = sum(item.numel for item in held if item.adapted) * (2 - memory.FOUR_BITS)
-    assert memory.weights(held) - memory.weights(quantized) == pytest.approx(saved)
+    base = ModelSpec(str(model_folder()), "float32", False, False)
+    whole = passes.training_memory(base, BATCH).activations
+    assert passes.training_memory(ModelSpec(base.path, "float32", False, True), BATCH).activations < whole
+    assert passes.training_memory(base, BatchSpec(24, 4, 6, 3, 30)).activations < whole
+    adapted = ModelSpec(base.path, "bfloat16", True, False, lora_rank=4, lora_parts=("language",))
+    parameters = passes.parameters(adapted)
+    assert {item.element_size for item in parameters if item.trained} == {4}
+    assert 0 < memory.gradient_bytes(parameters) < 0.2 * memory.weight_bytes(parameters)
+    quantized = passes.parameters(
+        ModelSpec(base.path, "bfloat16", True, False, lora_rank=4, lora_parts=("language",), lora_bits=4)
+    )
+    saved = sum(item.numel for item in parameters if item.adapted) * (2 - memory.NF4_BYTES)
+    assert memory.weight_bytes(parameters) - memory.weight_bytes(quantized) == pytest.approx(saved)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "layers"), [("qwen3_vl", 9), ("qwen3_5", 12)])
-def test_a_deep_model_is_measured_by_a_few_layers(family, layers, tmp_path, monkeypatch):
+def test_a_deep_models_memory_is_extrapolated_from_a_few_layers(family, layers, tmp_path, monkeypatch):
     shape = Shape(hidden=32, layers=layers, vision_layers=2, head_dim=8)
     new_model(tmp_path, family=family, corpus=CORPUS, shape=shape)
     for checkpointing in (True, False):
-        load = Load(str(tmp_path), "float32", False, checkpointing)
-        few, drawn = passes.training(load, ROWS), passes.generating(load, ROWS, 2)
+        spec = ModelSpec(str(tmp_path), "float32", False, checkpointing)
+        few, generation = passes.training_memory(spec, BATCH), passes.generation_memory(spec, BATCH, 2)
         with monkeypatch.context() as context:
-            context.setattr(simulate, "DEPTH", layers)
+            context.setattr(simulate, "MEASURED_LAYERS", layers)
             context.setattr(simulate, "_period", len)
-            passes.training.cache_clear(), passes.generating.cache_clear()
-            assert vars(passes.training(load, ROWS)) == pytest.approx(vars(few), rel=1e-3)
-            assert vars(passes.generating(load, ROWS, 2)) == pytest.approx(vars(drawn), rel=1e-3)
-        passes.training.cache_clear(), passes.generating.cache_clear()
+            passes.training_memory.cache_clear(), passes.generation_memory.cache_clear()
+            assert vars(passes.training_memory(spec, BATCH)) == pytest.approx(vars(few), rel=1e-3)
+            assert vars(passes.generation_memory(spec, BATCH, 2)) == pytest.approx(vars(generation), rel=1e-3)
+        passes.training_memory.cache_clear(), passes.generation_memory.cache_clear()
 
 
-def test_keys_and_values_of_generation_are_those_of_all_tokens(model_folder):
-    load = Load(str(model_folder()), "float32", False, False)
-    text = simulate.read_config(load.path).get_text_config()
+def test_the_kv_cache_holds_all_tokens_of_a_generation_batch(model_folder):
+    spec = ModelSpec(str(model_folder()), "float32", False, False)
+    text = simulate.read_config(spec.path).get_text_config()
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    tokens = 2 * (ROWS.prompt + ROWS.group * (ROWS.response - 1))
-    assert passes.generating(load, ROWS, 2).cache == pytest.approx(tokens * token, rel=0.01)
+    tokens = 2 * (BATCH.prompt + BATCH.group * (BATCH.response - 1))
+    assert passes.generation_memory(spec, BATCH, 2).kv_cache == pytest.approx(tokens * token, rel=0.01)
 
 
-def test_the_sums():
-    held = (
-        Held("root", 1000, 4, True),
-        Held("layers.0", 5000, 4, True),
-        Held("layers.1", 5000, 4, False),
-        Held("whole", 2000, 4, False),
+def test_bytes_of_weights_gradients_optimizer_and_all_gather():
+    parameters = (
+        ParameterSpec("root", 1000, 4, True),
+        ParameterSpec("layers.0", 5000, 4, True),
+        ParameterSpec("layers.1", 5000, 4, False),
+        ParameterSpec(UNSHARDED, 2000, 4, False),
     )
-    assert memory.weights(held) == 52_000
-    assert memory.weights(held, 2) == 44_000 / 2 + 8000
-    assert memory.gradients(held, 2) == 12_000
-    assert memory.optimizer(held, "adamw") == 48_000
-    assert memory.optimizer(held, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
-    assert memory.gathered(held, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
-    assert memory.whole(held, 2) == 22_000
+    assert memory.weight_bytes(parameters) == 52_000
+    assert memory.weight_bytes(parameters, 2) == 44_000 / 2 + 8000
+    assert memory.gradient_bytes(parameters, 2) == 12_000
+    assert memory.optimizer_bytes(parameters, "adamw") == 48_000
+    assert memory.optimizer_bytes(parameters, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
+    assert memory.all_gather_bytes(parameters, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
+    assert memory.unsharded_bytes(parameters, 2) == 22_000
 
 
 @pytest.mark.parametrize("text", ["80GB", "x80GB", "8x80", "0x80GB", "8x0GB", "2x4x8x80GB", "eight"])
-def test_gpus_have_a_form(text):
+def test_a_malformed_gpus_option_is_named(text):
     with pytest.raises(ValueError, match=re.escape(f"--gpus ({text}) must look like 1x24GB")):
         parse_gpus(text)
 
 
-def test_gpus_are_read():
+def test_gpus_are_parsed():
     assert parse_gpus("1x24GB") == Gpus(1, 1, 24 * GB)
     assert parse_gpus("4x8x141gb") == Gpus(4, 8, 141 * GB)
 
@@ -178,92 +180,95 @@ def test_gpus_are_read():
         ("train.optimizer=adamw_8bit", Gpus(1, 2, GB), "can't be sharded"),
     ],
 )
-def test_what_train_would_refuse_is_not_planned(tiny, override, gpus, sentence):
-    """With train's own sentences."""
+def test_configs_that_train_refuses_are_not_planned(tiny, override, gpus, sentence):
+    """With the same messages as `train`."""
     with pytest.raises(ValueError, match=re.escape(sentence)):
         plan_command(tiny, ["train.shard=all", override], gpus, None)
 
 
-def test_no_setting_is_near_that_train_would_refuse(tiny, monkeypatch):
+def test_settings_that_train_refuses_are_not_recommended(tiny, monkeypatch):
     """8-bit moments would fit sooner, and can't be sharded."""
-    monkeypatch.setattr(memory, "CONTEXT", 0.0)
+    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0.0)
     overrides = ["train.shard=all", "model.gradient_checkpointing=true", "rollout.prompts_per_batch=1"]
     overrides += ["data.max_prompt_tokens=12", "rollout.max_tokens=2", "rollout.group=2"]
     overrides += ["train.tokens_per_microbatch=14"]
-    whole, eight = (
+    full, eight_bit = (
         Estimator(load(cfg.TrainConfig, tiny, [*overrides, *more]), Gpus(1, 2, GB)).estimate().peak
         for more in ([], ["train.optimizer=adamw_8bit"])
     )
-    changes, found = nearest(tiny, overrides, Gpus(1, 2, int(whole + eight) // 2))
-    assert found.fits and check_processes(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
+    changes, estimate = nearest(tiny, overrides, Gpus(1, 2, int(full + eight_bit) // 2))
+    assert estimate.fits and check_processes(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
 
 
-def test_frozen_parts_get_no_adapters(tiny):
+def test_frozen_parts_are_not_recommended_adapters(tiny):
     """Nothing that the config refuses is tried."""
     with pytest.raises(ValueError, match="no setting of this config does"):
         nearest(tiny, ["model.freeze=[language]"], Gpus(1, 1, int(0.1 * GB)))
 
 
 def test_a_reference_model_goes_to_host_memory_with_the_weights(tiny):
-    alone, beside = (
+    without, with_reference = (
         Estimator(load(cfg.TrainConfig, tiny, ["train.offload=true", kl]), Gpus(1, 1, GB)).estimate()
         for kl in ("algo.kl=0", "algo.kl=0.1")
     )
-    assert beside.peak == alone.peak
-    (_, before), (_, after) = alone.host[0], beside.host[0]
-    assert after - before == memory.weights(passes.held(Load(tiny_model(tiny), "float32", False, False)))
+    assert with_reference.peak == without.peak
+    (_, before), (_, after) = without.host[0], with_reference.host[0]
+    assert after - before == memory.weight_bytes(
+        passes.parameters(ModelSpec(tiny_model(tiny), "float32", False, False))
+    )
 
 
 def tiny_model(tiny: str) -> str:
     return load(cfg.TrainConfig, tiny, []).model.path
 
 
-def test_what_fits_fits(tiny):
+def test_a_config_that_fits(tiny):
     assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), None)
 
 
 @pytest.mark.slow
 def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CONTEXT", 0.0)
+    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0.0)
     whole = Estimator(load(cfg.TrainConfig, tiny), Gpus(1, 1, GB)).estimate()
     assert whole.totals["training"] > whole.totals["generating"]
     gpus = Gpus(1, 1, int(whole.totals["training"]) - 1)
-    changes, found = nearest(tiny, [], gpus)
+    changes, estimate = nearest(tiny, [], gpus)
     assert changes == ("train.tokens_per_microbatch=256",)
-    assert found.fits and found.totals["training"] < whole.totals["training"]
-    out = tmp_path / "made" / "fits.yaml"
+    assert estimate.fits and estimate.totals["training"] < whole.totals["training"]
+    out = tmp_path / "new" / "fits.yaml"
     assert not plan_command(tiny, [], gpus, out)
     assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, [*changes, "run.name=fits"])
-    least = Estimator(load(cfg.TrainConfig, tiny), gpus).least
-    changes, found = nearest(tiny, [], Gpus(1, 1, int(0.9 * least)))
-    assert found.fits and any(change.startswith(("train.optimizer", "model.lora")) for change in changes)
+    minimum = Estimator(load(cfg.TrainConfig, tiny), gpus).minimum
+    changes, estimate = nearest(tiny, [], Gpus(1, 1, int(0.9 * minimum)))
+    assert estimate.fits and any(change.startswith(("train.optimizer", "model.lora")) for change in changes)
     with pytest.raises(ValueError, match="must hold one prompt of 64 tokens with one response of 16"):
         nearest(tiny, [], Gpus(1, 1, 1000))
 
 
 def test_sharding_offload_and_engines(tiny):
-    def totals(*overrides: str, gpus: str = "2x1GB"):
+    def estimate(*overrides: str, gpus: str = "2x1GB"):
         return Estimator(load(cfg.TrainConfig, tiny, overrides), parse_gpus(gpus)).estimate()
 
-    alone, shared = totals(), totals("train.shard=all")
+    replicated, shared = estimate(), estimate("train.shard=all")
     rows = {row.name: row for row in shared.rows}
-    assert rows["weights"].training == pytest.approx(alone.rows[1].training / 2)
+    assert rows["weights"].training == pytest.approx(replicated.rows[1].training / 2)
     assert (
-        rows["gathered layers"].training > 0 and rows["whole model"].generating > rows["weights"].generating
+        rows["FSDP all-gather buffer"].training > 0
+        and rows["unsharded model"].generating > rows["weights"].generating
     )
-    offloaded = totals("train.offload=true")
+    offloaded = estimate("train.offload=true")
     assert "optimizer" not in {row.name for row in offloaded.rows}
     assert dict(offloaded.host)["weights, gradients and optimizer"] > 0
-    kl = totals("algo.kl=0.1")
-    assert kl.peak - alone.peak == pytest.approx(alone.rows[1].training)
-    engine = totals("rollout.engine={type: vllm, gpu_memory: 0.5}", gpus="2x8GB")
+    kl = estimate("algo.kl=0.1")
+    assert kl.peak - replicated.peak == pytest.approx(replicated.rows[1].training)
+    engine = estimate("rollout.engine={type: vllm, gpu_memory: 0.5}", gpus="2x8GB")
     assert {row.name: row for row in engine.rows}["engine"].generating == 4 * GB
-    assert dict(engine.host)["the sleeping engine's weights"] > 0
-    short = totals("rollout.engine={type: vllm, gpu_memory: 0.1}", gpus="2x8GB")
-    assert not short.fits and "rollout.engine.gpu_memory (0.1)" in short.short
+    assert dict(engine.host)["weights of the sleeping engine"] > 0
+    shortage = estimate("rollout.engine={type: vllm, gpu_memory: 0.1}", gpus="2x8GB")
+    assert not shortage.fits and "rollout.engine.gpu_memory (0.1)" in shortage.shortage
 
 
-def test_the_command(tiny):
+def test_the_exit_code_says_whether_a_config_fits(tiny):
     assert CliRunner().invoke(app, ["plan", tiny, "--gpus", "1x2GB"]).exit_code == 0
     assert CliRunner().invoke(app, ["plan", tiny, "--gpus", "1x1GB"]).exit_code == 1
     result = CliRunner().invoke(app, ["plan", tiny, "--gpus", "80GB"])
@@ -285,7 +290,7 @@ CARD = re.compile(r"_((?:\d+x)?\d+x\d+gb)$")
 
 @real
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED])
-def test_a_shipped_config_fits_where_it_says(name, shape):
+def test_a_shipped_config_fits_on_its_gpus(name, shape):
     """And one of its micro-batches goes through the model forwards and backwards, on tensors without values."""
     config = load(cfg.TrainConfig, name)
     path = shape(config.model.path.split("/")[-1])
@@ -293,5 +298,5 @@ def test_a_shipped_config_fits_where_it_says(name, shape):
     card = CARD.search(name)
     gpus = parse_gpus(card.group(1) if card else "1x80GB")
     check_processes(config, gpus.count)
-    found = Estimator(config, gpus).estimate()
-    assert found.fits, found
+    estimate = Estimator(config, gpus).estimate()
+    assert estimate.fits, estimate

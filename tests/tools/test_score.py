@@ -48,7 +48,7 @@ def test_a_file_is_graded_and_compared(run):
     assert "bad_row 2" in result.output
 
 
-def test_a_function_on_a_file(run, tmp_path):
+def test_a_users_function_grades_a_file(run, tmp_path):
     (tmp_path / "mine.py").write_text("def f(response, example, by=1):\n    return len(response) * by\n")
     name = f"{tmp_path}/mine.py:f"
     result, rows = run(
@@ -57,7 +57,7 @@ def test_a_function_on_a_file(run, tmp_path):
     assert result.exit_code == 0 and rows[0]["score"] == 6.0
 
 
-def test_a_function_sees_the_rows_pictures(run, tmp_path):
+def test_a_users_function_sees_the_rows_images(run, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     (tmp_path / "mine.py").write_text("def f(response, example):\n    return example.images[0].size[0]\n")
     lines = [json.dumps({"answer": "x", "response": "r", "image": name}) for name in ("a.png", "b.png")]
@@ -66,8 +66,8 @@ def test_a_function_sees_the_rows_pictures(run, tmp_path):
     assert "b.png does not exist" in rows[1]["error"]
 
 
-def test_what_was_graded_stays_when_a_function_fails(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm_sapo.tools.score.BATCH", 2)
+def test_graded_rows_are_written_before_a_function_fails(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sapo.tools.score.ROWS_PER_WRITE", 2)
     (tmp_path / "mine.py").write_text(
         "def f(response, example):\n    return {'ok': 1.0, 'bad': None}[response]\n"
     )
@@ -110,11 +110,11 @@ def test_agreement_with_the_benchmarks_authors(run):
     lines = (SHARED / "verifier_truth" / "triples.jsonl").read_text().splitlines()
     _, rows = run(lines, "--response", "extraction,response")
     for source, target in TARGETS.items():
-        chosen = [row for row in rows if row["source"] == source and not row.get("flags")]
+        rows_of_source = [row for row in rows if row["source"] == source and not row.get("flags")]
         agree = [
             (row["score"] >= 0.5) == row["verdict"]
             if isinstance(row["verdict"], bool)
             else abs(row["score"] - row["verdict"]) <= 0.01
-            for row in chosen
+            for row in rows_of_source
         ]
         assert sum(agree) / len(agree) >= target, source

@@ -1,1 +1,1 @@
-"""Rows and pictures in, examples out."""
+"""Reads rows and images, and gives training its examples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 from PIL.Image import Image
 
+from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RowError
@@ -27,7 +28,7 @@ def open_rows(
     split: str | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> Sequence[Row]:
-    """The rows of a source, none of its pictures decoded yet.
+    """The rows of a source, none of its images decoded yet.
 
     `source` is a JSONL or parquet file, a folder written by `datasets` or laid out as on the hub, a hub id,
     or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
@@ -54,7 +55,7 @@ def open_rows(
 
 
 def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
-    """The rows that a function returns, or an error that names what it was given."""
+    """The rows that a function returns, or an error that names its arguments."""
     function = resolve(source, field="data.source")
     try:
         signature(function).bind(**args)
@@ -99,7 +100,7 @@ def _pick_split(rows: Any, split: str | None, source: str) -> Any:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Leaves pictures as bytes, at any depth: a broken one is an error of its row and not of the whole set,
+    """Leaves images as bytes, at any depth: a broken one is an error of its row and not of the whole set,
     and no column opens files or addresses by itself."""
     for name, feature in rows.features.items():
         if (raw := _raw(feature)) != feature:
@@ -108,8 +109,7 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _raw(feature: Any) -> Any:
-    """A feature of `datasets` whose pictures, sounds and films, which are bytes and a path, stay as they are
-    stored."""
+    """A feature of `datasets` with images, audio and video left as they are stored: bytes and a path."""
     if isinstance(feature, Mapping):
         return {name: _raw(inner) for name, inner in feature.items()}
     if hasattr(feature, "decode") and pa.types.is_struct(feature.pa_type):
@@ -120,83 +120,72 @@ def _raw(feature: Any) -> Any:
 
 
 class ExampleSet(Sequence):
-    """The rows of a source as examples, with columns renamed, filtered and mapped.
+    """The rows of a source as examples, selected, renamed and rewritten as a config section says.
 
-    `columns` maps the names `problem, answer, images, id, split` to the source's own, or to several of which
-    the first counts that the rows have; `keep` holds a value, or a list of values, per column that a row must
-    have; `split` chooses from rows that have a split column; `transform` rewrites a row before its columns
-    are read. `task, template, system, verifier` are those of every example. Rows name pictures in the folder
-    of their file, or `anywhere`; those of a Python function may in any case.
+    `task` is the rows' name in logs, by default the section's own. A row is transformed before its columns
+    are read. Rows of a file may name images in the file's folder only, unless `pictures_anywhere` is set;
+    rows of a Python function may name any.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        *,
-        name: str,
-        columns: Mapping[str, str | Sequence[str]] | None = None,
-        split: str | None = None,
-        keep: Mapping[str, Any] | None = None,
-        limit: int | None = None,
-        transform: Callable[[Row], Row] | None = None,
-        task: str = "",
-        template: str = "{problem}",
-        system: str | None = None,
-        verifier: tuple[str, Mapping[str, Any]] | None = None,
-        anywhere: bool = False,
-    ):
-        self.anywhere = anywhere or ".py:" in name
-        self.rows, self.name, self.transform = rows, name, transform
-        self.common = {"task": task, "template": template, "system": system, "verifier": verifier}
-        path = locate(name.partition(":")[0])
+    def __init__(self, rows: Sequence[Row], section: SourceConfig, *, task: str | None = None):
+        self.rows, self.name = rows, str(section.source)
+        self.anywhere = section.pictures_anywhere or ".py:" in self.name
+        self.transform = resolve(section.transform, field="data.transform") if section.transform else None
+        verifier = section.verifier
+        self.common = {
+            "task": task or section.task,
+            "template": section.template,
+            "system": section.system,
+            "verifier": (verifier.name, verifier.args) if verifier else None,
+        }
+        path = locate(self.name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
-        columns = self.named = dict(columns or {})
-        keep = dict(keep or {})
+        columns = self.column_names = dict(section.columns)
+        conditions = dict(section.filter)
         column = _first(columns.pop("split", "split"), rows[0] if len(rows) else {})
         self.has_split = column is not None
-        if split is not None and column is not None:
-            keep.setdefault(column, split)
-        self.indices = list(range(len(rows))) if not keep else _matching(rows, keep, name)
-        self.indices = self.indices[:limit]
+        if section.split is not None and column is not None:
+            conditions.setdefault(column, section.split)
+        self.indices = _matching(rows, conditions, self.name)[: section.limit]
         if not self.indices:
             raise ValueError(
-                f"data.source ({name}) has no rows left; check data.split, data.filter and data.limit"
+                f"data.source ({self.name}) has no rows left; check data.split, data.filter and data.limit"
             )
         first = self._row(0)
         if isinstance(rows, list):  # of JSON lines, which need not have all columns
             first = dict.fromkeys(name for row in rows for name in row) | dict(first)
-        given = columns.get("images", ["images", "image"])
-        self.pictures = [given] if isinstance(given, str) else list(given)
-        """Columns that may hold pictures: of each row the first that does."""
-        self.columns = _complete(columns, first, name)
+        names = columns.get("images", ["images", "image"])
+        self.image_columns = [names] if isinstance(names, str) else list(names)
+        """Columns that may hold images: the first that a row has is used."""
+        self.columns = _complete(columns, first, self.name)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
-        where = self.columns
+        columns = self.columns
         key = self._name(row, index)
         label = f"row {key} of {self.name}"
-        problem, answer = row.get(where["problem"]), row.get(where["answer"])
+        problem, answer = row.get(columns["problem"]), row.get(columns["answer"])
         for field, value in (("problem", problem), ("answer", answer)):
             if value is None or not str(value).strip():
                 raise RowError(
-                    f"{label}: field {where[field]} is empty; give it a value or filter the row out"
+                    f"{label}: field {columns[field]} is empty; give it a value or filter the row out"
                 )
-        _check_text(label, {where["problem"]: problem, where["answer"]: answer, "id": key})
+        _check_text(label, {columns["problem"]: problem, columns["answer"]: answer, "id": key})
         images = self._images(row, label)
         marks = str(problem).count(IMAGE_PLACEHOLDER)
         if marks not in (0, len(images)):
             raise RowError(
-                f"{label}: field {where['problem']} has {marks} {IMAGE_PLACEHOLDER} marks "
-                f"and the row {len(images)} pictures; "
-                "give one mark per picture, or none to put the pictures first"
+                f"{label}: field {columns['problem']} has {marks} {IMAGE_PLACEHOLDER} marks "
+                f"and the row {len(images)} images; "
+                "give one mark per image, or none to put the images first"
             )
         others = {
             name: value
             for name, value in row.items()
-            if name not in self.pictures and not holds_picture(value)
+            if name not in self.image_columns and not holds_image(value)
         }
         text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
         return Example(
@@ -211,14 +200,14 @@ class ExampleSet(Sequence):
         )
 
     def key(self, index: int) -> str:
-        """A row's id, or its number, read without its pictures."""
+        """A row's id, or its number, read without its images."""
         try:
             return self._name(self._row(index), index)
         except RowError:
             return self._name(self.raw(index), index)
 
     def _name(self, row: Row, index: int) -> str:
-        column = _first(self.named.get("id", "id"), row)
+        column = _first(self.column_names.get("id", "id"), row)
         return str(row[column]) if column else str(self.indices[index])
 
     def raw(self, index: int) -> Row:
@@ -236,7 +225,7 @@ class ExampleSet(Sequence):
             ) from error
 
     def _images(self, row: Row, label: str) -> tuple:
-        column = next((name for name in self.pictures if row.get(name) not in (None, [])), None)
+        column = next((name for name in self.image_columns if row.get(name) not in (None, [])), None)
         value = row.get(column) if column else None
         values = [] if value is None else value if isinstance(value, list | tuple) else [value]
         images = []
@@ -244,23 +233,26 @@ class ExampleSet(Sequence):
             try:
                 images.append(decode(item, self.folder, anywhere=self.anywhere))
             except ValueError as error:
-                raise RowError(f"{label}: field {column}, picture {number + 1}: {error}") from error
+                raise RowError(f"{label}: field {column}, image {number + 1}: {error}") from error
         return tuple(images)
 
 
-def _matching(rows: Sequence[Row], keep: Mapping[str, Any], name: str) -> list[int]:
-    for column in keep:
+def _matching(rows: Sequence[Row], conditions: Mapping[str, Any], name: str) -> list[int]:
+    """The indices of the rows whose columns have the required value, or one of several."""
+    if not conditions:
+        return list(range(len(rows)))
+    for column in conditions:
         _check_column(column, rows[0], f"data.filter.{column}", name)
-    wanted = {column: value if isinstance(value, list) else [value] for column, value in keep.items()}
+    allowed = {column: value if isinstance(value, list) else [value] for column, value in conditions.items()}
     return [
         index
         for index, row in enumerate(rows)
-        if all(row.get(column) in values for column, values in wanted.items())
+        if all(row.get(column) in values for column, values in allowed.items())
     ]
 
 
-def holds_picture(value: Any) -> bool:
-    """Whether a column's value is a picture or a list of them, as objects or as bytes."""
+def holds_image(value: Any) -> bool:
+    """Whether a column's value is an image or a list of them, as objects or as bytes."""
     items = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(x, Image | bytes) or (isinstance(x, Mapping) and "bytes" in x) for x in items)
 
@@ -281,24 +273,23 @@ def _first(names: str | Sequence[str], row: Row) -> str | None:
     return next((name for name in ([names] if isinstance(names, str) else names) if name in row), None)
 
 
-def _complete(given: Mapping[str, str | Sequence[str]], row: Row, name: str) -> dict[str, str]:
+def _complete(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -> dict[str, str]:
     """The user's column names checked against a row, the others by their usual names."""
-    chosen = {}
-    for field, names in given.items():
-        chosen[field] = _first(names, row) or (names if isinstance(names, str) else names[0])
-        _check_column(chosen[field], row, f"data.columns.{field}", name)
-    columns = {"problem": "problem", "answer": "answer", "id": "id"} | chosen
+    columns = {"problem": "problem", "answer": "answer", "id": "id"}
+    for field, options in names.items():
+        columns[field] = _first(options, row) or (options if isinstance(options, str) else options[0])
+        _check_column(columns[field], row, f"data.columns.{field}", source)
     if "images" not in columns:
         columns |= next(({"images": usual} for usual in ("images", "image") if usual in row), {})
     for field in ("problem", "answer"):
-        _check_column(columns[field], row, f"data.columns.{field}", name)
+        _check_column(columns[field], row, f"data.columns.{field}", source)
     return columns
 
 
-def _check_column(column: str, known: Any, field: str, source: str) -> None:
-    if column not in known:
-        close = difflib.get_close_matches(column, list(known), n=1)
+def _check_column(column: str, columns: Iterable[str], field: str, source: str) -> None:
+    if column not in columns:
+        close = difflib.get_close_matches(column, list(columns), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(
-            f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, known))}"
+            f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, columns))}"
         )

@@ -1,40 +1,36 @@
-"""Shuffled, endless, resumable orders of prompts, mixed, and spread over processes."""
+"""Shuffled, endless, resumable orders of prompts, mixed over tasks and distributed over processes."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_sapo.distributed import World
 from vlm_sapo.types import Example, Prompt, RowError
 
+if TYPE_CHECKING:
+    from vlm_sapo.models.encode import Encoder
+
 
 class PromptStream:
-    """Gives out rows epoch after epoch, each epoch in an order of its own that depends on the seed alone.
+    """The rows of a task, epoch after epoch, each epoch in an order that depends on the seed alone.
 
-    `position` counts the rows given out so far: setting it resumes the order. With `skip` bad rows are
+    `position` counts the rows that were taken so far: setting it resumes the order. With `skip`, bad rows are
     counted in `skipped` and left out.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        encode: Callable[[Example], Prompt],
-        *,
-        seed: Any,
-        skip: bool = False,
-    ):
+    def __init__(self, examples: Sequence[Example], encode: Encoder, *, seed: Any, skip: bool = False):
         self.examples, self.encode, self.seed, self.skip = examples, encode, seed, skip
         self.position = 0
         self.skipped = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
     def next(self) -> int:
-        """The next row."""
+        """The next row's index."""
         epoch, offset = divmod(self.position, len(self.examples))
         if self._order[0] != epoch:
             order = list(range(len(self.examples)))
@@ -44,16 +40,16 @@ class PromptStream:
         return self._order[1][offset]
 
     def prompt(self, row: int) -> Prompt:
-        """The prompt of a row, out of turn."""
+        """The prompt of a row; does not change the position."""
         return self.encode(self.examples[row])
 
 
 class TaskMixture:
-    """Draws from the streams of several tasks so that each mini-batch holds every task's share.
+    """Takes prompts from the streams of several tasks so that each mini-batch holds every task's share.
 
-    A task's count in a mini-batch is its share of it rounded up or down; what rounding leaves over is
-    settled in the next ones, so the shares of a run are exact. `shares` sum to 1. Every process of `world`
-    goes through the same rows, and encodes those at its own places alone.
+    A task's count in a mini-batch is its share rounded up or down; later mini-batches even out the rounding,
+    so the shares of a run are exact. `shares` sum to 1. Every process of `world` goes through the same rows,
+    and encodes only those of its own slots: a slot is a prompt's index in a step.
     """
 
     def __init__(
@@ -66,7 +62,8 @@ class TaskMixture:
     ):
         self.streams, self.shares, self.minibatch = dict(streams), dict(shares), minibatch
         self.world = world or World()
-        self.drawn = dict.fromkeys(streams, 0)
+        self.taken = dict.fromkeys(streams, 0)
+        """Prompts taken so far, by task."""
 
     def __len__(self) -> int:
         return sum(len(stream.examples) for stream in self.streams.values())
@@ -77,7 +74,7 @@ class TaskMixture:
         return sum(stream.skipped for stream in self.streams.values())
 
     def tasks(self, count: int) -> list[str]:
-        """The tasks of the next `count` places, one mini-batch after the other."""
+        """The tasks of the next `count` slots, one mini-batch after the other."""
         tasks: list[str] = []
         for start in range(0, count, self.minibatch):
             for task, quota in self._quotas(min(self.minibatch, count - start)).items():
@@ -85,38 +82,40 @@ class TaskMixture:
         return tasks
 
     def next_prompts(self, tasks: Mapping[int, str]) -> dict[int, Prompt]:
-        """A further prompt of the task at each place; those of this process's places. A bad row's place gets
-        the next row of its task."""
+        """The next prompt of each slot's task, for the slots of this process. A bad row is replaced by the
+        next row of its task."""
         prompts: dict[int, Prompt] = {}
         failures: Counter[str] = Counter()
         while tasks:
-            rows = {place: self.streams[task].next() for place, task in tasks.items()}
-            bad: dict[int, str] = {}
-            for place, row in rows.items():
-                if self.world.is_local(place):
+            rows = {slot: self.streams[task].next() for slot, task in tasks.items()}
+            errors: dict[int, str] = {}
+            for slot, row in rows.items():
+                if self.world.is_local(slot):
                     try:
-                        prompts[place] = self.streams[tasks[place]].prompt(row)
+                        prompts[slot] = self.streams[tasks[slot]].prompt(row)
                     except RowError as error:
-                        if not self.streams[tasks[place]].skip:
+                        if not self.streams[tasks[slot]].skip:
                             raise
-                        bad[place] = str(error)
-            bad = {place: reason for told in self.world.all_gather(bad) for place, reason in told.items()}
-            tasks = {place: task for place, task in tasks.items() if place in bad}
-            for place, task in tasks.items():
+                        errors[slot] = str(error)
+            errors = {slot: text for part in self.world.all_gather(errors) for slot, text in part.items()}
+            tasks = {slot: task for slot, task in tasks.items() if slot in errors}
+            for slot, task in tasks.items():
                 self.streams[task].skipped += 1
                 failures[task] += 1
                 if failures[task] >= len(self.streams[task].examples):
-                    raise RowError(f"no row of {task} is left that can be used; the last one: {bad[place]}")
-        return {place: prompts[place] for place in sorted(prompts)}
+                    raise RowError(
+                        f"no row of {task} is left that can be used; the last error: {errors[slot]}"
+                    )
+        return {slot: prompts[slot] for slot in sorted(prompts)}
 
     def take(self, count: int) -> list[Prompt]:
         """This process's prompts of the next `count`."""
         return list(self.next_prompts(dict(enumerate(self.tasks(count)))).values())
 
     def state(self) -> dict[str, dict[str, int]]:
-        """What `restore` needs to go on from here."""
+        """What `restore` needs to go on from here; checkpoints store it under these keys."""
         return {
-            task: {"position": stream.position, "skipped": stream.skipped, "drawn": self.drawn[task]}
+            task: {"position": stream.position, "skipped": stream.skipped, "drawn": self.taken[task]}
             for task, stream in self.streams.items()
         }
 
@@ -124,11 +123,11 @@ class TaskMixture:
         """Goes on from where `state` was taken."""
         for task, saved in state.items():
             self.streams[task].position, self.streams[task].skipped = saved["position"], saved["skipped"]
-            self.drawn[task] = saved["drawn"]
+            self.taken[task] = saved["drawn"]
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[dict[str, dict[str, int]]]:
-        """Goes back to where it is now if the block fails, in this process or another. Yields that state."""
+        """Restores the state if the block fails, in this process or another. Yields the state before it."""
         before = self.state()
         try:
             yield before
@@ -141,10 +140,10 @@ class TaskMixture:
     def _quotas(self, count: int) -> dict[str, int]:
         """How many prompts of each task come next."""
         quotas = dict.fromkeys(self.streams, 0)
-        total = sum(self.drawn.values()) + count
+        total = sum(self.taken.values()) + count
         for _ in range(count):
             open_ = [task for task, share in self.shares.items() if quotas[task] < math.ceil(share * count)]
-            task = max(open_, key=lambda task: self.shares[task] * total - self.drawn[task])
+            task = max(open_, key=lambda task: self.shares[task] * total - self.taken[task])
             quotas[task] += 1
-            self.drawn[task] += 1
+            self.taken[task] += 1
         return quotas

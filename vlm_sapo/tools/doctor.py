@@ -1,15 +1,15 @@
-"""What is wrong with the rows of a config, found before any GPU hour."""
+"""Checks the rows of a config before a run: unreadable rows, wrong gold answers, leakage."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,38 +24,40 @@ from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
 
-WORST = 5
+IDS_PER_FINDING = 5
 """Rows that a finding names."""
-LISTED = 20
+ERRORS_PER_FINDING = 20
 """Rows whose own error a finding gives."""
-SHRUNK = 3.0
-"""Pictures whose sides lose more than this factor are worth a look: their small print is gone."""
-ONE_ANSWER = 0.5
-"""Share from which one answer is too frequent."""
-MENTION = re.compile(
+SHRINK_WARNING_FACTOR = 3.0
+"""Images whose sides shrink by more than this factor are reported: their small print is gone."""
+FREQUENT_ANSWER_SHARE = 0.5
+"""Share of a set's answers above which one answer is too frequent."""
+IMAGE_MENTION = re.compile(
     r"\b(?:figure|diagram|image|picture|graph|chart|photo|as shown|table below)\b", re.IGNORECASE
 )
-GIVEN_AWAY = r"(?:\\boxed\s*\{{|<answer>|\banswer\s*(?:is|:|=))[\s$(*]*{}(?!\w)"
-CHOSEN = re.compile(r"^\(?[A-Za-z]\)?$|^(?:yes|no|true|false)$", re.IGNORECASE)
+ANSWER_STATED = r"(?:\\boxed\s*\{{|<answer>|\banswer\s*(?:is|:|=))[\s$(*]*{}(?!\w)"
+CHOICE_LABEL = re.compile(r"^\(?[A-Za-z]\)?$|^(?:yes|no|true|false)$", re.IGNORECASE)
+Level = Literal["breaks", "warning", "note"]
+"""`breaks`: the run would stop or could never reward the row."""
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about some rows of a set."""
+    """A problem with some rows of a set."""
 
-    level: Literal["breaks", "warning", "note"]
-    """`breaks`: the run would stop or could never reward the row."""
+    level: Level
     name: str
     where: str
     count: int
     rows: list[str]
-    """The worst or first of them, by id."""
+    """Ids of the worst or first of them."""
     text: str
 
 
 @dataclass(frozen=True)
 class RowSet:
-    """The rows of a task, of the held-out rows or of a benchmark."""
+    """The rows of a task, of the held-out set or of a benchmark."""
 
     name: str
     rows: list[Inspected]
@@ -63,28 +65,38 @@ class RowSet:
     """Whether they measure the model instead of training it."""
     max_tokens: int = 0
     """Longest response to them."""
-    only_pictures: bool = False
-    """Whether their pictures alone matter, since no run uses them."""
+    only_images: bool = False
+    """Whether only their images are compared, since no run uses the rows."""
     own_function: bool = False
-    """Whether a user's function grades them, whose form of an answer is not known."""
+    """Whether a user's function grades them, whose answer format is not known."""
+
+    def finding(self, level: Level, name: str, rows: Sequence[Inspected], text: str) -> list[Finding]:
+        """A finding about some rows of the set; none where there are no such rows."""
+        if not rows:
+            return []
+        return [Finding(level, name, self.name, len(rows), [row.id for row in rows[:IDS_PER_FINDING]], text)]
 
 
 def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Finding]:
-    """Everything there is to say of the sets, the worst first. `context` is the model's; with `skip`, rows
-    that can't be used are left out by the run."""
-    found = []
-    for rows in (rows for rows in sets if not rows.only_pictures):
-        found += _unusable(rows, skip) + _over_context(rows, context - rows.max_tokens) + _golds(rows)
-        found += _pictures(rows) + _prompts(rows) + _answers(rows) + _repeated(rows)
-    for rows in (rows for rows in sets if rows.only_pictures):
-        unread = [row for row in rows.rows if row.example is None]
-        found += _finding("warning", "pictures not compared", rows.name, unread, _each(unread))
-    trained = [rows for rows in sets if not rows.evaluated]
-    for rows in trained:
-        for other in (rows for rows in sets if rows.evaluated):
-            found += _leaked(rows, other)
-    order = ["breaks", "warning", "note"]
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    """All findings about the sets, the worst first. `context` is the model's; with `skip`, the run leaves out
+    rows that can't be used."""
+    findings: list[Finding] = []
+    for rows in sets:
+        if rows.only_images:
+            unreadable = [row for row in rows.rows if row.example is None]
+            findings += rows.finding("warning", "pictures not compared", unreadable, _errors(unreadable))
+            continue
+        findings += _check_usable(rows, skip)
+        findings += _check_context(rows, context - rows.max_tokens)
+        findings += _check_verdicts(rows)
+        findings += _check_images(rows)
+        findings += _check_prompts(rows)
+        findings += _check_answers(rows)
+        findings += _check_duplicates(rows)
+    for rows in (rows for rows in sets if not rows.evaluated):
+        for evaluated in (rows for rows in sets if rows.evaluated):
+            findings += _check_leakage(rows, evaluated)
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def describe(rows: RowSet) -> dict[str, Any]:
@@ -92,8 +104,8 @@ def describe(rows: RowSet) -> dict[str, Any]:
     usable = [row for row in rows.rows if row.tokens and not row.error]
     tokens = np.array([row.tokens for row in rows.rows if row.tokens] or [0])
     answers = Counter(row.example.answer.strip() for row in usable)
-    longest = sorted(rows.rows, key=lambda row: -row.tokens)[:WORST]
-    [(answer, times)] = answers.most_common(1) or [("", 0)]
+    longest = sorted(rows.rows, key=lambda row: -row.tokens)[:IDS_PER_FINDING]
+    [(answer, count)] = answers.most_common(1) or [("", 0)]
     return {
         "rows": len(rows.rows),
         "usable": len(usable),
@@ -105,202 +117,209 @@ def describe(rows: RowSet) -> dict[str, Any]:
         "longest": {row.id: row.tokens for row in longest if row.tokens},
         "answers": len(answers),
         "most_frequent_answer": answer,
-        "most_frequent_share": times / max(sum(answers.values()), 1),
+        "most_frequent_share": count / max(sum(answers.values()), 1),
     }
 
 
 def report(sets: Sequence[RowSet], findings: Sequence[Finding]) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """The content of the JSON file."""
     return {
         "sets": {rows.name: describe(rows) for rows in sets},
         "findings": [asdict(finding) for finding in findings],
     }
 
 
-def _finding(level, name: str, where: str, rows: Sequence[Inspected], text: str) -> list[Finding]:
-    if not rows:
-        return []
-    return [Finding(level, name, where, len(rows), [row.id for row in rows[:WORST]], text)]
-
-
-def _unusable(rows: RowSet, skip: bool) -> list[Finding]:
+def _check_usable(rows: RowSet, skip: bool) -> list[Finding]:
     broken = [row for row in rows.rows if row.error and not row.tokens]
     long = sorted((row for row in rows.rows if row.error and row.tokens), key=lambda row: -row.tokens)
-    all_bad = len(broken) + len(long) == len(rows.rows)
-    level = "warning" if skip and not all_bad else "breaks"
+    none_usable = len(broken) + len(long) == len(rows.rows)
+    level = "warning" if skip and not none_usable else "breaks"
     return [
-        *_finding(level, "unreadable rows", rows.name, broken, _each(broken)),
-        *_finding(level, "prompts over the limit", rows.name, long, _each(long)),
+        *rows.finding(level, "unreadable rows", broken, _errors(broken)),
+        *rows.finding(level, "prompts over the limit", long, _errors(long)),
     ]
 
 
-def _each(rows: Sequence[Inspected]) -> str:
+def _errors(rows: Sequence[Inspected]) -> str:
     """What is wrong with each row, a line each."""
-    more = f"\n... and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-    return "\n".join(row.error for row in rows[:LISTED]) + more
+    more = f"\n... and {len(rows) - ERRORS_PER_FINDING} more" if len(rows) > ERRORS_PER_FINDING else ""
+    return "\n".join(row.error for row in rows[:ERRORS_PER_FINDING]) + more
 
 
-def _over_context(rows: RowSet, room: int) -> list[Finding]:
-    long = sorted((row for row in rows.rows if row.tokens > room), key=lambda row: -row.tokens)
+def _check_context(rows: RowSet, limit: int) -> list[Finding]:
+    """`limit` is the context that the longest response leaves for a prompt, in tokens."""
+    long = sorted((row for row in rows.rows if row.tokens > limit), key=lambda row: -row.tokens)
     text = (
-        f"a response of {rows.max_tokens} tokens leaves {room} of the model's context for a prompt; lower "
+        f"a response of {rows.max_tokens} tokens leaves {limit} of the model's context for a prompt; lower "
         "model.max_pixels, or the longest response: rollout.max_tokens, or a benchmark's max_tokens"
     )
-    return _finding("breaks", "over the context", rows.name, long, text)
+    return rows.finding("breaks", "over the context", long, text)
 
 
-def _golds(rows: RowSet) -> list[Finding]:
+def _check_verdicts(rows: RowSet) -> list[Finding]:
+    """Gold answers must score 1, wrong answers 0."""
     rejected = [row for row in rows.rows if row.gold]
-    passed = [row for row in rows.rows if row.wrong]
+    accepted = [row for row in rows.rows if row.wrong]
     level = "note" if rows.own_function else "breaks"
     text = f"{rejected[0].gold}; no response can be right" if rejected else ""
     if rows.own_function:
         text += " if your function reads \\boxed{} answers"
     return [
-        *_finding(level, "gold answers rejected", rows.name, rejected, text),
-        *_finding("warning", "wrong answers accepted", rows.name, passed, passed[0].wrong if passed else ""),
+        *rows.finding(level, "gold answers rejected", rejected, text),
+        *rows.finding("warning", "wrong answers accepted", accepted, accepted[0].wrong if accepted else ""),
     ]
 
 
-def _pictures(rows: RowSet) -> list[Finding]:
-    blank = [row for row in rows.rows if any(mark.blank for mark in row.prints)]
-    factors = {row.index: _factor(row) for row in rows.rows}
+def _check_images(rows: RowSet) -> list[Finding]:
+    blank = [row for row in rows.rows if any(item.blank for item in row.prints)]
+    factors = {row.index: _shrink_factor(row) for row in rows.rows}
     shrunk = sorted(
-        (row for row in rows.rows if factors[row.index] > SHRUNK), key=lambda row: -factors[row.index]
+        (row for row in rows.rows if factors[row.index] > SHRINK_WARNING_FACTOR),
+        key=lambda row: -factors[row.index],
     )
     text = ""
     if shrunk:
-        most = factors[shrunk[0].index]
-        text = f"sides shrink up to {most:.1f} times; small print may be gone, raise model.max_pixels"
-    without = [
+        largest = factors[shrunk[0].index]
+        text = f"sides shrink up to {largest:.1f} times; small print may be gone, raise model.max_pixels"
+    missing = [
         row
         for row in rows.rows
-        if row.example and not row.example.images and MENTION.search(row.example.problem)
+        if row.example and not row.example.images and IMAGE_MENTION.search(row.example.problem)
     ]
+    missing_text = "the problem mentions an image; the row has none"
     return [
-        *_finding("warning", "blank pictures", rows.name, blank, "the picture has one colour only"),
-        *_finding("note", "pictures much reduced", rows.name, shrunk, text),
-        *_finding(
-            "warning", "picture missing", rows.name, without, "the text speaks of a picture; the row has none"
-        ),
+        *rows.finding("warning", "blank pictures", blank, "the image has one colour only"),
+        *rows.finding("note", "pictures much reduced", shrunk, text),
+        *rows.finding("warning", "picture missing", missing, missing_text),
     ]
 
 
-def _factor(row: Inspected) -> float:
+def _shrink_factor(row: Inspected) -> float:
+    """How many times longer the sides of the row's images are than after resizing, at most."""
     pairs = zip(row.example.images, row.resized, strict=False) if row.example else ()
     return max((max(image.size) / max(size) for image, size in pairs), default=0.0)
 
 
-def _prompts(rows: RowSet) -> list[Finding]:
-    told = [row for row in rows.rows if row.example and _gives_away(row)]
-    numbers = {row.index for row in told}
-    quoted = [row for row in rows.rows if row.example and row.index not in numbers and _quotes_answer(row)]
+def _check_prompts(rows: RowSet) -> list[Finding]:
+    stated = [row for row in rows.rows if row.example and _states_answer(row)]
+    indices = {row.index for row in stated}
+    quoted = [row for row in rows.rows if row.example and row.index not in indices and _quotes_answer(row)]
+    quoted_text = "the gold answer appears word for word in the problem"
     return [
-        *_finding("warning", "answer in the prompt", rows.name, told, "the problem says what the answer is"),
-        *_finding(
-            "note",
-            "answer's text in the prompt",
-            rows.name,
-            quoted,
-            "the gold answer stands word for word in the problem",
-        ),
+        *rows.finding("warning", "answer in the prompt", stated, "the problem says what the answer is"),
+        *rows.finding("note", "answer's text in the prompt", quoted, quoted_text),
     ]
 
 
-def _gives_away(row: Inspected) -> bool:
-    pattern = GIVEN_AWAY.format(re.escape(row.example.answer.strip()))
+def _states_answer(row: Inspected) -> bool:
+    pattern = ANSWER_STATED.format(re.escape(row.example.answer.strip()))
     return re.search(pattern, row.example.problem, re.IGNORECASE) is not None
 
 
 def _quotes_answer(row: Inspected) -> bool:
     answer, columns = row.example.answer.strip(), row.example.columns
-    if len(answer) < 3 or CHOSEN.match(answer) or any(columns.get(name) for name in ("choices", "options")):
+    is_choice = CHOICE_LABEL.match(answer) or any(columns.get(name) for name in ("choices", "options"))
+    if len(answer) < 3 or is_choice:
         return False
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", row.example.problem) is not None
 
 
-def _answers(rows: RowSet) -> list[Finding]:
-    found = describe(rows)
-    share, answer = found["most_frequent_share"], found["most_frequent_answer"]
-    if share <= ONE_ANSWER or found["rows"] < 10:
+def _check_answers(rows: RowSet) -> list[Finding]:
+    summary = describe(rows)
+    share, answer = summary["most_frequent_share"], summary["most_frequent_answer"]
+    if share <= FREQUENT_ANSWER_SHARE or summary["rows"] < 10:
         return []
     same = [row for row in rows.rows if row.example and row.example.answer.strip() == answer]
     text = f"{share:.0%} of the answers are {answer[:40]!r}: a model that always says so scores {share:.2f}"
-    return _finding("warning", "one answer prevails", rows.name, same, text)
+    return rows.finding("warning", "one answer prevails", same, text)
 
 
-def _repeated(rows: RowSet) -> list[Finding]:
-    ids: dict[str, list[Inspected]] = defaultdict(list)
-    twins: dict[tuple, list[Inspected]] = defaultdict(list)
+def _check_duplicates(rows: RowSet) -> list[Finding]:
+    by_id: dict[str, list[Inspected]] = defaultdict(list)
+    by_content: dict[tuple, list[Inspected]] = defaultdict(list)
     for row in (row for row in rows.rows if row.example):
-        ids[row.example.id].append(row)
-        pictures = tuple(mark.exact for mark in row.prints)
-        twins[(pictures, " ".join(row.example.problem.split()))].append(row)
-    shared = [row for group in ids.values() if len(group) > 1 for row in group]
-    groups = [group for group in twins.values() if len(group) > 1]
-    unlike = [group for group in groups if len({row.example.answer for row in group}) > 1]
+        by_id[row.example.id].append(row)
+        images = tuple(item.exact for item in row.prints)
+        by_content[(images, " ".join(row.example.problem.split()))].append(row)
+    shared = [row for group in by_id.values() if len(group) > 1 for row in group]
+    repeated, contradicting = [], []
+    for group in by_content.values():
+        if len(group) > 1:
+            same_answer = len({row.example.answer for row in group}) == 1
+            (repeated if same_answer else contradicting).extend(group)
+    contradiction = "same image and problem, but different gold answers"
     return [
-        *_finding("note", "ids shared", rows.name, shared, "several rows have one id; map data.columns.id"),
-        *_finding(
-            "note",
-            "rows repeated",
-            rows.name,
-            [row for group in groups if len({row.example.answer for row in group}) == 1 for row in group],
-            "same picture, problem and answer",
-        ),
-        *_finding(
-            "warning",
-            "answers contradict",
-            rows.name,
-            [row for group in unlike for row in group],
-            "same picture and problem, other gold answers",
-        ),
+        *rows.finding("note", "ids shared", shared, "several rows have one id; map data.columns.id"),
+        *rows.finding("note", "rows repeated", repeated, "same image, problem and answer"),
+        *rows.finding("warning", "answers contradict", contradicting, contradiction),
     ]
 
 
-def _leaked(rows: RowSet, measured: RowSet) -> list[Finding]:
-    pairs = matches(rows.rows, measured.rows)
-    same = sum(kind == "same" for _, _, kind in pairs)
+def _check_leakage(trained: RowSet, evaluated: RowSet) -> list[Finding]:
+    pairs = shared_images(trained.rows, evaluated.rows)
+    same = sum(match == "same" for _, _, match in pairs)
     leaked = [row for row, _, _ in pairs]
-    named = "; ".join(f"{a.id} and {b.id} ({kind})" for a, b, kind in pairs[:WORST])
+    named = "; ".join(f"{a.id} and {b.id} ({match})" for a, b, match in pairs[:IDS_PER_FINDING])
     text = f"{same} with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
-    return _finding("warning", f"pictures of {measured.name} in training", rows.name, leaked, text)
+    return trained.finding("warning", f"pictures of {evaluated.name} in training", leaked, text)
 
 
-BITS = 4
-"""Perceptual hashes may differ in so many of 64 bits. On real geometry, charts, cells and receipts all pairs
-within 4 bits were the same drawing, and pairs from 5 bits on were not."""
+MAX_HASH_DISTANCE = 4
+"""Bits of 64 in which the perceptual hashes of near duplicates may differ. On real geometry, charts, cells
+and receipts all pairs within 4 bits were the same image, and pairs from 5 bits on were not."""
 
-ALIKE = 0.9
-"""Least correlation of the grey thumbnails."""
+MIN_CORRELATION = 0.9
+"""Least correlation of the grey thumbnails of near duplicates."""
 
 
-def matches(one: Sequence[Inspected], other: Sequence[Inspected]) -> list[tuple[Inspected, Inspected, str]]:
-    """For every row of `one` that shares a picture with `other` the first such pair: with the `same` pixels,
+def shared_images(
+    rows: Sequence[Inspected], others: Sequence[Inspected]
+) -> list[tuple[Inspected, Inspected, str]]:
+    """For every row that shares an image with one of `others`, the first such pair: with the `same` pixels,
     else a `near` duplicate such as another size, compression or border."""
-    right = [(row, mark) for row in other for mark in row.prints if not mark.blank]
-    exact = {mark.exact: row for row, mark in reversed(right)}
-    hashes = np.array([mark.perceptual for _, mark in right], dtype=np.uint64)
-    found = []
-    for row in one:
-        marks = [mark for mark in row.prints if not mark.blank]
-        same = next((exact[mark.exact] for mark in marks if mark.exact in exact), None)
-        twin = same or next(filter(None, (_near(mark, right, hashes) for mark in marks)), None)
+    candidates = [(row, item) for row in others for item in row.prints if not item.blank]
+    exact = {item.exact: row for row, item in reversed(candidates)}
+    hashes = np.array([item.perceptual for _, item in candidates], dtype=np.uint64)
+    pairs = []
+    for row in rows:
+        prints = [item for item in row.prints if not item.blank]
+        same = next((exact[item.exact] for item in prints if item.exact in exact), None)
+        twin = same or next(filter(None, (_near(item, candidates, hashes) for item in prints)), None)
         if twin is not None:
-            found.append((row, twin, "same" if same else "near"))
-    return found
+            pairs.append((row, twin, "same" if same else "near"))
+    return pairs
 
 
-def _near(
-    mark: Fingerprint, right: Sequence[tuple[Inspected, Fingerprint]], hashes: np.ndarray
-) -> Inspected | None:
-    """The first row with nearly the same picture."""
-    close = np.bitwise_count(hashes ^ np.uint64(mark.perceptual)) <= BITS
-    for place in close.nonzero()[0]:
-        row, twin = right[place]
-        if float(mark.thumbnail @ twin.thumbnail) >= ALIKE:
+def _near(item: Fingerprint, candidates: Sequence[tuple[Inspected, Fingerprint]], hashes: np.ndarray) -> Inspected | None:
+    """The first row with nearly the same image."""
+    close = np.bitwise_count(hashes ^ np.uint64(item.perceptual)) <= MAX_HASH_DISTANCE
+    for index in close.nonzero()[0]:
+        row, twin = candidates[index]
+        if float(item.thumbnail @ twin.thumbnail) >= MIN_CORRELATION:
             return row
     return None
+
+
+@dataclass(frozen=True)
+class Inspector:
+    """Inspects every row of a set, with a progress bar."""
+
+    encode: Encoder
+    console: Console
+
+    def inspect(self, name: str, examples: ExampleSet) -> list[Inspected]:
+        with self.console.progress(f"examine {name}", len(examples), lines=2) as show:
+            return inspect(examples, self.encode, fingerprints=True, progress=lambda done: show(done, "rows"))
+
+    def check(
+        self, name: str, examples: ExampleSet, spec: dict, *, max_tokens: int, evaluated: bool
+    ) -> RowSet:
+        """The inspected rows, and what the reward part `spec` says of gold and wrong answers."""
+        rows = self.inspect(name, examples)
+        with closing(RewardPool([spec], on_error="zero")) as reward:
+            [part] = reward.parts
+            rows = check_golds(examples, rows, reward, spec)
+        return RowSet(name, rows, evaluated, max_tokens=max_tokens, own_function=not part.builtin)
 
 
 def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
@@ -314,78 +333,55 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
         max_pixels=config.model.max_pixels,
         max_tokens=config.data.max_prompt_tokens,
     )
+    sets = list(_inspect_sets(config, against, Inspector(encode, console)))
+    findings = diagnose(sets, context=vlm.context, skip=config.data.on_error == "skip")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report(sets, findings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(sets, findings, out, console)
+    return all(finding.level != "breaks" for finding in findings)
+
+
+def _inspect_sets(config: TrainConfig, against: Sequence[str], inspector: Inspector) -> Iterator[RowSet]:
     label = config.eval.part or config.reward.measured
     part = config.reward.parts[config.reward.labels.index(label)]
     spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
     longest = config.rollout.max_tokens
-    sets = [
-        _examine(task.task, build_examples(task), encode, spec, longest, console, evaluated=False)
-        for task in config.data.tasks
-    ]
+    for task in config.data.tasks:
+        yield inspector.check(task.task, build_examples(task), spec, max_tokens=longest, evaluated=False)
     if config.eval.data:
         examples = build_examples(config.eval.data, task="held-out")
-        sets.append(_examine("held-out", examples, encode, spec, longest, console, evaluated=True))
+        yield inspector.check("held-out", examples, spec, max_tokens=longest, evaluated=True)
     for item in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
-        name, spec = f"benchmark {item.name}", item.parts[0]
-        sets.append(_examine(name, item.examples, encode, spec, item.max_tokens, console, evaluated=True))
+        name, limit = f"benchmark {item.name}", item.max_tokens
+        yield inspector.check(name, item.examples, item.parts[0], max_tokens=limit, evaluated=True)
     for item in build_benchmarks(against):
-        rows = _inspect_rows(f"pictures of {item.name}", item.examples, encode, console)
-        sets.append(RowSet(f"benchmark {item.name}", rows, evaluated=True, only_pictures=True))
-    findings = diagnose(
-        sets,
-        context=vlm.context,
-        skip=config.data.on_error == "skip",
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report(sets, findings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _write(sets, findings, out, console)
-    return all(finding.level != "breaks" for finding in findings)
+        rows = inspector.inspect(f"images of {item.name}", item.examples)
+        yield RowSet(f"benchmark {item.name}", rows, evaluated=True, only_images=True)
 
 
-def _examine(
-    name: str,
-    examples: ExampleSet,
-    encode: Encoder,
-    spec: dict,
-    longest: int,
-    console: Console,
-    *,
-    evaluated: bool,
-) -> RowSet:
-    rows = _inspect_rows(name, examples, encode, console)
-    with closing(RewardPool([spec], on_error="zero")) as reward:
-        [graded] = reward.parts
-        rows = check_golds(examples, rows, reward, spec)
-    return RowSet(name, rows, evaluated, max_tokens=longest, own_function=not graded.builtin)
+HEADER = [
+    "set",
+    "rows",
+    "usable",
+    "images",
+    "tokens p50",
+    "p95",
+    "max",
+    "image tokens",
+    "answers",
+    "most frequent",
+]
 
 
-def _inspect_rows(name: str, examples: ExampleSet, encode: Encoder, console: Console) -> list[Inspected]:
-    with console.progress(f"examine {name}", len(examples), lines=2) as show:
-        return inspect(examples, encode, fingerprints=True, progress=lambda done: show(done, "rows"))
-
-
-def _write(sets: Sequence[RowSet], findings, out: Path, console: Console) -> None:
-    header = [
-        "set",
-        "rows",
-        "usable",
-        "pictures",
-        "tokens p50",
-        "p95",
-        "max",
-        "for pictures",
-        "answers",
-        "most frequent",
-    ]
+def _print(sets: Sequence[RowSet], findings: Sequence[Finding], out: Path, console: Console) -> None:
     table = []
     for rows in sets:
-        found = describe(rows)
-        counts = [found["rows"], found["usable"], found["pictures"], *found["tokens"].values()]
-        frequent = f"{found['most_frequent_answer'][:20]!r} {found['most_frequent_share']:.0%}"
-        table.append(
-            [rows.name, *map(str, counts), str(found["image_tokens_max"]), str(found["answers"]), frequent]
-        )
-    console.table(header, table)
+        summary = describe(rows)
+        counts = [summary["rows"], summary["usable"], summary["pictures"], *summary["tokens"].values()]
+        counts += [summary["image_tokens_max"], summary["answers"]]
+        frequent = f"{summary['most_frequent_answer'][:20]!r} {summary['most_frequent_share']:.0%}"
+        table.append([rows.name, *map(str, counts), frequent])
+    console.table(HEADER, table)
     for finding in findings:
         ids = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
         console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")

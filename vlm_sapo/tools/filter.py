@@ -1,4 +1,4 @@
-"""Keeps the training rows that the current model can learn from: those it solves sometimes."""
+"""Selects the training rows that the current model can learn from: those it solves sometimes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
-from vlm_sapo.data.rows import ExampleSet, holds_picture
+from vlm_sapo.data.rows import ExampleSet, holds_image
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure
@@ -27,8 +27,8 @@ from vlm_sapo.types import Sampling
 
 def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, float], out: Path) -> None:
     """Samples every training row, writes `samples.jsonl` with all responses and `kept.jsonl` (`kept_0.jsonl`,
-    ... by task of a mixture) with the rows whose pass rate is within `keep`, both ends included. The same
-    command goes on after an interruption."""
+    ... by task of a mixture) with the rows whose pass rate is within `keep`, both ends included. After an
+    interruption the same command continues."""
     console = Console()
     rollout = config.rollout
     vlm, engine = open_model(
@@ -63,20 +63,20 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
                 )
             file.settle()
             target = out / (f"kept_{number}.jsonl" if config.data.mixture else "kept.jsonl")
-            kept = write_kept(target, examples, records, keep)
+            count = write_selected(target, examples, records, keep)
             console.table(*histogram(records, keep))
-            console.say(f"{task.task}: kept {kept} of {len(records)} rows in {target}")
+            console.say(f"{task.task}: kept {count} of {len(records)} rows in {target}")
             field = f"data.mixture.{number}" if config.data.mixture else "data"
             overrides += [f"{field}.source={target}", f"{field}.args=null", f"{field}.split=null"]
-            overrides.append(f"{field}.pictures_anywhere=true")  # each was read from where it is
+            overrides.append(f"{field}.pictures_anywhere=true")  # each image was read where it is
     console.say(f"train on them with the same config and: {' '.join(overrides)}")
 
 
 def claim(out: Path, config: cfg.TrainConfig, samples: int) -> None:
-    """Notes in the folder what is sampled there, or raises ValueError where that was something else."""
+    """Records in the folder what is sampled there. Raises ValueError if that was something else before."""
     parts = config.model_dump(mode="json", include={"model", "data", "rollout", "reward"})
     files = [stamp(task.args.get("path") or locate(task.source)) for task in config.data.tasks]
-    wanted = json.dumps(
+    settings = json.dumps(
         parts
         | {
             "samples": samples,
@@ -87,12 +87,12 @@ def claim(out: Path, config: cfg.TrainConfig, samples: int) -> None:
         indent=2,
     )
     path = out / "filter.json"
-    if path.is_file() and path.read_text() != wanted:
+    if path.is_file() and path.read_text() != settings:
         raise ValueError(
             f"--out ({out}) holds samples of another config, model, data or number; give another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(wanted)
+    path.write_text(settings)
 
 
 def pass_rate(record: Mapping[str, Any]) -> float:
@@ -100,27 +100,27 @@ def pass_rate(record: Mapping[str, Any]) -> float:
     return float(np.mean(record["scores"]))
 
 
-def write_kept(
+def write_selected(
     path: Path, examples: ExampleSet, records: Sequence[Mapping[str, Any]], keep: tuple[float, float]
 ) -> int:
-    """Writes the kept rows with the source's own columns and `pass_rate`; returns how many there are."""
+    """Writes the rows within `keep` with the source's own columns and `pass_rate`; returns their number."""
     low, high = keep
-    kept = [record for record in records if low <= pass_rate(record) <= high]
+    selected = [record for record in records if low <= pass_rate(record) <= high]
     lines = [
         json.dumps(
             _portable(record["row"], examples, path) | {"pass_rate": pass_rate(record)},
             default=str,
         )
-        for record in kept
+        for record in selected
     ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return len(kept)
+    return len(selected)
 
 
 def histogram(
     records: Sequence[Mapping[str, Any]], keep: tuple[float, float]
 ) -> tuple[list[str], list[list[str]]]:
-    """How many rows are never right, too hard, kept, too easy, always right."""
+    """A table: how many rows are never right, too hard, kept, too easy, always right."""
     low, high = keep
     names = [
         "never right",
@@ -131,31 +131,31 @@ def histogram(
     ]
     counts: Counter[str] = Counter()
     for rate in map(pass_rate, records):
-        place = 2 if low <= rate <= high else 0 if rate == 0 else 4 if rate == 1 else 1 if rate < low else 3
-        counts[names[place]] += 1
+        index = 2 if low <= rate <= high else 0 if rate == 0 else 4 if rate == 1 else 1 if rate < low else 3
+        counts[names[index]] += 1
     return ["pass rate", "rows"], [[name, str(counts[name])] for name in names]
 
 
 def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
-    """A row as JSON holds it: pictures that are files by their path, others written beside the rows."""
-    made = {}
+    """A row as JSON: images that are files by their path, others are written to files beside the rows."""
+    columns = {}
     for name, value in examples.raw(number).items():
         items = value if isinstance(value, list) else [value]
-        if name in examples.pictures or holds_picture(value):
+        if name in examples.image_columns or holds_image(value):
             target = path.parent / f"{path.stem}_pictures" / f"{number}_{name}"
             paths = [
-                _picture_path(item, examples.folder, target.with_name(f"{target.name}_{place}.png"))
-                for place, item in enumerate(items)
+                _image_path(item, examples.folder, target.with_name(f"{target.name}_{index}.png"))
+                for index, item in enumerate(items)
                 if item is not None
             ]
-            made[name] = paths if isinstance(value, list) else (paths or [None])[0]
+            columns[name] = paths if isinstance(value, list) else (paths or [None])[0]
         else:
-            made[name] = value
-    return made
+            columns[name] = value
+    return columns
 
 
-def _picture_path(value: Any, folder: Path, target: Path) -> str:
-    """Where a picture's file is; one that is no file is written to `target`."""
+def _image_path(value: Any, folder: Path, target: Path) -> str:
+    """The path of an image's file; an image that is no file is written to `target`."""
     if isinstance(value, str) and not value.startswith("data:"):
         return str((folder / value).resolve())
     target.parent.mkdir(exist_ok=True)

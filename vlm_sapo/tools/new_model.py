@@ -1,5 +1,5 @@
-"""Builds a real Qwen-VL model with random weights, tokenizer and processor from nothing: tiny ones for tests
-and the quick start, one of the usual size for measurements."""
+"""Builds a real Qwen-VL model with random weights, tokenizer and processor: tiny ones for tests and the quick
+start, one of the usual size for measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VISION_TOKENS = {
     "vision_bos_token": "<|vision_start|>",
     "vision_eos_token": "<|vision_end|>",
 }
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS.values()]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS.values()]
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
@@ -57,20 +57,20 @@ class Shape:
     init_std: float = 0.08
     """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
     vision_hidden: int | None = None
-    """Width of the vision tower; the language model's unless given."""
+    """Width of the vision tower; by default the language model's."""
     vision_ratio: int = 2
     """Width of the vision tower's feed-forward layers over its own."""
-    rows: int = 0
-    """Rows of the embedding; at least the tokenizer's."""
+    embedding_rows: int = 0
+    """At least; the tokenizer may need more."""
     experts: int = 4
-    """Of a mixture, of which two act on a token."""
+    """Experts of an MoE layer, of which two are active per token."""
     expert_ratio: float = 2.0
-    """Width of an expert over the language model's."""
+    """Width of an expert over that of the language model."""
     dtype: str = "float32"
 
 
 def qwen2_text(shape: Shape) -> dict:
-    """All heads together are as wide as the model, so the head's size decides their number."""
+    """All heads together are as wide as the model, so the head size sets their number."""
     heads = shape.hidden // shape.head_dim
     return rotary(shape.head_dim) | {"num_attention_heads": heads, "num_key_value_heads": heads // 2 or 1}
 
@@ -80,12 +80,12 @@ def qwen3_text(shape: Shape) -> dict:
 
 
 def qwen3_moe_text(shape: Shape) -> dict:
-    """`norm_topk_prob` as in real checkpoints; transformers takes it for granted."""
+    """`norm_topk_prob` as in real checkpoints; transformers assumes it."""
     return qwen3_text(shape) | experts(shape) | {"norm_topk_prob": True}
 
 
 def qwen3_5_text(shape: Shape) -> dict:
-    """Every fourth layer and the last attend fully, the others linearly; a quarter of a head is rotated."""
+    """Every fourth layer and the last have full attention, others linear; a quarter of a head is rotated."""
     dims = max(8, shape.head_dim // 4)
     full = [(shape.layers - layer) % 4 == 1 for layer in range(shape.layers)]
     return rotary(dims, mrope_interleaved=True, partial_rotary_factor=dims / shape.head_dim) | {
@@ -106,12 +106,12 @@ def experts(shape: Shape) -> dict:
     return {"num_experts": shape.experts, "num_experts_per_tok": 2, "moe_intermediate_size": width}
 
 
-def rotary(dims: int, **more: object) -> dict:
+def rotary(dims: int, **fields: object) -> dict:
     """Rotary positions on `dims` of a head's dimensions: half for time, a quarter each for height and
     width."""
     eighth = dims // 8
     sections = [2 * eighth, eighth, eighth]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections} | more
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections} | fields
     return {"rope_parameters": rope}
 
 
@@ -128,7 +128,7 @@ def qwen2_5_vision(shape: Shape) -> dict:
 
 
 def qwen3_vision(shape: Shape) -> dict:
-    """With three layers whose features go to the language model's first layers where there are many."""
+    """With up to three layers whose features are added in the language model's first layers (deepstack)."""
     layers = shape.vision_layers
     deep = [0] if layers < 8 else [layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1]
     return tower(shape) | {"num_position_embeddings": 64, "deepstack_visual_indexes": deep}
@@ -155,7 +155,7 @@ MODEL_FIELDS = {
     "qwen3_5": (qwen3_5_text, qwen3_5_vision),
     "qwen3_5_moe": (qwen3_5_moe_text, qwen3_5_vision),
 }
-"""By family, what its `text_config` and its `vision_config` hold beside the common fields."""
+"""By family, the fields of its `text_config` and `vision_config` beside the common ones."""
 
 
 SHAPES = {
@@ -173,12 +173,12 @@ SHAPES = {
         vision_layers=24,
         vision_hidden=1024,
         vision_ratio=4,
-        rows=151_936,
+        embedding_rows=151_936,
         dtype="bfloat16",
     ),
 }
-"""By name: the quick start's, a mixture's whose active experts are as wide as its feed-forward layers, the
-one that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
+"""By name: the quick start's, an MoE whose active experts are as wide as the feed-forward layers of `tiny`,
+the one that eval/bench.py times on a CPU, and Qwen3-VL-2B's."""
 
 
 def new_model(
@@ -215,7 +215,7 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> PreTrainedTokenizerFas
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -232,21 +232,24 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> PreTrainedTokenizerFas
 
 def save_processor(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast, shape: Shape) -> None:
     """Writes the family's processor around the tokenizer, with Qwen's chat layout."""
-    kind = FAMILIES[family]
-    picture = Qwen2VLImageProcessor(
+    spec = FAMILIES[family]
+    image_processor = Qwen2VLImageProcessor(
         patch_size=shape.patch, merge_size=2, min_pixels=(4 * shape.patch) ** 2, max_pixels=shape.max_pixels
     )
-    video = kind.video_processor(patch_size=shape.patch, merge_size=2)
-    kind.processor(
-        image_processor=picture, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE
+    video = spec.video_processor(patch_size=shape.patch, merge_size=2)
+    spec.processor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=video,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 
 def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> AutoConfig:
-    """The family's config at the given sizes, with the tokenizer's vocabulary and special ids."""
+    """The family's config with the sizes of `shape` and the tokenizer's vocabulary and special ids."""
     text_fields, vision_fields = MODEL_FIELDS[family]
     text = {
-        "vocab_size": max(shape.rows, len(tokenizer)),
+        "vocab_size": max(shape.embedding_rows, len(tokenizer)),
         "hidden_size": shape.hidden,
         "intermediate_size": 3 * shape.hidden,
         "num_hidden_layers": shape.layers,

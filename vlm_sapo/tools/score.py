@@ -1,4 +1,4 @@
-"""Grades a file of responses, and compares with the verdicts that its rows carry."""
+"""Grades a file of responses, and compares the scores with the verdicts of its rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL.Image import Image
 
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import resolve
@@ -22,14 +23,14 @@ from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText
 
-BATCH = 512
+ROWS_PER_WRITE = 512
 """Rows that are graded before they are written."""
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("gold", "answer")
-SEE_PICTURES = ("box", "point_in_box")
-"""Built-in verifiers that need a row's pictures; functions of users always get them."""
-TOLERANCE = 0.01
-"""Verdicts that are numbers agree within this much."""
+IMAGE_VERIFIERS = ("box", "point_in_box")
+"""Built-in verifiers that need a row's images; users' functions always get them."""
+VERDICT_TOLERANCE = 0.01
+"""Verdicts that are numbers agree with scores within this much."""
 
 
 class NoGold(ValueError):
@@ -54,21 +55,92 @@ class Agreement:
             return
         self.with_verdict += 1
         close = (
-            abs(score - verdict) <= TOLERANCE if not isinstance(verdict, bool) else (score >= 0.5) == verdict
+            abs(score - verdict) <= VERDICT_TOLERANCE
+            if not isinstance(verdict, bool)
+            else (score >= 0.5) == verdict
         )
         self.agree += close
         self.false_positives += not close and score > verdict
         self.false_negatives += not close and score < verdict
 
 
+@dataclass(frozen=True)
+class ResponseFile:
+    """A file of JSON lines, and the columns that hold responses and gold answers."""
+
+    path: Path
+    responses: Sequence[str]
+    """Columns with the response; the first that is not empty counts."""
+    gold: str | None = None
+    """Column with the gold answer; GOLD_COLUMNS by default."""
+
+    def item(self, row: Mapping[str, Any], line: int, *, with_images: bool) -> Item:
+        """A row as its response and example. Raises NoGold, or ValueError for an image that can't be read."""
+        text = next((str(row[name]) for name in self.responses if row.get(name) not in (None, "")), "")
+        tokens = row.get("tokens")
+        example = Example(
+            id=str(row.get("id", line)),
+            problem=str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), "")),
+            answer=self._answer(row),
+            images=self._images(row) if with_images else (),
+            columns=row,
+            source=f"{self.path}, line {line}",
+        )
+        resized = row.get("resized") or [image.size for image in example.images]
+        sizes = tuple(map(tuple, resized))
+        return ResponseText(text, tokens=tokens if isinstance(tokens, int) else None, resized=sizes), example
+
+    def _answer(self, row: Mapping[str, Any]) -> str:
+        names = (self.gold,) if self.gold else GOLD_COLUMNS
+        answer = next((row[name] for name in names if row.get(name) not in (None, "")), None)
+        if answer in (None, []):
+            raise NoGold(f"no gold answer in {' or '.join(names)}")
+        return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+
+    def _images(self, row: Mapping[str, Any]) -> tuple[Image, ...]:
+        value = row.get("images") or row.get("image") or []
+        images = value if isinstance(value, list) else [value]
+        return tuple(decode(image, self.path.parent) for image in images)
+
+    def chunks(self) -> Iterator[list[tuple[int, str]]]:
+        """Numbers and text of the lines that are not empty, some at a time."""
+        chunk: list[tuple[int, str]] = []
+        with self.path.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    chunk.append((number, line))
+                if len(chunk) == ROWS_PER_WRITE:
+                    yield chunk
+                    chunk = []
+        if chunk:
+            yield chunk
+
+    def check_columns(self) -> None:
+        """Raises ValueError where no row has any of the columns: the option is misspelt."""
+        for option, names in (
+            ("--response", self.responses),
+            ("--gold", [self.gold] if self.gold else GOLD_COLUMNS),
+        ):
+            columns = self._columns(set(names))
+            if not set(names) & columns.keys():
+                raise ValueError(
+                    f"{option} ({', '.join(names)}) must be a column of {self.path}; "
+                    f"it has {', '.join(columns)}"
+                )
+
+    def _columns(self, names: set[str]) -> dict[str, None]:
+        """The file's columns in order, read until one of the names appears."""
+        columns: dict[str, None] = {}
+        for chunk in self.chunks():
+            for row, outcome in (_read(line) for _, line in chunk):
+                columns |= dict.fromkeys(row) if outcome is None else {}
+            if names & columns.keys():
+                break
+        return columns
+
+
 def score_file(
-    path: Path,
-    reward: RewardPool,
-    *,
-    responses: Sequence[str],
-    gold: str | None,
-    out: Path | None,
-    progress=lambda done: None,
+    file: ResponseFile, reward: RewardPool, *, out: Path | None, console: Console
 ) -> dict[str, Agreement]:
     """Grades every row, writes it with `score` and `outcome` to `out` as it is graded, and returns the
     agreement by `source`; sources of rows with `flags` are counted apart.
@@ -76,89 +148,85 @@ def score_file(
     A line that is no JSON object, or a row without gold answer, is an outcome of its own (`bad_row`,
     `bad_gold`), and the others go on.
     """
-    found: dict[str, Agreement] = {}
+    agreements: dict[str, Agreement] = {}
     done = 0
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") if out else nullcontext() as file:
-        for chunk in _chunks(path):
-            graded = _grade(chunk, reward, path, responses, gold)
-            for row in graded:
-                if file:
-                    file.write(json.dumps(row) + "\n")
-                source = str(row.get("source") or path.name) + (" (flagged)" if row.get("flags") else "")
-                found.setdefault(source, Agreement()).add(row["score"], row["outcome"], row.get("verdict"))
-            if file:
-                file.flush()
-            done += len(chunk)
-            progress(done)
-    return found
-
-
-def score_command(
-    path: Path,
-    name: str,
-    *,
-    args: str,
-    responses: str,
-    gold: str,
-    out: Path | None,
-    timeout: float,
-    on_error: str,
-) -> None:
-    """What `vlm-sapo score` does: grades, prints a table, names what went wrong."""
-    if not path.is_file():
-        raise ValueError(f"FILE ({path}) must be a file of JSON lines; there is none")
-    if out and out.resolve() == path.resolve():
-        raise ValueError(f"--out ({out}) must be another file than the one that is graded")
-    if on_error not in ("stop", "zero"):
-        raise ValueError(f"--on-error ({on_error}) must be stop or zero")
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"--timeout ({timeout}) must be a number of seconds over 0")
-    given = _mapping(args)
-    _check_columns(path, responses.split(","), "--response")
-    _check_columns(path, [gold] if gold else GOLD_COLUMNS, "--gold")
-    takes = signature(resolve(name, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)).parameters
-    if "finding" in takes and "finding" not in given:
-        given["finding"] = "stated"
-    console = Console()
-    total = sum(1 for _ in path.open("rb"))
+    total = sum(1 for _ in file.path.open("rb"))
     with (
-        closing(RewardPool([{"name": name, "args": given}], on_error=on_error, timeout=timeout)) as reward,
+        out.open("w", encoding="utf-8") if out else nullcontext() as output,
         console.progress("score", total) as show,
     ):
-        found = score_file(
-            path, reward, responses=responses.split(","), gold=gold or None, out=out, progress=show
-        )
-    console.table(*report(found))
+        for chunk in file.chunks():
+            for row in _grade(chunk, reward, file):
+                if output:
+                    output.write(json.dumps(row) + "\n")
+                source = str(row.get("source") or file.path.name) + (" (flagged)" if row.get("flags") else "")
+                agreement = agreements.setdefault(source, Agreement())
+                agreement.add(row["score"], row["outcome"], row.get("verdict"))
+            if output:
+                output.flush()
+            done += len(chunk)
+            show(done)
+    return agreements
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options of `vlm-sapo score`, as typed."""
+
+    args: str
+    """A YAML mapping."""
+    responses: str
+    """Columns with commas between them."""
+    gold: str
+    """A column; empty for the usual ones."""
+    out: Path | None
+    timeout: float
+    """Seconds for a response."""
+    on_error: str
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "zero"):
+            raise ValueError(f"--on-error ({self.on_error}) must be stop or zero")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"--timeout ({self.timeout}) must be a number of seconds over 0")
+
+
+def score_command(path: Path, name: str, options: ScoreOptions) -> None:
+    """What `vlm-sapo score` does: grades a file by a verifier or function, and prints a table."""
+    if not path.is_file():
+        raise ValueError(f"FILE ({path}) must be a file of JSON lines; there is none")
+    if options.out and options.out.resolve() == path.resolve():
+        raise ValueError(f"--out ({options.out}) must be another file than the one that is graded")
+    arguments = _mapping(options.args)
+    file = ResponseFile(path, options.responses.split(","), options.gold or None)
+    file.check_columns()
+    function = resolve(name, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)
+    if "finding" in signature(function).parameters:
+        arguments.setdefault("finding", "stated")
+    part = {"name": name, "args": arguments}
+    console = Console()
+    with closing(RewardPool([part], on_error=options.on_error, timeout=options.timeout)) as reward:
+        agreements = score_file(file, reward, out=options.out, console=console)
+    console.table(*report(agreements))
 
 
 def _mapping(text: str) -> dict:
     try:
-        given = yaml.safe_load(text)
+        mapping = yaml.safe_load(text)
     except yaml.YAMLError:
-        given = None
-    if not isinstance(given, dict):
+        mapping = None
+    if not isinstance(mapping, dict):
         raise ValueError(f"--args ({text}) must be a YAML mapping, such as '{{tolerance: 0.1}}'")
-    return given
+    return mapping
 
 
-def _check_columns(path: Path, names: Sequence[str], option: str) -> None:
-    """Raises ValueError where no row has any of the columns: a misspelt name, not a file of bad rows."""
-    known: dict[str, None] = {}
-    for chunk in _chunks(path):
-        for row, outcome in (_read(line) for _, line in chunk):
-            known |= dict.fromkeys(row) if outcome is None else {}
-        if set(names) & set(known):
-            return
-    raise ValueError(f"{option} ({', '.join(names)}) must be a column of {path}; it has {', '.join(known)}")
-
-
-def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
-    """The agreement as a table: header and rows."""
+def report(agreements: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
+    """The agreement by source as a table: header and rows."""
     header = ["source", "rows", "agreement", "false positives", "false negatives", "not graded"]
     rows = []
-    for source, item in sorted(found.items()):
+    for source, item in sorted(agreements.items()):
         shares = ["", "", ""]
         if item.with_verdict:
             shares = [
@@ -171,27 +239,29 @@ def report(found: Mapping[str, Agreement]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _grade(chunk, reward: RewardPool, path: Path, responses: Sequence[str], gold: str | None) -> list[dict]:
+def _grade(chunk: Sequence[tuple[int, str]], reward: RewardPool, file: ResponseFile) -> list[dict]:
+    """The rows of a chunk of lines with `score` and `outcome`."""
     rows: list[dict] = []
     items: dict[int, Item] = {}
-    pictures = any(not part.builtin or part.label in SEE_PICTURES for part in reward.parts)
-    for number, line in chunk:
-        row, outcome = _read(line)
+    with_images = any(not part.builtin or part.label in IMAGE_VERIFIERS for part in reward.parts)
+    for line, text in chunk:
+        row, outcome = _read(text)
         if outcome is None:
             try:
-                items[len(rows)] = _item(row, number, path, responses, gold, pictures)
+                items[len(rows)] = file.item(row, line, with_images=with_images)
             except NoGold as error:
                 row, outcome = row | {"error": str(error)}, "bad_gold"
             except ValueError as error:
                 row, outcome = row | {"error": str(error)}, "bad_row"
-        rows.append(row | {"score": 0.0, "outcome": outcome} | ({"line": number} if "error" in row else {}))
-    for place, score in zip(items, reward(list(items.values())), strict=True):
+        rows.append(row | {"score": 0.0, "outcome": outcome} | ({"line": line} if "error" in row else {}))
+    for index, score in zip(items, reward(list(items.values())), strict=True):
         outcomes = [outcome for outcome in score.outcomes.values() if outcome != "graded"]
-        rows[place] |= {"score": score.total, "outcome": outcomes[0] if outcomes else "graded"}
+        rows[index] |= {"score": score.total, "outcome": outcomes[0] if outcomes else "graded"}
     return rows
 
 
 def _read(line: str) -> tuple[dict, str | None]:
+    """A line's row and None, or a row that holds the error and its outcome."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -202,40 +272,3 @@ def _read(line: str) -> tuple[dict, str | None]:
             "text": line[:200],
         }, "bad_row"
     return row, None
-
-
-def _item(
-    row: Mapping, number: int, path: Path, responses: Sequence[str], gold: str | None, pictures: bool
-) -> Item:
-    name = gold or next((name for name in GOLD_COLUMNS if row.get(name) not in (None, "")), None)
-    answer = None if name is None else row.get(name)
-    if answer in (None, "", []):
-        raise NoGold(f"no gold answer in {gold or ' or '.join(GOLD_COLUMNS)}")
-    text = next((str(row[name]) for name in responses if row.get(name) not in (None, "")), "")
-    tokens, held = row.get("tokens"), row.get("images") or row.get("image") or []
-    listed = held if isinstance(held, list) else [held]
-    example = Example(
-        id=str(row.get("id", number)),
-        problem=str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), "")),
-        answer=answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
-        images=tuple(decode(picture, path.parent) for picture in listed) if pictures else (),
-        columns=row,
-        source=f"{path}, line {number}",
-    )
-    resized = row.get("resized") or [image.size for image in example.images]
-    return ResponseText(
-        text, tokens=tokens if isinstance(tokens, int) else None, resized=tuple(map(tuple, resized))
-    ), example
-
-
-def _chunks(path: Path) -> Iterator[list[tuple[int, str]]]:
-    chunk: list[tuple[int, str]] = []
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                chunk.append((number, line))
-            if len(chunk) == BATCH:
-                yield chunk
-                chunk = []
-    if chunk:
-        yield chunk

@@ -1,4 +1,4 @@
-"""What `vlm-sapo serve` does: prints and runs the `vllm serve` that a config's training can work with."""
+"""What `vlm-sapo serve` does: prints and runs the `vllm serve` command that a config's training needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only_print: bool) -> None:
     """Replaces this process by the server, after printing the command."""
     command = build_command(config, host=host, port=port, extra=extra)
-    os.environ.pop("VLLM_LOGGING_LEVEL", None)  # a server's own lines are wanted
+    os.environ.pop("VLLM_LOGGING_LEVEL", None)  # the server's own log lines are useful here
     variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     print(f"{variables} {shlex.join(command)}", flush=True)
     if config.rollout.engine.type != "vllm_server":
@@ -39,8 +39,8 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
     if only_print:
         return
     check_port(host, port)
-    beside = Path(sys.executable).parent / "vllm"
-    program = str(beside) if beside.is_file() else shutil.which("vllm")
+    installed = Path(sys.executable).parent / "vllm"
+    program = str(installed) if installed.is_file() else shutil.which("vllm")
     if program is None:
         raise ValueError(
             "vllm is not installed here; install vlm-sapo[vllm], or run the printed command where it is"
@@ -49,7 +49,7 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
 
 
 def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> list[str]:
-    """The words of the command."""
+    """The arguments of the command, `vllm` first."""
     path = str(locate(config.model.path))
     engine = config.rollout.engine
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
@@ -65,23 +65,23 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> l
         options["weight-transfer-config"] = {"backend": "nccl"}
     options |= EXPERTS_ARGUMENTS if config.algo.replay == "r3" else {}
     options |= {} if torch.cuda.is_available() else CPU_ARGUMENTS
-    words = ["vllm", "serve", path, "--enable-scale-out"]
+    arguments = ["vllm", "serve", path, "--enable-scale-out"]
     for name, value in options.items():
         name = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            arguments.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return words + shlex.split(extra)
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments + shlex.split(extra)
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ValueError where something listens there already."""
+    """Raises ValueError if the port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"--port ({port}) of {host} cannot be used ({error}); choose another one"
+                f"--port ({port}) of {host} cannot be used ({error}); use another one"
             ) from error

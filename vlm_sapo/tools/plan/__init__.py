@@ -1,1 +1,1 @@
-"""`vlm-sapo plan`: what a config takes on given GPUs."""
+"""`vlm-sapo plan`: the memory that a config takes on given GPUs."""

@@ -1,4 +1,4 @@
-"""The memory of a GPU, put together from what a model holds and what its passes need. Bytes, unless said."""
+"""The memory of a GPU, added up from a model's parameters and what its passes need. Bytes, unless said."""
 
 from __future__ import annotations
 
@@ -6,97 +6,107 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GB = 10**9
-CONTEXT = 1.0 * GB
-"""What CUDA and the libraries take. That a card of N GB has about 7 % more than N * 10^9 bytes is left for
+CUDA_CONTEXT = 1.0 * GB
+"""What CUDA and the libraries take. A card of N GB has about 7 % more than N * 10^9 bytes, which is left for
 what the allocator loses."""
-ASLEEP = 1.0 * GB
-"""What a sleeping engine keeps."""
-ENGINE_WORK = 2.0 * GB
-"""What an engine needs beside weights, keys and values."""
-FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of an element in NF4 with twice quantized constants."""
-BLOCK = 256
-"""Elements that share a constant in an optimizer of 8 bits."""
-SMALL = 4096
-"""Elements of a parameter whose moments such an optimizer holds in 32 bits."""
-REDUCED = 4
-"""Bytes of an element while sharded gradients are summed."""
+SLEEPING_ENGINE = 1.0 * GB
+"""What a sleeping vLLM engine still takes."""
+ENGINE_WORKSPACE = 2.0 * GB
+"""What a vLLM engine needs beside weights and KV cache."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of an element in NF4 with double quantization."""
+QUANTIZATION_BLOCK = 256
+"""Elements that share a constant in an 8-bit optimizer."""
+MIN_QUANTIZED_ELEMENTS = 4096
+"""An 8-bit optimizer stores the moments of smaller parameters in 32 bits."""
+REDUCE_BYTES = 4
+"""Bytes of an element while sharded gradients are reduced."""
+UNSHARDED = "unsharded"
+"""Unit of the parameters that every GPU stores in full."""
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """`nodes` machines with `each` GPUs of `memory` bytes."""
+    """`nodes` machines with `per_node` GPUs of `memory` bytes each."""
 
     nodes: int
-    each: int
+    per_node: int
     memory: int
 
     @property
     def count(self) -> int:
-        return self.nodes * self.each
+        return self.nodes * self.per_node
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterSpec:
     """One parameter of a model."""
 
     unit: str
-    """Where it is gathered: `root`, a decoder layer's or vision block's name, or `whole` if it isn't
-    sharded."""
+    """What it is all-gathered with: `root`, a decoder layer's or vision block's name, or UNSHARDED."""
     numel: int
-    size: float
+    element_size: float
     """Bytes of an element."""
     trained: bool
     adapted: bool = False
-    """Whether it has an adapter."""
+    """Whether it has a LoRA adapter."""
 
 
-def weights(held: Iterable[Held], shards: int = 1) -> float:
-    """The parameters of one GPU."""
-    return sum(item.numel * item.size / (1 if item.unit == "whole" else shards) for item in held)
-
-
-def gradients(held: Iterable[Held], shards: int = 1) -> float:
-    """The gradients of one GPU, each of its parameter's type."""
-    return weights((item for item in held if item.trained), shards)
-
-
-def optimizer(held: Iterable[Held], kind: str, shards: int = 1) -> float:
-    """AdamW's two moments on one GPU, of the parameters' type or of 8 bits."""
-    if kind == "adamw":
-        return 2 * gradients(held, shards)
+def weight_bytes(parameters: Iterable[ParameterSpec], shards: int = 1) -> float:
+    """The parameters on one GPU."""
     return sum(
-        2 * item.numel / shards * (REDUCED if item.numel < SMALL else 1 + 4 / BLOCK)
-        for item in held
+        item.numel * item.element_size / (1 if item.unit == UNSHARDED else shards) for item in parameters
+    )
+
+
+def gradient_bytes(parameters: Iterable[ParameterSpec], shards: int = 1) -> float:
+    """The gradients on one GPU, each of its parameter's dtype."""
+    return weight_bytes((item for item in parameters if item.trained), shards)
+
+
+def optimizer_bytes(parameters: Iterable[ParameterSpec], name: str, shards: int = 1) -> float:
+    """AdamW's two moments on one GPU, of the parameters' dtype or in 8 bits."""
+    if name == "adamw":
+        return 2 * gradient_bytes(parameters, shards)
+    return sum(
+        2
+        * item.numel
+        / shards
+        * (REDUCE_BYTES if item.numel < MIN_QUANTIZED_ELEMENTS else 1 + 4 / QUANTIZATION_BLOCK)
+        for item in parameters
         if item.trained
     )
 
 
-def gathered(held: Sequence[Held], size: float) -> float:
-    """What a pass gathers of a sharded model with elements of `size` bytes: the root for the whole pass; of
-    the layers one, the next, and the buffer that it arrives in. Backwards also a layer's whole gradient,
-    twice as it is summed, and the root's."""
-
-    def largest(items: Iterable[Held]) -> int:
-        units: dict[str, int] = {}
-        for item in items:
-            if item.unit not in ("root", "whole"):
-                units[item.unit] = units.get(item.unit, 0) + item.numel
-        return max(units.values(), default=0)
-
-    trained = [item for item in held if item.trained]
-    root, own = (sum(item.numel for item in items if item.unit == "root") for items in (held, trained))
-    forward = size * (root + 3 * largest(held))
-    return forward + (size + REDUCED) * own + (size + 2 * REDUCED) * largest(trained)
+def all_gather_bytes(parameters: Sequence[ParameterSpec], element_size: float) -> float:
+    """What FSDP gathers during a pass, with elements of `element_size` bytes: the root unit for the whole
+    pass; of the layers the current one, the next, and a buffer of the same size. In the backward pass also a
+    layer's full gradient, twice while it is reduced, and the root's."""
+    trained = [item for item in parameters if item.trained]
+    root, trained_root = (
+        sum(item.numel for item in items if item.unit == "root") for items in (parameters, trained)
+    )
+    forward = element_size * (root + 3 * _largest_layer(parameters))
+    backward = (element_size + 2 * REDUCE_BYTES) * _largest_layer(trained)
+    return forward + (element_size + REDUCE_BYTES) * trained_root + backward
 
 
-def whole(held: Iterable[Held], size: float) -> float:
-    """A sharded model gathered at once."""
-    return sum(item.numel for item in held if item.unit != "whole") * size
+def _largest_layer(parameters: Iterable[ParameterSpec]) -> int:
+    """Elements of the largest layer or block."""
+    units: dict[str, int] = {}
+    for item in parameters:
+        if item.unit not in ("root", UNSHARDED):
+            units[item.unit] = units.get(item.unit, 0) + item.numel
+    return max(units.values(), default=0)
+
+
+def unsharded_bytes(parameters: Iterable[ParameterSpec], element_size: float) -> float:
+    """All sharded parameters, gathered at once."""
+    return sum(item.numel for item in parameters if item.unit != UNSHARDED) * element_size
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryRow:
     """What one thing takes in each phase."""
 
     name: str
@@ -106,8 +116,9 @@ class Row:
     note: str = ""
 
     @staticmethod
-    def always(name: str, size: float, note: str = "") -> Row:
-        return Row(name, size, size, size, note)
+    def constant(name: str, size: float, note: str = "") -> MemoryRow:
+        """The same in every phase."""
+        return MemoryRow(name, size, size, size, note)
 
 
 PHASES = ("training", "generating", "sync")
@@ -115,13 +126,13 @@ PHASES = ("training", "generating", "sync")
 
 @dataclass(frozen=True)
 class Estimate:
-    """All rows of a GPU, and what lies in the host memory of a node."""
+    """The memory of a GPU by row, and that of a node's host by name."""
 
     gpus: Gpus
-    rows: tuple[Row, ...]
+    rows: tuple[MemoryRow, ...]
     host: tuple[tuple[str, float], ...]
-    short: str = ""
-    """What is wrong beside the sums."""
+    shortage: str = ""
+    """Why the config does not fit although the totals may; empty where nothing is wrong."""
 
     @property
     def totals(self) -> dict[str, float]:
@@ -137,4 +148,4 @@ class Estimate:
 
     def fits_within(self, share: float) -> bool:
         """Whether it takes at most this share of the memory."""
-        return self.peak <= share * self.gpus.memory and not self.short
+        return self.peak <= share * self.gpus.memory and not self.shortage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from vlm_sapo.config.load import check_processes, load
@@ -11,86 +12,108 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, Estimate, Gpus
 
-ROOM = 0.95
+TARGET_SHARE = 0.95
 """Share of the memory that a recommended setting takes at most."""
-Changes = tuple[str, ...]
-"""Overrides."""
-SHARD: tuple[int, Changes] = (1, ("train.shard=all",))
-EIGHT_BITS: tuple[int, Changes] = (2, ("train.optimizer=adamw_8bit",))
-ADAPTERS: tuple[int, Changes] = (4, ("model.dtype=bfloat16", "model.lora={rank: 16}"))
-OFFLOAD: tuple[int, Changes] = (5, ("train.offload=true",))
-FOUR_BITS: tuple[int, Changes] = (6, ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}"))
-FEWER_BITS: tuple[int, Changes] = (2, ("model.lora.bits=4",))
-"""Changes of some weight: how far from the config they lead."""
+Overrides = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides, and how far they lead from the config."""
+
+    distance: int
+    overrides: Overrides
+
+
+NO_CHANGE = Change(0, ())
+SHARD = Change(1, ("train.shard=all",))
+EIGHT_BIT_OPTIMIZER = Change(2, ("train.optimizer=adamw_8bit",))
+LORA = Change(4, ("model.dtype=bfloat16", "model.lora={rank: 16}"))
+OFFLOAD = Change(5, ("train.offload=true",))
+QLORA = Change(6, ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}"))
+FOUR_BIT_BASE = Change(2, ("model.lora.bits=4",))
 CHECKPOINTING = "model.gradient_checkpointing=true"
 
 
-def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Changes, Estimate]:
-    """The overrides that change least and make a config fit with some room, and what it then takes.
+def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Overrides, Estimate]:
+    """The overrides that change least and make a config fit with some room, and its estimate with them.
 
     Raises ValueError where none do.
     """
-
-    def estimator(*changes: str) -> Estimator:
-        return Estimator(load(TrainConfig, name, [*overrides, *changes]), gpus)
-
-    def fitting(options: Sequence[Changes], *others: str) -> Changes | None:
-        roomy = (option for option in options if estimator(*others, *option).estimate().fits_within(ROOM))
-        return next(roomy, None)
-
-    for large in _large(load(TrainConfig, name, overrides), gpus):
-        if not _allowed(name, [*overrides, *large], gpus):
+    search = Search(name, tuple(overrides), gpus)
+    for model in _model_changes(load(TrainConfig, name, overrides), gpus):
+        if not search.is_allowed(model):
             continue
-        base = estimator(*large)
-        if base.least > ROOM * gpus.memory:
+        base = search.estimator(model)
+        if base.minimum > TARGET_SHARE * gpus.memory:
             continue
-        small, generating = _small(base.config), _generating(base.config)
-        least = fitting(generating[::-1], *large, *small[-1])
-        if least is None:
+        microbatch, generation = _microbatch_changes(base.config), _generation_changes(base.config)
+        smallest = search.first_fit(generation[::-1], (*model, *microbatch[-1]))
+        if smallest is None:
             continue
-        chosen = fitting(small, *large, *least)
-        drawn = fitting(generating, *large, *chosen)
-        changes = (*large, *chosen, *drawn)
-        return changes, estimator(*changes).estimate()
-    rows = estimator().rows
+        microbatch_change = search.first_fit(microbatch, (*model, *smallest))
+        generation_change = search.first_fit(generation, (*model, *microbatch_change))
+        changes = (*model, *microbatch_change, *generation_change)
+        return changes, search.estimator(changes).estimate()
+    batch = search.estimator(()).batch
     raise ValueError(
-        f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {rows.prompt} tokens with one "
-        f"response of {rows.response}, and no setting of this config does; lower data.max_prompt_tokens and "
+        f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {batch.prompt} tokens with one "
+        f"response of {batch.response}, and no setting of this config does; lower data.max_prompt_tokens and "
         "rollout.max_tokens, or take larger GPUs or a smaller model"
     )
 
 
-def _large(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
-    """Changes of how the model is held, nearest first."""
-    alone = config.train.shard == 1
-    none: tuple[int, Changes] = (0, ())
-    adapters = [none] if config.model.lora else [none, ADAPTERS, FOUR_BITS]
+@dataclass(frozen=True)
+class Search:
+    """Tries overrides of a config on given GPUs."""
+
+    name: str
+    overrides: Overrides
+    gpus: Gpus
+
+    def estimator(self, changes: Overrides) -> Estimator:
+        return Estimator(load(TrainConfig, self.name, [*self.overrides, *changes]), self.gpus)
+
+    def is_allowed(self, changes: Overrides) -> bool:
+        """Whether `train` would accept the changes."""
+        try:
+            check_processes(load(TrainConfig, self.name, [*self.overrides, *changes]), self.gpus.count)
+        except ValueError:
+            return False
+        return True
+
+    def first_fit(self, options: Sequence[Overrides], changes: Overrides) -> Overrides | None:
+        """The first option that fits together with the changes."""
+        for option in options:
+            if self.estimator((*changes, *option)).estimate().fits_within(TARGET_SHARE):
+                return option
+        return None
+
+
+def _distance(changes: tuple[Change, ...]) -> int:
+    return sum(change.distance for change in changes)
+
+
+def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Overrides]:
+    """Changes of how the model is stored and trained, nearest first."""
+    adapters = [NO_CHANGE] if config.model.lora else [NO_CHANGE, LORA, QLORA]
     if config.model.lora and config.model.lora.bits is None:
-        adapters.append(FEWER_BITS)
+        adapters.append(FOUR_BIT_BASE)
     options = product(
-        [none, SHARD] if alone and gpus.count > 1 else [none],
-        [none, EIGHT_BITS] if config.train.optimizer == "adamw" else [none],
-        [none] if config.train.offload else [none, OFFLOAD],
+        [NO_CHANGE, SHARD] if config.train.shard == 1 and gpus.count > 1 else [NO_CHANGE],
+        [NO_CHANGE, EIGHT_BIT_OPTIMIZER] if config.train.optimizer == "adamw" else [NO_CHANGE],
+        [NO_CHANGE] if config.train.offload else [NO_CHANGE, OFFLOAD],
         adapters,
     )
-    for chosen in sorted(options, key=lambda chosen: sum(cost for cost, _ in chosen)):
-        yield tuple(change for _, group in chosen for change in group)
+    for changes in sorted(options, key=_distance):
+        yield tuple(override for change in changes for override in change.overrides)
 
 
-def _allowed(name: str, overrides: Sequence[str], gpus: Gpus) -> bool:
-    """Whether `train` would take it."""
-    try:
-        check_processes(load(TrainConfig, name, overrides), gpus.count)
-    except ValueError:
-        return False
-    return True
-
-
-def _small(config: TrainConfig) -> list[Changes]:
-    """Changes of a micro-batch, which change no result."""
+def _microbatch_changes(config: TrainConfig) -> list[Overrides]:
+    """Changes of a micro-batch, which change no result, nearest first."""
     budget = config.train.tokens_per_microbatch
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    budgets = [()]
+    budgets: list[Overrides] = [()]
     for fraction in (2, 4, 8):
         if budget // fraction >= longest:
             budgets.append((f"train.tokens_per_microbatch={budget // fraction}",))
@@ -101,8 +124,8 @@ def _small(config: TrainConfig) -> list[Changes]:
     return [*budgets[:2], *((CHECKPOINTING, *smaller) for smaller in budgets)]
 
 
-def _generating(config: TrainConfig) -> list[Changes]:
-    """Changes of how responses are drawn, nearest first."""
+def _generation_changes(config: TrainConfig) -> list[Overrides]:
+    """Changes of how responses are generated, nearest first."""
     engine = config.rollout.engine
     if isinstance(engine, VllmConfig):
         shares = [number / 20 for number in range(2, 19)]

@@ -1,9 +1,9 @@
-"""What the passes of a model take: the real code, run without memory and counted. Bytes, unless said."""
+"""The memory of a model's passes: the real code runs on tensors without values. Bytes, unless said."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,30 +17,15 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import sample
 from vlm_sapo.tools.plan import simulate
-from vlm_sapo.tools.plan.memory import FOUR_BITS, Held
-from vlm_sapo.tools.plan.simulate import Memory, Simulation
+from vlm_sapo.tools.plan.memory import NF4_BYTES, UNSHARDED, ParameterSpec
+from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec, Simulation
 from vlm_sapo.types import Prompt
 
 
 @dataclass(frozen=True)
-class Load:
-    """How a model is loaded. With `rank` adapters are trained on the linear layers of `parts`."""
-
-    path: str
-    dtype: str
-    autocast: bool
-    gradient_checkpointing: bool
-    freeze: tuple[str, ...] = ()
-    rank: int | None = None
-    parts: tuple[str, ...] = ()
-    bits: int | None = None
-    layout: str = "shared"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What goes through it, in tokens: a prompt, its picture's part of it, a response, `budget` of a
-    micro-batch; `group` responses."""
+class BatchSpec:
+    """The sizes of a batch in tokens: a prompt, its image's part of it, a response, and `budget`, a
+    micro-batch. `group` counts the responses to a prompt."""
 
     prompt: int
     image: int
@@ -50,198 +35,195 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingMemory:
     activations: int
     logits: int
     features: int
-    """Of one prompt's picture, where they are kept."""
-    room: int
-    """For kept features on the device."""
+    """Of one prompt's image, where features are cached."""
+    feature_budget: int
+    """For cached features on the device."""
 
 
 @dataclass(frozen=True)
-class Generating:
+class GenerationMemory:
     activations: int
-    cache: int
+    kv_cache: int
     """Keys and values of prompts and responses."""
 
 
 @lru_cache(maxsize=2)
-def opened(load: Load) -> tuple[Simulation, VLM]:
-    """The model without values, with the mode that it lives in."""
-    return simulate.outline(
-        load.path,
-        dtype=load.dtype,
-        gradient_checkpointing=load.gradient_checkpointing,
-        freeze=load.freeze,
-        rank=load.rank,
-        parts=load.parts,
-    )
+def simulated_model(spec: ModelSpec) -> tuple[Simulation, VLM]:
+    """The model without values, with the mode in which it runs."""
+    return simulate.outline(spec)
 
 
 @lru_cache(maxsize=64)
-def held(load: Load) -> tuple[Held, ...]:
-    """The parameters."""
-    _, vlm = opened(load)
-    found = []
+def parameters(spec: ModelSpec) -> tuple[ParameterSpec, ...]:
+    """The model's parameters."""
+    _, vlm = simulated_model(spec)
+    specs = []
     for name, parameter in vlm.model.named_parameters():
         adapted = name.endswith(".base_layer.weight")
-        size = FOUR_BITS if adapted and load.bits else parameter.element_size()
-        layer = next((place for place in (".layers.", ".blocks.") if place in name), None)
-        unit = "root" if layer is None else layer + name.split(layer)[1].split(".")[0]
-        unit = "whole" if vlm.vision.frozen and "visual." in name else unit
-        found.append(Held(unit, parameter.numel(), size, parameter.requires_grad, adapted))
-    return tuple(found)
+        size = NF4_BYTES if adapted and spec.lora_bits else parameter.element_size()
+        layers = next((part for part in (".layers.", ".blocks.") if part in name), None)
+        unit = "root" if layers is None else layers + name.split(layers)[1].split(".")[0]
+        unit = UNSHARDED if vlm.vision.frozen and "visual." in name else unit
+        specs.append(ParameterSpec(unit, parameter.numel(), size, parameter.requires_grad, adapted))
+    return tuple(specs)
 
 
 @lru_cache(maxsize=64)
-def training(load: Load, rows: Rows) -> Training:
-    """A micro-batch's forward and backward pass, beside weights, gradients and kept features."""
-    mode, vlm = opened(load)
+def training_memory(spec: ModelSpec, batch: BatchSpec) -> TrainingMemory:
+    """A micro-batch's forward and backward pass, beside weights, gradients and cached features."""
+    mode, vlm = simulated_model(spec)
     with mode:
-        groups = micro_batch(vlm, rows, load.layout)
-        inputs = choose(load.layout, attends_fully=vlm.attends_fully).inputs(groups)
+        groups = micro_batch(vlm, batch, spec.layout)
+        inputs = choose(spec.layout, attends_fully=vlm.attends_fully).inputs(groups)
         for parameter in vlm.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        look = Look(0, 0, 0, 0) if vlm.vision.frozen else _learn_to_look(vlm, inputs.prompts, load)
-        with _looked(vlm, inputs.prompts) as features:
-            forward, backward = simulate.at_full_depth(vlm, lambda: _update(vlm, inputs, load))
-        peak = max(look.forward, look.inside + forward, look.saved + backward, look.backward)
-        logits = _scoring(vlm, load, len(inputs.targets))
-    kept = features // len(groups) if vlm.vision.frozen else 0
-    return Training(peak - logits, logits, kept, vlm.vision.budget)
+        vision = VisionPeak(0, 0, 0, 0) if vlm.vision.frozen else _vision_peak(vlm, inputs.prompts, spec)
+        with _cached_features(vlm, inputs.prompts) as feature_bytes:
+            forward, backward = simulate.at_full_depth(_update_peaks, vlm, inputs, spec)
+        peak = max(vision.forward, vision.during + forward, vision.saved + backward, vision.backward)
+        logits = _logits_peak(vlm, spec, len(inputs.targets))
+    features = feature_bytes // len(groups) if vlm.vision.frozen else 0
+    return TrainingMemory(peak - logits, logits, features, vlm.vision.budget)
 
 
 @dataclass(frozen=True)
-class Look:
-    """A trained tower's pass: its highest memory in each direction, and what it leaves for the way back, in
-    the forward pass of the language model and afterwards."""
+class VisionPeak:
+    """The pass of a trained vision tower: its peak in each direction, and what it leaves for its backward
+    pass, during the language model's forward pass and afterwards."""
 
     forward: int
     backward: int
-    inside: int
+    during: int
     saved: int
 
 
-def _learn_to_look(vlm: VLM, prompts: list[Prompt], load: Load) -> Look:
-    with Memory() as memory:
-        with _precision(load):
+def _vision_peak(vlm: VLM, prompts: list[Prompt], spec: ModelSpec) -> VisionPeak:
+    with MemoryCounter() as counter:
+        with _autocast(spec):
             features = vlm.vision(prompts)
-            forward, inside = memory.peak, memory.live
-        saved = memory.peak = memory.live
+            forward, during = counter.peak, counter.live
+        saved = counter.peak = counter.live
         if features is not None:
             sum(tensor.sum() for tensor in (features.tokens, *features.deep)).backward()
-    return Look(forward, memory.peak, inside, saved)
+    return VisionPeak(forward, counter.peak, during, saved)
 
 
 @contextmanager
-def _looked(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
-    """Inside, the features of prompts are kept; of a trained tower they take gradients. Yields their
+def _cached_features(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
+    """Caches the image features of prompts inside; those of a trained tower take gradients. Yields their
     bytes."""
     visual = vlm.model.model.visual
     trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
     visual.requires_grad_(False)
     vlm.vision(prompts)
-    kept = [vlm.vision.kept[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.kept]
-    for tensor in (tensor for item in kept for tensor in (item.tokens, *item.deep)):
+    cache = [vlm.vision.kept[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.kept]
+    for tensor in (tensor for item in cache for tensor in (item.tokens, *item.deep)):
         tensor.requires_grad_(bool(trained))
-    yield sum(item.num_bytes for item in kept)
+    yield sum(item.num_bytes for item in cache)
     for parameter in trained:
         parameter.requires_grad_(True)
 
 
-def picture(load: Load, rows: Rows) -> int:
+def pixel_bytes(spec: ModelSpec, batch: BatchSpec) -> int:
     """The pixels of one prompt, in host memory."""
-    mode, vlm = opened(load)
+    mode, vlm = simulated_model(spec)
     with mode:
-        pixels = simulate.draw_prompt(vlm, rows.prompt, rows.image).pixels
+        pixels = simulate.synthetic_prompt(vlm, batch.prompt, batch.image).pixels
     return 0 if pixels is None else pixels.nbytes
 
 
-def micro_batch(vlm: VLM, rows: Rows, layout: str = "shared") -> list[GroupSlice]:
+def micro_batch(vlm: VLM, batch: BatchSpec, layout: str = "shared") -> list[GroupSlice]:
     """Groups that fill the budget, the last one with fewer responses; at least one response."""
     shared = layout == "shared" and vlm.attends_fully
     return [
-        GroupSlice(prompt, tuple(simulate.fake_response(prompt, length) for length in lengths))
-        for lengths in (_branches(rows) if shared else _copies(rows))
-        for prompt in [simulate.draw_prompt(vlm, rows.prompt, rows.image)]
+        GroupSlice(prompt, tuple(simulate.synthetic_response(prompt, length) for length in lengths))
+        for lengths in (_shared_lengths(batch) if shared else _plain_lengths(batch))
+        for prompt in [simulate.synthetic_prompt(vlm, batch.prompt, batch.image)]
     ]
 
 
-def _branches(rows: Rows) -> Iterator[list[int]]:
+def _shared_lengths(batch: BatchSpec) -> Iterator[list[int]]:
     """The lengths of each group's responses, where a group has its prompt once."""
-    left = max(rows.budget, rows.prompt + rows.response)
-    while left > rows.prompt:
+    left = max(batch.budget, batch.prompt + batch.response)
+    while left > batch.prompt:
         lengths = []
-        left -= rows.prompt
-        while left > 0 and len(lengths) < rows.group:
-            lengths.append(min(rows.response, left))
+        left -= batch.prompt
+        while left > 0 and len(lengths) < batch.group:
+            lengths.append(min(batch.response, left))
             left -= lengths[-1]
         yield lengths
 
 
-def _copies(rows: Rows) -> Iterator[list[int]]:
+def _plain_lengths(batch: BatchSpec) -> Iterator[list[int]]:
     """The same where each response has its own prompt."""
-    left = max(1, rows.budget // (rows.prompt + rows.response))
+    left = max(1, batch.budget // (batch.prompt + batch.response))
     while left:
-        yield [rows.response] * min(left, rows.group)
-        left -= min(left, rows.group)
+        yield [batch.response] * min(left, batch.group)
+        left -= min(left, batch.group)
 
 
-def _update(vlm: VLM, inputs: Inputs, load: Load) -> tuple[int, int]:
-    """The highest memory of the forward and of the backward pass."""
-    with Memory() as memory:
-        with _precision(load):
+def _update_peaks(vlm: VLM, inputs: Inputs, spec: ModelSpec) -> tuple[int, int]:
+    """The peaks of the forward and of the backward pass."""
+    with MemoryCounter() as counter:
+        with _autocast(spec):
             scores = Pass(vlm)(inputs)
-        loss, forward = scores.logprobs.sum(), memory.peak
-        memory.peak = memory.live
+        loss, forward = scores.logprobs.sum(), counter.peak
+        counter.peak = counter.live
         loss.backward()
-    return forward, memory.peak
+    return forward, counter.peak
 
 
-def _scoring(vlm: VLM, load: Load, tokens: int) -> int:
-    """The log-probs of one chunk of response tokens, forwards and backwards."""
+def _logits_peak(vlm: VLM, spec: ModelSpec, tokens: int) -> int:
+    """The log-probs of one chunk of response tokens, forward and backward."""
     tokens = min(tokens, max(1, CHUNK_LOGITS // vlm.vocabulary))
     width = vlm.model.lm_head.weight.shape[1]
-    hidden = torch.empty((tokens, width), dtype=getattr(torch, load.dtype), requires_grad=True)
-    with Memory() as memory:
-        with _precision(load):
+    hidden = torch.empty((tokens, width), dtype=getattr(torch, spec.dtype), requires_grad=True)
+    with MemoryCounter() as counter:
+        with _autocast(spec):
             logprobs, _ = Pass(vlm).score(hidden, torch.tensor([0] * tokens))
         logprobs.sum().backward()
-    return memory.peak
+    return counter.peak
 
 
 @lru_cache(maxsize=64)
-def generating(load: Load, rows: Rows, at_once: int) -> Generating:
-    """The embedded engine with so many prompts at once: their pictures, their prefill, and the last token of
+def generation_memory(spec: ModelSpec, batch: BatchSpec, prompts_per_batch: int) -> GenerationMemory:
+    """The `hf` engine with so many prompts at a time: their images, their prefill, and the last token of
     responses that are all of full length."""
-    mode, vlm = opened(load)
+    mode, vlm = simulated_model(spec)
     with mode, torch.no_grad():
         vlm.eval()
-        prompts = [simulate.draw_prompt(vlm, rows.prompt, rows.image) for _ in range(at_once)]
-        with Memory() as memory, _precision(load):
+        prompts = [
+            simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(prompts_per_batch)
+        ]
+        with MemoryCounter() as counter, _autocast(spec):
             vlm.vision(prompts)
-        looking = memory.peak - (memory.live if vlm.vision.frozen else 0)
-        with _looked(vlm, prompts):
-            reading, decode, cache = simulate.at_full_depth(vlm, lambda: _generate(vlm, prompts, rows, load))
+        vision = counter.peak - (counter.live if vlm.vision.frozen else 0)
+        with _cached_features(vlm, prompts):
+            prefill_peak, decode_peak, cache = simulate.at_full_depth(
+                _generation_peaks, vlm, prompts, batch, spec
+            )
         vlm.train()
-    peak = max(looking, reading, decode)
-    return Generating(peak - cache, cache)
+    peak = max(vision, prefill_peak, decode_peak)
+    return GenerationMemory(peak - cache, cache)
 
 
-def _generate(vlm: VLM, prompts: list[Prompt], rows: Rows, load: Load) -> tuple[int, ...]:
-    """The highest memory of the prefill and of the last token, and that of all keys and values."""
-    with Memory() as memory, _precision(load):
-        before = memory.live
-        branches = prefill(vlm, BranchGrid.of(as_contexts(prompts), rows.group), NullRecorder())[1]
-        highest = memory.peak
-        tokens = torch.tensor([0] * len(prompts) * rows.group)
-        branches.step(tokens, tokens)
-        simulate.lengthen(branches, max(0, rows.response - 2))
-        kept, memory.peak = memory.live - before, memory.live
-        sample(branches.step(tokens, tokens), torch.empty(tokens.shape, dtype=torch.float64))
-        return highest, memory.peak, kept
+def _generation_peaks(vlm: VLM, prompts: list[Prompt], batch: BatchSpec, spec: ModelSpec) -> tuple[int, ...]:
+    """The peaks of the prefill and of the last token, and the bytes of all keys and values."""
+    with MemoryCounter() as counter, _autocast(spec):
+        before = counter.live
+        state = prefill(vlm, BranchGrid.of(as_contexts(prompts), batch.group), NullRecorder())[1]
+        prefill_peak = counter.peak
+        tokens = torch.tensor([0] * len(prompts) * batch.group)
+        state.step(tokens, tokens)
+        simulate.extend_cache(state, max(0, batch.response - 2))
+        cache, counter.peak = counter.live - before, counter.live
+        sample(state.step(tokens, tokens), torch.empty(tokens.shape, dtype=torch.float64))
+        return prefill_peak, counter.peak, cache
 
 
-def _precision(load: Load) -> AbstractContextManager:
-    return torch.autocast("cpu", torch.bfloat16, enabled=load.autocast)
+def _autocast(spec: ModelSpec) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=spec.autocast)

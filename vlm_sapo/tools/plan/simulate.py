@@ -1,15 +1,17 @@
-"""A model's own code without its memory: tensors that have shape and type but no values, and a count of the
-bytes that they would take.
+"""Runs a model's own code without its memory: on tensors that have shape and dtype but no values, and counts
+the bytes that they would take.
 
-What decides shapes (token ids, positions, picture grids) keeps its values.
+What decides shapes (token ids, positions, image grids) keeps its values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -19,7 +21,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models import attention
@@ -29,51 +31,55 @@ from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.types import Example, Prompt, Response
 
-LARGEST_KNOWN = 2**22
-"""Elements of the largest tensor that keeps its values."""
-WHOLE_NUMBERS = (torch.int64, torch.bool)
-"""Types of ids, positions and masks."""
-MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-DEPTH = 2
-"""Decoder layers that are run, or as many as there are kinds in turn; a model's memory is linear in their
+MAX_ELEMENTS_WITH_VALUES = 2**22
+"""Larger tensors lose their values."""
+INTEGER_DTYPES = (torch.int64, torch.bool)
+"""Dtypes of ids, positions and masks."""
+INDEX_OPS = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+MEASURED_LAYERS = 2
+"""Decoder layers that are run, or one period where kinds of layers alternate: memory is linear in their
 number."""
 
 
 class Simulation(FakeTensorMode):
-    """Inside, new tensors have no values, except whole numbers and what is computed from values alone:
-    ranges, lists of numbers and all that comes of them."""
+    """Makes new tensors without values, except integers and what is computed from values alone: ranges, lists
+    of numbers and what follows from them."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = all(_is_known(tensor) for tensor in given)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        has_values = all(_has_values(tensor) for tensor in inputs)
         sized = any(isinstance(argument, list | tuple) for argument in args)
-        if known and (given or not sized or kwargs.get("dtype") in WHOLE_NUMBERS):
+        if has_values and (inputs or not sized or kwargs.get("dtype") in INTEGER_DTYPES):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func in MASKED:  # the shape depends on a mask's values
-            places = [place for index in args[1] for place in _as_places(index)]
-            args = (args[0], places, *args[2:])
+        if func in INDEX_OPS:  # the shape depends on a mask's values
+            indices = [item for index in args[1] for item in _mask_to_indices(index)]
+            args = (args[0], indices, *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _is_known(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and tensor.numel() <= LARGEST_KNOWN
+def _has_values(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.numel() <= MAX_ELEMENTS_WITH_VALUES
 
 
-def _as_places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """A mask as the places where it is true, along each of its dimensions."""
-    if index is None or not _is_known(index) or index.dtype != torch.bool:
+def _mask_to_indices(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A mask as the indices where it is true, along each of its dimensions."""
+    if index is None or not _has_values(index) or index.dtype != torch.bool:
         return [index]
     with unset_fake_temporarily():
         return list(index.nonzero(as_tuple=True))
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and live, now and at most."""
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are created inside: those alive now, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,12 +87,12 @@ class Memory(TorchDispatchMode):
         self.seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        for storage in _storages(made):
-            if id(storage) not in given and storage not in self.seen:
+        outputs = func(*args, **(kwargs or {}))
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(outputs):
+            if id(storage) not in inputs and storage not in self.seen:
                 self._add(storage)
-        return made
+        return outputs
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -103,61 +109,69 @@ def _storages(tree) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def outline(
-    path: str,
-    *,
-    dtype: str,
-    gradient_checkpointing: bool = False,
-    freeze: Sequence[str] = (),
-    rank: int | None = None,
-    parts: Sequence[str] = (),
-) -> tuple[Simulation, VLM]:
-    """A model of a checkpoint's shape, from its config.json alone, and the mode that it lives in. With a
-    `rank` the linear layers of `parts` have adapters.
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a model is loaded and computes. With `lora_rank`, adapters are trained on the linear layers of
+    `lora_parts`."""
+
+    path: str
+    dtype: str
+    autocast: bool
+    gradient_checkpointing: bool
+    freeze: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    lora_parts: tuple[str, ...] = ()
+    lora_bits: int | None = None
+    layout: str = "shared"
+
+
+def outline(spec: ModelSpec) -> tuple[Simulation, VLM]:
+    """A model of a checkpoint's shape, from its config.json alone, and the mode in which it runs.
 
     Raises ValueError where there is no config of a vision-language model.
     """
-    config, mode = read_config(path), Simulation()
+    config, mode = read_config(spec.path), Simulation()
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
-        if rank is not None:
-            adapters.add(model, adapters.targets(model, part_of, parts), rank=rank, alpha=rank, base="")
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, spec.dtype))
+        if spec.lora_rank is not None:
+            targets = adapters.targets(model, part_of, spec.lora_parts)
+            adapters.add(model, targets, rank=spec.lora_rank, alpha=spec.lora_rank, base="")
     with mode:
         _leave_meta(model)
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
         model.train()
         silence_dropout(model)
-        if gradient_checkpointing:
+        if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
         vlm.as_matrix_product()
-        if rank is None:
-            vlm.freeze(list(freeze))
+        if spec.lora_rank is None:
+            vlm.freeze(list(spec.freeze))
     return mode, vlm
 
 
 def _leave_meta(model: nn.Module) -> None:
     """Gives every parameter and buffer a tensor of the simulation; tied ones stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
-            if old not in made:
+            if old not in replaced:
                 new = torch.empty(tuple(old.shape), dtype=old.dtype)
-                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
-            module.register_parameter(name, made[old])
+                replaced[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            module.register_parameter(name, replaced[old])
         for name, old in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, torch.empty(tuple(old.shape), dtype=old.dtype), persistent=False)
 
 
-def read_config(path: str):
-    """The config of a folder or hub id. Raises ValueError where it is none of a vision-language model."""
-    wanted = f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached"
+def read_config(path: str) -> PretrainedConfig:
+    """The config of a folder or hub id. Raises ValueError where it is not a vision-language model."""
+    requirement = f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached"
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{wanted}; there is no config.json in that folder")
+        raise ValueError(f"{requirement}; there is no config.json in that folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(f"{wanted}; {error}") from error
+        raise ValueError(f"{requirement}; {error}") from error
     if "vision_config" not in config.to_dict():
         raise ValueError(
             f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
@@ -165,12 +179,13 @@ def read_config(path: str):
     return config
 
 
-def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
-    """A prompt of so many tokens, some of them for one picture; call it inside a Simulation."""
+def synthetic_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
+    """A prompt of `tokens` tokens, of which at most `image_tokens` are one square image's. Call it inside a
+    Simulation."""
     vision = vlm.model.config.vision_config
     side = vision.spatial_merge_size * int(image_tokens**0.5)  # patches
-    taken = side**2 // vision.spatial_merge_size**2
-    ids = [0, *[vlm.model.config.image_token_id] * taken, *[0] * (tokens - taken - 1)]
+    image_tokens = side**2 // vision.spatial_merge_size**2
+    ids = [0, *[vlm.model.config.image_token_id] * image_tokens, *[0] * (tokens - image_tokens - 1)]
     pixels = torch.empty(side**2, vlm.model.model.visual.patch_embed.proj.weight[0].numel())
     return Prompt(
         example=Example("", "", ""),
@@ -179,19 +194,20 @@ def draw_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
         ids=torch.tensor(ids),
         positions=torch.arange(tokens).expand(3, -1),
         images=(),
-        pixels=pixels if taken else None,
-        grid=torch.tensor([[1, side, side]]) if taken else None,
+        pixels=pixels if image_tokens else None,
+        grid=torch.tensor([[1, side, side]]) if image_tokens else None,
     )
 
 
-def fake_response(prompt: Prompt, tokens: int) -> Response:
+def synthetic_response(prompt: Prompt, tokens: int) -> Response:
     """A response of so many tokens; call it inside a Simulation."""
     ids = torch.tensor([0] * tokens)
     return Response.sampled(prompt.positions, ids, torch.zeros(tokens), text="", finish="stop")
 
 
 @contextmanager
-def _shallow(vlm: VLM, depth: int) -> Iterator[None]:
+def _first_layers(vlm: VLM, depth: int) -> Iterator[None]:
+    """Runs only the first `depth` decoder layers inside."""
     language, config = vlm.model.model.language_model, vlm.model.config.get_text_config()
     layers = language.layers
     language.layers, config.num_hidden_layers = layers[:depth], depth
@@ -201,31 +217,32 @@ def _shallow(vlm: VLM, depth: int) -> Iterator[None]:
         language.layers, config.num_hidden_layers = layers, len(layers)
 
 
-def at_full_depth(vlm: VLM, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-    """What `measure` would give for the whole model, from two runs with a few of its decoder layers."""
+def at_full_depth(measure: Callable[..., tuple[int, ...]], vlm: VLM, *args: Any) -> tuple[int, ...]:
+    """What `measure(vlm, *args)` returns for the whole model, extrapolated from two runs with a few decoder
+    layers."""
     layers = len(vlm.model.model.language_model.layers)
-    depth = DEPTH if vlm.attends_fully else _period(vlm.model.config.get_text_config().layer_types)
+    depth = MEASURED_LAYERS if vlm.attends_fully else _period(vlm.model.config.get_text_config().layer_types)
     if layers <= 2 * depth:
-        return measure()
-    with _shallow(vlm, depth):
-        few = measure()
-    with _shallow(vlm, 2 * depth):
-        twice = measure()
+        return measure(vlm, *args)
+    with _first_layers(vlm, depth):
+        few = measure(vlm, *args)
+    with _first_layers(vlm, 2 * depth):
+        twice = measure(vlm, *args)
     return tuple(a + (b - a) * (layers - depth) // depth for a, b in zip(few, twice, strict=True))
 
 
 def _period(kinds: list[str]) -> int:
     """Layers from one with full attention to the next."""
-    full = [place for place, kind in enumerate(kinds) if kind == "full_attention"]
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     return full[1] - full[0] if len(full) > 1 else len(kinds)
 
 
-def lengthen(branches: DecodeState, tokens: int) -> None:
-    """Lets branches that have begun be so many tokens longer."""
-    for number, layer in enumerate(branches.cache.layers):
+def extend_cache(state: DecodeState, tokens: int) -> None:
+    """Makes every response of a decode state `tokens` tokens longer."""
+    for number, layer in enumerate(state.cache.layers):
         if isinstance(layer, DynamicLayer):
             shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[3])
             keys, values = (torch.empty(shape, dtype=old.dtype) for old in (layer.keys, layer.values))
-            branches.cache.update(keys, values, number)
-    if isinstance(branches, ForkedDecodeState):
-        branches.mask = pad(branches.mask, (0, tokens), value=True)
+            state.cache.update(keys, values, number)
+    if isinstance(state, ForkedDecodeState):
+        state.mask = pad(state.mask, (0, tokens), value=True)
