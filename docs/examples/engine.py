@@ -1,7 +1,8 @@
 """An engine of your own: the policy's own sampling, with a note of how often each answer was sampled.
 
 rollout:
-  engine: {type: own, function: docs/examples/engine.py:counting, args: {path: runs/counts.json}, policy_modules: true}
+  engine: {type: own, function: docs/examples/engine.py:counting, args: {path: counts.json},
+           policy_modules: true}
 """
 
 import json
@@ -12,8 +13,8 @@ from vlm_sapo.rollout.hf import HfEngine
 
 
 class CountingEngine(HfEngine):
-    """Every engine has `sync`, `generate` and `close` (vlm_sapo/rollout/engine.py); this one is the embedded one
-    with a step added."""
+    """Every engine has `sync`, `generate` and `close` (vlm_sapo/rollout/engine.py); this one is `hf` with a
+    step added."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""An environment of your own: it asks the model to check its answer, and rewards a second answer that is right.
+"""An environment of your own: it asks the model to check its answer, and rewards a right second answer.
 
 rollout:
   environment: {function: docs/examples/environment.py:CheckAgain, args: {bonus: 0.5}, max_turns: 2}

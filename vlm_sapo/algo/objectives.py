@@ -157,8 +157,9 @@ def vespo(
     k_neg: float,
     lambda_neg: float,
 ) -> torch.Tensor:
-    """-sg(phi(W)) A log pi with phi(W) = W^k exp(lambda (1 - W)), W being the product of the response's ratios
-    (VESPO, arXiv 2602.10693). log pi_old is subtracted, which changes the value and not the gradient."""
+    """-sg(phi(W)) A log pi with phi(W) = W^k exp(lambda (1 - W)), where W is the product of the response's
+    ratios (VESPO, arXiv 2602.10693). log pi_old is subtracted, which changes the value and not the
+    gradient."""
     log_weight = token_log_ratio.detach().sum(-1, keepdim=True).clamp(-LIMIT, LIMIT)
     positive = advantage > 0
     power = torch.where(positive, advantage.new_tensor(k_pos), advantage.new_tensor(k_neg))

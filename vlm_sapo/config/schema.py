@@ -189,7 +189,7 @@ class CorrectionConfig(Section):
 
     @model_validator(mode="after")
     def _bounds(self):
-        if self.type == "truncated" and "low" in self.model_fields_set:
+        if self.type == "truncated" and self.low:
             raise ValueError(f"low ({self.low}) has no part in type truncated; remove it, or set type=masked")
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be under high ({self.high})")

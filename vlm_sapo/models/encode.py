@@ -101,8 +101,8 @@ class Encoder:
         before, mark, after = rest.partition(USER_MARK)
         if not mark:
             raise ValueError(
-                "the chat template of model.path must write an assistant's turn and a user's turn behind it, as "
-                "rollout.environment needs; use a template that does"
+                "the chat template of model.path must write an assistant's turn and a user's turn behind it, "
+                "as rollout.environment needs; use a template that does"
             )
         return before, after
 

@@ -134,7 +134,7 @@ class StepReport:
         )
 
     def _logged(self, slot: int, group: Group, values: list[float], seen: list[Trace | None]) -> LoggedGroup:
-        """A group with the files of its images, which are kept, and with boxes where a verifier reads them."""
+        """A group with the files of its images, saved, and with boxes where a verifier reads them."""
         names = keep_pictures(self.folder.path, group.prompt.images)
         example = group.prompt.example
         asked = [own_verifier(example, name, args) for name, args in self.parts]

@@ -66,8 +66,8 @@ class Episode:
 
 class Episodes:
     """An engine whose responses are episodes: `engine` samples the turns, and environments that `make` makes
-    answer them, at most `max_turns` times. A response is at most `Sampling.max_tokens` long, the environment's
-    tokens included."""
+    answer them, at most `max_turns` times. A response is at most `Sampling.max_tokens` long, the tokens of
+    the environment included."""
 
     def __init__(
         self,

@@ -290,7 +290,9 @@ def shared_images(
     return pairs
 
 
-def _near(item: Fingerprint, candidates: Sequence[tuple[Inspected, Fingerprint]], hashes: np.ndarray) -> Inspected | None:
+def _near(
+    item: Fingerprint, candidates: Sequence[tuple[Inspected, Fingerprint]], hashes: np.ndarray
+) -> Inspected | None:
     """The first row with nearly the same image."""
     close = np.bitwise_count(hashes ^ np.uint64(item.perceptual)) <= MAX_HASH_DISTANCE
     for index in close.nonzero()[0]:

@@ -54,7 +54,7 @@ class Batch:
 
     groups: tuple[Group, ...]
     mask: torch.Tensor
-    """[N, T] bool, true on the tokens that count: sampled by the policy, in a response that isn't left out."""
+    """[N, T] bool, true on the tokens that count: the policy's, in a response that isn't left out."""
     sampled: torch.Tensor
     """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     num_sequences: int
@@ -74,7 +74,7 @@ class Batch:
     routes: ExpertRoutes | None = None
     """The experts before the update, where `score` recorded or an engine reported them."""
     prepared: torch.Tensor | None = None
-    """[N, T], what the objective prepared for the whole mini-batch, where it does."""
+    """[N, T], what the objective prepared for the mini-batch, where it does."""
     keep_zero_advantages: bool = False
     """Whether groups without an advantage go through the model as well, as a KL term needs."""
     rewards_decide: bool = True

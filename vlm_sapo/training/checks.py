@@ -103,7 +103,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What an engine sampled while weights were changed, against the changed trainer and the unchanged one."""
+    """What an engine sampled with changed weights, against the changed trainer and the unchanged one."""
 
     changed: Difference
     unchanged: Difference

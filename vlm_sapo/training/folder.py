@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.config.load import differences, dump
+from vlm_sapo.config.files import parse
+from vlm_sapo.config.load import check, differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder
@@ -24,7 +25,7 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -
 def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console) -> None:
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
-    stored = None if config.run.overwrite else folder.stored()
+    stored = None if config.run.overwrite else _upgraded(folder.stored(), type(config))
     if config.run.overwrite:
         folder.stored()  # or what lies there is no run's
         folder.clear()
@@ -52,6 +53,16 @@ def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: C
                 )
             folder.unfinish()
     folder.begin(text)
+
+
+def _upgraded(stored: str | None, kind: type[cfg.TrainConfig | cfg.SftConfig]) -> str | None:
+    """A stored config with the fields that came after it was written, at their defaults."""
+    if stored is None:
+        return None
+    try:
+        return dump(check(kind, parse(stored)))
+    except ValueError:  # of fields that are no longer there: the comparison names them
+        return stored
 
 
 def build_checkpoints(

@@ -385,7 +385,7 @@ class Policy:
 
     @torch.no_grad()
     def _prepare(self, minibatch: Batch, loss: Loss) -> Batch:
-        """The mini-batch with what the objective wants to know of it as a whole, from its present log-probs."""
+        """The mini-batch with what the objective prepares for it as a whole, from its present log-probs."""
         while True:
             logprobs = torch.zeros_like(minibatch.sampled)
             try:
