@@ -5,16 +5,17 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
 
-from tests.conftest import completion, example
+from tests.conftest import example
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.types import Prompt, RowError, Sampling
+from vlm_sapo.types import Prompt, Response, RowError, Sampling
 
 MEASURE = Measure("accuracy")
-DRAW = Sampling(2, 8, 1.0, 7)
+SAMPLING = Sampling(2, 8, 1.0, 7)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,18 @@ class Parrot:
     """An engine that answers the gold answer on the first of two responses and runs on at the second."""
 
     def __init__(self, stop_at=None):
-        self.places, self.stop_at = [], stop_at
+        self.slots, self.stop_at = [], stop_at
 
-    def generate(self, prompts, sampling):
-        self.places.append(sampling.places)
-        if len(self.places) == self.stop_at:
+    def generate(self, contexts, sampling):
+        self.slots.append(sampling.slots)
+        if len(self.slots) == self.stop_at:
             raise KeyboardInterrupt
-        return [[said("\\boxed{2}", "stop"), said("hmm", "length")] for _ in prompts]
+        return [[said("\\boxed{2}", "stop"), said("hmm", "length")] for _ in contexts]
 
 
 def said(text: str, finish: str):
-    made = completion([1, 2, 3] if finish == "stop" else [1] * 5, finish)
-    return type(made)(made.ids, made.logprobs, text, finish)
+    ids = torch.tensor([1, 2, 3] if finish == "stop" else [1] * 5)
+    return Response.sampled(torch.zeros(3, 1), ids, torch.zeros(len(ids)), text=text, finish=finish)
 
 
 def encode(row) -> Prompt:
@@ -52,26 +53,33 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     rows = [example(number, kind="a" if number else "b") for number in range(3)]
     measure = Measure("accuracy", by=("kind",))
     result, records = evaluate(
-        engine, rows, encode, reward, DRAW, measure, samples=SampleFile(tmp_path, "b"), batch=2
+        engine, rows, encode, reward, SAMPLING, measure, samples=SampleFile(tmp_path, "b"), batch=2
     )
     assert result["pass@1"] == 0.5 and result["n"] == 3 and result["samples"] == 2
     assert result["pass@2"] == 1.0 and result["majority@2"] == 1.0 and result["no_answer"] == 0.5
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
-    assert engine.places == [(0, 1), (2,)]  # what a problem's draws depend on is its row alone
+    assert engine.slots == [(0, 1), (2,)]  # a problem's random numbers depend on its row alone
 
 
 def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
     """A line separator inside a response and a torn last line cost nothing but the torn line."""
     rows = [example(number) for number in (0, 1, 2, 4, 5)]
     whole, _ = evaluate(
-        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "whole", "b"), batch=2
+        Parrot(),
+        rows,
+        encode,
+        reward,
+        SAMPLING,
+        MEASURE,
+        samples=SampleFile(tmp_path / "whole", "b"),
+        batch=2,
     )
     path = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
         evaluate(
-            Parrot(stop_at=3), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=2
+            Parrot(stop_at=3), rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(path, "b"), batch=2
         )
     lines = (path / "samples.jsonl").read_text().split("\n")
     assert [json.loads(line)["id"] for line in lines if line] == ["e0", "e1", "e2", "e4"]
@@ -79,9 +87,9 @@ def test_an_interrupted_evaluation_goes_on(reward, tmp_path):
     (path / "samples.jsonl").write_text("\n".join(lines)[:-20])
     second = Parrot()
     result, records = evaluate(
-        second, rows, encode, reward, DRAW, MEASURE, samples=SampleFile(path, "b"), batch=4
+        second, rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(path, "b"), batch=4
     )
-    assert result == whole and second.places == [(3, 4)] and len(records) == 5
+    assert result == whole and second.slots == [(3, 4)] and len(records) == 5
     assert records[0]["responses"][1] == "h\u2028mm"
     lines = (path / "samples.jsonl").read_text().split("\n")
     assert sorted(json.loads(line)["id"] for line in lines if line) == ["e0", "e1", "e2", "e4", "e5"]
@@ -97,9 +105,9 @@ def test_a_whole_last_line_without_its_end_is_kept_apart(tmp_path):
 def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
     rows = [example(number) for number in range(5)]
     with pytest.raises(RowError, match="row e3"):
-        evaluate(Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "a", "b"))
+        evaluate(Parrot(), rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(tmp_path / "a", "b"))
     result, records = evaluate(
-        Parrot(), rows, encode, reward, DRAW, MEASURE, samples=SampleFile(tmp_path / "c", "b"), skip=True
+        Parrot(), rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(tmp_path / "c", "b"), skip=True
     )
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
@@ -109,7 +117,7 @@ def test_an_unusable_row_stops_or_is_counted(reward, tmp_path):
             rows[3:4],
             encode,
             reward,
-            DRAW,
+            SAMPLING,
             MEASURE,
             samples=SampleFile(tmp_path / "d", "b"),
             skip=True,

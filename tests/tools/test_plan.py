@@ -90,15 +90,15 @@ def test_a_pass_without_memory_counts_what_the_real_one_takes(family, checkpoint
     with mode:
         groups = passes.micro_batch(outline, ROWS, layout)
     vlm = load_vlm(load.path, gradient_checkpointing=checkpointing, freeze=freeze)
-    for prompt, _ in groups:
-        object.__setattr__(prompt, "pixels", torch.zeros(prompt.pixels.shape))
+    for group in groups:
+        object.__setattr__(group.prompt, "pixels", torch.zeros(group.prompt.pixels.shape))
     for parameter in vlm.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     if frozen:
-        vlm.vision([prompt for prompt, _ in groups])
+        vlm.vision([group.prompt for group in groups])
     with Memory() as counted:
-        logprobs, _ = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
-        logprobs.sum().backward()
+        scores = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
+        scores.logprobs.sum().backward()
     found = passes.training(load, ROWS)
     assert found.activations + found.logits == pytest.approx(counted.peak, rel=0.15)
     assert (found.features > 0) == frozen
