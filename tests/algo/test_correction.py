@@ -71,7 +71,8 @@ def test_the_weight_stands_outside_the_gate_and_has_no_gradient(kind, level):
     mask = torch.arange(5) < torch.tensor([[5], [3], [4]])
     advantages = torch.tensor([[1.0], [-0.5], [0.7]], dtype=torch.float64)
     micro = MicroBatch([], torch.arange(3), mask, advantages, sampled, old=old)
-    correction = {"type": kind, "level": level, "low": 0.5, "high": 1.5}
+    low = {"low": 0.5} if kind == "masked" else {}
+    correction = {"type": kind, "level": level, "high": 1.5} | low
     loss = build_loss(AlgoConfig.model_validate({"correction": correction}), max_tokens=5)
     passed = ForwardPass(logprobs=new, entropies=torch.zeros_like(old), old=old, usage=None)
     batch = Batch(groups=(), mask=mask, sampled=sampled, num_sequences=3, num_tokens=12)
