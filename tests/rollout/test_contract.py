@@ -24,7 +24,7 @@ from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.tools.new_model import Shape, new_model
-from vlm_sapo.types import Sampling
+from vlm_sapo.types import Context, Response, Sampling
 
 SHAPE = Shape(hidden=64, layers=2, vision_layers=2, heads=2, head_dim=32, patch=16, max_pixels=256 * 256)
 LONGEST = 512
@@ -244,6 +244,30 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
     prompts, groups = setting.sample(slots=(7, 8, 9), temperature=1.5)
     alone = setting.engine.generate(as_contexts(prompts[2:]), Sampling(4, 12, 1.5, seed=5, slots=(9,)))
     assert ids_of(alone) == ids_of(groups[2:])
+
+
+def test_responses_so_far_are_continued(setting):
+    """Those of one prompt, beside a prompt without any."""
+    prompts, groups = setting.sample(counts=(1, 2), temperature=1.5, group=4)
+    first = prompts[0]
+    so_far = {}
+    for branch, item in enumerate(groups[0]):
+        length = min(branch + 1, len(item.ids) - 1)
+        if length:
+            ids, logprobs = item.ids[:length], item.logprobs[:length]
+            so_far[branch] = Response.sampled(first.positions, ids, logprobs, text="", finish="length")
+    contexts = [Context(first, tuple(so_far.values()), tuple(so_far)), Context(prompts[1])]
+    continued = setting.engine.generate(contexts, dataclasses.replace(SAMPLING, temperature=1.5))
+    assert so_far and [len(responses) for responses in continued] == [len(so_far), 4]
+    for before, item in zip(so_far.values(), continued[0], strict=True):
+        start = len(before.ids)
+        assert start < len(item.ids) <= 12 and torch.equal(item.ids[:start], before.ids)
+        assert item.finish == ("stop" if int(item.ids[-1]) in setting.vlm.stops else "length")
+        assert item.text == setting.vlm.tokenizer.decode(item.ids, skip_special_tokens=True)
+    assert setting.differences(prompts, continued, temperature=1.5).max() < setting.rounding
+    if setting.engine.shares_weights:
+        expected = [groups[0][branch].ids.tolist() for branch in so_far]
+        assert ids_of(continued[:1]) == expected
 
 
 def test_the_coldest_sample_is_greedy(setting):
