@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,11 @@ def response(ids: list[int], prompt: Prompt, finish: str = "stop") -> Response:
     return Response.sampled(
         prompt.positions, torch.tensor(ids), torch.zeros(len(ids)), text="", finish=finish
     )
+
+
+def group_slice(prompt: Prompt, rows: Sequence[Sequence[int] | torch.Tensor]) -> GroupSlice:
+    """A prompt with such responses of these ids."""
+    return GroupSlice(prompt, tuple(response([int(token) for token in ids], prompt) for ids in rows))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from vlm_sapo.algo.correction import (
     truncated,
 )
 from vlm_sapo.algo.objectives import sapo
-from vlm_sapo.training.batch import MicroBatch, MiniBatch
+from vlm_sapo.config.schema import AlgoConfig
+from vlm_sapo.training.batch import Batch, MicroBatch
 from vlm_sapo.training.loss import build_loss
+from vlm_sapo.training.policy import ForwardPass
 
 LOG2 = math.log(2)
 POLICY = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, float("nan")]], dtype=torch.float64)
@@ -68,16 +70,13 @@ def test_the_weight_stands_outside_the_gate_and_has_no_gradient(kind, level):
     new.requires_grad_()
     mask = torch.arange(5) < torch.tensor([[5], [3], [4]])
     advantages = torch.tensor([[1.0], [-0.5], [0.7]], dtype=torch.float64)
-    micro = MicroBatch([], advantages, mask, sampled, old=old)
-    loss = build_loss(
-        {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
-        ratio="token",
-        reduction="sequence_mean",
-        kl=0.0,
-        max_tokens=5,
-        correction={"type": kind, "level": level, "low": 0.5, "high": 1.5},
-    )
-    loss(new, micro, MiniBatch([micro], 3, 12)).backward()
+    micro = MicroBatch([], torch.arange(3), mask, advantages, sampled, old=old)
+    low = {"low": 0.5} if kind == "masked" else {}
+    correction = {"type": kind, "level": level, "high": 1.5} | low
+    loss = build_loss(AlgoConfig.model_validate({"correction": correction}), max_tokens=5)
+    passed = ForwardPass(logprobs=new, entropies=torch.zeros_like(old), old=old, usage=None)
+    batch = Batch(groups=(), mask=mask, sampled=sampled, num_sequences=3, num_tokens=12)
+    loss(passed, micro, batch).backward()
     gap = old - sampled
     weight = (torch.where(mask, gap, 0).sum(-1, keepdim=True) if level == "sequence" else gap).exp()
     weight = weight.clamp(max=1.5) if kind == "truncated" else weight * ((weight >= 0.5) & (weight <= 1.5))

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from tests.conftest import completion, example
+from tests.conftest import example
 from vlm_sapo.evaluation.evaluate import evaluate
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.types import Prompt, RowError, Sampling
+from vlm_sapo.types import Prompt, Response, RowError, Sampling
 
 MEASURE = Measure("accuracy")
 SAMPLING = Sampling(2, 8, 1.0, 7)
@@ -28,17 +29,18 @@ class FakeEngine:
     """An engine that answers the gold answer on the first of two responses and runs on at the second."""
 
     def __init__(self, stop_at=None):
-        self.places, self.stop_at = [], stop_at
+        self.slots, self.stop_at = [], stop_at
 
-    def generate(self, prompts, sampling):
-        self.places.append(sampling.places)
-        if len(self.places) == self.stop_at:
+    def generate(self, contexts, sampling):
+        self.slots.append(sampling.slots)
+        if len(self.slots) == self.stop_at:
             raise KeyboardInterrupt
-        return [[response("\\boxed{2}", "stop"), response("hmm", "length")] for _ in prompts]
+        return [[response("\\boxed{2}", "stop"), response("hmm", "length")] for _ in contexts]
 
 
 def response(text: str, finish: str):
-    return replace(completion([1, 2, 3] if finish == "stop" else [1] * 5, finish), text=text)
+    ids = torch.tensor([1, 2, 3] if finish == "stop" else [1] * 5)
+    return Response.sampled(torch.zeros(3, 1), ids, torch.zeros(len(ids)), text=text, finish=finish)
 
 
 def encode(row) -> Prompt:
@@ -59,7 +61,7 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
-    assert engine.places == [(0, 1), (2,)]  # a problem's samples depend on its row alone
+    assert engine.slots == [(0, 1), (2,)]  # a problem's samples depend on its row alone
 
 
 def test_an_interrupted_evaluation_resumes(reward, tmp_path):
@@ -95,7 +97,7 @@ def test_an_interrupted_evaluation_resumes(reward, tmp_path):
     result, records = evaluate(
         second, rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(path, "b"), batch=4
     )
-    assert result == whole and second.places == [(3, 4)] and len(records) == 5
+    assert result == whole and second.slots == [(3, 4)] and len(records) == 5
     assert records[0]["responses"][1] == "h\u2028mm"
     lines = (path / "samples.jsonl").read_text().split("\n")
     assert sorted(json.loads(line)["id"] for line in lines if line) == ["e0", "e1", "e2", "e4", "e5"]

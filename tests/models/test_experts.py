@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import FAMILIES, SHARING, example
+from tests.conftest import FAMILIES, SHARING, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import Plain, SharedPrefix
+from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Sampling
 
@@ -29,7 +30,7 @@ class Setting:
         self.vlm = load_vlm(str(folder), **options)
         encode, generator = Encoder(self.vlm), torch.Generator().manual_seed(0)
         self.groups = [
-            (
+            group_slice(
                 encode(example(number, pictures=pictures)),
                 [torch.randint(10, 200, (length,), generator=generator) for length in lengths],
             )
@@ -42,7 +43,7 @@ class Setting:
 
     def run(self, replayed=None, gradient=False):
         routed = self.vlm.routers.watch(self.inputs, replayed, gradient=gradient)
-        return Pass(self.vlm)(self.inputs, routed)[0], routed
+        return Pass(self.vlm)(self.inputs, routed).logprobs, routed
 
     def disturb(self):
         """Other routers, and other hidden states for them."""
@@ -160,7 +161,7 @@ def test_replayed_gradients_are_those_of_a_layer_written_by_hand(make, layout, c
     blocks = [layer for layer in layers if layer.mlp in setting.blocks]
     for layer, experts in zip(blocks, expected_experts, strict=True):
         layer.mlp = ByHand(layer.mlp, experts)
-    by_hand, _ = Pass(setting.vlm)(setting.inputs)
+    by_hand = Pass(setting.vlm)(setting.inputs).logprobs
     assert (by_hand - logprobs).abs().max() < 1e-5
     for name, expected in setting.gradient(by_hand).items():
         name = name.replace("mlp.block.", "mlp.")
@@ -196,31 +197,32 @@ def test_both_layouts_and_any_split_see_the_same(make, checkpointing):
             torch.cat([p.grad.flatten() for p in setting.vlm.parameters() if p.grad is not None])
         )
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm() > 0
-    part = Plain().inputs([(shared.groups[1][0], shared.groups[1][1][1:])])
+    last = shared.groups[1]
+    part = Plain().inputs([GroupSlice(last.prompt, last.responses[1:])])
     routed = plain.vlm.routers.watch(part, routes[3:], gradient=False)
-    found, _ = Pass(plain.vlm)(part, routed)
+    found = Pass(plain.vlm)(part, routed).logprobs
     assert (found - rows[3:, : found.shape[1]]).abs().max() < 1e-5
 
 
-def test_the_engine_tells_what_the_trainer_would_choose(make):
+def test_the_engine_reports_what_the_trainer_would_choose(make):
     setting = make(Plain())
-    vlm, prompts = setting.vlm, [prompt for prompt, _ in setting.groups]
+    vlm, prompts = setting.vlm, [group.prompt for group in setting.groups]
     sampling = Sampling(3, 8, 1.0, seed=4)
-    groups = HfEngine(vlm, prompts_per_batch=2, experts=True).generate(prompts, sampling)
-    told = [(prompt, item) for prompt, items in zip(prompts, groups, strict=True) for item in items]
+    groups = HfEngine(vlm, prompts_per_batch=2, experts=True).generate(as_contexts(prompts), sampling)
+    reported = [(prompt, item) for prompt, items in zip(prompts, groups, strict=True) for item in items]
     inputs = Plain().inputs(
-        [(prompt, [item.ids for item in items]) for prompt, items in zip(prompts, groups, strict=True)]
+        [GroupSlice(prompt, tuple(items)) for prompt, items in zip(prompts, groups, strict=True)]
     )
     routed = vlm.routers.watch(inputs, None, gradient=False)
     Pass(vlm)(inputs, routed)
-    own = routed.experts().view(len(told), -1, *routed.experts().shape[1:])
-    for row, (prompt, item) in zip(own, told, strict=True):
+    own = routed.experts().view(len(reported), -1, *routed.experts().shape[1:])
+    for row, (prompt, item) in zip(own, reported, strict=True):
         assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
         assert torch.equal(item.experts.sort(-1).values, row[: len(item.experts)].sort(-1).values)
-    reported = ExpertRoutes.reported([(prompt, item.experts) for prompt, item in told])
-    assert float(routed.usage(reported).changed.sum()) == 0.0
-    silent = HfEngine(vlm, prompts_per_batch=2).generate(prompts, sampling)
-    assert [item.ids.tolist() for items in silent for item in items] == [i.ids.tolist() for _, i in told]
+    routes = ExpertRoutes.reported([(prompt, item.experts) for prompt, item in reported])
+    assert float(routed.usage(routes).changed.sum()) == 0.0
+    silent = HfEngine(vlm, prompts_per_batch=2).generate(as_contexts(prompts), sampling)
+    assert [item.ids.tolist() for items in silent for item in items] == [i.ids.tolist() for _, i in reported]
     assert silent[0][0].experts is None
 
 

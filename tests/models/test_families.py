@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, picture
+from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, group_slice, picture
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import Plain, SharedPrefix
+from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
 from vlm_sapo.models.vlm import save_model, stored_weights
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.tools.new_model import Shape, model_config, new_model, qwen3_5_text
 from vlm_sapo.types import Sampling
@@ -84,15 +85,15 @@ def groups_of(vlm):
     generator = torch.Generator().manual_seed(1)
     lengths = ((7, 1), (4,), (2, 5))
     return [
-        (prompt, [torch.randint(10, 200, (length,), generator=generator) for length in responses])
+        group_slice(prompt, [torch.randint(10, 200, (length,), generator=generator) for length in responses])
         for prompt, responses in zip(prompts_of(vlm), lengths, strict=True)
     ]
 
 
 def plain(vlm, prompt, responses, temperature=1.0):
     """Log-probs of each response by the training pass, prompts not shared."""
-    logprobs, _ = Pass(vlm, temperature)(Plain().inputs([(prompt, responses)]))
-    return [row[: len(response)] for row, response in zip(logprobs, responses, strict=True)]
+    scores = Pass(vlm, temperature)(Plain().inputs([GroupSlice(prompt, tuple(responses))]))
+    return [row[: len(item.ids)] for row, item in zip(scores.logprobs, responses, strict=True)]
 
 
 def own_logprobs(model, banned, prompt, response):
@@ -114,7 +115,7 @@ def own_logprobs(model, banned, prompt, response):
 
 
 def ids_of(groups):
-    return [item.ids.tolist() for completions in groups for item in completions]
+    return [item.ids.tolist() for responses in groups for item in responses]
 
 
 def test_a_row_with_pictures(name, loaded):
@@ -124,11 +125,11 @@ def test_a_row_with_pictures(name, loaded):
     assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
     assert vlm.tokenizer.convert_tokens_to_ids("<|im_end|>") in vlm.stops
     prompt = prompts_of(vlm)[0]
-    places = prompt.ids == vlm.model.config.image_token_id
-    assert int(places.sum()) == int(prompt.grid.prod(-1).sum()) // 4 > 0
+    image = prompt.ids == vlm.model.config.image_token_id
+    assert int(image.sum()) == int(prompt.grid.prod(-1).sum()) // 4 > 0
     assert prompt.positions.shape == (3, len(prompt.ids)) and len(prompt.ids) > 64
-    assert (prompt.positions[1:, places] != prompt.positions[:1, places]).any()
-    assert (prompt.positions[1:, ~places] == prompt.positions[:1, ~places]).all()
+    assert (prompt.positions[1:, image] != prompt.positions[:1, image]).any()
+    assert (prompt.positions[1:, ~image] == prompt.positions[:1, ~image]).all()
     assert vlm.unexpanded(prompt).count(vlm.model.config.image_token_id) == 2
 
 
@@ -143,11 +144,11 @@ def test_a_real_processors_tokens(loaded, name):
     assert encoder.respond(prompt, "yes").ids[-1] == encoder.vlm.tokenizer.eos_token_id
 
 
-def check_drawn(vlm, prompts, groups):
-    """Drawn at temperature .8 with the training pass's own log-probs, and no vision token among them."""
-    for prompt, completions in zip(prompts, groups, strict=True):
-        expected = plain(vlm, prompt, [item.ids for item in completions], temperature=0.8)
-        for logprobs, item in zip(expected, completions, strict=True):
+def check_sampled(vlm, prompts, groups):
+    """Sampled at temperature .8 with the training pass's own log-probs, and no vision token among them."""
+    for prompt, responses in zip(prompts, groups, strict=True):
+        expected = plain(vlm, prompt, responses, temperature=0.8)
+        for logprobs, item in zip(expected, responses, strict=True):
             assert (logprobs - item.logprobs).abs().max() < 1e-5
             assert not set(item.ids.tolist()) & set(vlm.banned)
             assert item.text.startswith(prompt.opening)
@@ -159,9 +160,9 @@ def test_rollout(loaded):
     head = vlm.model.lm_head.weight
     saved = head[vlm.banned]
     head[vlm.banned] = 20 * head[10:11]  # often the likeliest
-    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(2, 4, 0.8, seed=5))
-    assert len(groups) == 3 and all(len(completions) == 2 for completions in groups)
-    check_drawn(vlm, prompts, groups)
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), Sampling(2, 4, 0.8, seed=5))
+    assert len(groups) == 3 and all(len(responses) == 2 for responses in groups)
+    check_sampled(vlm, prompts, groups)
     head[vlm.banned] = saved
 
 
@@ -170,24 +171,26 @@ def test_rollout(loaded):
 def test_branches_leave_and_batches_change_nothing(folder):
     vlm = load_vlm(str(folder))
     prompts, sampling = prompts_of(vlm), Sampling(4, 12, 0.8, seed=5)
-    free = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
-    drawn = [item.ids.tolist() for completions in free for item in completions[:2]]
-    vlm.stops += [ids[len(ids) // (2 + row % 2)] for row, ids in enumerate(drawn)]
-    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts, sampling)
-    check_drawn(vlm, prompts, groups)
-    for completions in groups:
-        assert len({tuple(item.ids.tolist()) for item in completions}) == 4
-        assert len({len(item.ids) for item in completions}) > 1, "no branch left before the others"
-    assert ids_of(HfEngine(vlm, prompts_per_batch=1).generate(prompts, sampling)) == ids_of(groups)
+    free = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), sampling)
+    sampled = [item.ids.tolist() for responses in free for item in responses[:2]]
+    vlm.stops += [ids[len(ids) // (2 + row % 2)] for row, ids in enumerate(sampled)]
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), sampling)
+    check_sampled(vlm, prompts, groups)
+    for responses in groups:
+        assert len({tuple(item.ids.tolist()) for item in responses}) == 4
+        assert len({len(item.ids) for item in responses}) > 1, "no branch left before the others"
+    assert ids_of(HfEngine(vlm, prompts_per_batch=1).generate(as_contexts(prompts), sampling)) == ids_of(
+        groups
+    )
     other = dataclasses.replace(sampling, seed=6)
-    assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(prompts, other)) != ids_of(groups)
+    assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(as_contexts(prompts), other)) != ids_of(groups)
 
 
 @TINY
 def test_linear_attention_refuses_a_shared_prefix(name, loaded):
     inputs = SharedPrefix().inputs(groups_of(loaded))
     if name in SHARING:
-        assert Pass(loaded)(inputs)[0].shape == (5, 7)
+        assert Pass(loaded)(inputs).logprobs.shape == (5, 7)
     else:
         with pytest.raises(AssertionError, match="neither segments nor a prefix"):
             Pass(loaded)(inputs)
@@ -195,7 +198,7 @@ def test_linear_attention_refuses_a_shared_prefix(name, loaded):
 
 def backward(vlm, groups):
     """Log-probs [N, T] by the training pass, after a backward pass with a weight [N, T] for each."""
-    logprobs, _ = Pass(vlm)(Plain().inputs(groups))
+    logprobs = Pass(vlm)(Plain().inputs(groups)).logprobs
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(2))
     (logprobs * weights).sum().backward()
     return logprobs.detach(), weights
@@ -208,7 +211,7 @@ def test_the_training_pass_is_transformers_own(folder, loaded):
     groups = groups_of(vlm)
     logprobs, weights = backward(vlm, groups)
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    rows = [(group.prompt, response.ids) for group in groups for response in group.responses]
     for row, (prompt, response) in enumerate(rows):
         expected = own_logprobs(model, vlm.banned, prompt, response)
         assert (logprobs[row, : len(response)] - expected).abs().max() < 1e-5
@@ -233,33 +236,36 @@ def test_checkpointing_changes_nothing(folder):
 
 
 @TINY
-def test_an_update_changes_what_is_drawn_and_saved(folder, tmp_path):
+def test_an_update_changes_what_is_sampled_and_saved(folder, tmp_path):
     vlm = load_vlm(str(folder))
     inputs, prompts = Plain().inputs(groups_of(vlm)), prompts_of(vlm)
-    before, _ = Pass(vlm)(inputs)
+    before = Pass(vlm)(inputs).logprobs
     old = copy.deepcopy(vlm.weights())
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=1e-2)
     before.sum().neg().backward()
     optimizer.step()
     vlm.version += 1
     with torch.no_grad():
-        after, _ = Pass(vlm)(inputs)
-        [[drawn], *_] = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(1, 6, 1.0, seed=0))
-        [expected] = plain(vlm, prompts[0], [drawn.ids])
+        after = Pass(vlm)(inputs).logprobs
+        [[sampled], *_] = HfEngine(vlm, prompts_per_batch=3).generate(
+            as_contexts(prompts), Sampling(1, 6, 1.0, seed=0)
+        )
+        [expected] = plain(vlm, prompts[0], [sampled])
     assert after.sum() > before.sum() + 1
-    assert (expected - drawn.logprobs).abs().max() < 2e-5
+    assert (expected - sampled.logprobs).abs().max() < 2e-5
     vlm.save(tmp_path)
     unused = [key for key, weight in vlm.weights().items() if torch.equal(weight, old[key])]
     assert all("deepstack" in key or "k_proj.bias" in key for key in unused), unused
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert all(
-        torch.equal(held, loaded)
-        for held, loaded in zip(vlm.model.parameters(), model.parameters(), strict=True)
+        torch.equal(own, loaded)
+        for own, loaded in zip(vlm.model.parameters(), model.parameters(), strict=True)
     )
     with torch.no_grad():
-        again, _ = Pass(load_vlm(str(tmp_path)))(inputs)
-        prompt, [response, _] = groups_of(vlm)[0]
-        own = own_logprobs(model, vlm.banned, prompt, response)
+        again = Pass(load_vlm(str(tmp_path)))(inputs).logprobs
+        first = groups_of(vlm)[0]
+        response = first.responses[0].ids
+        own = own_logprobs(model, vlm.banned, first.prompt, response)
     assert torch.equal(again, after)
     assert (own - after[0, : len(response)]).abs().max() < 2e-5
 
@@ -327,5 +333,7 @@ def test_another_family_is_refused_before_it_is_loaded(tmp_path):
 def test_a_new_model_of_the_command_s_own_size_answers(family, tmp_path):
     new_model(tmp_path, family=family, corpus=CORPUS)
     vlm = load_vlm(str(tmp_path))
-    groups = HfEngine(vlm, prompts_per_batch=3).generate(prompts_of(vlm), Sampling(2, 4, 1.0, seed=5))
-    assert all(len(drawn.ids) for completions in groups for drawn in completions)
+    groups = HfEngine(vlm, prompts_per_batch=3).generate(
+        as_contexts(prompts_of(vlm)), Sampling(2, 4, 1.0, seed=5)
+    )
+    assert all(len(response.ids) for responses in groups for response in responses)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import SHARING, example
+from tests.conftest import SHARING, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -12,12 +12,8 @@ from vlm_sapo.models.packing import Plain, SharedPrefix
 LAYOUTS = pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambda layout: layout.name)
 
 
-def groups_of(rows):
-    return [(prompt, [item.ids]) for prompt, item in zip(rows.prompts, rows.responses, strict=True)]
-
-
 def inputs_of(rows):
-    return Plain().inputs(groups_of(rows))
+    return Plain().inputs(rows.slices)
 
 
 @LAYOUTS
@@ -28,7 +24,7 @@ def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     encoder = Encoder(vlm)
     prompt = encoder(example(1, pictures=2, problem="<image>Compare<image>these."))
     response = torch.tensor([20, 30, 40, 2])
-    logprobs, entropies = Pass(vlm, temperature=0.7)(layout.inputs([(prompt, [response])]))
+    scores = Pass(vlm, temperature=0.7)(layout.inputs([group_slice(prompt, [response])]))
     ids = torch.cat([prompt.ids, response])[None]
     with torch.no_grad():
         logits = vlm.model(
@@ -40,26 +36,26 @@ def test_agrees_with_the_models_own_forward(model_folder, family, layout):
         ).logits[0, len(prompt.ids) - 1 : -1]
     logits[:, vlm.banned] = float("-inf")
     expected = (logits / 0.7).log_softmax(-1)
-    assert torch.allclose(logprobs[0], expected.gather(-1, response[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(scores.logprobs[0], expected.gather(-1, response[:, None])[:, 0], atol=1e-5)
     probabilities = expected.exp()
     entropy = -torch.where(probabilities > 0, probabilities * expected, 0.0).sum(-1)
-    assert torch.allclose(entropies[0], entropy, atol=1e-5)
+    assert torch.allclose(scores.entropies[0], entropy, atol=1e-5)
 
 
 def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
-    together, _ = Pass(vlm)(inputs_of(rows))
-    for row, (prompt, response) in enumerate(zip(rows.prompts, rows.responses, strict=True)):
-        alone, _ = Pass(vlm)(Plain().inputs([(prompt, [response.ids])]))
-        assert torch.allclose(together[row, : len(response.ids)], alone[0], atol=1e-5)
-        assert not together[row, len(response.ids) :].any()
+    together = Pass(vlm)(inputs_of(rows)).logprobs
+    for row, item in enumerate(rows.slices):
+        alone, length = Pass(vlm)(Plain().inputs([item])).logprobs, len(item.responses[0].ids)
+        assert torch.allclose(together[row, :length], alone[0], atol=1e-5)
+        assert not together[row, length:].any()
 
 
 def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
     """A token that follows a response, or pads it, cannot change the loss: causality of the layout."""
     inputs = inputs_of(rows)
-    before, _ = Pass(vlm)(inputs)
+    before = Pass(vlm)(inputs).logprobs
     inputs.ids[inputs.mask == 0] = 77
-    after, _ = Pass(vlm)(inputs)
+    after = Pass(vlm)(inputs).logprobs
     assert torch.equal(before, after)
 
 
@@ -67,14 +63,14 @@ def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
 def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch, layout):
     import vlm_sapo.models.forward as module
 
-    inputs = layout.inputs(groups_of(rows))
-    whole, _ = Pass(vlm)(inputs)
+    inputs = layout.inputs(rows.slices)
+    whole = Pass(vlm)(inputs).logprobs
     whole.sum().backward()
     gradient = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * vlm.vocabulary)
     vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    chunked, _ = Pass(vlm)(inputs)
+    chunked = Pass(vlm)(inputs).logprobs
     chunked.sum().backward()
     assert torch.allclose(whole, chunked, atol=1e-6)
     for name, parameter in vlm.named_parameters():

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.conftest import CORPUS, SHARED, SMALL, example
+from tests.conftest import CORPUS, SHARED, SMALL, example, group_slice
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
@@ -34,7 +34,7 @@ def make(model_folder):
 def logprobs(vlm) -> torch.Tensor:
     prompt = Encoder(vlm)(example(pictures=2))
     with torch.no_grad():
-        return Pass(vlm)(Plain().inputs([(prompt, [torch.tensor([10, 20, 30, 40])])]))[0]
+        return Pass(vlm)(Plain().inputs([group_slice(prompt, [[10, 20, 30, 40]])])).logprobs
 
 
 def moved(vlm):
@@ -127,16 +127,16 @@ def test_four_bits(model_folder, tmp_path):
     packed = {name for name, parameter in vlm.model.named_parameters() if parameter.dtype == torch.uint8}
     assert packed and all("language_model.layers" in name and "base_layer" in name for name in packed)
     prompt = Encoder(vlm)(example(pictures=1))
-    inputs = Plain().inputs([(prompt, [torch.tensor([10, 20, 30, 40])])])
-    found = Pass(vlm)(inputs)[0]
+    inputs = Plain().inputs([group_slice(prompt, [[10, 20, 30, 40]])])
+    found = Pass(vlm)(inputs).logprobs
     found.sum().backward()
     assert all(parameter.grad is not None for parameter in vlm.parameters() if parameter.requires_grad)
     vlm.save(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     merged = load_vlm(str(tmp_path))
-    torch.testing.assert_close(Pass(merged)(inputs)[0], found, atol=1e-3, rtol=0)
+    torch.testing.assert_close(Pass(merged)(inputs).logprobs, found, atol=1e-3, rtol=0)
     with adapters.switched_off(vlm.model), torch.no_grad():
-        rounded = (Pass(vlm)(inputs)[0] - Pass(plain)(inputs)[0]).abs().mean()
+        rounded = (Pass(vlm)(inputs).logprobs - Pass(plain)(inputs).logprobs).abs().mean()
     assert 0 < rounded < 0.5
     assert set(merged.weights()) == set(plain.weights())
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
-from tests.conftest import SHARING, example
+from tests.conftest import SHARING, example, group_slice
 from vlm_sapo.models.attention import PackedGroup, Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
@@ -32,7 +32,7 @@ def build(encoder, shapes, seed=0):
         return [torch.randint(10, 200, (length,), generator=generator) for length in lengths]
 
     return [
-        (encoder(example(number, pictures=pictures)), responses(lengths))
+        group_slice(encoder(example(number, pictures=pictures)), responses(lengths))
         for number, (pictures, lengths) in enumerate(shapes)
     ]
 
@@ -40,11 +40,11 @@ def build(encoder, shapes, seed=0):
 def measure(vlm, inputs):
     """Log-probs, entropies and flat gradient of a loss in which every token has a weight of its own."""
     vlm.zero_grad()
-    logprobs, entropies = Pass(vlm, temperature=0.9)(inputs)
-    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
-    (logprobs * weights).sum().backward()
+    scores = Pass(vlm, temperature=0.9)(inputs)
+    weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(1))
+    (scores.logprobs * weights).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in vlm.parameters() if p.grad is not None])
-    return logprobs.detach(), entropies, gradient
+    return scores.logprobs.detach(), scores.entropies, gradient
 
 
 def assert_same(vlm, groups):
@@ -124,10 +124,10 @@ def test_pictures_keep_to_themselves(model_folder, family):
 
 
 def test_the_picture_and_prompt_are_there_once(vlm):
-    [(prompt, responses)] = build(Encoder(vlm), [(2, [5, 1, 9])])
-    inputs = SharedPrefix().inputs([(prompt, responses)])
+    groups = build(Encoder(vlm), [(2, [5, 1, 9])])
+    [prompt], inputs = [group.prompt for group in groups], SharedPrefix().inputs(groups)
     assert inputs.ids.shape == (1, len(prompt.ids) + 15) and inputs.prompts == [prompt]
-    assert Plain().inputs([(prompt, responses)]).ids.shape == (3, len(prompt.ids) + 9)
+    assert Plain().inputs(groups).ids.shape == (3, len(prompt.ids) + 9)
 
 
 def test_a_frozen_tower_looks_at_a_prompt_once(model_folder, monkeypatch):
@@ -158,10 +158,10 @@ def test_a_trained_tower_looks_each_time(vlm):
 )
 def test_packing_drops_nothing_and_keeps_to_the_budget(groups, budget, layout):
     bins = layout.pack(groups, budget)
-    found = sorted((group, place) for parts in bins for group, places in parts for place in places)
-    assert found == [(g, place) for g, (_, lengths) in enumerate(groups) for place in range(len(lengths))]
+    packed = sorted((group, row) for parts in bins for group, rows in parts for row in rows)
+    assert packed == [(g, row) for g, (_, lengths) in enumerate(groups) for row in range(len(lengths))]
     for parts in bins:
-        sizes = [(groups[group][0], [groups[group][1][place] for place in places]) for group, places in parts]
+        sizes = [(groups[group][0], [groups[group][1][row] for row in rows]) for group, rows in parts]
         responses = sum(len(lengths) for _, lengths in sizes)
         assert tokens(layout, sizes) <= budget or responses == 1
 
@@ -180,9 +180,9 @@ def test_packing_repeats_few_prompts():
     groups = [(300, row) for row in lengths]
     needed = sum(300 + sum(row) for row in lengths)
     computed = sum(
-        300 + sum(groups[group][1][place] for place in places)
+        300 + sum(groups[group][1][row] for row in rows)
         for parts in SharedPrefix().pack(groups, 16384)
-        for group, places in parts
+        for group, rows in parts
     )
     assert needed <= computed < 1.05 * needed
 

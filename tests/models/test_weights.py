@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from tests.conftest import FAMILIES, example
+from tests.conftest import FAMILIES, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -39,11 +39,11 @@ def test_adapters_are_merged(model_folder, tmp_path):
     assert changed == {"q_proj", "down_proj", "qkv"}
     vlm.save(tmp_path)
     prompt = Encoder(vlm)(example(pictures=2))
-    inputs = Plain().inputs([(prompt, [torch.tensor([10, 20, 30])])])
+    inputs = Plain().inputs([group_slice(prompt, [[10, 20, 30]])])
     with torch.no_grad():
-        with_adapters, _ = Pass(vlm)(inputs)
-        from_folder, _ = Pass(load_vlm(str(tmp_path)))(inputs)
-        without, _ = Pass(load_vlm(folder))(inputs)
+        with_adapters = Pass(vlm)(inputs).logprobs
+        from_folder = Pass(load_vlm(str(tmp_path)))(inputs).logprobs
+        without = Pass(load_vlm(folder))(inputs).logprobs
     torch.testing.assert_close(with_adapters, from_folder, atol=1e-5, rtol=0)
     assert (with_adapters - without).abs().max() > 1e-3
 

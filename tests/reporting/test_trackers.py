@@ -4,12 +4,12 @@ import json
 import signal
 
 import pytest
-from vlm_sapo.training.interruption import Interruption
 
 from tests.training.conftest import short_run
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting import trackers
 from vlm_sapo.reporting.trackers import EDGES, Trackers
+from vlm_sapo.training.run import Interruption
 from vlm_sapo.training.trainer import train
 
 

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import example
+from tests.conftest import example, response
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.types import Prompt, Sampling
+from vlm_sapo.types import Context, Prompt, Sampling
 
 HANG_UP = object()
+OPENING = "<|im_start|>assistant\n"
+"""Where a prompt ends and a response begins."""
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
 
 
@@ -105,34 +106,44 @@ class ModelServer:
             return self.generate(body)
 
     def generate(self, body: dict):
-        asked, prompt = body["sampling_params"], self.prompt(body)
+        asked, prompt, before = body["sampling_params"], self.prompt(body), self.split(body)[1]
         assert set(map(int, asked["logit_bias"])) == set(self.vlm.banned)
-        sampling = Sampling(asked["n"], asked["max_tokens"], asked["temperature"], asked["seed"])
+        longest, start = len(before) + asked["max_tokens"], len(before)
+        sampling = Sampling(asked["n"], longest, asked["temperature"], asked["seed"])
         engine = HfEngine(self.vlm, prompts_per_batch=1, experts=self.experts)
-        [responses] = engine.generate(as_contexts([prompt]), sampling)
+        context = Context(prompt, (response(before, prompt),), (0,)) if before else Context(prompt)
+        [responses] = engine.generate([context], sampling)
         return {
-            "prompt_token_ids": prompt.ids.tolist(),
+            "prompt_token_ids": [*prompt.ids.tolist(), *before],
             "choices": [
                 {
                     "index": index,
-                    "token_ids": item.ids.tolist(),
-                    "logprobs": {"content": [{"logprob": value} for value in item.logprobs.tolist()]},
+                    "token_ids": item.ids[start:].tolist(),
+                    "logprobs": {"content": [{"logprob": value} for value in item.logprobs[start:].tolist()]},
                     "finish_reason": item.finish,
-                    "weight_versions": [{"version": self.version, "start": 0, "end": len(item.ids)}],
+                    "weight_versions": [{"version": self.version, "start": 0, "end": len(item.ids) - start}],
                     "routed_experts": encoded(item.experts) if self.experts else None,
                 }
                 for index, item in enumerate(responses)
             ],
         }
 
+    def split(self, body: dict) -> tuple[list[int], list[int]]:
+        """The ids of the prompt, and those of the response so far behind it."""
+        ids, opening = body["token_ids"], self.vlm.tokenizer(OPENING)["input_ids"]
+        ends = range(len(opening), len(ids) + 1)
+        end = next(end for end in ends if ids[end - len(opening) : end] == opening)
+        return ids[:end], ids[end:]
+
     def prompt(self, body: dict) -> Prompt:
         """What its processor makes of ids with one token per picture."""
+        before = self.split(body)[0]
         urls = [part["url"] for part in body.get("content_parts", ())]
         images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
-        text = self.vlm.tokenizer.decode(body["token_ids"])
+        text = self.vlm.tokenizer.decode(before)
         encoded = self.vlm.processor(text=[text], images=images or None, do_resize=False, return_tensors="pt")
         ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
-        assert torch.equal(ids[ids != self.vlm.model.config.image_token_id], self.bare(body["token_ids"]))
+        assert torch.equal(ids[ids != self.vlm.model.config.image_token_id], self.bare(before))
         positions = self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid)
         return Prompt(example(), text, "", ids, positions, tuple(images), encoded.get("pixel_values"), grid)
 

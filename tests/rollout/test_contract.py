@@ -20,11 +20,11 @@ from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import Plain
-from vlm_sapo.rollout.build import build_engine
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.models.packing import GroupSlice, Plain
+from vlm_sapo.rollout.build import EngineNeeds, build_engine
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.tools.new_model import Shape, new_model
-from vlm_sapo.types import Sampling
+from vlm_sapo.types import Context, Response, Sampling
 
 SHAPE = Shape(hidden=64, layers=2, vision_layers=2, heads=2, head_dim=32, patch=16, max_pixels=256 * 256)
 LONGEST = 512
@@ -91,9 +91,10 @@ class Setting:
     encoder: Encoder
     engine: object
 
-    def draw(self, counts=(1, 2, 0), **options):
+    def sample(self, counts=(1, 2, 0), **options):
         prompts = [self.encoder(example(number, pictures=count)) for number, count in enumerate(counts)]
-        return prompts, self.engine.generate(prompts, dataclasses.replace(SAMPLING, **options))
+        sampling = dataclasses.replace(SAMPLING, **options)
+        return prompts, self.engine.generate(as_contexts(prompts), sampling)
 
     @property
     def rounding(self):
@@ -103,15 +104,21 @@ class Setting:
     @torch.no_grad()
     def differences(self, prompts, groups, temperature=0.8):
         """|engine - trainer| of every response token, by an own plain pass."""
-        found = []
-        for prompt, completions in zip(prompts, groups, strict=True):
-            inputs = Plain().inputs([(prompt, [item.ids for item in completions])])
-            logprobs, _ = Pass(self.vlm, temperature=temperature)(inputs)
-            found += [
+        differences = []
+        for prompt, responses in zip(prompts, groups, strict=True):
+            inputs = Plain().inputs([GroupSlice(prompt, tuple(responses))])
+            scores = Pass(self.vlm, temperature=temperature)(inputs)
+            differences += [
                 (row[: len(item.ids)] - item.logprobs).abs()
-                for row, item in zip(logprobs, completions, strict=True)
+                for row, item in zip(scores.logprobs, responses, strict=True)
             ]
-        return torch.cat(found)
+        return torch.cat(differences)
+
+
+def needs_of(vlm, path, *, dtype="float32", **options) -> EngineNeeds:
+    return EngineNeeds(
+        vlm, str(path), longest=LONGEST, dtype=dtype, prompts_per_batch=8, warn=print, **options
+    )
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -134,13 +141,7 @@ def setting(request, tmp_path_factory):
         engine |= {"options": {"max_num_seqs": 64}}
     built = build_engine(
         RolloutConfig.model_validate({"engine": engine}).engine,
-        vlm,
-        str(path),
-        longest=LONGEST,
-        dtype="float32",
-        prompts_per_batch=8,
-        warn=print,
-        folder=folder / "weights",
+        needs_of(vlm, path, folder=folder / "weights"),
     )
     try:
         with closing(built):
@@ -160,16 +161,11 @@ def test_experts_are_saved_as_vllm_reads_them(tmp_path, monkeypatch):
     vlm = load_vlm(str(tmp_path / "saved"))
     engine = build_engine(
         RolloutConfig.model_validate({"engine": "vllm"}).engine,
-        vlm,
-        str(tmp_path / "saved"),
-        longest=LONGEST,
-        dtype="float32",
-        prompts_per_batch=8,
-        warn=print,
+        needs_of(vlm, tmp_path / "saved"),
     )
     with closing(engine):
         setting = Setting("vllm-moe", tmp_path, vlm, Encoder(vlm), engine)
-        prompts, groups = setting.draw()
+        prompts, groups = setting.sample()
         assert setting.differences(prompts, groups).max() < setting.rounding
 
 
@@ -188,52 +184,41 @@ def test_linear_attention_in_bfloat16(tmp_path, monkeypatch, family):
     options = {"max_num_seqs": 64, "enable_prefix_caching": False}
     engine = build_engine(
         RolloutConfig.model_validate({"engine": {"type": "vllm", "options": options}}).engine,
-        vlm,
-        str(tmp_path / "saved"),
-        longest=LONGEST,
-        dtype="bfloat16",
-        prompts_per_batch=8,
-        warn=print,
+        needs_of(vlm, tmp_path / "saved", dtype="bfloat16"),
     )
     with closing(engine):
         setting = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine)
-        differences = setting.differences(*setting.draw())
+        differences = setting.differences(*setting.sample())
     assert differences.mean() < 0.03 and differences.max() < 0.2
 
 
 @pytest.mark.vllm
-def test_vllm_without_its_newer_runner_cannot_tell_experts(tmp_path, monkeypatch):
+def test_vllm_without_its_newer_runner_cannot_report_experts(tmp_path, monkeypatch):
     """On a CPU it has only the older one."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     new_model(tmp_path / "new", family="qwen3_vl_moe", corpus=CORPUS, shape=SHAPE)
     with pytest.raises(RolloutError, match="algo.replay=r2 .*Model Runner V2"):
         build_engine(
             RolloutConfig.model_validate({"engine": "vllm"}).engine,
-            load_vlm(str(tmp_path / "new")),
-            str(tmp_path / "new"),
-            longest=LONGEST,
-            dtype="float32",
-            prompts_per_batch=8,
-            warn=print,
-            experts=True,
+            needs_of(load_vlm(str(tmp_path / "new")), tmp_path / "new", experts=True),
         )
 
 
 def ids_of(groups):
-    return [item.ids.tolist() for completions in groups for item in completions]
+    return [item.ids.tolist() for responses in groups for item in responses]
 
 
 def test_each_prompt_gets_its_group_with_the_trainers_logprobs(setting):
-    prompts, groups = setting.draw()
-    assert [len(completions) for completions in groups] == [4, 4, 4]
-    assert all(item.logprobs.dtype == torch.float32 for completions in groups for item in completions)
+    prompts, groups = setting.sample()
+    assert [len(responses) for responses in groups] == [4, 4, 4]
+    assert all(item.logprobs.dtype == torch.float32 for responses in groups for item in responses)
     assert setting.differences(prompts, groups).max() < setting.rounding
 
 
 def test_stop_reasons_and_lengths(setting):
-    _, groups = setting.draw(temperature=2.0, group=16)
+    _, groups = setting.sample(temperature=2.0, group=16)
     finishes = set()
-    for item in (item for completions in groups for item in completions):
+    for item in (item for responses in groups for item in responses):
         ids = item.ids.tolist()
         finishes.add(item.finish)
         assert len(ids) == len(item.logprobs) <= 12
@@ -244,40 +229,64 @@ def test_stop_reasons_and_lengths(setting):
     assert finishes == {"stop", "length"} or setting.name.endswith("trained")
 
 
-def test_draws_repeat_by_seed_and_differ_within_and_between_groups(setting):
-    _, once = setting.draw(temperature=1.5)
-    _, again = setting.draw(temperature=1.5)
-    _, other = setting.draw(temperature=1.5, seed=6)
+def test_responses_repeat_by_seed_and_differ_within_and_between_groups(setting):
+    _, once = setting.sample(temperature=1.5)
+    _, again = setting.sample(temperature=1.5)
+    _, other = setting.sample(temperature=1.5, seed=6)
     assert ids_of(once) == ids_of(again) != ids_of(other)
     same = [setting.encoder(example(0))] * 3
-    groups = setting.engine.generate(same, Sampling(4, 12, 1.5, seed=5))
-    drawn = [tuple(ids) for ids in ids_of(groups)]
-    assert len(set(drawn)) > 8, "neighbouring prompts share their random numbers"
+    groups = setting.engine.generate(as_contexts(same), Sampling(4, 12, 1.5, seed=5))
+    sampled = [tuple(ids) for ids in ids_of(groups)]
+    assert len(set(sampled)) > 8, "neighbouring prompts share their random numbers"
 
 
-def test_places_decide_the_draws_and_not_the_order(setting):
-    prompts, groups = setting.draw(places=(7, 8, 9), temperature=1.5)
-    alone = setting.engine.generate(prompts[2:], Sampling(4, 12, 1.5, seed=5, places=(9,)))
+def test_slots_decide_the_random_numbers_and_not_the_order(setting):
+    prompts, groups = setting.sample(slots=(7, 8, 9), temperature=1.5)
+    alone = setting.engine.generate(as_contexts(prompts[2:]), Sampling(4, 12, 1.5, seed=5, slots=(9,)))
     assert ids_of(alone) == ids_of(groups[2:])
 
 
-def test_the_coldest_draw_is_greedy(setting):
-    _, groups = setting.draw(temperature=0.0)
-    for completions in groups:
-        assert len(completions) == 4 and len({tuple(item.ids.tolist()) for item in completions}) == 1
-        assert not completions[0].logprobs.any()
+def test_responses_so_far_are_continued(setting):
+    """Those of one prompt, beside a prompt without any."""
+    prompts, groups = setting.sample(counts=(1, 2), temperature=1.5, group=4)
+    first = prompts[0]
+    so_far = {}
+    for branch, item in enumerate(groups[0]):
+        length = min(branch + 1, len(item.ids) - 1)
+        if length:
+            ids, logprobs = item.ids[:length], item.logprobs[:length]
+            so_far[branch] = Response.sampled(first.positions, ids, logprobs, text="", finish="length")
+    contexts = [Context(first, tuple(so_far.values()), tuple(so_far)), Context(prompts[1])]
+    continued = setting.engine.generate(contexts, dataclasses.replace(SAMPLING, temperature=1.5))
+    assert so_far and [len(responses) for responses in continued] == [len(so_far), 4]
+    for before, item in zip(so_far.values(), continued[0], strict=True):
+        start = len(before.ids)
+        assert start < len(item.ids) <= 12 and torch.equal(item.ids[:start], before.ids)
+        assert item.finish == ("stop" if int(item.ids[-1]) in setting.vlm.stops else "length")
+        assert item.text == setting.vlm.tokenizer.decode(item.ids, skip_special_tokens=True)
+    assert setting.differences(prompts, continued, temperature=1.5).max() < setting.rounding
+    if setting.engine.shares_weights:
+        expected = [groups[0][branch].ids.tolist() for branch in so_far]
+        assert ids_of(continued[:1]) == expected
+
+
+def test_the_coldest_sample_is_greedy(setting):
+    _, groups = setting.sample(temperature=0.0)
+    for responses in groups:
+        assert len(responses) == 4 and len({tuple(item.ids.tolist()) for item in responses}) == 1
+        assert not responses[0].logprobs.any()
 
 
 def test_evaluation_may_cut_the_distribution_off(setting):
-    _, cold = setting.draw(temperature=0.0)
+    _, cold = setting.sample(temperature=0.0)
     for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        _, groups = setting.draw(temperature=1.5, **cut)
+        _, groups = setting.sample(temperature=1.5, **cut)
         assert ids_of(groups) == ids_of(cold), cut
 
 
 def test_new_weights_and_old_pictures(setting):
     """The pictures and prompts are those of before, so anything kept from the old weights would show."""
-    before = ids_of(setting.draw()[1])
+    before = ids_of(setting.sample()[1])
     saved = {name: parameter.detach().clone() for name, parameter in setting.vlm.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -286,7 +295,7 @@ def test_new_weights_and_old_pictures(setting):
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         setting.vlm.version += 1
         setting.engine.sync(setting.vlm)
-        prompts, groups = setting.draw()
+        prompts, groups = setting.sample()
         assert setting.differences(prompts, groups).max() < setting.rounding
         assert ids_of(groups) != before
     with torch.no_grad():
@@ -294,10 +303,10 @@ def test_new_weights_and_old_pictures(setting):
             parameter.copy_(saved[name])
     setting.vlm.version += 1
     setting.engine.sync(setting.vlm)
-    assert ids_of(setting.draw()[1]) == before
+    assert ids_of(setting.sample()[1]) == before
 
 
-def test_vision_tokens_are_never_drawn_and_cost_no_mass(setting):
+def test_vision_tokens_are_never_sampled_and_cost_no_mass(setting):
     """Makes the banned tokens the likeliest by far."""
     head = setting.vlm.model.lm_head.weight
     saved = head.detach().clone()
@@ -305,7 +314,7 @@ def test_vision_tokens_are_never_drawn_and_cost_no_mass(setting):
         head[setting.vlm.banned] = 20 * head[10:11]
     setting.vlm.version += 1
     setting.engine.sync(setting.vlm)
-    prompts, groups = setting.draw(group=8)
+    prompts, groups = setting.sample(group=8)
     unbanned, setting.vlm.banned = setting.vlm.banned, []
     mass = setting.differences(prompts, groups).max()
     setting.vlm.banned = unbanned

@@ -7,8 +7,8 @@ from tests.conftest import FAMILIES, example
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import Plain
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.models.packing import GroupSlice, Plain
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine, sample
 from vlm_sapo.types import Sampling
 
@@ -24,45 +24,47 @@ def setting(request, model_folder):
 @torch.no_grad()
 def test_logprobs_are_the_trainers(setting):
     vlm, prompts = setting
-    groups = HfEngine(vlm, prompts_per_batch=8).generate(prompts, Sampling(4, 12, 0.8, seed=5))
-    for prompt, completions in zip(prompts, groups, strict=True):
-        assert len(completions) == 4
-        inputs = Plain().inputs([(prompt, [completion.ids for completion in completions])])
-        logprobs, _ = Pass(vlm, temperature=0.8)(inputs)
-        for row, completion in zip(logprobs, completions, strict=True):
-            assert torch.allclose(row[: len(completion.ids)], completion.logprobs, atol=2e-5)
+    groups = HfEngine(vlm, prompts_per_batch=8).generate(as_contexts(prompts), Sampling(4, 12, 0.8, seed=5))
+    for prompt, responses in zip(prompts, groups, strict=True):
+        assert len(responses) == 4
+        inputs = Plain().inputs([GroupSlice(prompt, tuple(responses))])
+        scores = Pass(vlm, temperature=0.8)(inputs)
+        for row, response in zip(scores.logprobs, responses, strict=True):
+            assert torch.allclose(row[: len(response.ids)], response.logprobs, atol=2e-5)
 
 
-def test_draws_do_not_depend_on_how_prompts_are_batched(setting):
+def test_responses_do_not_depend_on_how_prompts_are_batched(setting):
     vlm, prompts = setting
-    together = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(3, 8, 1.0, seed=1))
-    alone = HfEngine(vlm, prompts_per_batch=1).generate(prompts, Sampling(3, 8, 1.0, seed=1))
-    other = HfEngine(vlm, prompts_per_batch=3).generate(prompts, Sampling(3, 8, 1.0, seed=2))
+    together = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), Sampling(3, 8, 1.0, seed=1))
+    alone = HfEngine(vlm, prompts_per_batch=1).generate(as_contexts(prompts), Sampling(3, 8, 1.0, seed=1))
+    other = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), Sampling(3, 8, 1.0, seed=2))
 
     def ids(groups):
-        return [completion.ids.tolist() for group in groups for completion in group]
+        return [response.ids.tolist() for group in groups for response in group]
 
     assert ids(together) == ids(alone) != ids(other)
 
 
-def test_vision_tokens_are_never_drawn_and_stops_end(setting):
+def test_vision_tokens_are_never_sampled_and_stops_end(setting):
     vlm, prompts = setting
     with torch.no_grad():  # make vision and stop tokens the likeliest by far
         vlm.model.lm_head.weight[vlm.banned] = 50 * vlm.model.lm_head.weight[vlm.stops[0]].sign()
         vlm.model.lm_head.weight[vlm.stops] *= 3
-    groups = HfEngine(vlm, prompts_per_batch=8).generate(prompts, Sampling(16, 10, 2.0, seed=0))
-    for completion in (completion for group in groups for completion in group):
-        ids = completion.ids.tolist()
+    groups = HfEngine(vlm, prompts_per_batch=8).generate(as_contexts(prompts), Sampling(16, 10, 2.0, seed=0))
+    for response in (response for group in groups for response in group):
+        ids = response.ids.tolist()
         assert not set(ids) & set(vlm.banned)
         assert not set(ids[:-1]) & set(vlm.stops)
-        assert completion.finish == ("stop" if ids[-1] in vlm.stops else "length")
-        assert completion.finish == "stop" or len(ids) == 10
+        assert response.finish == ("stop" if ids[-1] in vlm.stops else "length")
+        assert response.finish == "stop" or len(ids) == 10
 
 
 @torch.no_grad()
-def test_the_coldest_draw_is_greedy_generation(setting):
+def test_the_coldest_sample_is_greedy_generation(setting):
     vlm, prompts = setting
-    [[completion]] = HfEngine(vlm, prompts_per_batch=1).generate(prompts[1:2], Sampling(1, 10, 1e-4, seed=0))
+    [[response]] = HfEngine(vlm, prompts_per_batch=1).generate(
+        as_contexts(prompts[1:2]), Sampling(1, 10, 1e-4, seed=0)
+    )
     prompt = prompts[1]
     ids = prompt.ids[None]
     vlm.eval()
@@ -76,7 +78,7 @@ def test_the_coldest_draw_is_greedy_generation(setting):
         do_sample=False,
         suppress_tokens=vlm.banned,
     )
-    assert expected[0, len(prompt.ids) :].tolist() == completion.ids.tolist()
+    assert expected[0, len(prompt.ids) :].tolist() == response.ids.tolist()
 
 
 def test_sampling_follows_the_distribution():
@@ -93,26 +95,26 @@ def test_sampling_follows_the_distribution():
 def test_prompts_that_do_not_fit_together_are_answered_in_turn(vlm, encoder, monkeypatch):
     """The same responses; the second time at once in the size that fits."""
     prompts = [encoder(example(number)) for number in range(5)]
-    wanted = HfEngine(vlm, prompts_per_batch=8).generate(prompts, Sampling(3, 6, 1.0, seed=0))
+    expected = HfEngine(vlm, prompts_per_batch=8).generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
     said, sizes, room = [], [], [2]
     engine = HfEngine(vlm, prompts_per_batch=8, warn=said.append)
     generate = engine._generate
 
-    def small(chosen, uniforms, sampling):
-        sizes.append(len(chosen))
-        if len(chosen) > room[0]:
+    def small(contexts, seeds, sampling):
+        sizes.append(len(contexts))
+        if len(contexts) > room[0]:
             raise torch.OutOfMemoryError("no room. Advice")
-        return generate(chosen, uniforms, sampling)
+        return generate(contexts, seeds, sampling)
 
     monkeypatch.setattr(engine, "_generate", small)
     for tried in ([5, 2, 2, 1], [2, 2, 1]):
         sizes.clear()
-        drawn = engine.generate(prompts, Sampling(3, 6, 1.0, seed=0))
-        assert [[item.ids.tolist() for item in group] for group in drawn] == [
-            [item.ids.tolist() for item in group] for group in wanted
+        sampled = engine.generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
+        assert [[item.ids.tolist() for item in group] for group in sampled] == [
+            [item.ids.tolist() for item in group] for group in expected
         ]
         assert sizes == tried
     assert len(said) == 1 and "set rollout.prompts_per_batch=2" in said[0]
     room[0] = 0
     with pytest.raises(RolloutError, match="responses to row e0 do not fit"):
-        engine.generate(prompts, Sampling(3, 6, 1.0, seed=0))
+        engine.generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))

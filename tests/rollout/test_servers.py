@@ -12,10 +12,10 @@ from tests.rollout.model_server import HANG_UP, ModelServer
 from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.rollout.build import build_engine
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.build import EngineNeeds, build_engine
+from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.rollout.vllm_requests import SPREAD
+from vlm_sapo.rollout.vllm_requests import SEED_STRIDE
 from vlm_sapo.types import RowError, Sampling
 
 SAMPLING = Sampling(3, 8, 1.0, seed=2)
@@ -29,7 +29,7 @@ def servers(model_folder):
         server.close()
 
 
-class Told:
+class Warnings:
     """What the user is warned of."""
 
     def __init__(self):
@@ -44,8 +44,7 @@ def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn
     engine = RolloutConfig.model_validate(
         {"engine": section | {"patience": patience, "timeout": timeout}}
     ).engine
-    return build_engine(
-        engine,
+    needs = EngineNeeds(
         vlm,
         str(servers[0].path),
         longest=longest,
@@ -54,10 +53,11 @@ def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn
         warn=warn,
         folder=folder / "weights",
     )
+    return build_engine(engine, needs)
 
 
 def ids_of(groups):
-    return [[item.ids.tolist() for item in completions] for completions in groups]
+    return [[item.ids.tolist() for item in responses] for responses in groups]
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def prompts(encoder):
 
 
 def expected(vlm, prompts):
-    """What a server draws: its seeds are those of single prompts."""
+    """What a server samples: its seeds are those of single prompts."""
     return [
-        HfEngine(vlm, prompts_per_batch=1).generate([prompt], Sampling(3, 8, 1.0, seed))[0]
+        HfEngine(vlm, prompts_per_batch=1).generate(as_contexts([prompt]), Sampling(3, 8, 1.0, seed))[0]
         for prompt, seed in zip(
-            prompts, (SAMPLING.seed_of(n) * SPREAD % 2**62 for n in range(9)), strict=False
+            prompts, (SAMPLING.seed_of(n) * SEED_STRIDE % 2**62 for n in range(9)), strict=False
         )
     ]
 
@@ -78,7 +78,7 @@ def expected(vlm, prompts):
 def test_prompts_are_spread_and_come_back_in_order(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
-        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
     for server in servers:
         bodies = [body for route, body in server.requests if route == "inference/v1/generate"]
         assert len(bodies) == 3
@@ -95,7 +95,7 @@ def test_weights_go_to_each_server_once_for_each_version(vlm, servers, prompts, 
             vlm.version += 1
             engine.sync(vlm)
             engine.sync(vlm)
-            assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+            assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
     for server in servers:
         routes = [route for route, _ in server.requests]
         assert routes.count("collective_rpc") == 2
@@ -109,7 +109,7 @@ def test_weights_go_to_each_server_once_for_each_version(vlm, servers, prompts, 
 )
 def test_what_a_server_fails_at_is_asked_again(vlm, servers, prompts, tmp_path, fault):
     """Once for each prompt that the first server gets."""
-    told, failed = Told(), set()
+    warned, failed = Warnings(), set()
 
     def fail(route, body):
         key = str(body and body.get("token_ids"))
@@ -133,20 +133,20 @@ def test_what_a_server_fails_at_is_asked_again(vlm, servers, prompts, tmp_path, 
 
     servers[0].fault = fail
     timeout = 1.0 if fault == "late" else 20.0
-    with closing(build(vlm, servers, tmp_path, timeout=timeout, patience=10, warn=told)) as engine:
+    with closing(build(vlm, servers, tmp_path, timeout=timeout, patience=10, warn=warned)) as engine:
         engine.sync(vlm)
-        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
-    assert failed and servers[0].url in told.lines[0]
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
+    assert failed and servers[0].url in warned.lines[0]
 
 
 def test_a_server_that_dies_leaves_its_work_to_the_others(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
         servers[0].close()
-        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
         vlm.version += 1
         engine.sync(vlm)
-        assert ids_of(engine.generate(prompts, SAMPLING)) == ids_of(expected(vlm, prompts))
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
         servers[0].open(servers[0].port)
 
 
@@ -157,15 +157,15 @@ def test_a_server_that_starts_anew_gets_the_present_weights(vlm, servers, prompt
             parameter += 0.05
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
-        wanted = ids_of(expected(vlm, prompts))
-        assert ids_of(engine.generate(prompts, SAMPLING)) == wanted
+        before = ids_of(expected(vlm, prompts))
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == before
         servers[1].restart()
-        assert ids_of(engine.generate(prompts, SAMPLING)) == wanted
+        assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == before
 
 
 def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
-    told = Told()
-    one = build(vlm, servers[:1], tmp_path / "one", patience=1.0, warn=told)
+    warned = Warnings()
+    one = build(vlm, servers[:1], tmp_path / "one", patience=1.0, warn=warned)
     with closing(one):
         one.sync(vlm)
 
@@ -174,7 +174,7 @@ def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
 
         servers[0].fault = other_run
         with pytest.raises(RolloutError, match="another-7.*another run gives it weights"):
-            one.generate(prompts[:1], SAMPLING)
+            one.generate(as_contexts(prompts[:1]), SAMPLING)
 
 
 def test_an_answer_that_does_not_name_its_weights_is_not_used(vlm, servers, prompts, tmp_path):
@@ -189,8 +189,8 @@ def test_an_answer_that_does_not_name_its_weights_is_not_used(vlm, servers, prom
     servers[0].fault = nameless
     with closing(build(vlm, servers[:1], tmp_path, patience=0.5)) as engine:
         engine.sync(vlm)
-        with pytest.raises(RolloutError, match="drew with the weights None"):
-            engine.generate(prompts[:1], SAMPLING)
+        with pytest.raises(RolloutError, match="sampled with the weights None"):
+            engine.generate(as_contexts(prompts[:1]), SAMPLING)
 
 
 def test_while_weights_are_loaded_no_response_bears_a_whole_name(vlm, servers, prompts, tmp_path):
@@ -208,24 +208,21 @@ def test_while_weights_are_loaded_no_response_bears_a_whole_name(vlm, servers, p
 
 def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, prompts, tmp_path):
     section = {"type": "vllm_server", "servers": [servers[0].url], "patience": 1.0}
-    told = Told()
+    warned = Warnings()
     engine = build_engine(
         RolloutConfig.model_validate({"engine": section}).engine,
-        vlm,
-        "/models/another",
-        longest=512,
-        dtype="float32",
-        prompts_per_batch=4,
-        warn=told,
+        EngineNeeds(vlm, "/models/another", longest=512, dtype="float32", prompts_per_batch=4, warn=warned),
     )
     with closing(engine):
-        assert "serves" in told.lines[0] and "/models/another" in told.lines[0]
-        assert ids_of(engine.generate(prompts[:2], SAMPLING)) == ids_of(expected(vlm, prompts[:2]))
+        assert "serves" in warned.lines[0] and "/models/another" in warned.lines[0]
+        assert ids_of(engine.generate(as_contexts(prompts[:2]), SAMPLING)) == ids_of(
+            expected(vlm, prompts[:2])
+        )
         servers[0].version = "finished-run-40"
         with pytest.raises(
             RolloutError, match="finished-run-40, which a training run gave it.*start it anew"
         ):
-            engine.generate(prompts[:2], SAMPLING)
+            engine.generate(as_contexts(prompts[:2]), SAMPLING)
 
 
 def test_no_server_at_all_is_a_sentence(vlm, servers, tmp_path):
@@ -237,13 +234,13 @@ def test_no_server_at_all_is_a_sentence(vlm, servers, tmp_path):
         server.open(server.port)
 
 
-def test_servers_that_die_while_drawing_stop_the_run_with_the_row(vlm, servers, prompts, tmp_path):
+def test_servers_that_die_while_sampling_stop_the_run_with_the_row(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers, tmp_path, patience=1.0)) as engine:
         engine.sync(vlm)
         for server in servers:
             server.fault = lambda route, body: HANG_UP
         with pytest.raises(RolloutError, match="no server of .* answered for row e"):
-            engine.generate(prompts, SAMPLING)
+            engine.generate(as_contexts(prompts), SAMPLING)
 
 
 def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp_path):
@@ -257,7 +254,7 @@ def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp
         ):
             servers[0].fault = lambda route, body, status=status: status
             with pytest.raises(RolloutError, match=words):
-                engine.generate(prompts[1:2], SAMPLING)
+                engine.generate(as_contexts(prompts[1:2]), SAMPLING)
 
 
 def test_a_server_that_reads_other_prompts_is_caught(vlm, servers, prompts, tmp_path):
@@ -274,7 +271,7 @@ def test_a_server_that_reads_other_prompts_is_caught(vlm, servers, prompts, tmp_
     with closing(build(vlm, servers[:1], tmp_path)) as engine:
         engine.sync(vlm)
         with pytest.raises(RolloutError, match="row e1: the engine read .* tokens.*do_resize"):
-            engine.generate(prompts[1:2], SAMPLING)
+            engine.generate(as_contexts(prompts[1:2]), SAMPLING)
 
 
 def test_a_banned_token_is_an_error_and_not_a_sample(vlm, servers, prompts, tmp_path):
@@ -289,7 +286,7 @@ def test_a_banned_token_is_an_error_and_not_a_sample(vlm, servers, prompts, tmp_
     with closing(build(vlm, servers[:1], tmp_path)) as engine:
         engine.sync(vlm)
         with pytest.raises(RolloutError, match="which is banned"):
-            engine.generate(prompts[:1], SAMPLING)
+            engine.generate(as_contexts(prompts[:1]), SAMPLING)
 
 
 def test_a_short_context_is_refused_at_the_start(vlm, model_folder, tmp_path):
@@ -304,59 +301,61 @@ def test_pictures_over_the_limit_name_the_row(vlm, servers, prompts, tmp_path, m
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
         with pytest.raises(RowError, match=r"row e1.*pictures \(48x48\).*lower model.max_pixels"):
-            engine.generate(prompts[:2], SAMPLING)
+            engine.generate(as_contexts(prompts[:2]), SAMPLING)
 
 
-def test_closing_breaks_off_what_is_being_drawn(vlm, servers, prompts, tmp_path):
+def test_closing_breaks_off_what_is_being_sampled(vlm, servers, prompts, tmp_path):
     engine = build(vlm, servers, tmp_path, timeout=60.0)
     engine.sync(vlm)
     for server in servers:
         server.fault = lambda route, body: time.sleep(20)
-    found = []
+    errors = []
 
-    def draw():
+    def generate():
         try:
-            engine.generate(prompts, SAMPLING)
+            engine.generate(as_contexts(prompts), SAMPLING)
         except RolloutError as error:
-            found.append(error)
+            errors.append(error)
 
-    thread = threading.Thread(target=draw)
+    thread = threading.Thread(target=generate)
     thread.start()
     time.sleep(0.5)
     engine.close()
     thread.join(5)
-    assert not thread.is_alive() and "closed" in str(found[0])
+    assert not thread.is_alive() and "closed" in str(errors[0])
 
 
-def test_experts_of_the_tokens_are_told(model_folder):
-    """In vLLM's encoding; it also tells layers without experts. A server that doesn't is refused."""
+def test_experts_of_the_tokens_are_reported(model_folder):
+    """In vLLM's encoding; it also reports layers without experts. A server that doesn't is refused."""
     path = model_folder("qwen3_vl_moe")
     vlm = load_vlm(str(path))
     prompts = [Encoder(vlm)(example(number, pictures=number % 3)) for number in range(3)]
     server = ModelServer(path, experts=True)
     engine = build_engine(
         RolloutConfig.model_validate({"engine": {"type": "vllm_server", "servers": server.url}}).engine,
-        vlm,
-        str(path),
-        longest=512,
-        dtype="float32",
-        prompts_per_batch=4,
-        warn=print,
-        experts=True,
+        EngineNeeds(
+            vlm,
+            str(path),
+            longest=512,
+            dtype="float32",
+            prompts_per_batch=4,
+            warn=print,
+            experts=True,
+        ),
     )
     with closing(engine):
-        groups = engine.generate(prompts, SAMPLING)
+        groups = engine.generate(as_contexts(prompts), SAMPLING)
         own = HfEngine(vlm, prompts_per_batch=1, experts=True)
         for number, (prompt, items) in enumerate(zip(prompts, groups, strict=True)):
-            seed = SAMPLING.seed_of(number) * SPREAD % 2**62
-            [expected] = own.generate([prompt], Sampling(3, 8, 1.0, seed))
+            seed = SAMPLING.seed_of(number) * SEED_STRIDE % 2**62
+            [expected] = own.generate(as_contexts([prompt]), Sampling(3, 8, 1.0, seed))
             for item, other in zip(items, expected, strict=True):
                 assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
                 assert torch.equal(item.experts, other.experts)
         vlm.routers.layers = [1]  # as if the first layer had none
-        [[item, *_]] = engine.generate(prompts[:1], SAMPLING)
+        [[item, *_]] = engine.generate(as_contexts(prompts[:1]), SAMPLING)
         assert torch.equal(item.experts, groups[0][0].experts[:, 1:])
         server.experts = False
-        with pytest.raises(RolloutError, match=r"told no experts, .* algo.replay=r2"):
-            engine.generate(prompts, SAMPLING)
+        with pytest.raises(RolloutError, match=r"returned no experts, .* algo.replay=r2"):
+            engine.generate(as_contexts(prompts), SAMPLING)
     server.close()

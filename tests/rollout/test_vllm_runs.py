@@ -153,8 +153,8 @@ def test_a_server_is_killed_in_the_middle(tmp_path):
     found = rows(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, 13))
     assert found[-1]["reward/mean"] > 0.85
-    drawn = [row["id"] for row in rows(tmp_path / "run/rollouts.jsonl")][::8]
-    assert len(set(drawn)) == len(drawn), "a row was drawn twice"
+    ids = [row["id"] for row in rows(tmp_path / "run/rollouts.jsonl")][::8]
+    assert len(set(ids)) == len(ids), "a row was used twice"
 
 
 def wait_for_step(folder, step, run):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.conftest import group_slice
 from tests.rollout.model_server import ModelServer
 from vlm_sapo.cli import app
 from vlm_sapo.models.forward import Pass
@@ -75,10 +76,10 @@ def test_an_engine_that_leaves_the_temperature_out(run, server):
             return None
         answer, prompt = server.act(route, body), server.prompt(body)
         for choice in answer["choices"]:
-            inputs = Plain().inputs([(prompt, [torch.tensor(choice["token_ids"])])])
+            inputs = Plain().inputs([group_slice(prompt, [choice["token_ids"]])])
             with torch.no_grad():
-                logprobs, _ = Pass(server.vlm)(inputs)
-            choice["logprobs"]["content"] = [{"logprob": value} for value in logprobs[0].tolist()]
+                scores = Pass(server.vlm)(inputs)
+            choice["logprobs"]["content"] = [{"logprob": value} for value in scores.logprobs[0].tolist()]
         return answer
 
     server.fault = raw

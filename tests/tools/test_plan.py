@@ -90,18 +90,18 @@ def test_a_simulated_pass_counts_the_memory_of_a_real_one(family, checkpointing,
     with mode:
         groups = passes.micro_batch(outline, BATCH, layout)
     vlm = load_vlm(spec.path, gradient_checkpointing=checkpointing, freeze=freeze)
-    for prompt, _ in groups:
-        object.__setattr__(prompt, "pixels", torch.zeros(prompt.pixels.shape))
+    for group in groups:
+        object.__setattr__(group.prompt, "pixels", torch.zeros(group.prompt.pixels.shape))
     for parameter in vlm.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     if frozen:
-        vlm.vision([prompt for prompt, _ in groups])
-    with MemoryCounter() as counter:
-        logprobs, _ = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
-        logprobs.sum().backward()
-    predicted = passes.training_memory(spec, BATCH)
-    assert predicted.activations + predicted.logits == pytest.approx(counter.peak, rel=0.15)
-    assert (predicted.features > 0) == frozen
+        vlm.vision([group.prompt for group in groups])
+    with MemoryCounter() as counted:
+        scores = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
+        scores.logprobs.sum().backward()
+    estimate = passes.training_memory(spec, BATCH)
+    assert estimate.activations + estimate.logits == pytest.approx(counted.peak, rel=0.15)
+    assert (estimate.features > 0) == frozen
 
 
 def test_checkpointing_adapters_and_smaller_budgets_take_less(model_folder):

@@ -304,15 +304,15 @@ def test_three_steps_ahead_responses_are_three_steps_old(further, tmp_path):
     assert ahead[0]["minibatch0/ratio_max"] == 1.0 != ahead[4]["minibatch0/ratio_max"]
 
 
-@pytest.mark.parametrize("interrupted", ["update", "draw"])
+@pytest.mark.parametrize("interrupted", ["update", "sample"])
 def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkeypatch, interrupted):
-    """It fails while it logs step 4, or while it draws step 6 before it trains step 3."""
+    """It fails while it logs step 4, or while it samples step 6 before it trains step 3."""
     train(further("whole"))
 
-    def stop(self, step, version, draw=Sampler.draw):
+    def stop(self, step, version, sample=Sampler.sample):
         if step == 6:
             raise Stopped
-        return draw(self, step, version)
+        return sample(self, step, version)
 
     def headline(record, rewards):
         if record["step"] == 4:
@@ -320,8 +320,8 @@ def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkey
         return ""
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        if interrupted == "draw":
-            patch.setattr(Sampler, "draw", stop)
+        if interrupted == "sample":
+            patch.setattr(Sampler, "sample", stop)
         else:
             patch.setattr(reporter, "headline", headline)
         train(further("resumed"))

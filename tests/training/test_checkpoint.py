@@ -11,12 +11,14 @@ import pytest
 from tests.training.conftest import metrics
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import Lines
+from vlm_sapo.reporting.run_folder import Lines, RunFolder
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import Sampler
-from vlm_sapo.training import checkpoint, interruption
+from vlm_sapo.training import checkpoint
+from vlm_sapo.training import run as training_run
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.policy import Policy
+from vlm_sapo.training.run import Interruption
 from vlm_sapo.training.trainer import train
 
 NOTHING = ("eval.data=null", "checkpoint.every=1")
@@ -41,7 +43,7 @@ def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, tmp_path, caps
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     else:
         file.unlink()
-    made = Checkpoints(newest.parent, console=Console(), world=World())
+    made = Checkpoints(RunFolder(tmp_path), console=Console(), world=World())
     assert made.newest() == newest.parent / "step_000003" and made.newest_step == 3
     said = capsys.readouterr().out
     assert f"{newest} is torn" in said and "an older one is taken" in said
@@ -223,17 +225,17 @@ def test_best_needs_evaluations_at_checkpoints(settings):
 
 
 @pytest.mark.parametrize(
-    ("number", "phase"), [(signal.SIGTERM, "draw"), (signal.SIGINT, "update"), (signal.SIGTERM, "drawn")]
+    ("number", "phase"), [(signal.SIGTERM, "sample"), (signal.SIGINT, "update"), (signal.SIGTERM, "sampled")]
 )
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     whole, settings, tmp_path, monkeypatch, number, phase
 ):
-    """During a draw it ends at once, and where that is just done too, during an update after it; nothing is
-    drawn or logged twice, or left out."""
+    """During sampling it ends at once, and where that is just done too, during an update after it; nothing is
+    sampled or logged twice, or left out."""
     before = signal.getsignal(number)
     owner, name, call = {
-        "draw": (HfEngine, "generate", 3),
-        "drawn": (Sampler, "__call__", 3),
+        "sample": (HfEngine, "generate", 3),
+        "sampled": (Sampler, "next", 3),
         "update": (Policy, "step", 5),
     }[phase]
     inner, calls = vars(owner)[name], []
@@ -242,7 +244,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
         calls.append(1)
         if len(calls) != call:
             return inner(self, *args, **kwargs)
-        made = inner(self, *args, **kwargs) if phase == "drawn" else None
+        made = inner(self, *args, **kwargs) if phase == "sampled" else None
         signal.raise_signal(number)
         return made or inner(self, *args, **kwargs)
 
@@ -257,11 +259,11 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
 
 
 def test_a_second_signal_ends_the_process(monkeypatch):
-    asked = interruption.Interruption(World())
+    asked = Interruption(World())
     with asked.handling_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a launcher's, of the same request
-        monkeypatch.setattr(interruption, "TWICE", 0.0)
+        monkeypatch.setattr(training_run, "TWICE", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted), asked.interruptible():
@@ -269,8 +271,8 @@ def test_a_second_signal_ends_the_process(monkeypatch):
 
 
 def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
-    asked = interruption.Interruption(World())
-    monkeypatch.setattr(interruption, "TWICE", 0.0)
+    asked = Interruption(World())
+    monkeypatch.setattr(training_run, "TWICE", 0.0)
     with asked.handling_signals():
         asked.ask("the reward has fallen", alarm=True)
         signal.raise_signal(signal.SIGTERM)
@@ -280,7 +282,7 @@ def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
 
 
 def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, monkeypatch):
-    asked, lines = interruption.Interruption(World()), Lines(tmp_path / "log")
+    asked, lines = Interruption(World()), Lines(tmp_path / "log")
     stat = Path.stat
 
     def signalled(self, **options):
@@ -301,7 +303,7 @@ def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, mon
 
 def test_a_signal_while_the_disk_is_full_stops_no_later_line(tmp_path, monkeypatch):
     """The line waits, the request too: it ends the next block between two steps and nothing before."""
-    asked, lines = interruption.Interruption(World()), Lines(tmp_path / "log")
+    asked, lines = Interruption(World()), Lines(tmp_path / "log")
 
     def full(self, **options):
         signal.raise_signal(signal.SIGTERM)
@@ -325,4 +327,4 @@ def test_half_a_character_is_written(tmp_path):
 
 
 def test_the_newest_of_nothing(tmp_path):
-    assert Checkpoints(tmp_path / "none", console=Console(), world=World()).newest() is None
+    assert Checkpoints(RunFolder(tmp_path / "none"), console=Console(), world=World()).newest() is None

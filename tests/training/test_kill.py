@@ -33,8 +33,8 @@ BACKGROUND = ("checkpoint.background=true",)
 PHASES = {
     "Checkpoints._write": "writing a checkpoint",
     "Evaluator.at": "evaluating",
-    "OnDemand.draw": "drawing",
-    "Policy.accumulate": "updating",
+    "Sampler.sample": "sampling",
+    "Policy.update": "updating",
 }
 """What a process does while it is in a function; the first that holds."""
 

@@ -8,12 +8,12 @@ import torch
 
 from tests.conftest import example, picture
 from tests.training.test_batch import make_policy
-from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import Plain
+from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.checks import Parity, ParityError, kinds_of, perturbed
 from vlm_sapo.types import Group, Reward, RolloutBatch, Sampling
@@ -40,26 +40,26 @@ class Copy(HfEngine):
             own.data.copy_(new.data)
         self.vlm.vision.kept.clear()
 
-    def generate(self, prompts, sampling):
-        seen = prompts
+    def generate(self, contexts, sampling):
+        prompts = seen = [context.prompt for context in contexts]
         if self.fault == "other pixels":
             seen = [p if p.pixels is None else replace(p, pixels=p.pixels.flip(0)) for p in prompts]
         if self.fault == "positions":
             seen = [
                 replace(p, positions=p.positions + torch.arange(p.positions.shape[1]) // 9) for p in prompts
             ]
-        groups = super().generate(seen, sampling)
+        groups = super().generate(as_contexts(seen), sampling)
         if self.fault in ("raw", "unbanned", "rounding", "nonsense"):
             groups = [self._scored(p, items, sampling) for p, items in zip(seen, groups, strict=True)]
         return groups
 
     @torch.no_grad()
-    def _scored(self, prompt, completions, sampling):
+    def _scored(self, prompt, responses, sampling):
         banned = self.vlm.banned
         self.vlm.banned = [] if self.fault == "unbanned" else banned
         temperature = 1.0 if self.fault == "raw" else sampling.temperature
-        inputs = Plain().inputs([(prompt, [item.ids for item in completions])])
-        logprobs, _ = Pass(self.vlm, temperature)(inputs)
+        inputs = Plain().inputs([GroupSlice(prompt, tuple(responses))])
+        logprobs = Pass(self.vlm, temperature)(inputs).logprobs
         self.vlm.banned = banned
         generator = torch.Generator().manual_seed(0)
         size = {"rounding": 0.01, "nonsense": 3.0}.get(self.fault, 0.0)
@@ -68,7 +68,7 @@ class Copy(HfEngine):
                 item,
                 logprobs=row[: len(item.ids)] + size * torch.randn(len(item.ids), generator=generator),
             )
-            for row, item in zip(logprobs, completions, strict=True)
+            for row, item in zip(logprobs, responses, strict=True)
         ]
 
 
@@ -76,15 +76,15 @@ class Rollouts:
     """As much of the real ones as Parity uses."""
 
     def __init__(self, engine):
-        self.engine = engine
+        self.engine, self.sampling = engine, SAMPLING
 
-    def settle(self):
+    def wait(self):
         pass
 
 
 class Run:
     def __init__(self, model_folder, fault="", *, pictures=1, family="qwen3_vl", every=10):
-        self.policy = make_policy(model_folder(family), temperature=SAMPLING.temperature)
+        self.policy = make_policy(model_folder(family), temperature=SAMPLING.temperature, budget=64)
         with torch.no_grad():  # a fresh tiny model hardly looks at anything
             generator = torch.Generator().manual_seed(1)
             for parameter in self.policy.vlm.parameters():
@@ -96,11 +96,8 @@ class Run:
             Rollouts(self.engine),
             self.encode,
             Console(),
-            world=World(),
-            sampling=SAMPLING,
             tolerance=1e-4,
             every=every,
-            budget=64,
         )
         self.examples = [replace(example(n), images=(picture(n),) * pictures) for n in range(3)]
 
@@ -108,12 +105,13 @@ class Run:
         """What a step of the trainer does to the weights and the engine."""
         prompts = [self.encode(item) for item in self.examples]
         self.engine.sync(self.policy.vlm)
-        drawn = self.engine.generate(prompts, SAMPLING)
+        responses = self.engine.generate(as_contexts(prompts), SAMPLING)
         groups = [
             Group(prompt, tuple(items), tuple(Reward(0.0, {}) for _ in items))
-            for prompt, items in zip(prompts, drawn, strict=True)
+            for prompt, items in zip(prompts, responses, strict=True)
         ]
-        found = self.parity(number, RolloutBatch(groups, [], self.policy.vlm.version, {}))
+        rollout = RolloutBatch(tuple(groups), (0, 1, 2), self.policy.vlm.version, before={}, after={})
+        found = self.parity(number, rollout)
         with torch.no_grad():
             for parameter in self.policy.vlm.parameters():
                 parameter *= 1.1
@@ -183,9 +181,9 @@ def test_any_single_kind_that_does_not_arrive_is_caught(model_folder):
             if name.startswith(f"model.{marks[0]}") and name.endswith(marks[-1])
         ]
         assert run.engine.withheld
-        assert not run.parity.follow(run.examples).arrived, kind
+        assert not run.parity.check_weight_update(run.examples).arrived, kind
     run.engine.withheld = ()
-    assert run.parity.follow(run.examples).arrived
+    assert run.parity.check_weight_update(run.examples).arrived
 
 
 def test_the_disturbance_leaves_nothing_behind(model_folder):

@@ -125,10 +125,8 @@ class HfEngine:
         numbers = [_uniforms(sampling, seed) for seed in seeds]
         uniforms = torch.stack([numbers[item.context][item.number] for item in grid.branches])
         ids, logprobs = self._decode(logits, state, grid, uniforms, sampling, recorder)
-        responses = self._responses(grid, ids, logprobs, recorder)
-        for branch, response in zip(grid.branches, responses, strict=True):
-            if not branch.filling:
-                groups[branch.context].append(response)
+        for context, response in self._responses(grid, ids, logprobs, recorder):
+            groups[context].append(response)
         return groups
 
     @torch.inference_mode()
@@ -177,11 +175,13 @@ class HfEngine:
 
     def _responses(
         self, grid: BranchGrid, ids: torch.Tensor, logprobs: torch.Tensor, recorder: Recorder
-    ) -> Iterator[Response]:
-        """What was sampled, behind what it goes on from."""
+    ) -> Iterator[tuple[int, Response]]:
+        """What was sampled, behind what it goes on from, each with the index of its context."""
         rows = [row[row >= 0] for row in ids]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for index, (branch, row, text) in enumerate(zip(grid.branches, rows, texts, strict=True)):
+            if branch.filling:
+                continue
             prompt = grid.contexts[branch.context].prompt
             start = 0 if branch.so_far is None else len(branch.so_far.ids)
             response = Response.sampled(
@@ -193,7 +193,7 @@ class HfEngine:
                 experts=recorder.experts(index, start + len(row)),
                 version=self.vlm.version,
             )
-            yield continue_response(self.vlm, prompt, branch.so_far, response)
+            yield branch.context, continue_response(self.vlm, prompt, branch.so_far, response)
 
 
 def _next_position(grid: BranchGrid, branch: Branch) -> torch.Tensor:
