@@ -27,6 +27,8 @@ OBJECTIVES = {
     "grpo": {"type": "grpo", "low": 0.2, "high": 0.2},
     "gspo": {"type": "gspo", "low": 3e-4, "high": 4e-4},
     "cispo": {"type": "cispo", "cap": 5.0},
+    "dppo": {"type": "dppo"},
+    "vespo": {"type": "vespo"},
 }
 REDUCTIONS = ("sequence_mean", "token_mean", "constant")
 ROOM = 10**6
@@ -113,7 +115,7 @@ def test_on_policy_all_objectives_have_one_gradient(model_folder, encoder, reduc
     policy = make_policy(model_folder())
     batch = scored(policy, sample_groups(policy, encoder, REWARDS))
     _, expected, _ = gradient(policy, batch, loss_of("sapo", reduction))
-    for objective in ("grpo", "gspo", "cispo"):
+    for objective in ("grpo", "gspo", "cispo", "dppo", "vespo"):
         _, actual, _ = gradient(policy, batch, loss_of(objective, reduction))
         assert (actual - expected).norm() < 1e-5 * expected.norm()
 
@@ -339,3 +341,35 @@ def test_the_idle_microbatch_adds_nothing(model_folder, encoder):
     batch = scored(policy, sample_groups(policy, encoder, REWARDS[:1]))
     value = policy.backward(loss_of()(policy.forward(batch.idle())[0], batch.idle(), batch))
     assert value == 0.0 and float(policy.grad_norm()) == 0.0
+
+
+class FarthestLeftOut:
+    """An objective that leaves out the tokens whose ratios are farthest from 1 in the whole mini-batch."""
+
+    def __init__(self, share=0.2):
+        self.share = share
+
+    def prepare(self, tensors):
+        distance = torch.where(tensors.mask, tensors.token_log_ratio.abs(), -1.0)
+        limit = torch.quantile(distance[tensors.mask], 1 - self.share)
+        return distance <= limit
+
+    def __call__(self, log_ratio, advantage, prepared):
+        return torch.where(prepared, -log_ratio.exp() * advantage, 0.0)
+
+
+@pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=lambda layout: layout.name)
+def test_what_is_prepared_for_a_minibatch_depends_on_no_budget(model_folder, encoder, layout, tmp_path):
+    own = {"type": "own", "function": "tests.training.test_batch:FarthestLeftOut", "args": {"share": 0.3}}
+    loss = build_loss(AlgoConfig(objective=own), max_tokens=16)
+    changes = []
+    for budget in (ROOM, 1):
+        policy = make_policy(model_folder(), layout=layout, budget=budget)
+        policy.optimizer = torch.optim.SGD(policy.trained, lr=0.05)
+        groups = sample_groups(policy, encoder, REWARDS)
+        before = torch.cat([p.detach().flatten().clone() for p in policy.trained])
+        first, second = (policy.update(part, loss) for part in scored(policy, groups, count=2).split())
+        changes.append(torch.cat([p.detach().flatten() for p in policy.trained]) - before)
+        share = float(second.prepared[second.mask].double().mean())
+        assert 0.6 < share < 0.8 and first.prepared[first.mask].all()  # on policy no ratio is farther
+    assert (changes[0] - changes[1]).norm() < 1e-4 * changes[0].norm()

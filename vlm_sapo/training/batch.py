@@ -99,6 +99,12 @@ class Batch:
             parts = [part & (not group.zero_variance) for part, group in zip(parts, self.groups, strict=True)]
         return [bool(part.any()) for part in parts]
 
+    @property
+    def trained_mask(self) -> torch.Tensor:
+        """[N, T] bool, true on the tokens that count of the groups that go through the model."""
+        rows = torch.tensor(self.trained).repeat_interleave(torch.tensor(self.sizes))
+        return self.mask & rows[:, None]
+
     def replace(self, **fields: object) -> Batch:
         """The same with fields that a stage computed."""
         return replace(self, **fields)

@@ -51,7 +51,8 @@ class Prepares(Protocol):
     """An objective that looks at a whole mini-batch before its micro-batches are made."""
 
     def prepare(self, tensors: TokenTensors) -> torch.Tensor:
-        """[N, T] of the mini-batch's tokens, which the objective then gets as `prepared`. No gradients."""
+        """[N, T] of the mini-batch's tokens, which the objective then gets as `prepared`. No gradients; the
+        mask is that of the responses which go through the model."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class PolicyLoss:
                 logprobs=logprobs,
                 old=torch.where(own, logprobs, minibatch.old),
                 advantages=minibatch.advantages,
-                mask=minibatch.mask,
+                mask=minibatch.trained_mask,
                 level=self.level,
                 sampled=minibatch.sampled,
                 reference=minibatch.reference,
