@@ -49,7 +49,7 @@ class SampleFile:
     def settle(self) -> None:
         """Puts all samples on disk. Raises OSError where that can't be done."""
         if self.lines.waiting:
-            self.lines.settle()
+            self.lines.flush()
 
     def add(self, records: list[dict], *, write: bool = True) -> None:
         """Keeps the records of a batch, and writes them."""

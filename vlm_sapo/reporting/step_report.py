@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlm_sapo.reporting.alarms import Alarms
-from vlm_sapo.reporting.images import keep_pictures
+from vlm_sapo.reporting.images import save_images
 from vlm_sapo.reporting.metrics import StepMeter, Trace, group_metrics, task_metrics
 from vlm_sapo.rewards.verifiers.boxes import Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
@@ -96,7 +96,7 @@ class Reporter:
     def _seen(self, group: Group, meter: StepMeter) -> tuple[list[str], list[Trace | None], list[Boxes]]:
         """Names of a group's pictures, which are kept, and by response what the update saw of it and its
         boxes."""
-        names = keep_pictures(self.core.folder.path, group.prompt.images)
+        names = save_images(self.core.folder.path, group.prompt.images)
         traces = [meter.traces.get(id(completion.ids)) for completion in group.responses]
         example = group.prompt.example
         asked = [own_verifier(example, name, args) for name, args in self.parts]

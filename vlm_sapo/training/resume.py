@@ -8,7 +8,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder
+from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
@@ -18,7 +18,7 @@ from vlm_sapo.training.run import Core
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """The run's folder, made or found to belong to this config."""
     world, console = processes.world, processes.console
-    folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
+    folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
     world.on_main(lambda: _open(folder, config, console))
     return folder
 
@@ -69,7 +69,7 @@ def build_checkpoints(
         best=lambda: folder.best(given.keep_best),
         background=given.background,
         on_error=given.on_error,
-        settle_logs=folder.settle,
+        settle_logs=folder.flush,
     )
 
 

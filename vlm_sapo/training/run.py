@@ -14,7 +14,7 @@ from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.curves import draw_curves
+from vlm_sapo.reporting.curves import plot_curves
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.batch import MiniBatch
@@ -101,7 +101,7 @@ class Core:
         try:
             if failed is not None:
                 raise failed
-            self.folder.settle()
+            self.folder.flush()
             put_on_disk(self.folder.path / "final")
             return self._summarize(steps)
         except FAILURES as error:
@@ -113,7 +113,7 @@ class Core:
 
     def _summarize(self, steps: int) -> dict:
         evaluations = self.folder.read("evaluations.jsonl")
-        draw_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
+        plot_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for name, step in (("eval_before", 0), ("eval_after", steps)):
             found = [record for record in evaluations if record["step"] == step]
