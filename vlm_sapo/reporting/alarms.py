@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Protocol
 
 from vlm_sapo.reporting.console import Console
 
@@ -66,26 +67,29 @@ class MetricHistory:
         return sum(self.last) / len(self.last)
 
 
-class Alarms:
-    """Compares the last `window` steps with the first. An alarm is raised once, and again after it was off for
-    `window` steps; `stop` is called with its text."""
+class StopRun(Protocol):
+    """Asks the run to stop after this step."""
 
-    def __init__(
-        self,
-        console: Console,
-        *,
-        window: int,
-        entropy: float,
-        length: float,
-        reward: float,
-        grad_norm: float,
-        identical: float,
-        stop: Callable[[str], None] | None = None,
-    ):
-        self.console, self.window, self.stop = console, window, stop
-        self.entropy, self.length, self.reward = entropy, length, reward
-        self.grad_norm, self.identical = grad_norm, identical
-        self.histories = {name: MetricHistory(window) for name in WATCHED_METRICS}
+    def __call__(self, reason: str) -> None: ...
+
+
+@dataclass
+class Alarms:
+    """Compares the last `window` steps with the first. An alarm is raised once, and again after it was off
+    for `window` steps; `stop` is called with its text. The thresholds are those of the config's `alarms`."""
+
+    console: Console
+    _: KW_ONLY
+    window: int
+    entropy: float
+    length: float
+    reward: float
+    grad_norm: float
+    identical: float
+    stop: StopRun | None = None
+
+    def __post_init__(self) -> None:
+        self.histories = {name: MetricHistory(self.window) for name in WATCHED_METRICS}
         self.steps = 0
         self.last_raised: dict[str, int] = {}
         """The value of `steps` when each alarm was last on."""

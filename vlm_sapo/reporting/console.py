@@ -81,8 +81,8 @@ class Console:
     def progress(
         self, name: str, total: int, start: int = 0, lines: int = PROGRESS_LINES
     ) -> Iterator[ShowProgress]:
-        """Yields a function `(done, text="")` that shows progress: a bar on a terminal, elsewhere about `lines`
-        lines."""
+        """Yields a function `(done, text="")` that shows progress: a bar on a terminal, elsewhere about
+        `lines` lines."""
         if not self.rich.is_terminal:
             start_time = time.perf_counter()
 

@@ -116,7 +116,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`, before the run resumes from there."""
-        for name in filter(lambda name: (self.path / name).is_file(), LOGS):
+        for name in (name for name in LOGS if (self.path / name).is_file()):
             records = [record for record in self.read(name) if record["step"] <= step]
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             self.replace(name, text)
