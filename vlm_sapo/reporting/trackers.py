@@ -37,7 +37,7 @@ EDGES = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run when it starts."""
+    """The run that a tracker starts or continues."""
 
     project: str
     name: str
