@@ -15,7 +15,7 @@ import typer
 
 from vlm_sapo.api import quieten
 from vlm_sapo.distributed import ElsewhereError, Interrupted
-from vlm_sapo.reporting.console import visible
+from vlm_sapo.reporting.console import escape_control
 
 app = typer.Typer(
     add_completion=False,
@@ -324,14 +324,14 @@ def run(app: Callable[[], None]) -> None:
     except ValueError as error:
         if not _raised_here(error):
             raise
-        typer.echo(visible(f"error: {error}"), err=True)
+        typer.echo(escape_control(f"error: {error}"), err=True)
         sys.exit(1)
     except Interrupted as error:
         if main_process():
             words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
             launcher = "your launcher and " if "RANK" in os.environ else ""
             name = "vlm-sapo" if shutil.which("vlm-sapo") else sys.argv[0]
-            typer.echo(visible(f"{error}\ngo on with: {launcher}{shlex.join([name, *words])}"))
+            typer.echo(escape_control(f"{error}\ngo on with: {launcher}{shlex.join([name, *words])}"))
         if error.alarm:
             sys.exit(ALARM)
     except ElsewhereError:

@@ -1,4 +1,4 @@
-"""What is printed: text of a model or a data set must not command the terminal."""
+"""Console output: text of a model or a data set can't control the terminal."""
 
 from vlm_sapo.reporting import console
 from vlm_sapo.reporting.console import Console
@@ -6,18 +6,18 @@ from vlm_sapo.reporting.console import Console
 HOSTILE = "\x1b[2J\x1b]0;mine\x07 [red]r[/] \u202efdp.\u2066 \x9b1m größe 答案\n"
 
 
-def test_text_of_others_commands_no_terminal(capsys):
+def test_control_characters_are_escaped(capsys):
     console = Console()
     console.say(HOSTILE)
     console.warn(HOSTILE)
     console.table(["a", "b"], [[HOSTILE, "1"]])
     console.samples([{"problem": HOSTILE, "responses": [HOSTILE], "answer": HOSTILE, "scores": [1.0]}])
-    said = capsys.readouterr().out
-    assert all(c.isprintable() or c == "\n" for c in said)
-    assert said.count(r"\x1b[2J") == 6 and "[red]r[/]" in said and "größe 答案" in said
+    output = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in output)
+    assert output.count(r"\x1b[2J") == 6 and "[red]r[/]" in output and "größe 答案" in output
 
 
-def test_a_log_says_how_much_time_is_left(capsys, monkeypatch):
+def test_progress_lines_show_the_time_left(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
     with Console().progress("train", 1010, start=10) as show:

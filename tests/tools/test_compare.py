@@ -1,4 +1,4 @@
-"""Comparing two evaluations."""
+"""The comparison of two evaluations: statistics, notes and page."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.tools.report.test_collect import data_of
 from vlm_sapo.cli import app
 from vlm_sapo.tools.compare import compare_command, sign_test
 
@@ -26,33 +27,57 @@ def write(folder, scores: dict[str, list[float]], benchmark: str = "b"):
     return folder
 
 
-def test_wins_losses_and_changed_pictures(tmp_path):
+def test_wins_losses_and_changed_problems(tmp_path):
     one = write(tmp_path / "a", {"1": [0.0, 0.0], "2": [1.0, 1.0], "3": [1.0, 0.0], "4": [0.0, 1.0]})
     other = write(tmp_path / "b", {"1": [1.0, 0.0], "2": [0.0, 1.0], "3": [1.0, 1.0], "4": [1.0, 0.0]})
-    [found] = compare_command(one, other, tmp_path / "c/page.html")
-    assert (found.n, found.first, found.second) == (4, 0.5, 0.625)
-    assert (found.wins, found.losses) == (2, 1) and found.p == 1.0
-    assert found.ci95[0] < 0.125 < found.ci95[1]
-    assert [first["id"] for first, _ in found.changed] == ["2", "1", "3"]
+    [comparison] = compare_command(one, other, tmp_path / "c/page.html")
+    assert (comparison.n, comparison.first, comparison.second) == (4, 0.5, 0.625)
+    assert (comparison.wins, comparison.losses) == (2, 1) and comparison.p == 1.0
+    assert comparison.ci95[0] < 0.125 < comparison.ci95[1]
+    assert [first["id"] for first, _ in comparison.changed] == ["2", "1", "3"]
     page = (tmp_path / "c/page.html").read_text()
-    assert page.count("<section>") == 3 and page.count("data:image/jpeg") == 3
-    assert "How &lt;many&gt;?" in page and "says 1.0" in page
+    data = data_of(page)
+    assert len(page) < 100_000, "a page without charts needs no chart library"
+    assert data["rows"][0][:5] == ["b", "4", "0.500", "0.625", "+0.125"]
+    assert [item["id"] for item in data["items"]] == ["2", "1", "3"]
+    assert [item["images"] for item in data["items"]] == [[0]] * 3 and len(data["images"]) == 1
+    first = data["items"][0]
+    assert first["problem"] == "How <many>?" and "How <many>" not in page
+    assert first["means"] == {"A": 1.0, "B": 0.5} and first["gain"] == -0.5
+    assert [(each["when"], each["text"]) for each in first["responses"]] == [
+        ("A", "says 1.0"),
+        ("A", "says 1.0"),
+        ("B", "says 0.0"),
+        ("B", "says 1.0"),
+    ]
 
 
-def test_the_same_scores_in_another_order_are_no_loss(tmp_path):
+def test_a_page_has_a_limited_number_of_responses_and_images_of_its_folder_only(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    one, other = write(tmp_path / "a", {"1": [1.0] * 9}), write(tmp_path / "b", {"1": [0.0] * 9})
+    path = one / "samples.jsonl"
+    path.write_text(path.read_text().replace("pictures/a.jpg", "../secret.jpg"))
+    compare_command(one, other, tmp_path / "page.html")
+    [item] = data_of((tmp_path / "page.html").read_text())["items"]
+    assert len(item["responses"]) == 8 and item["images"] == [None]
+
+
+def test_reordered_scores_are_no_change(tmp_path, capsys):
     one = write(tmp_path / "a", {"1": [0.1, 0.2, 0.3]})
-    [found] = compare_command(one, write(tmp_path / "b", {"1": [0.3, 0.2, 0.1]}), tmp_path / "page.html")
-    assert (found.wins, found.losses) == (0, 0) and not found.changed
+    other = write(tmp_path / "b", {"1": [0.3, 0.2, 0.1]})
+    [comparison] = compare_command(one, other, tmp_path / "page.html")
+    assert (comparison.wins, comparison.losses) == (0, 0) and not comparison.changed
+    assert "no verdict changed" in capsys.readouterr().out
 
 
-def test_the_sign_test_is_the_binomials():
+def test_the_sign_test_is_binomial():
     """8 wins and 2 losses: 2 (1 + 10 + 45) / 1024."""
     assert sign_test(8, 2) == pytest.approx(112 / 1024)
     assert sign_test(0, 0) == sign_test(3, 3) == 1.0
     assert sign_test(10_000, 10_001) == pytest.approx(1.0)
 
 
-def test_what_is_not_alike_is_said(tmp_path, capsys):
+def test_different_problems_and_settings_are_noted(tmp_path, capsys):
     one = write(tmp_path / "a", {"1": [0.0], "2": [1.0]})
     other = write(tmp_path / "b", {"1": [1.0]})
     (one / "eval.yaml").write_text("b: {model: x, max_tokens: 8, samples: 1}")
@@ -63,7 +88,7 @@ def test_what_is_not_alike_is_said(tmp_path, capsys):
         assert "model x" not in text
 
 
-def test_folders_that_share_nothing_are_named(tmp_path):
+def test_errors_name_folders_that_cannot_be_compared(tmp_path):
     one, other = write(tmp_path / "a", {"1": [1.0]}), write(tmp_path / "b", {"1": [1.0]}, "other")
     result = CliRunner().invoke(app, ["compare", str(one), str(other)])
     assert "share none" in str(result.exception)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.samples import SampleFile
-from vlm_sapo.reporting.images import keep_pictures
+from vlm_sapo.reporting.images import save_images
 from vlm_sapo.rewards.pool import RewardPool, score_groups
 from vlm_sapo.rewards.verifiers.answers import stated_answer
 from vlm_sapo.rollout.engine import RolloutEngine, as_contexts
@@ -51,7 +51,7 @@ def evaluate(
         own_records = []
         for row, prompt, responses, rewards in zip(rows, prompts, groups, graded, strict=True):
             record = {"benchmark": samples.name, "row": row} | _record(prompt, responses, rewards, measure)
-            own_records.append(record | {"pictures": keep_pictures(samples.folder, prompt.images)})
+            own_records.append(record | {"pictures": save_images(samples.folder, prompt.images)})
         gathered = [record for records in world.all_gather(own_records) for record in records]
         samples.add(sorted(gathered, key=lambda record: record["row"]), write=world.main)
         progress(len(samples.done))

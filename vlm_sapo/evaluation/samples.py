@@ -49,7 +49,7 @@ class SampleFile:
     def flush(self) -> None:
         """Waits until all samples are on disk. Raises OSError if that fails."""
         if self.lines.waiting:
-            self.lines.settle()
+            self.lines.flush()
 
     def add(self, records: list[dict], *, write: bool = True) -> None:
         """Adds the records of a batch, and writes them unless another process does."""

@@ -1,11 +1,11 @@
-"""What a run prints: a progress bar with the numbers that matter, or plain lines where there is no
-terminal."""
+"""Console output of a run: a progress bar with the main metrics, or plain lines without a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -19,22 +19,28 @@ from rich.progress import (
 )
 from rich.table import Table
 
-WIDTH = 160
-"""Of tables where there is no terminal."""
-SPEED = 3600.0
-"""Seconds whose steps tell how much time is left."""
-LINES = 20
-"""Lines that a run without a terminal prints at most for its steps."""
+TABLE_WIDTH = 160
+"""Columns of a table without a terminal."""
+SPEED_WINDOW = 3600.0
+"""Seconds of recent steps that the remaining time is estimated from."""
+PROGRESS_LINES = 20
+"""Most progress lines of a run without a terminal."""
 
 
-def visible(text: str) -> str:
-    """The text with control characters, and what turns the writing around, as codes: a response must not
-    command the terminal."""
+def escape_control(text: str) -> str:
+    """The text with control characters and marks of writing direction escaped, so that a response can't
+    control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+class ShowProgress(Protocol):
+    """Shows that `done` of the work's items are finished, with some metrics as text."""
+
+    def __call__(self, done: int, text: str = "") -> None: ...
+
+
 def duration(seconds: float) -> str:
-    """Such as 5 min, 3 h 20 min, 2 d 4 h."""
+    """A duration such as 5 min, 3 h 20 min or 2 d 4 h."""
     minutes = round(seconds / 60)
     days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
     if days:
@@ -43,45 +49,45 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """Prints to standard output; `progress` shows a bar on a terminal and a line now and then elsewhere."""
+    """Prints to standard output."""
 
     def __init__(self) -> None:
         self.rich = RichConsole(highlight=False, soft_wrap=True)
         if not self.rich.is_terminal:
-            self.rich.width = WIDTH
+            self.rich.width = TABLE_WIDTH
 
     def say(self, text: str) -> None:
-        """One line."""
-        self._print(escape(visible(text)))
+        self._print(escape(escape_control(text)))
 
     def warn(self, text: str) -> None:
-        """One line that stands out."""
-        self._print(f"[bold yellow]warning:[/] {escape(visible(text))}")
+        """One line that is marked as a warning."""
+        self._print(f"[bold yellow]warning:[/] {escape(escape_control(text))}")
 
-    def _print(self, what: str | Table) -> None:
-        """A run outlives whoever listened, and the disk that its output goes to."""
-        with suppress(OSError):
-            self.rich.print(what)
+    def _print(self, content: str | Table) -> None:
+        with suppress(OSError):  # a closed terminal or a full disk must not end the run
+            self.rich.print(content)
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """A table, the first column on the left, the others on the right but the last, which may wrap."""
+        """A table: first and last column left-aligned, the others right-aligned; only the last one wraps."""
         table = Table(box=None, pad_edge=False, padding=(0, 2))
         last = len(header) - 1
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number in (0, last) else "right", no_wrap=number < last)
         for row in rows:
-            table.add_row(*(escape(visible(cell)) for cell in row))
+            table.add_row(*(escape(escape_control(cell)) for cell in row))
         self._print(table)
 
     @contextmanager
-    def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
-        """Yields a function `(done, text)` that shows how far the work is; without a terminal in about so
-        many lines."""
+    def progress(
+        self, name: str, total: int, start: int = 0, lines: int = PROGRESS_LINES
+    ) -> Iterator[ShowProgress]:
+        """Yields a function `(done, text="")` that shows progress: a bar on a terminal, elsewhere about
+        `lines` lines."""
         if not self.rich.is_terminal:
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
 
             def show(done: int, text: str = "") -> None:
-                rate = (time.perf_counter() - begun) / max(done - start, 1)
+                rate = (time.perf_counter() - start_time) / max(done - start, 1)
                 self._line(name, done, total, text, lines, left=rate * (total - done))
 
             yield show
@@ -95,9 +101,13 @@ class Console:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.rich, speed_estimate_period=SPEED) as bar:
+        with Progress(*columns, console=self.rich, speed_estimate_period=SPEED_WINDOW) as bar:
             task = bar.add_task(name, total=total, completed=start, text="")
-            yield lambda done, text="": bar.update(task, completed=done, text=text)
+
+            def move(done: int, text: str = "") -> None:
+                bar.update(task, completed=done, text=text)
+
+            yield move
 
     def _line(self, name: str, done: int, total: int, text: str, lines: int, left: float) -> None:
         stride = max(1, total // lines)
@@ -105,7 +115,7 @@ class Console:
             self.say(f"{name} {done}/{total}  {text}" + (f"  {duration(left)} left" if left >= 60 else ""))
 
     def samples(self, records: Iterable[dict]) -> None:
-        """Problems with the model's response, so that a person sees what it says."""
+        """Some problems with the model's first response, for people to read."""
         for record in records:
             mark = "right" if record["scores"][0] >= 1 else "wrong"
             problem, response = " ".join(record["problem"].split()), " ".join(record["responses"][0].split())
@@ -113,18 +123,17 @@ class Console:
 
 
 class SilentConsole(Console):
-    """Of the processes beside the main one, which says it all."""
+    """For all processes but the main one: prints nothing."""
 
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def warn(self, text: str) -> None:
-        """Nothing."""
-
-    def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """Nothing."""
+    def _print(self, content: str | Table) -> None:
+        pass
 
     @contextmanager
-    def progress(self, name: str, total: int, start: int = 0, lines: int = LINES) -> Iterator[Progress]:
-        """Nothing."""
-        yield lambda done, text="": None
+    def progress(
+        self, name: str, total: int, start: int = 0, lines: int = PROGRESS_LINES
+    ) -> Iterator[ShowProgress]:
+        yield _show_nothing
+
+
+def _show_nothing(done: int, text: str = "") -> None:
+    pass

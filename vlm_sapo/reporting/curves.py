@@ -1,4 +1,4 @@
-"""Draws a run's curves."""
+"""Plots a run's metrics into `curves.png`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PANELS = (
 )
 
 
-def draw_curves(path: Path, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    """Writes a PNG with one panel per quantity that was logged, and the evaluations with their intervals."""
+def plot_curves(path: Path, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """Writes a PNG with one panel per logged quantity, and the evaluations with their 95 % intervals."""
     panels = [
         (title, [name for name in names if any(name in row for row in metrics)]) for title, names in PANELS
     ]
@@ -30,7 +30,7 @@ def draw_curves(path: Path, metrics: list[dict[str, Any]], evaluations: list[dic
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
     axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
     if evaluations:
-        _draw_evaluations(next(axes), evaluations)
+        _plot_evaluations(next(axes), evaluations)
     for title, names in panels:
         axis = next(axes)
         axis.set_title(title, fontsize=10)
@@ -47,7 +47,7 @@ def draw_curves(path: Path, metrics: list[dict[str, Any]], evaluations: list[dic
     figure.savefig(path, dpi=110)
 
 
-def _draw_evaluations(axis, evaluations: list[dict[str, Any]]) -> None:
+def _plot_evaluations(axis, evaluations: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(row["name"] for row in evaluations):
         rows = [row for row in evaluations if row["name"] == name]
         steps, values = [row["step"] for row in rows], [row["pass@1"] for row in rows]

@@ -1,4 +1,4 @@
-"""Small copies of an evaluation's pictures, for people who look at its samples."""
+"""Saves small copies of images, for people who look at a run's samples."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 from PIL import Image
 
-SIDE = 384
-"""Longest side in pixels."""
+MAX_SIDE = 384
+"""Pixels of the longer side."""
 
 
-def keep_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[str]:
-    """Writes the pictures into `folder/pictures`, each once, and returns their paths relative to `folder`."""
+def save_images(folder: Path, images: Sequence[Image.Image]) -> list[str]:
+    """Writes the images into `folder/pictures`, equal ones once. Returns their paths relative to `folder`."""
     names = []
-    for picture in pictures:
-        name = f"pictures/{hashlib.sha1(picture.tobytes()).hexdigest()[:16]}.jpg"
+    for image in images:
+        name = f"pictures/{hashlib.sha1(image.tobytes()).hexdigest()[:16]}.jpg"
         names.append(name)
         if not (folder / name).exists():
-            small = picture.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
+            small = image.convert("RGB")
+            small.thumbnail((MAX_SIDE, MAX_SIDE))
             try:
                 (folder / "pictures").mkdir(parents=True, exist_ok=True)
                 small.save(folder / name, quality=85)
-            except OSError:  # of a full disk; they are for looking only, and the samples matter more
+            except OSError:  # such as a full disk: a copy for viewing is no reason to stop a run
                 (folder / name).unlink(missing_ok=True)
     return names

@@ -7,13 +7,15 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_sapo.distributed import shielded
-from vlm_sapo.reporting.trackers import Trackers
+
+if TYPE_CHECKING:
+    from vlm_sapo.reporting.trackers import Trackers
 
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
-WRITTEN = (
+RUN_FILES = (
     "config.yaml",
     *LOGS,
     "summary.json",
@@ -27,21 +29,22 @@ WRITTEN = (
     "wandb",
     "trackers.json",
 )
+"""All that a run writes; `clear` removes these."""
 
 
 class RunFolder:
-    """Reads and appends to a run's files. A line is flushed as it is written."""
+    """Reads and writes a run's files. Each line of a log is written when it is appended."""
 
     def __init__(self, path: Path):
         self.path = path
         self.logs = {name: Lines(path / name) for name in LOGS}
         self.trackers: Trackers | None = None
-        """Get every record that is logged."""
+        """Receive every record that is appended."""
 
     def stored(self) -> str | None:
-        """The config of the run that left something here, which another one would mix with; None without.
+        """The config of an earlier run whose results are here, or None.
 
-        Raises ValueError when the folder holds something that is no run.
+        Raises ValueError for a folder with files that are no run's.
         """
         stored = self.path / "config.yaml"
         if not stored.is_file() and self.path.is_dir() and any(self.path.iterdir()):
@@ -49,32 +52,32 @@ class RunFolder:
         return stored.read_text() if self.has_results() else None
 
     def begin(self, config: str) -> None:
-        """Makes the folder, with this config."""
+        """Creates the folder and writes `config.yaml`."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.replace("config.yaml", config)
 
     def unfinish(self) -> None:
-        """Lets a finished run go on."""
+        """Removes the summary, so that a finished run can continue."""
         (self.path / "summary.json").unlink(missing_ok=True)
 
     def best(self, count: int) -> list[int]:
-        """The steps with the best results of the first evaluation, the later one of equals."""
+        """The `count` steps with the best pass@1 in the first evaluation, of equal ones the later."""
         records = self.read("evaluations.jsonl")
         first = [record for record in records if record["name"] == records[0]["name"]]
         order = sorted(first, key=lambda record: (-record["pass@1"], -record["step"]))
         return [record["step"] for record in order[:count]]
 
     def steps(self) -> int:
-        """How many steps were logged."""
+        """The last logged step."""
         return max((record["step"] for record in self.read("metrics.jsonl")), default=0)
 
     def has_results(self) -> bool:
-        """Whether a run left anything here that another config would mix with."""
+        """Whether a run has written checkpoints or logs here."""
         return (self.path / "checkpoints").is_dir() or any(self.read(name) for name in LOGS)
 
     def clear(self) -> None:
-        """Removes what a run wrote, and nothing else."""
-        for name in WRITTEN:
+        """Removes the files of a run and nothing else."""
+        for name in RUN_FILES:
             target = self.path / name
             if target.is_dir():
                 shutil.rmtree(target)
@@ -82,24 +85,24 @@ class RunFolder:
                 target.unlink(missing_ok=True)
 
     def append(self, name: str, record: dict[str, Any], after: Lines | None = None) -> None:
-        """Adds one line to a log, on disk later than the lines of the file `after`. While the disk is full
-        lines wait for the next time."""
+        """Appends a line to a log; it reaches the disk after the lines of the file `after`. While the disk is
+        full, lines are kept and written with a later one."""
         self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n", after=after)
         if self.trackers is not None:
             self.trackers(name, record)
 
     def close(self) -> None:
-        """Ends the trackers."""
+        """Closes the trackers."""
         if self.trackers is not None:
             self.trackers.close()
 
-    def settle(self) -> None:
-        """Puts all that was logged on disk. Raises OSError where that can't be done."""
+    def flush(self) -> None:
+        """Syncs all logs to disk. Raises OSError if that fails."""
         for log in self.logs.values():
-            log.settle()
+            log.flush()
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The records of a log; a last line that was cut off in writing is left out."""
+        """The records of a log, without a last line that was written only in part."""
         path = self.path / name
         # a process that was killed may have left half a character at the end
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -112,46 +115,46 @@ class RunFolder:
         return records
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged after a step, before the run goes on from there."""
-        for name in filter(lambda name: (self.path / name).is_file(), LOGS):
-            kept = [record for record in self.read(name) if record["step"] <= step]
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        """Drops what was logged after `step`, before the run resumes from there."""
+        for name in (name for name in LOGS if (self.path / name).is_file()):
+            records = [record for record in self.read(name) if record["step"] <= step]
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             self.replace(name, text)
 
     def replace(self, name: str, text: str) -> None:
-        """Writes a file as a whole or not at all."""
+        """Writes a file atomically."""
         replace(self.path / name, text)
 
     def summary(self) -> dict[str, Any] | None:
-        """What a finished run wrote last, or None."""
+        """The contents of `summary.json`, which a finished run has, or None."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-class OthersFolder(RunFolder):
-    """The same folder for a process that isn't the main one, which alone writes."""
+class ReadOnlyRunFolder(RunFolder):
+    """The folder for all processes but the main one, which alone writes: writing does nothing."""
 
-    def settle(self) -> None:
-        """Nothing: the main process does."""
+    def flush(self) -> None:
+        pass
 
     def append(self, name: str, record: dict[str, Any], after: Lines | None = None) -> None:
-        """Nothing: the main process does."""
+        pass
 
     def rewind(self, step: int) -> None:
-        """Nothing: the main process does."""
+        pass
 
     def replace(self, name: str, text: str) -> None:
-        """Nothing: the main process does."""
+        pass
 
 
-ERRORS = "backslashreplace"
-"""Half a character, which UTF-8 can't hold, becomes an escape, which JSON can read."""
+ENCODING_ERRORS = "backslashreplace"
+"""A lone surrogate, which UTF-8 can't encode, becomes an escape that JSON can read."""
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all, and puts it on disk."""
+    """Writes a file atomically and syncs it to disk."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8", errors=ERRORS) as file:
+    with temporary.open("w", encoding="utf-8", errors=ENCODING_ERRORS) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -159,42 +162,42 @@ def replace(path: Path, text: str) -> None:
 
 
 class Lines:
-    """Appends whole lines. While the disk is full they wait for the next time."""
+    """Appends whole lines to a file. While the disk is full, lines are kept and written with a later one."""
 
     def __init__(self, path: Path):
         self.path = path
         self.waiting: list[str] = []
-        self.first: list[Lines] = []
-        """Files whose lines must be on disk before what waits here is written."""
+        self.earlier: list[Lines] = []
+        """Files whose lines must be on disk before the waiting lines are written."""
 
     def add(self, *lines: str, after: Lines | None = None) -> None:
-        """Lines that end in a line feed; on disk later than all of the file `after`."""
+        """Appends lines that end in a line feed; they reach the disk after those of the file `after`."""
         self.waiting += lines
-        self.first += [after] if after else []
+        self.earlier += [after] if after else []
         with suppress(OSError):
             self.write()
 
     def write(self) -> None:
-        """Writes what waits, all of it or nothing. Raises OSError where that can't be done."""
+        """Writes all waiting lines or none. Raises OSError if that fails."""
         with shielded():  # a signal must not leave half a line, or write one twice
             self._write()
 
     def _write(self) -> None:
-        for other in self.first:
-            other.settle()
+        for other in self.earlier:
+            other.flush()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with self.path.open("a", encoding="utf-8", errors=ERRORS) as file:
+            with self.path.open("a", encoding="utf-8", errors=ENCODING_ERRORS) as file:
                 file.writelines(self.waiting)
         except OSError:
             if self.path.is_file():
                 os.truncate(self.path, before)
             raise
-        self.waiting, self.first = [], []
+        self.waiting, self.earlier = [], []
 
-    def settle(self) -> None:
-        """Puts everything on disk. Raises OSError where that can't be done."""
+    def flush(self) -> None:
+        """Syncs all lines to disk. Raises OSError if that fails."""
         self.write()
         with self.path.open("rb") as file:
             os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import torch
 
 from vlm_sapo.distributed import World
 from vlm_sapo.reporting.alarms import Alarms
-from vlm_sapo.reporting.images import keep_pictures
+from vlm_sapo.reporting.images import save_images
 from vlm_sapo.reporting.metrics import (
     Described,
     Trace,
@@ -135,7 +135,7 @@ class StepReport:
 
     def _logged(self, slot: int, group: Group, values: list[float], seen: list[Trace | None]) -> LoggedGroup:
         """A group with the files of its images, saved, and with boxes where a verifier reads them."""
-        names = keep_pictures(self.folder.path, group.prompt.images)
+        names = save_images(self.folder.path, group.prompt.images)
         example = group.prompt.example
         asked = [own_verifier(example, name, args) for name, args in self.parts]
         args = next((args for name, args in asked if name in ("box", "point_in_box")), None)

@@ -61,7 +61,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
                     skip=config.data.on_error == "skip",
                     progress=lambda done: show(done, "rows sampled"),
                 )
-            file.settle()
+            file.flush()
             target = out / (f"kept_{number}.jsonl" if config.data.mixture else "kept.jsonl")
             count = write_selected(target, examples, records, keep)
             console.table(*histogram(records, keep))

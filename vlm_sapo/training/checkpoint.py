@@ -85,7 +85,7 @@ class Checkpoints:
                 pass
         elif self.worker is not None:
             copies = [state, *parts]
-            logged = _done(self.run_folder.settle)  # here, since lines are added to the logs meanwhile
+            logged = _done(self.run_folder.flush)  # here, since lines are added to the logs meanwhile
             write = self.worker.submit
             self.pending = logged if logged.exception() else write(self._write, progress.step, copies)
         else:
@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _write_after_logs(self, step: int, parts: Iterator[Write]) -> None:
         try:
-            self.run_folder.settle()
+            self.run_folder.flush()
         except Exception:
             for _ in parts:  # other processes contribute theirs
                 pass

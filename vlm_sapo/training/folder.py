@@ -7,7 +7,7 @@ from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import check, differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import OthersFolder, RunFolder
+from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
@@ -17,7 +17,7 @@ from vlm_sapo.training.run import Interruption
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """The run's folder, a new one or one that belongs to this config."""
     world, console = processes.world, processes.console
-    folder = RunFolder(config.run.folder) if world.main else OthersFolder(config.run.folder)
+    folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
     world.on_main(lambda: _open(folder, config, console))
     return folder
 

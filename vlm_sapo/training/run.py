@@ -20,7 +20,7 @@ from vlm_sapo.distributed import Interrupted, World, shielded
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.curves import draw_curves
+from vlm_sapo.reporting.curves import plot_curves
 from vlm_sapo.reporting.metrics import Metrics, UpdateStats
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepRecords, StepReport
@@ -201,7 +201,7 @@ class Run:
         try:
             if failed is not None:
                 raise failed
-            self.folder.settle()
+            self.folder.flush()
             put_on_disk(self.folder.path / "final")
             return self._summarize(steps)
         except FAILURES as error:
@@ -213,7 +213,7 @@ class Run:
 
     def _summarize(self, steps: int) -> dict:
         evaluations = self.folder.read("evaluations.jsonl")
-        draw_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
+        plot_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for name, step in (("eval_before", 0), ("eval_after", steps)):
             records = [record for record in evaluations if record["step"] == step]

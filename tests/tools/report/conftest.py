@@ -1,4 +1,4 @@
-"""Two short real runs, whose texts were made hostile afterwards."""
+"""Two copies of a short real run, with hostile text written into them afterwards."""
 
 import json
 import shutil

@@ -1,9 +1,13 @@
-"""The report of real runs in headless Chromium."""
+"""The pages of real runs and of a comparison, in headless Chromium."""
 
+import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
+from tests.tools.report.conftest import HOSTILE
+from vlm_sapo.tools.compare import compare_command
 from vlm_sapo.tools.report.command import report_command
 
 pytestmark = pytest.mark.report
@@ -21,24 +25,65 @@ def chromium():
         browser.close()
 
 
+@contextmanager
+def opened(chromium, path, view):
+    """The page of a file; at the end it must have made no request and raised no error."""
+    width = 390 if view == "phone" else 1280
+    scheme = "dark" if view == "dark" else "light"
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.goto(path.as_uri())
+    yield page
+    assert not [url for url in requests if not url.startswith((path.as_uri(), "data:", "blob:"))]
+    assert not errors and page.evaluate("window.hacked") is None
+    context.close()
+
+
 @pytest.fixture(params=["light", "dark", "phone"])
 def page(request, chromium, runs, tmp_path):
-    """The report, opened from disk; in the end it has asked for nothing and raised nothing."""
     out = tmp_path / "report.html"
     report_command(runs, out, groups=100, watch=False, port=0)
-    width = 390 if request.param == "phone" else 1280
-    scheme = "dark" if request.param == "dark" else "light"
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    made = context.new_page()
-    requests, errors = [], []
-    made.on("request", lambda asked: requests.append(asked.url))
-    made.on("pageerror", lambda error: errors.append(str(error)))
-    made.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
-    made.goto(out.as_uri())
-    yield made
-    assert not [url for url in requests if not url.startswith((out.as_uri(), "data:", "blob:"))]
-    assert not errors and made.evaluate("window.hacked") is None
-    context.close()
+    with opened(chromium, out, request.param) as page:
+        yield page
+
+
+@pytest.fixture(params=["light", "dark", "phone"])
+def comparison(request, chromium, runs, tmp_path):
+    """Of a run's first evaluation with itself, but every other score changed and hostile text in it."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        shutil.copytree(runs[0] / "evaluations/step_000000", folder)
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for row in rows:
+            score = float(row["row"] % 2 == number)
+            row |= {"problem": HOSTILE, "responses": [HOSTILE], "scores": [score]}
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compare_command(*folders, tmp_path / "compare.html")
+    with opened(chromium, tmp_path / "compare.html", request.param) as page:
+        yield page
+
+
+def test_a_comparison_shows_its_table_and_changed_problems(comparison):
+    assert comparison.inner_text("#title") == "Comparison"
+    cells = comparison.locator("#page-summary tbody td").all_inner_texts()
+    assert cells[0] == "held-out" and cells[4] == "+0.000" and cells[6] == cells[7] == "3"
+    comparison.click("#tab-browser")
+    assert comparison.inner_text("#counter") == "1 of 6"
+    assert comparison.locator("#item .sides h3").all_inner_texts() == [
+        "A: mean reward 1.00",
+        "B: mean reward 0.00",
+    ]
+    assert comparison.locator("#item article").count() == 2
+    assert "onerror" in comparison.locator("#item article .text").first.inner_text()
+    assert comparison.locator("#item .frame img").first.evaluate("node => node.naturalWidth > 0")
+    assert inside(comparison, "#item article")
+    comparison.select_option("#filter", "wins")
+    assert comparison.inner_text("#counter") == "1 of 3"
+    assert not comparison.locator("#colour").is_visible(), "evaluations have no token values"
 
 
 def inside(page, selector: str) -> bool:
@@ -47,7 +92,7 @@ def inside(page, selector: str) -> bool:
     return bool(edges) and max(edges) <= page.viewport_size["width"] + 1
 
 
-def test_every_page_is_drawn(page):
+def test_every_tab_shows_its_charts(page):
     assert page.inner_text("#title") == "run and other"
     assert page.locator("#page-summary tbody tr").count() > 4
     for name, charts in (("summary", 1), ("curves", 8), ("gate", 8)):
@@ -63,7 +108,7 @@ def test_every_page_is_drawn(page):
     assert (background == "rgb(255, 255, 255)") != dark
 
 
-def test_stepping_through_responses(page):
+def test_next_and_previous_step_through_responses(page):
     page.click("#tab-browser")
     assert page.inner_text("#counter").startswith("1 of ")
     assert page.locator("#item article").count() == 4
@@ -74,11 +119,11 @@ def test_stepping_through_responses(page):
     page.click("#previous")
     page.keyboard.press("ArrowLeft")
     total = page.inner_text("#counter").split(" of ")
-    assert total[0] == total[1], "from the first one back to the last"
+    assert total[0] == total[1], "previous of the first is the last"
     assert inside(page, "#item article")
 
 
-def test_filters_runs_and_colours(page):
+def test_responses_can_be_filtered_and_coloured(page):
     page.click("#tab-browser")
     page.select_option("#filter", "mixed")
     mixed = int(page.inner_text("#counter").split(" of ")[1])
@@ -86,7 +131,7 @@ def test_filters_runs_and_colours(page):
     assert mixed and len(set(rewards)) == 2
     for name in ("log_ratio", "attenuated", "entropy"):
         page.select_option("#colour", name)
-        for _ in range(mixed):  # those of the first mini-batch have log r 0
+        for _ in range(mixed):  # log r is 0 in the first mini-batch
             if page.eval_on_selector_all("#item .text span", COLOURED):
                 break
             page.click("#next")
@@ -94,11 +139,11 @@ def test_filters_runs_and_colours(page):
             pytest.fail(f"nothing is coloured by {name}")
     page.select_option("#run", "1")
     assert int(page.inner_text("#counter").split(" of ")[1]) == mixed
-    page.select_option("#filter", "cut")
+    page.select_option("#filter", "truncated")
     assert page.inner_text("#counter") != ""
 
 
-def test_by_keyboard_and_for_screen_readers(page):
+def test_keyboard_and_screen_readers(page):
     page.focus("#tab-summary")
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-curves"
@@ -112,7 +157,7 @@ def test_by_keyboard_and_for_screen_readers(page):
     assert named
 
 
-def test_the_updates_page_follows_its_slider(page):
+def test_the_ratio_tab_follows_its_slider(page):
     page.click("#tab-gate")
     page.wait_for_selector("#page-gate .chart svg.main-svg")
     before = page.inner_text("#page-gate output")

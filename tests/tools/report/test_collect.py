@@ -1,4 +1,4 @@
-"""What a report holds of a run, and that nothing in it can get out of its place."""
+"""What a report contains of a run, and that its text can't become markup or script."""
 
 import json
 import math
@@ -17,7 +17,8 @@ from tests.training.conftest import short_run
 from vlm_sapo.cli import app
 from vlm_sapo.rewards.verifiers.boxes import shown
 from vlm_sapo.tools.report import command
-from vlm_sapo.tools.report.collect import collect, evenly
+from vlm_sapo.tools.report.collect import collect, thin
+from vlm_sapo.tools.report.page import render
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Example, ResponseText
 
@@ -26,10 +27,10 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
-def test_a_page_holds_the_run(runs, tmp_path):
+def test_a_page_contains_the_runs(runs, tmp_path):
     out = tmp_path / "new/report.html"
-    done = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(out)])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(out)])
+    assert result.exit_code == 0, result.output
     [first, second] = data_of(out.read_text())["runs"]
     assert (first["name"], second["name"]) == ("run", "other")
     assert first["metrics"]["step"] == [1, 2, 3, 4]
@@ -39,11 +40,11 @@ def test_a_page_holds_the_run(runs, tmp_path):
     for response in groups[1]["responses"]:
         assert len(response["pieces"]) == response["tokens"]
         assert len(response["log_ratio"]) in (0, response["tokens"])
-    counted = [sum(one["log_ratio"]) for row in first["histograms"] for one in row["minibatches"]]
-    assert counted and all(count > 0 for count in counted)
+    totals = [sum(one["log_ratio"]) for row in first["histograms"] for one in row["minibatches"]]
+    assert totals and all(total > 0 for total in totals)
 
 
-def test_the_first_minibatch_is_on_policy_and_a_later_one_is_not(runs):
+def test_only_the_first_minibatch_is_on_policy(runs):
     [run] = collect(runs[:1], 100)["runs"]
     first, second = next(row["minibatches"] for row in run["histograms"] if len(row["minibatches"]) == 2)
     middle = len(first["log_ratio"]) // 2
@@ -51,13 +52,13 @@ def test_the_first_minibatch_is_on_policy_and_a_later_one_is_not(runs):
     assert second["log_ratio"][middle] < sum(second["log_ratio"])
 
 
-def test_text_of_a_response_stays_text(runs):
-    page = command.page(collect(runs, 100))
+def test_markup_in_a_response_stays_text(runs):
+    page = render(collect(runs, 100))
     assert HOSTILE not in page and page.count("<script") == 3
     assert data_of(page)["runs"][0]["items"][0]["responses"][0]["text"] == HOSTILE
 
 
-def test_a_run_that_has_just_begun_and_pictures_that_are_gone(runs, tmp_path):
+def test_a_new_run_and_missing_images(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     for name in ("evaluations.jsonl", "histograms.jsonl", "traces.jsonl", "summary.json"):
@@ -68,20 +69,20 @@ def test_a_run_that_has_just_begun_and_pictures_that_are_gone(runs, tmp_path):
     (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4] + older))
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"loss": math.nan}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    [found] = data_of(command.page(collect([run], 100)))["runs"]
-    assert found["metrics"]["loss"] == [None] and found["items"][0]["pictures"] == [None]
-    assert found["items"][1]["pictures"] == [] and len(found["items"][1]["responses"]) == 4
+    [data] = data_of(render(collect([run], 100)))["runs"]
+    assert data["metrics"]["loss"] == [None] and data["items"][0]["images"] == [None]
+    assert data["items"][1]["images"] == [] and len(data["items"][1]["responses"]) == 4
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_a_folder_without_a_run_is_named(tmp_path, content):
+def test_the_error_names_a_folder_without_a_run(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=f"{tmp_path} must be the folder of a run; it has no step"):
         collect([tmp_path], 10)
 
 
-def test_what_runs_are_and_where_they_differ(runs, tmp_path):
+def test_facts_name_the_run_and_differences(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     config = (other / "config.yaml").read_text()
@@ -93,30 +94,30 @@ def test_what_runs_are_and_where_they_differ(runs, tmp_path):
         collect([tmp_path / "none"], 2)
 
 
-def test_thinning_keeps_both_ends():
-    assert evenly(list(range(10)), 4) == [0, 3, 6, 9]
-    assert evenly([1, 2], 4) == [1, 2]
+def test_thinned_rows_include_both_ends():
+    assert thin(list(range(10)), 4) == [0, 3, 6, 9]
+    assert thin([1, 2], 4) == [1, 2]
 
 
-def test_watch_serves_this_machine_alone(runs, monkeypatch, capsys):
-    served = threading.Event()
+def test_watch_serves_only_this_machine(runs, monkeypatch, capsys):
+    started = threading.Event()
     servers = []
 
     class Server(command.ThreadingHTTPServer):
         def serve_forever(self):
             servers.append(self)
-            served.set()
+            started.set()
             super().serve_forever()
 
     monkeypatch.setattr(command, "ThreadingHTTPServer", Server)
     options = {"out": None, "groups": 10, "watch": True, "port": 0}
     thread = threading.Thread(target=command.report_command, args=(runs,), kwargs=options)
     thread.start()
-    assert served.wait(20)
+    assert started.wait(20)
     address, port = servers[0].server_address
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
-            assert data_of(answer.read().decode())["refresh"] == 10
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as page:
+            assert data_of(page.read().decode())["refresh"] == 10
         for path, host in (("/../config.yaml", f"127.0.0.1:{port}"), ("/", "example.org:80")):
             request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host})
             with pytest.raises(HTTPError, match="404"):
@@ -127,7 +128,7 @@ def test_watch_serves_this_machine_alone(runs, monkeypatch, capsys):
     assert address == "127.0.0.1"
 
 
-def test_gold_boxes_are_shown_on_their_picture(model_folder, tmp_path):
+def test_gold_boxes_are_shown_on_their_image(model_folder, tmp_path):
     rows = "def rows(split, size):\n    from tests.conftest import picture\n    return [{'problem': 'Where?', 'answer': '[12, 6, 36, 24]', 'images': [picture(n)]} for n in range(size)]\n"
     (tmp_path / "boxes.py").write_text(rows)
     options = (f"data.source={tmp_path}/boxes.py:rows", "data.args={split: train, size: 8}", "eval.data=null")
@@ -139,20 +140,20 @@ def test_gold_boxes_are_shown_on_their_picture(model_folder, tmp_path):
 def test_boxes_of_a_response():
     example = Example("1", "p", "[10, 20, 30, 40]", images=(Image.new("RGB", (100, 200)),))
     response = ResponseText(r"\boxed{[200, 100, 600, 400]}", resized=((1000, 1000),))
-    golds, given = shown(response, example, {"coordinates": "thousand"})
-    assert golds == [(0.1, 0.1, 0.3, 0.2)] and given == [(0.2, 0.1, 0.6, 0.4)]
+    golds, predicted = shown(response, example, {"coordinates": "thousand"})
+    assert golds == [(0.1, 0.1, 0.3, 0.2)] and predicted == [(0.2, 0.1, 0.6, 0.4)]
     assert shown(ResponseText("no"), example, {}) == ([(0.1, 0.1, 0.3, 0.2)], [])
     assert shown(response, Example("1", "p", "none"), {}) == ([], [])
 
 
-def test_the_page_is_as_large_as_asked_for(runs):
+def test_the_page_has_no_more_groups_than_requested(runs):
     few = collect(runs[:1], 2)
     groups = [item for item in few["runs"][0]["items"] if item["kind"] == "rollout"]
-    used = {place for item in few["runs"][0]["items"] for place in item["pictures"]}
-    assert len(groups) == 2 and len(used) == len(few["pictures"])
+    used = {index for item in few["runs"][0]["items"] for index in item["images"]}
+    assert len(groups) == 2 and len(used) == len(few["images"])
 
 
-def test_marks_of_the_page_in_a_text_and_pictures_of_elsewhere(runs, tmp_path):
+def test_template_marks_in_text_and_images_outside_the_folder(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
@@ -161,13 +162,13 @@ def test_marks_of_the_page_in_a_text_and_pictures_of_elsewhere(runs, tmp_path):
     (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (run / "traces.jsonl").open("a") as file:
         file.write('{"step": 9, "place": 0, "pieces": [["cut')
-    data = data_of(command.page(collect([run], 100)))
-    shown_items = [item for item in data["runs"][0]["items"] if item["kind"] == "rollout"]
-    assert {tuple(item["pictures"]) for item in shown_items} == {(None,)}
-    assert shown_items[0]["problem"] == "/*plotly*/ /*data*/ \\ud83d"
+    data = data_of(render(collect([run], 100)))
+    items = [item for item in data["runs"][0]["items"] if item["kind"] == "rollout"]
+    assert {tuple(item["images"]) for item in items} == {(None,)}
+    assert items[0]["problem"] == "/*plotly*/ /*data*/ \\ud83d"
 
 
-def test_the_bound_holds_for_every_response(runs):
+def test_the_gate_bound_holds_for_every_response(runs):
     [run] = collect(runs[:1], 100)["runs"]
     points = [point for row in run["histograms"] for one in row["minibatches"] for point in one["sequences"]]
     assert points and all(deviation <= factor * variance * 1.001 for variance, deviation, factor in points)
