@@ -86,23 +86,23 @@ def measure(config: TrainConfig, device: str) -> float:
     """The peak memory of the steps, in bytes."""
     import torch
     from accelerate.state import AcceleratorState
-    from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.tools.plan.simulate import MemoryCounter
     from vlm_sapo.training.build import build_training
+    from vlm_sapo.training.folder import open_folder
     from vlm_sapo.training.launch import join
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision
     processes = join(config, Console())
-    training = build_training(config, open_folder(config, processes), processes)
-    policy = training.core.policy
+    run, loss = build_training(config, open_folder(config, processes), processes)
+    policy = run.policy
     policy.vlm.stops = [-1]
     models = [policy.vlm] + ([policy.reference.vlm] if config.algo.kl else [])
     weights = sum(parameter.nbytes for vlm in models for parameter in vlm.parameters())
-    with closing(training.core), MemoryCounter() as counter:
-        loop(training, config.train.steps)
+    with closing(run), MemoryCounter() as counter:
+        loop(run, loss, config.train.steps)
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return counter.peak + weights

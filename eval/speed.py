@@ -116,23 +116,23 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: str) -> dict:
     """Runs the steps; the timed ones are all but the first."""
     import torch
-    from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.build import build_training
+    from vlm_sapo.training.folder import open_folder
     from vlm_sapo.training.launch import join
     from vlm_sapo.training.trainer import loop
 
     config = configure(args, folder)
     processes = join(config, Console())
-    training = build_training(config, open_folder(config, processes), processes)
-    vlm = training.core.policy.vlm
+    run, loss = build_training(config, open_folder(config, processes), processes)
+    vlm = run.policy.vlm
     vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
-    with closing(training.core):
-        loop(training, config.train.steps)
+    with closing(run):
+        loop(run, loss, config.train.steps)
         peak = peaks(vlm.device)
-        forward = count_forward(training, config)
-    first, *timed = training.core.folder.read("metrics.jsonl")
+        forward = count_forward(run, config)
+    first, *timed = run.folder.read("metrics.jsonl")
 
     def mean(name: str) -> float:
         return round(sum(row[f"time/{name}"] for row in timed) / len(timed), 3)
@@ -156,20 +156,20 @@ def peaks(device: torch.device) -> dict[str, float]:
     return {name: round(value, 3) for name, value in peak.items()}
 
 
-def count_forward(training, config: TrainConfig) -> int:
+def count_forward(run, config: TrainConfig) -> int:
     """Operations of the forward passes of one step's update."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vlm_sapo.training.trainer import advantages_of
+    from vlm_sapo.training.batch import collate
 
-    policy = training.core.policy
-    groups = training.core.rollouts(config.train.steps, policy.vlm).groups
-    advantages = [advantages_of(training, group) for group in groups]
-    batch = training.split(groups, advantages, layout=policy.layout, budget=policy.memory.budget)
+    policy = run.policy
+    groups = run.rollouts.next(config.train.steps, policy.vlm).groups
+    batch = collate(groups, minibatches=run.minibatches, world=run.world)
+    batch = batch.replace(advantages=run.advantage(batch))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for minibatch in batch:
-            for micro in minibatch.micros:
+        for minibatch in batch.split():
+            for micro in minibatch.fit(policy.memory.tokens, policy.layout):
                 policy.run(micro.groups)
     return counter.get_total_flops()
 

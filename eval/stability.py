@@ -182,10 +182,10 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     """Trains or resumes a run in a process of its own, and returns its result. A run that stopped at numbers
     that are not finite is a result, too; other errors are raised."""
     import torch
-    from vlm_sapo.training.guard import NumbersError
 
     from vlm_sapo import load_config
     from vlm_sapo.api import quieten
+    from vlm_sapo.training.policy import NumbersError
     from vlm_sapo.training.trainer import train
 
     quieten()

@@ -98,20 +98,20 @@ def trainer(
 
 def measure(config: TrainConfig, model: Path) -> float:
     """Held-out pass@1 of a model, as a run of the config measures it."""
-    from vlm_sapo.training.resume import open_folder
 
     from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.build import build_training
+    from vlm_sapo.training.folder import open_folder
     from vlm_sapo.training.launch import join
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         changed = config.model_copy(deep=True)
         changed.model.path, changed.run.dir = str(model), folder
         processes = join(changed, Console())
-        training = build_training(changed, open_folder(changed, processes), processes)
-        with closing(training.core):
-            training.core.evaluator.at(0, last=-1)
-            return training.core.folder.read("evaluations.jsonl")[0]["pass@1"]
+        run, _ = build_training(changed, open_folder(changed, processes), processes)
+        with closing(run):
+            run.evaluate(0, last=-1)
+            return run.folder.read("evaluations.jsonl")[0]["pass@1"]
 
 
 def train_curve(config: TrainConfig, seed: int) -> dict[str, Any]:
@@ -157,16 +157,11 @@ class Recorder(TrainerCallback):
 
 def compare_updates(config: TrainConfig) -> list[str]:
     """Lines of a table: by update, the relative distance of clipped gradients, and of weights afterwards."""
-    from accelerate import Accelerator
-
-    from vlm_sapo.training.batch import MicroBatch, MiniBatch
+    from vlm_sapo.config.schema import AlgoConfig
     from vlm_sapo.training.loss import build_loss
-    from vlm_sapo.training.policy import Policy
 
     rows = build_examples(config.data.tasks[0], task="train")
-    examples = list(
-        {item.problem: item for item in rows}.values()
-    )  # so that a prompt's text identifies its image
+    examples = list({item.problem: item for item in rows}.values())  # a prompt's text identifies its image
     with tempfile.TemporaryDirectory() as folder:
         grpo_trainer = trainer(config, examples, folder, steps=1, seed=0)
         recorder = Recorder(grpo_trainer)
@@ -177,48 +172,75 @@ def compare_updates(config: TrainConfig) -> list[str]:
     before = {name: item.detach().clone() for name, item in vlm.model.named_parameters()}
     encode = Encoder(vlm)
     prompts = {tuple(prompt.ids.tolist()): prompt for prompt in map(encode, examples)}
-    policy = Policy(vlm, Accelerator(cpu=True), total_steps=1, lr=config.train.lr)
-    loss = build_loss(
-        {"type": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
-        ratio="token",
-        reduction="sequence_mean",
-        kl=0.0,
-        max_tokens=1,
-    )
-    minibatches = []
-    for index, batch in enumerate(recorder.batches):
-        rows = []
-        for row in range(len(batch["advantages"])):
-            ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-            answer = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
-            rows.append((prompts[tuple(ids.tolist())], answer, float(batch["advantages"][row])))
-        rows.sort(key=lambda row: id(row[0]))
-        groups: list = []
-        for prompt, answer, _ in rows:
-            if not groups or groups[-1][0] is not prompt:
-                groups.append((prompt, []))
-            groups[-1][1].append(answer)
-        lengths = torch.tensor([[len(answer)] for _, answer, _ in rows])
-        mask = torch.arange(int(lengths.max())) < lengths
-        micro = MicroBatch(
-            groups, torch.tensor([[value] for *_, value in rows]), mask, torch.zeros(mask.shape)
-        )
-        minibatches.append(MiniBatch([micro], len(rows), int(mask.sum()), index))
+    policy, loss = our_policy(vlm, config.train.lr), build_loss(AlgoConfig(), max_tokens=1)
     policy.set_step(0)
-    policy.score(minibatches)
+    minibatches = [policy.score(our_batch(batch, prompts), fresh=False) for batch in recorder.batches]
     lines = ["| update | gradients differ by | weights' changes differ by |", "| --- | --- | --- |"]
     theirs = dict(grpo_trainer.model.named_parameters())
-    for minibatch, gradient in zip(minibatches, recorder.gradients, strict=True):
-        list(policy.accumulate(minibatch, loss))
-        norm = min(1.0, 1.0 / float(policy.grad_norm()))
-        own = {name: item.grad * norm for name, item in vlm.model.named_parameters() if item.grad is not None}
+    gradients = Gradients(policy)
+    for number, (minibatch, gradient) in enumerate(zip(minibatches, recorder.gradients, strict=True), 1):
+        policy.update(minibatch, loss)
+        own = gradients.latest
         apart = distance([own[name] for name in gradient], list(gradient.values()))
-        policy.step()
-        lines.append(f"| {minibatch.index + 1} | {apart:.1e} | |")
+        lines.append(f"| {number} | {apart:.1e} | |")
     own = {name: item.detach() - before[name] for name, item in vlm.model.named_parameters()}
     apart = distance(list(own.values()), [theirs[name].detach() - before[name] for name in own])
     lines[-1] = lines[-1].removesuffix(" |") + f"{apart:.1e} |"
     return lines
+
+
+class Gradients:
+    """The clipped gradients of a policy's latest update."""
+
+    def __init__(self, policy):
+        self.policy, self.latest = policy, {}
+        policy.optimizer.register_step_pre_hook(self._record)
+
+    def _record(self, *_) -> None:
+        named = self.policy.vlm.model.named_parameters()
+        self.latest = {name: item.grad.clone() for name, item in named if item.grad is not None}
+
+
+def our_policy(vlm, lr: float):
+    """A policy with the defaults of a run."""
+    from accelerate import Accelerator
+
+    from vlm_sapo.distributed import World
+    from vlm_sapo.models.parallel import Replicated
+    from vlm_sapo.training.optimizer import OptimizerSettings
+    from vlm_sapo.training.policy import MemoryBudget, Policy, PolicySettings, UpdateGuard
+
+    accelerator, console = Accelerator(cpu=True), Console()
+    return Policy(
+        vlm,
+        accelerator,
+        PolicySettings(OptimizerSettings(lr=lr, total_steps=1)),
+        parallelism=Replicated(World(), accelerator.device),
+        memory=MemoryBudget(2**40, console),
+        guard=UpdateGuard(None, console, limit=0, world=World()),
+    )
+
+
+def our_batch(batch: dict[str, torch.Tensor], prompts: dict):
+    """One of TRL's mini-batches, each prompt with its responses, with TRL's advantages."""
+    from vlm_sapo.training.batch import collate
+    from vlm_sapo.types import Group, Response
+
+    groups: dict[tuple, list[tuple[Response, float]]] = {}
+    for row, advantage in enumerate(batch["advantages"].tolist()):
+        key = tuple(batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist())
+        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        response = Response.sampled(
+            prompts[key].positions, ids, torch.zeros(len(ids)), text="", finish="stop"
+        )
+        groups.setdefault(key, []).append((response, advantage))
+    collated = collate(
+        [Group(prompts[key], tuple(item for item, _ in rows), ()) for key, rows in groups.items()],
+        minibatches=1,
+        rewards_decide=False,
+    )
+    values = torch.tensor([value for rows in groups.values() for _, value in rows], dtype=torch.float64)
+    return collated.replace(advantages=values[:, None].expand(collated.mask.shape))
 
 
 def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:

@@ -140,4 +140,4 @@ def test_a_port_that_is_taken_is_a_sentence(run):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         result = run("serve", "--port", taken.getsockname()[1])
-    assert "cannot be used" in str(result.exception) and "choose another one" in str(result.exception)
+    assert "cannot be used" in str(result.exception) and "use another one" in str(result.exception)
