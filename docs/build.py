@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from vlm_sapo.algo.diagnostics import effective_update
-from vlm_sapo.algo.objectives import OBJECTIVES
+from vlm_sapo.algo.objectives import OBJECTIVES, TokenTensors
 from vlm_sapo.config.schema import SftConfig, TrainConfig
+from vlm_sapo.training.loss import Objective
 
 DOCS = Path(__file__).parent
 HEAD = """# Every field of a config
@@ -126,10 +127,14 @@ def _axes(count: int):
 
 
 def _left(name: str, ratio: torch.Tensor, sign: float, parameters: dict[str, float]) -> torch.Tensor:
-    def objective(log_ratio, advantage):
-        return OBJECTIVES[name](log_ratio, advantage, **parameters)
-
-    return effective_update(objective, ratio.log()[None], torch.tensor([[sign]], dtype=torch.float64))[0]
+    log_ratio = ratio.log()[None]
+    tensors = TokenTensors(
+        logprobs=log_ratio,
+        old=torch.zeros_like(log_ratio),
+        advantages=torch.full_like(log_ratio, sign),
+        mask=torch.ones_like(log_ratio, dtype=torch.bool),
+    )
+    return effective_update(Objective(OBJECTIVES[name], **parameters), tensors)[0]
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def our_policy(vlm, lr: float):
 
     from vlm_sapo.distributed import World
     from vlm_sapo.models.parallel import Replicated
+    from vlm_sapo.reporting.console import Console
     from vlm_sapo.training.optimizer import OptimizerSettings
     from vlm_sapo.training.policy import MemoryBudget, Policy, PolicySettings, UpdateGuard
 
