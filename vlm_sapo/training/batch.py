@@ -138,9 +138,10 @@ class Batch:
     def fit(self, budget: int, layout: Layout) -> list[MicroBatch]:
         """Micro-batches of at most `budget` tokens, of the groups that are trained."""
         starts = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        counts = self.mask.any(1).tolist()
         slices, indices = [], []
         for start, group, trained in zip(starts, self.groups, self.trained, strict=False):
-            rows = [row for row in range(len(group.responses)) if trained and self.mask[start + row].any()]
+            rows = [row for row in range(len(group.responses)) if trained and counts[start + row]]
             if rows:
                 slices.append(GroupSlice(group.prompt, tuple(group.responses[row] for row in rows)))
                 indices.append([start + row for row in rows])
