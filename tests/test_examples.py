@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlm_sapo
-from tests.conftest import ROOT
+from tests.conftest import ROOT, example, response
 from tests.training.conftest import short_run
 from vlm_sapo.training.loss import OwnAdvantage, build_loss
 
@@ -70,6 +70,20 @@ def test_the_objective_falls_like_a_bell():
     )
     update = effective_update(Objective(bell), tensors)
     assert torch.allclose(update, (-((log_ratio / 0.5) ** 2) / 2).exp())
+
+
+def test_the_advantage_is_less_where_a_token_repeats(encoder):
+    from docs.examples.advantage import without_repetition
+    from vlm_sapo.training.batch import collate
+    from vlm_sapo.types import Group, Reward
+
+    prompt = encoder(example())
+    ids = ([5, 5, 7], [5, 7])
+    items = tuple(response(row, prompt) for row in ids)
+    batch = collate([Group(prompt, items, (Reward(1.0, {}), Reward(0.0, {})))], minibatches=1)
+    good, bad = 0.5**0.5, -(0.5**0.5)
+    expected = torch.tensor([[good, good - 0.5, good], [bad, bad, bad]], dtype=torch.float64)
+    assert torch.allclose(without_repetition(batch, penalty=0.5), expected)
 
 
 def test_the_python_interface(model_folder, tmp_path):
