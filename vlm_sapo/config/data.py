@@ -149,7 +149,7 @@ class DataConfig(SourceConfig):
 
     mixture: list[TaskConfig] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is
-    short for it; the first task's fields are `data.mixture.0....` either way."""
+    short for it; overrides name the entries `data.mixture.0`, `data.mixture.1`, ... either way."""
     max_prompt_tokens: Annotated[Positive, AlsoCalled("max_prompt_length")] = 4096
     """Longest allowed prompt in tokens, image tokens included. A longer one is an error: prompts are never
     truncated."""
