@@ -184,11 +184,11 @@ def train_one(run: Run, folder: Path) -> dict[str, Any]:
     import torch
 
     from vlm_sapo import load_config
-    from vlm_sapo.api import quieten
+    from vlm_sapo.api import silence_libraries
     from vlm_sapo.training.policy import NumbersError
     from vlm_sapo.training.trainer import train
 
-    quieten()
+    silence_libraries()
     torch.set_num_threads(1)
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(run.config, *run.overrides, f"run.dir={folder}")

@@ -1,7 +1,6 @@
 """Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization.
 
-`load_config`, `train` and `evaluate`, and `load_sft_config` and `sft`, are those of `vlm_sapo.api`; they are
-imported when they are asked for, so that the command line starts at once.
+The functions are those of `vlm_sapo.api`, imported on first use so that the command line starts quickly.
 """
 
 from importlib import import_module
@@ -14,3 +13,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("vlm_sapo.api"), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

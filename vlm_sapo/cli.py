@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import shutil
@@ -9,11 +10,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vlm_sapo.api import quieten
+from vlm_sapo.api import evaluate, load_config, load_sft_config, sft, silence_libraries, train
+from vlm_sapo.config.evaluation import EvalOptions
+from vlm_sapo.config.fields import Section, as_parameter, scalar
+from vlm_sapo.config.load import load
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.distributed import ElsewhereError, Interrupted
 from vlm_sapo.reporting.console import escape_control
 
@@ -27,26 +32,42 @@ app = typer.Typer(
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to override.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to set, such as train.lr=1e-6."),
+]
+SMALLEST = 1e-9
+"""Lower end of an option that must be greater than 0."""
 
 
-ANY_LENGTH = ["train.steps=1"]
-"""What only looks at rows needs no length of training."""
+def load_without_steps(config: str, overrides: list[str] | None) -> TrainConfig:
+    """A config for a command that doesn't train, so that train.steps may be missing."""
+    return load(TrainConfig, config, ["train.steps=1", *(overrides or [])])
+
+
+def options_of(section: type[Section]) -> inspect.Signature:
+    """A command's options from the fields of a section: name, type, default, bounds and help."""
+    parameters = []
+    for name, field in section.model_fields.items():
+        parameter, (_, bounds) = as_parameter(name, field), scalar(field.annotation, field.metadata)
+        option = typer.Option(
+            help=field.description,
+            min=bounds.get("ge", SMALLEST if "gt" in bounds else None),
+            max=bounds.get("le"),
+        )
+        parameters.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
+    return inspect.Signature(parameters)
 
 
 @app.command("train")
 def train_(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Train a model by reinforcement learning."""
-    from vlm_sapo.api import load_config, train
-
+    """Train a model with reinforcement learning."""
     _report(train(load_config(config, *(overrides or []))))
 
 
 @app.command("sft")
 def sft_(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Cold start: supervised learning on demonstrations."""
-    from vlm_sapo.api import load_sft_config, sft
-
+    """Supervised fine-tuning on demonstrations, for example as a cold start."""
     _report(sft(load_sft_config(config, *(overrides or []))))
 
 
@@ -56,18 +77,13 @@ def doctor(
     overrides: Overrides = None,
     against: Annotated[
         str,
-        typer.Option(
-            help="Further benchmarks, NAME[=FILE] with commas, whose pictures must not be trained on."
-        ),
+        typer.Option(help="More benchmarks to search for training images: NAME[=FILE], separated by commas."),
     ] = "",
-    out: Annotated[Path, typer.Option(help="Where to write the findings.")] = Path("runs/doctor.json"),
+    out: Annotated[Path, typer.Option(help="File for the findings, as JSON.")] = Path("runs/doctor.json"),
 ) -> None:
-    """Look at every row of a config before any GPU hour: exit code 1 where something would break the run."""
-    from vlm_sapo.config.load import load
-    from vlm_sapo.config.schema import TrainConfig
-
-    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    quieten()
+    """Check config, data and rewards before training. Exit code 1 if something would break the run."""
+    parsed = load_without_steps(config, overrides)
+    silence_libraries()
     from vlm_sapo.tools.doctor import doctor_command
 
     if not doctor_command(parsed, [name for name in against.split(",") if name], out):
@@ -82,12 +98,13 @@ def score(
     ] = "auto",
     args: Annotated[str, typer.Option(help="Keyword arguments of the reward, as a YAML mapping.")] = "{}",
     response: Annotated[
-        str, typer.Option(help="Columns with the response; the first that is not empty counts.")
+        str,
+        typer.Option(help="Columns with the response, separated by commas; the first non-empty one is used."),
     ] = "response",
     gold: Annotated[str, typer.Option(help="Column with the gold answer, if not `gold` or `answer`.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Where to write the rows with score and outcome.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for a response.")] = 10.0,
-    on_error: Annotated[str, typer.Option(help="When a function raises: stop, or zero.")] = "stop",
+    out: Annotated[Path | None, typer.Option(help="File for the rows with score and outcome.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to grade one response.")] = 10.0,
+    on_error: Annotated[str, typer.Option(help="When a function raises: stop, or score zero.")] = "stop",
 ) -> None:
     """Grade a file of responses, and compare with the verdicts that its rows carry."""
     from vlm_sapo.tools.score import ScoreOptions, score_command
@@ -96,75 +113,22 @@ def score(
     score_command(file, reward, options)
 
 
-@app.command("eval")
-def evaluate_(
-    benchmark: Annotated[
-        str, typer.Option(help="NAME[:VARIANT][=FILE], several with commas; eval/README.md.")
-    ],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of the model.")] = None,
-    data: Annotated[str | None, typer.Option(help="The one benchmark's rows from a local file.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses per problem; pass@1 is their mean.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems only.")] = None,
-    engine: Annotated[str, typer.Option(help="What draws responses: hf, vllm or vllm_server.")] = "hf",
-    engine_args: Annotated[
-        str, typer.Option(help="Fields of rollout.engine, as a YAML mapping; docs/rollouts.md.")
-    ] = "{}",
-    out: Annotated[Path, typer.Option(help="Folder for results.json and samples.jsonl.")] = Path("runs/eval"),
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 takes the likeliest token, as by default for one sample; else 1."),
-    ] = None,
-    top_p: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Sample from so much probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 for all.")] = 0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from tokens so likely.")] = 0.0,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest response; else the benchmark's.")
-    ] = None,
-    min_pixels: Annotated[int | None, typer.Option(min=1, help="Smallest area of a resized picture.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area of a resized picture.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch: Annotated[int, typer.Option(min=1, help="Problems that are drawn at the same time.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    on_error: Annotated[str, typer.Option(help="A row that can't be used: stop, or skip it.")] = "stop",
-    responses: Annotated[
-        str | None,
-        typer.Option(help="Grade this file of recorded responses (id, response) instead of a model."),
-    ] = None,
-) -> None:
-    """Evaluate a model on benchmarks."""
-    from vlm_sapo.api import evaluate
+def evaluate_(**options: Any) -> None:
+    """Evaluate a model, or recorded responses, on benchmarks."""
+    evaluate(**options)
 
-    evaluate(
-        benchmark,
-        model=model,
-        data=data,
-        samples=samples,
-        limit=limit,
-        engine=engine,
-        engine_args=engine_args,
-        out=out,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        max_tokens=max_tokens,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        dtype=dtype,
-        batch=batch,
-        seed=seed,
-        on_error=on_error,
-        responses=responses,
-    )
+
+evaluate_.__signature__ = options_of(EvalOptions)
+app.command("eval")(evaluate_)
 
 
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    run_b: Annotated[Path, typer.Argument(help="Folder of another one on the same problems.")],
-    out: Annotated[Path | None, typer.Option(help="The page; RUN_B/compare.html by default.")] = None,
+    run_b: Annotated[Path, typer.Argument(help="Folder of another evaluation on the same problems.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; RUN_B/compare.html by default.")] = None,
 ) -> None:
-    """Compare two evaluations: a paired test, and the pictures whose verdict changed."""
+    """Compare two evaluations: a paired test, and a page of the problems whose verdict changed."""
     from vlm_sapo.tools.compare import compare_command
 
     compare_command(run_a, run_b, out or run_b / "compare.html")
@@ -172,17 +136,17 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are laid over each other.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are shown in the same plots.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; report.html in the first run's folder by default.")
+        Path | None, typer.Option(help="HTML file; report.html in the first run's folder by default.")
     ] = None,
-    groups: Annotated[int, typer.Option(min=2, help="Groups of responses to hold, by run.")] = 100,
+    groups: Annotated[int, typer.Option(min=2, help="Groups of responses to include, per run.")] = 100,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Serve the page on loopback while the runs go on, instead.")
+        bool, typer.Option("--watch", help="Serve a live page at http://localhost:PORT instead.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for a free one.")] = 8600,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for any free port.")] = 8600,
 ) -> None:
-    """Write one HTML page of runs: results, curves, what the updates did, and the responses with pictures."""
+    """Write an HTML report of runs: results, curves, clipping and policy ratios, responses with images."""
     from vlm_sapo.tools.report.command import report_command
 
     report_command(runs, out or runs[0] / "report.html", groups=groups, watch=watch, port=port)
@@ -194,22 +158,19 @@ def filter_rows(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=2, help="Responses per row.")] = 16,
     keep: Annotated[
-        str, typer.Option(help="Pass rates worth training on, both ends included.")
+        str, typer.Option(help="Keep rows whose pass rate is in this range, ends included.")
     ] = "0.05..0.9",
-    out: Annotated[Path, typer.Option(help="Folder for samples and kept rows.")] = Path("runs/filter"),
+    out: Annotated[Path, typer.Option(help="Folder for responses and selected rows.")] = Path("runs/filter"),
 ) -> None:
-    """Sample the current model on the training rows, and write those that it solves sometimes."""
-    from vlm_sapo.config.load import load
-    from vlm_sapo.config.schema import TrainConfig
-
-    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
+    """Sample the model on the training rows, and keep rows that it solves sometimes but not always."""
+    parsed = load_without_steps(config, overrides)
     try:
         low, high = map(float, keep.split(".."))
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
-    quieten()
+    silence_libraries()
     from vlm_sapo.tools.filter import filter_command
 
     filter_command(parsed, samples=samples, keep=(low, high), out=out)
@@ -219,15 +180,13 @@ def filter_rows(
 def check(
     config: ConfigArgument,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to read.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to use.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Responses per row.")] = 4,
 ) -> None:
-    """Let engine and trainer read the same rows: where do they differ? Exit code 1 where they do."""
-    from vlm_sapo.config.load import load
-    from vlm_sapo.config.schema import TrainConfig
-
-    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    quieten()
+    """Compare engine and trainer on the same prompts (tokens, log-probs, weight sync). Exit code 1 if they
+    differ."""
+    parsed = load_without_steps(config, overrides)
+    silence_libraries()
     from vlm_sapo.tools.check import check_command
 
     if not check_command(parsed, rows=rows, samples=samples):
@@ -240,15 +199,12 @@ def serve(
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    extra: Annotated[str, typer.Option(help="Further options of vllm serve, as one text.")] = "",
-    only_print: Annotated[bool, typer.Option("--print", help="Print the command and don't run it.")] = False,
+    extra: Annotated[str, typer.Option(help="Further options of `vllm serve`, in one string.")] = "",
+    only_print: Annotated[bool, typer.Option("--print", help="Only print the command.")] = False,
 ) -> None:
-    """Print and run the `vllm serve` that a config with rollout.engine=vllm_server trains with."""
-    from vlm_sapo.config.load import load
-    from vlm_sapo.config.schema import TrainConfig
-
-    parsed = load(TrainConfig, config, [*ANY_LENGTH, *(overrides or [])])
-    quieten()
+    """Start the vLLM server that a config with rollout.engine=vllm_server trains with."""
+    parsed = load_without_steps(config, overrides)
+    silence_libraries()
     from vlm_sapo.tools.serve import serve_command
 
     serve_command(parsed, host=host, port=port, extra=extra, only_print=only_print)
@@ -262,16 +218,13 @@ def plan(
         str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
     ] = "1x80GB",
     recommend: Annotated[
-        Path | None, typer.Option(help="Where to write the config, or the nearest one that fits.")
+        Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Say what a config takes on given GPUs; where it does not fit, the nearest setting that does, and exit
-    code 1."""
-    from vlm_sapo.config.load import load
-    from vlm_sapo.config.schema import TrainConfig
-
+    """Estimate the memory of a config on your GPUs. If it doesn't fit, suggest the nearest settings that do;
+    exit code 1."""
     load(TrainConfig, config, overrides or [])
-    quieten()
+    silence_libraries()
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
     if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
@@ -280,20 +233,20 @@ def plan(
 
 @app.command("new-model")
 def new_model(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
     family: Annotated[
-        str, typer.Option(help="A family of docs/families.md: qwen2_5_vl, qwen3_vl_moe, ...")
+        str, typer.Option(help="Model family from docs/families.md: qwen2_5_vl, qwen3_vl_moe, ...")
     ] = "qwen3_vl",
     corpus: Annotated[
-        str, typer.Option(help="`file.py:function` that yields the texts the tokenizer is trained on.")
+        str, typer.Option(help="`file.py:function` that yields texts to train the tokenizer on.")
     ] = "data/shapes.py:corpus",
     size: Annotated[
-        str, typer.Option(help="tiny (a million parameters), twin (as a mixture), bench (1.6) or 2b.")
+        str, typer.Option(help="Parameters. tiny: 1M; twin: 1M MoE counterpart of tiny; bench: 1.6M; 2b: 2B.")
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Write a real Qwen-VL model with random weights, processor and tokenizer, for tests and measurements."""
-    quieten()
+    """Create a Qwen-VL model with random weights, processor and tokenizer, for tests and benchmarks."""
+    silence_libraries()
     from vlm_sapo.plugins import resolve
     from vlm_sapo.tools.new_model import SHAPES
     from vlm_sapo.tools.new_model import new_model as build

@@ -1,4 +1,4 @@
-"""Finds an object by name: a built-in table, `package.module:attribute`, or `path/to/file.py:attribute`."""
+"""Objects by name: from a built-in table, `package.module:attribute`, or `path/to/file.py:attribute`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(relative: str | Path) -> Path:
-    """Path of a file that travels with the project (`configs/...`, `data/...`), in a checkout or a wheel."""
+    """Path of a file that ships with the project (`configs/...`, `data/...`), in a checkout or a wheel."""
     inside = PACKAGE / "shipped" / relative
     return inside if inside.exists() else PACKAGE.parent / relative
 
 
 def locate(path: str | Path) -> Path:
     """A user's path: relative to the working folder if it exists there, else among the shipped files."""
-    given = Path(path).expanduser()
-    if given.exists() or given.is_absolute() or ".." in given.parts:
-        return given
-    found = shipped(given)
-    return found if found.exists() else given
+    path = Path(path).expanduser()
+    if path.exists() or path.is_absolute() or ".." in path.parts:
+        return path
+    inside = shipped(path)
+    return inside if inside.exists() else path
 
 
 def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, group: str = "") -> Any:
@@ -47,7 +47,7 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
         if attribute not in vars(module):
             close = difflib.get_close_matches(attribute, vars(module), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "check the name after the colon"
-            raise ValueError(f"{field} ({name}) must name something that {target} defines; {hint}")
+            raise ValueError(f"{field} ({name}) must name an object that {target} defines; {hint}")
         return vars(module)[attribute]
     for point in entry_points(group=group) if group else ():
         if point.name == name:
@@ -57,13 +57,13 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
     known = f"one of {', '.join(sorted(builtin))}, " if builtin else ""
     raise ValueError(
         f"{field} ({name}) must be {known}'package.module:attribute' or 'path/to/file.py:attribute'; "
-        f"{hint}nothing of that name was found"
+        f"{hint}nothing has this name"
     )
 
 
 def resolve_call(name: str, *arguments: Any, field: str, args: Mapping[str, Any]) -> Any:
-    """What the function or class called `name` returns for these arguments and the keyword arguments `args`
-    of the config. Raises ValueError where it doesn't take them."""
+    """Calls the function or class called `name` with these arguments and the config's keyword arguments
+    `args`. Raises ValueError where it doesn't accept them."""
     function = resolve(name, field=field)
     check_call(function, *arguments, name=name, field=field, args=args)
     return function(*arguments, **args)
@@ -72,7 +72,7 @@ def resolve_call(name: str, *arguments: Any, field: str, args: Mapping[str, Any]
 def check_call(
     function: Callable, *arguments: Any, name: str, field: str, args: Mapping[str, Any]
 ) -> inspect.Signature:
-    """The signature of a function of the user's. Raises ValueError where it doesn't take these arguments."""
+    """The signature of a user's function. Raises ValueError where it doesn't accept these arguments."""
     signature = inspect.signature(function)
     try:
         signature.bind(*arguments, **args)
@@ -83,7 +83,7 @@ def check_call(
 
 
 def absolute(name: str) -> str:
-    """`path/to/file.py:attribute` with the path as any other process finds it; other names as they are."""
+    """`path/to/file.py:attribute` with an absolute path; other names unchanged."""
     target, _, attribute = name.rpartition(":")
     return f"{locate(target).resolve()}:{attribute}" if target.endswith(".py") else name
 

@@ -1,4 +1,4 @@
-"""Config files: every shipped one loads, mistakes are sentences that name the field and the remedy."""
+"""Config files: every shipped one loads; errors name the field, the value and the remedy."""
 
 import inspect
 from functools import partial
@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sapo.algo.objectives import OBJECTIVES
+from vlm_sapo.config import fields
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.evaluation import EvalOptions
 from vlm_sapo.plugins import shipped
 
 SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
@@ -30,13 +32,13 @@ def load(tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
+def test_shipped_configs_load_and_dump_to_the_same_config(name, tmp_path):
     config = configfile.load(kind_of(name), name)
     (tmp_path / "again.yaml").write_text(configfile.dump(config))
     assert configfile.load(kind_of(name), str(tmp_path / "again.yaml")) == config
 
 
-def test_numbers_are_numbers_and_no_is_a_word(load):
+def test_exponents_are_numbers_and_no_is_text(load):
     config = load(
         ["train.lr=1e-6", "algo.objective.tau_neg=1.2", "data.args.rate=1e-3", "train.precision=no"]
     )
@@ -46,7 +48,7 @@ def test_numbers_are_numbers_and_no_is_a_word(load):
     assert config.train.precision == "no"
 
 
-def test_overrides_reach_lists_and_replace_values(load):
+def test_overrides_set_list_entries_and_replace_lists(load):
     config = load(["reward.parts.0.weight=0.5", "model.freeze=[vision, merger]", "run.dir=/tmp/x"])
     assert config.reward.parts[0].weight == 0.5
     assert config.model.freeze == ["vision", "merger"]
@@ -56,64 +58,114 @@ def test_overrides_reach_lists_and_replace_values(load):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("train.stepz=3", "train.stepz is not a field; did you mean train.steps?"),
-        ("algo.objective={type: sapo, tau_plus: 1}", "algo.objective.tau_plus is not a field; did you mean"),
-        ("algo.objective={type: grpo, tau_pos: 1}", "algo.objective.tau_pos is not a field"),
-        ("trian={}", "trian is not a field; did you mean train?"),
+        ("train.stepz=3", "unknown field `train.stepz`; did you mean `train.steps`?"),
+        (
+            "algo.objective={type: sapo, tau_plus: 1}",
+            "unknown field `algo.objective.tau_plus`; did you mean `algo.objective.tau_pos`?",
+        ),
+        (
+            "algo.objective={type: grpo, tau_pos: 1}",
+            "unknown field `algo.objective.tau_pos`; only another `type` has it.",
+        ),
+        ("trian={}", "unknown field `trian`; did you mean `train`?"),
         (
             "reward.parts.0.wieght=2",
-            "reward.parts.0.wieght is not a field; did you mean reward.parts.0.weight?",
+            "unknown field `reward.parts.0.wieght`; did you mean `reward.parts.0.weight`?",
         ),
         ("train.prompts_per_step=30", "(30) must be divisible by minibatches (4); use 28 or 32"),
         ("algo.objective={type: gspo}", "set algo.ratio=sequence"),
         (
             "algo.objective.tau_neg=0",
-            "algo.objective.tau_neg (0) is not valid: input should be greater than 0",
+            "algo.objective.tau_neg (0) must be a number greater than 0",
         ),
-        ("train.lr=fast", "train.lr ('fast') is not valid"),
+        ("train.lr=fast", "train.lr ('fast') must be a number greater than 0"),
+        ("train.lr=.inf", "train.lr (inf) must be finite"),
+        ("train.shard=most", "train.shard ('most') must be a whole number of at least 1 or `all`"),
+        ("train.betas=[1, 0]", "train.betas.0 (1) must be a number of at least 0 and less than 1"),
+        ("algo.advantage=centered", "such as {type: own, function: my_file.py:name}; did you mean centred?"),
+        ("algo.advantage={type: own}", "algo.advantage.function is missing"),
+        ("model.lora=16", "model.lora (16) must be fields such as {rank: 16} or null"),
+        ("eval.data=[{source: x}]", "eval.data: this is one source, not a list"),
+        ("data.columns={image: x}", "data.columns.image ('image') must be `problem`, `answer`, `images`"),
+        ("log.to=wandb", "log.to ('wandb') must be a list such as [tensorboard]"),
+        ("run.name=5", "run.name (5) must be text; put it in quotes"),
+        ("data=5", "data (5) must be fields such as {source: rows.jsonl}"),
         ("data.template=hello", "template must contain {problem}"),
-        ("rollout.group=1", "rollout.group (1) is not valid"),
+        ("rollout.group=1", "rollout.group (1) must be a whole number of at least 2"),
         ("eval.part=style", "eval.part (style) must be one of the reward's parts: math"),
-        ("reward.parts.3.weight=1", "must name an entry from 0 to 0"),
+        ("reward.parts.3.weight=1", "must name an entry by its number from 0 to 0, not 3"),
         ("nonsense", "must look like section.field=value"),
     ],
 )
-def test_mistakes_are_sentences(load, override, sentence):
+def test_errors_name_field_value_and_remedy(load, override, sentence):
     with pytest.raises(ValueError) as error:
         load([override])
     assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("train.learning_rate", "train.lr"),
+        ("train.lora_r", "model.lora.rank"),
+        ("train.num_generations", "rollout.group"),
+        ("train.max_tokens", "rollout.max_tokens"),
+        ("rollout.n", "rollout.group"),
+        ("eval.n", "eval.samples"),
+        ("algo.beta", "algo.kl"),
+        ("model.name", "model.path"),
+        ("resume_from_checkpoint", "run.dir"),
+        ("algo.objective.epsilon", "algo.objective.low"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_ours(load, name, ours):
+    with pytest.raises(ValueError, match=f"unknown field `{name}`; did you mean `{ours}`"):
+        load(["algo.objective=grpo", f"{name}=1"])
+
+
+def test_other_names_are_no_fields_of_the_same_section():
+    for section in {section for kind in (cfg.TrainConfig, cfg.SftConfig) for section in sections(kind)}:
+        names = [name for field in section.model_fields.values() for name in fields.other_names(field)]
+        assert len(set(names)) == len(names) and not set(names) & set(section.model_fields), section
+
+
+def sections(kind):
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in fields.sections_in(field.annotation):
+            yield from sections(inner)
+
+
+@pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["rollout.top_p=0.9"], "top_p (0.9) cuts the distribution off"),
-        (["rollout.top_k=20"], "set eval.top_k for evaluations"),
+        (["rollout.top_p=0.9"], "top_p (0.9) truncates the sampling distribution"),
+        (["rollout.top_k=20"], "eval.top_k sets it for evaluations"),
         (["rollout.min_p=0.1"], "remove it"),
-        (["rollout.ahead=-1"], "rollout.ahead (-1) is not valid"),
-        (["rollout.engine=vlm"], "must be one of hf, vllm, vllm_server; did you mean vllm?"),
+        (["rollout.ahead=-1"], "rollout.ahead (-1) must be a whole number of at least 0"),
+        (["rollout.engine=vlm"], "must be one of hf, vllm, vllm_server, own; did you mean vllm?"),
         (
             ["rollout.engine={type: vllm_server, servers: [localhost:8000]}"],
             "must be an address such as http",
         ),
-        (["algo.correction={type: masked, low: 3}"], "low (3.0) must be under high (2.0)"),
-        (["algo.correction={type: truncated, low: 0.5}"], "low (0.5) has no part in type truncated"),
-        (["rollout.engine.servers=[a]"], "rollout.engine.servers is not a field"),
-        (["rollout.engine={type: vllm, server: 1}"], "rollout.engine.server is not a field"),
+        (["algo.correction={type: masked, low: 3}"], "low (3.0) must be less than high (2.0)"),
+        (["algo.correction={type: truncated, low: 0.5}"], "low (0.5) has no effect with type truncated"),
+        (["rollout.engine.servers=[a]"], "`rollout.engine.servers`; only another `type` has it"),
+        (["rollout.engine={type: vllm, server: 1}"], "unknown field `rollout.engine.server`"),
         (["algo.correction={type: truncated}", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
-        (["algo.correction={type: clipped}"], "'truncated' or 'masked'"),
+        (["algo.correction={type: clipped}"], "must be `truncated` or `masked`"),
         (["algo.replay=r2", "train.old_logprobs=rollout"], "algo.replay (r2) replays the experts"),
-        (["algo.replay=r4"], "'none', 'r2' or 'r3'"),
+        (["algo.replay=r4"], "must be `none`, `r2` or `r3`"),
     ],
 )
-def test_mistakes_about_engines_are_sentences(load, overrides, sentence):
+def test_errors_of_rollout_and_correction_are_one_line(load, overrides, sentence):
     with pytest.raises(ValueError) as error:
         load(overrides)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["hf", "vllm", "vllm_server"])
-def test_an_engine_by_its_name_alone(load, name):
+def test_an_engine_may_be_written_as_its_name(load, name):
     assert load([f"rollout.engine={name}"]) == load([f"rollout.engine.type={name}"])
     assert (
         load(["rollout.engine.type=vllm", "rollout.engine.gpu_memory=0.3"]).rollout.engine.gpu_memory == 0.3
@@ -125,15 +177,63 @@ def test_short_forms_of_a_reward(load, short):
     assert [part.name for part in load([f"reward={short}"]).reward.parts] == ["math"]
 
 
-def test_a_missing_field_says_how_to_give_it(tmp_path):
+def test_a_list_of_tasks_takes_overrides_with_and_without_mixture(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\ndata: [{source: a, share: 1}, {source: b, share: 1}]\nreward: [{name: math}]\n"
+        "train: {steps: 3}\n"
+    )
+    for override in ("data.0.share=0.5", "data.mixture.0.share=0.5"):
+        config = configfile.load(cfg.TrainConfig, str(path), [override, "reward.parts.0.weight=2"])
+        assert config.data.tasks[0].share == 0.5 and config.reward.parts[0].weight == 2
+
+
+def test_notes_beside_the_fields():
+    free, shown = cfg.free_on_resume(), cfg.report_fields()
+    for name in ("run.dir", "checkpoint.every", "log.to", "rollout.engine.servers", "train.shard"):
+        assert fields.belongs(name, free), name
+    for name in ("train.lr", "rollout.engine.type", "eval.every", "run.seed", "train.steps", "reward.parts"):
+        assert not fields.belongs(name, free), name
+    for name in ("algo.objective.tau_pos", "data.args.size", "train.lr", "reward.parts", "run.seed"):
+        assert fields.belongs(name, shown), name
+    assert not fields.belongs("train.lr_schedule", shown) and not fields.belongs("train", shown)
+
+
+def test_what_may_change_on_resume():
+    config = configfile.load(cfg.TrainConfig, "quickstart")
+    before = configfile.dump(config)
+    for override, harmless in (
+        ("run.dir=/tmp/x", True),
+        ("checkpoint.keep_last=9", True),
+        ("train.steps=50", True),
+        ("train.lr=1", False),
+        ("rollout.engine=vllm", False),
+    ):
+        after = configfile.dump(configfile.load(cfg.TrainConfig, "quickstart", [override]))
+        changes = configfile.differences(before, after)
+        assert changes and all(change.harmless for change in changes) == harmless, override
+    linear = [
+        configfile.dump(configfile.load(cfg.TrainConfig, "quickstart", ["train.schedule=linear", steps]))
+        for steps in ("train.steps=40", "train.steps=50")
+    ]
+    assert [change.harmless for change in configfile.differences(*linear)] == [False]
+
+
+def test_a_missing_field_says_how_to_set_it(tmp_path):
     (tmp_path / "x.yaml").write_text("data: {source: d}\nreward: [{name: math}]\ntrain: {steps: 3}\n")
     with pytest.raises(ValueError, match="model is missing; add it .* as model="):
         configfile.load(cfg.TrainConfig, str(tmp_path / "x.yaml"))
 
 
 def test_an_unknown_config_lists_the_shipped_ones():
-    with pytest.raises(ValueError, match="quickstart"):
+    with pytest.raises(
+        ValueError, match="no config `quickstrat`; did you mean quickstart. Shipped configs: "
+    ):
         configfile.load(cfg.TrainConfig, "quickstrat")
+    with pytest.raises(
+        ValueError, match="no config `nosuch`; check the name, or give the path of a YAML file"
+    ):
+        configfile.load(cfg.TrainConfig, "nosuch")
 
 
 @pytest.mark.parametrize("section", [cfg.SapoConfig, cfg.GrpoConfig, cfg.GspoConfig, cfg.CispoConfig])
@@ -145,15 +245,10 @@ def test_an_objective_has_exactly_the_parameters_of_its_section(section):
 
 
 def test_every_field_has_a_text():
-    def walk(section):
-        for name, field in section.model_fields.items():
-            inner = configfile._sections(field.annotation)
-            for other in inner:
-                yield from walk(other)
-            if not inner and name != "type" and not field.description:
-                yield f"{section.__name__}.{name}"
-
-    assert list(walk(cfg.TrainConfig)) + list(walk(cfg.SftConfig)) == []
+    for kind in (cfg.TrainConfig, cfg.SftConfig, EvalOptions):
+        for name, field in fields.walk(kind):
+            inner = fields.sections_in(field.annotation)
+            assert inner or name.endswith(".type") or field.description, name
 
 
 FIELDS = (
@@ -181,7 +276,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.text(max_size=30))
-def test_any_file_and_override_is_a_config_or_a_sentence(tmp_path, content, override):
+def test_any_file_and_override_loads_or_raises_value_error(tmp_path, content, override):
     path = tmp_path / "any.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     for name, overrides in ((str(path), []), ("quickstart", [override])):
@@ -192,7 +287,7 @@ def test_any_file_and_override_is_a_config_or_a_sentence(tmp_path, content, over
 
 
 @given(st.binary(max_size=60) | st.text(alphabet="{}[]:-&*!|>#'\"\n\tab01 ", max_size=60).map(str.encode))
-def test_any_bytes_are_a_config_or_a_sentence(tmp_path, content):
+def test_any_bytes_load_or_raise_value_error(tmp_path, content):
     path = tmp_path / "any.yaml"
     path.write_bytes(content)
     try:
@@ -202,6 +297,6 @@ def test_any_bytes_are_a_config_or_a_sentence(tmp_path, content):
 
 
 @pytest.mark.parametrize("value", ["[1", "\x02", "{a: b: c}", "[" * 3000, "&a [*b]"])
-def test_an_override_that_is_no_yaml_is_named(value):
+def test_an_override_with_invalid_yaml_is_named(value):
     with pytest.raises(ValueError, match=r"override \(train.lr=.*must be valid YAML"):
         configfile.load(cfg.TrainConfig, "quickstart", [f"train.lr={value}"])

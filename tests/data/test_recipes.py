@@ -60,11 +60,11 @@ def test_a_list_is_a_mixture(tmp_path):
         ([{"recipe": "shapes", "share": 1}, {"recipe": "shapes", "share": 1}], "two tasks of one name"),
         (
             {"mixture": [{"recipe": "shapes", "share": 1}], "template": "x {problem}"},
-            "template beside mixture",
+            "template next to mixture",
         ),
         ({"recipe": "sroie", "template": "x"}, "must contain {problem}"),
         ({"recipe": "refcoco"}, "source is missing"),
-        ({"sorce": "a"}, "did you mean data.source"),
+        ({"sorce": "a"}, "did you mean `data.source`"),
     ],
 )
 def test_errors_name_the_field(tmp_path, data, words):

@@ -264,7 +264,7 @@ def test_a_folder_with_other_settings_is_refused(run, model_folder):
         ),
         (
             ("--benchmark", "shapes", "--model", "m", "--engine", "vllm", "--engine-args", "{tensor: 2}"),
-            "did you mean engine.tensor_parallel",
+            "did you mean `engine.tensor_parallel`",
         ),
         (("--benchmark", "nothing", "--model", "m"), "mathvista"),
         (("--benchmark", "shapes", "--responses", "no.jsonl"), "there is none"),

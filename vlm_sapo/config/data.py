@@ -1,24 +1,14 @@
-"""The sections that say where rows come from; recipes and benchmark definitions are files of them."""
+"""The sections that say where rows come from. Recipes and benchmark definitions are files of such fields."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
+from vlm_sapo.config.fields import AlsoCalled, Note, Positive, Rate, Section
 from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config.secrets import check_secrets
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 def _public(value: dict[str, Any]) -> dict[str, Any]:
@@ -27,89 +17,97 @@ def _public(value: dict[str, Any]) -> dict[str, Any]:
 
 
 PublicArgs = Annotated[dict[str, Any], AfterValidator(_public)]
-"""Arguments that hold no secret: the config is stored."""
+"""Arguments without secrets: the config is stored."""
 
 
 class VerifierConfig(Section):
+    example: ClassVar[str] = "{name: math}"
+
     name: str
-    """A verifier, `path/to/file.py:function` or `package.module:function`."""
+    """A built-in verifier, `path/to/file.py:function` or `package.module:function`."""
     args: PublicArgs = {}
-    """Its keyword arguments."""
+    """Keyword arguments of the verifier."""
 
 
-def joined(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What is given over the recipe's fields, mappings joined at every depth; another verifier brings its own
-    arguments."""
-    made = recipe | given
-    for name in recipe.keys() & given.keys():
-        old, new = recipe[name], given[name]
+def merge(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields with overrides, mappings merged at every depth. Another verifier doesn't get the
+    arguments of the recipe's."""
+    merged = recipe | overrides
+    for name in recipe.keys() & overrides.keys():
+        old, new = recipe[name], overrides[name]
         if isinstance(old, dict) and isinstance(new, dict):
             other = name == "verifier" and new.get("name", old["name"]) != old["name"]
-            made[name] = new if other else joined(old, new)
-    return made
+            merged[name] = new if other else merge(old, new)
+    return merged
 
 
 class SourceConfig(Section):
+    example: ClassVar[str] = "{source: rows.jsonl}"
+
     recipe: str | None = None
-    """Name of a shipped recipe (`data/README.md` lists them) or a YAML file with the fields below; what is
-    given beside it comes before, and null takes a field back. The stored config holds the result."""
+    """A shipped recipe (`data/README.md` lists them) or a YAML file with the fields below. Fields next to
+    `recipe` override it; `null` unsets one. The stored config holds the result."""
     name: str | None = None
-    """What the logs call these rows; by default the recipe's or the source's name."""
-    source: str | None = None
-    """Hub id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the rows."""
+    """Name of these rows in the logs; by default the recipe's or the source's name."""
+    source: Annotated[str | None, Note.IN_REPORT, AlsoCalled("path", "dataset", "train_files")] = None
+    """Hugging Face dataset id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the
+    rows."""
     subset: str | None = None
-    """Configuration of a hub id that has several."""
+    """Subset (configuration) of a dataset id that has several."""
     split: str | None = None
-    """Split of a hub id or folder that has several, or value of the split column of a JSONL file."""
-    args: PublicArgs = {}
+    """Split of a dataset id or folder that has several, or a value of the split column of a JSONL file."""
+    args: Annotated[PublicArgs, Note.IN_REPORT] = {}
     """Keyword arguments of a source that is a function."""
     columns: dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]] = {}
-    """The source's own column names, by ours; of a list the first that the rows have. `response` is the
-    demonstration that `sft` learns from."""
+    """Which columns of the source to read, for example `{problem: question}`. Of a list of names the first
+    that the rows have counts. `response` is the demonstration that `sft` learns from."""
     filter: dict[str, Any] = {}
-    """Keep the rows whose column has this value, or one of these values."""
+    """Keep only rows whose column has this value, or one of these values."""
     transform: str | None = None
     """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
-    limit: Positive | None = None
-    """Use the first so many rows only."""
+    limit: Annotated[Positive | None, AlsoCalled("max_samples", "num_samples")] = None
+    """Use only the first N rows."""
     pictures_anywhere: bool = False
-    """Let rows of a file name pictures outside its folder. Rows of a Python function may in any case."""
-    system: str | None = None
+    """Allow rows of a file to name images outside its folder. Rows of a Python function always may."""
+    system: Annotated[str | None, AlsoCalled("system_prompt")] = None
     """System prompt; null leaves it to the chat template."""
-    template: str = "{problem}"
-    """The user's turn; `{problem}` stands for the row's problem."""
+    template: Annotated[str, AlsoCalled("format_prompt", "prompt_template")] = "{problem}"
+    """The user message; `{problem}` is replaced by the row's problem."""
     verifier: VerifierConfig | None = None
-    """The verifier of these rows' answers, which the reward `auto` then uses."""
+    """Verifier for the answers of these rows; the reward `auto` uses it."""
 
     @model_validator(mode="before")
     @classmethod
     def _with_recipe(cls, value: Any) -> Any:
-        """The recipe's fields under the given ones; mappings are joined."""
+        """The recipe's fields, overridden by those next to it."""
         if not isinstance(value, dict):
             return value
-        given = {name: item for name, item in value.items() if name != "recipe"}
+        fields = {name: item for name, item in value.items() if name != "recipe"}
         if value.get("recipe"):
             path = find(str(value["recipe"]), "data", field="recipe")
-            given = joined({"name": path.stem, **read_mapping(path)}, given)
-        return {name: item for name, item in given.items() if item is not None}
+            fields = merge({"name": path.stem, **read_mapping(path)}, fields)
+        return {name: item for name, item in fields.items() if item is not None}
 
     @model_validator(mode="after")
     def _has_problem(self):
         if "{problem}" not in self.template:
-            raise ValueError("template must contain {problem}; put it where the row's problem goes")
+            raise ValueError("template must contain {problem}, where the row's problem is inserted")
         return self
 
     @property
     def task(self) -> str:
-        """What the logs call these rows."""
+        """Name of these rows in the logs."""
         return self.name or str(self.source)
+
+
+SOURCE_MISSING = "source is missing; set it to a dataset id, a folder or a file with rows"
 
 
 class RowsConfig(SourceConfig):
     @model_validator(mode="after")
     def _has_source(self):
         if self.source is None:
-            raise ValueError("source is missing; give the hub id, folder or file that holds the rows")
+            raise ValueError(SOURCE_MISSING)
         return self
 
     def at(self, path: str) -> RowsConfig:
@@ -120,55 +118,64 @@ class RowsConfig(SourceConfig):
 
 
 class TaskConfig(RowsConfig):
-    share: Rate
-    """Share of this task in every mini-batch; shares are divided by their sum."""
+    example: ClassVar[str] = "{source: rows.jsonl, share: 0.5}"
+
+    share: Annotated[Rate, AlsoCalled("weight", "ratio", "prob")]
+    """Share of this task in every mini-batch; shares are normalised to sum to 1."""
 
 
 class BenchmarkConfig(RowsConfig):
     """A file of `eval/benchmarks/`."""
 
     about: str
-    """What it is, in one line."""
+    """Description in one line."""
     verifier: VerifierConfig = VerifierConfig(name="auto", args={"finding": "stated"})
-    """Our verdict of a response."""
+    """Our verifier."""
     official: VerifierConfig | None = None
-    """The authors' own rule, where ours differs from it on purpose."""
+    """The benchmark's official scorer, where our verifier differs from it on purpose."""
     metric: str | None = None
-    """The authors' own score over all problems, where that is not the mean: a name of
-    vlm_sapo/evaluation/metrics.py, or `path/to/file.py:function`."""
+    """The official score over all problems, where that is not the mean: a name of METRICS in
+    vlm_sapo/evaluation/results.py, or `path/to/file.py:function`."""
     by: list[str] = []
-    """Columns whose values get a score of their own."""
+    """Columns to break the score down by."""
     max_tokens: Positive = 2048
-    """Longest response."""
+    """Maximum length of a response, in tokens."""
     variant: Literal["split", "subset"] = "split"
-    """What `NAME:VARIANT` chooses."""
+    """What `NAME:VARIANT` selects."""
 
 
 class DataConfig(SourceConfig):
+    list_field: ClassVar[str] = "mixture"
+
     mixture: list[TaskConfig] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is
-    short for it."""
-    max_prompt_tokens: Positive = 4096
-    """Longest prompt, image tokens included. A longer one is an error: prompts are never cut."""
+    short for it; overrides name the entries `data.mixture.0`, `data.mixture.1`, ... either way."""
+    max_prompt_tokens: Annotated[Positive, AlsoCalled("max_prompt_length")] = 4096
+    """Longest allowed prompt in tokens, image tokens included. A longer one is an error: prompts are never
+    truncated."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a row that cannot be used does: stop the run, or be skipped and counted."""
+    """On a row that can't be used: `stop` the run, or `skip` the row and count it."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        return {"mixture": value} if isinstance(value, list) else value
+        return {cls.list_field: value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_or_several(self):
         if not self.mixture and self.source is None:
-            raise ValueError("source is missing; give the hub id, folder or file that holds the rows")
+            raise ValueError(SOURCE_MISSING)
         unset = SourceConfig().model_dump()
-        given = [name for name, value in self._source().items() if value != unset[name]]
-        if self.mixture and given:
-            raise ValueError(f"{given[0]} beside mixture has no effect; move it into the mixture's entries")
+        misplaced = [name for name, value in self._source().items() if value != unset[name]]
+        if self.mixture and misplaced:
+            raise ValueError(
+                f"{misplaced[0]} next to mixture has no effect; set it in each entry of the mixture"
+            )
         names = [task.task for task in self.mixture]
         if len(set(names)) < len(names):
-            raise ValueError(f"mixture has two tasks of one name ({', '.join(names)}); give each a `name`")
+            raise ValueError(
+                f"mixture has two tasks of one name ({', '.join(names)}); give each its own `name`"
+            )
         return self
 
     @property

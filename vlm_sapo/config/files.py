@@ -1,4 +1,4 @@
-"""YAML as people write it, in files of the user's or of the project's."""
+"""Reads YAML: text, and files of the user's or shipped ones by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_sapo.plugins import shipped
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number."""
+    """Reads `1e-6` as a number, which YAML 1.1 takes for text."""
 
 
 _Loader.add_implicit_resolver(
@@ -24,7 +24,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """The value that a YAML text stands for. Raises ValueError where it stands for none."""
+    """The value of a YAML text. Raises ValueError where it is no YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -32,8 +32,8 @@ def parse(text: str) -> Any:
 
 
 def find(name: str, folder: str, *, field: str) -> Path:
-    """The YAML file called `name`: a path, or the name of one that the project ships in `folder`, with or
-    without `.yaml`, in any spelling of case, dashes and underscores. Raises ValueError naming `field`."""
+    """The YAML file called `name`: a path, or the name of a shipped one in `folder`, with or without `.yaml`;
+    case, dashes and underscores don't matter. `field` is what messages call it: config, recipe, ..."""
     if Path(name).is_file():
         return Path(name)
     known = {path.stem: path for path in sorted(shipped(folder).glob("*.yaml"))}
@@ -41,8 +41,8 @@ def find(name: str, folder: str, *, field: str) -> Path:
     if same:
         return same[0]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(f"{field} ({name}) must be a file or a shipped one; {hint}There are {', '.join(known)}")
+    hint = f"did you mean {close[0]}?" if close else "check the name, or give the path of a YAML file."
+    raise ValueError(f"no {field} `{name}`; {hint} Shipped {field}s: {', '.join(known)}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} must be valid YAML; {error.__cause__ or error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold fields with values; it holds {type(values).__name__}")
+        raise ValueError(f"{path} must contain `field: value` lines; it contains {type(values).__name__}")
     return values
 
 

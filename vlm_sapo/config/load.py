@@ -1,44 +1,32 @@
-"""A config file and `key=value` overrides to a checked config, and mistakes to sentences."""
+"""A config file and `key=value` overrides to a checked config. Mistakes become one sentence each."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
+from vlm_sapo.config.fields import (
+    Section,
+    belongs,
+    choices,
+    expected,
+    other_names,
+    sections_in,
+    types_of,
+    walk,
+)
 from vlm_sapo.config.files import find, parse, read_mapping
-from vlm_sapo.config.schema import Section, SftConfig, TrainConfig, TrainerConfig
+from vlm_sapo.config.schema import SftConfig, TrainConfig, TrainerConfig, free_on_resume
 
 T = TypeVar("T", bound=Section)
-TYPED = ("engine", "objective", "correction")
-"""Sections that their type alone may stand for."""
-HARMLESS = (
-    "run.name",
-    "run.dir",
-    "run.accept_changes",
-    "checkpoint.",
-    "alarms.",
-    "log.",
-    "reward.workers",
-    "rollout.prompts_per_batch",
-    "rollout.engine.servers",
-    "rollout.engine.patience",
-    "rollout.engine.timeout",
-    "rollout.engine.gpu_memory",
-    "model.gradient_checkpointing",
-    "train.tokens_per_microbatch",
-    "train.layout",
-    "train.bad_updates",
-    "train.shard",
-    "train.offload",
-)
-"""Beginnings of fields that change how a run is carried out, and no result of it."""
-VARIANTS = ("sapo", "grpo", "gspo", "cispo", "own", "hf", "vllm", "vllm_server")
-"""Values of `type`, which pydantic puts between a section and its fields."""
+MAX_VALUE = 80
+"""Characters of a value that a message shows."""
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
@@ -46,18 +34,18 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
 
     Raises ValueError with one line per problem, each with the field, the value and the remedy.
     """
-    values = read_mapping(find(name, "configs", field="CONFIG"))
+    values = read_mapping(find(name, "configs", field="config"))
     for override in overrides:
-        _override(values, override)
+        _override(kind, values, override)
     return check(kind, values)
 
 
-def check(kind: type[T], values: dict) -> T:
+def check(kind: type[T], values: Mapping[str, Any]) -> T:
     """A section from plain values. Raises ValueError with one line per problem."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from error
+        raise ValueError("\n".join(_explain(kind, error))) from error
 
 
 def dump(config: Section) -> str:
@@ -81,103 +69,202 @@ class Change:
 
 def differences(before: str, after: str) -> list[Change]:
     """What changed between two configs that `dump` wrote."""
-    old, new = (_flat(parse(text)) for text in (before, after))
-    constant = new.get("train.schedule") == "constant"
+    old, new = (_flatten(parse(text)) for text in (before, after))
+    free = free_on_resume()
+    if new.get("train.schedule") == "constant":  # the length of a run then changes no step of it
+        free |= {"train.steps"}
     return [
-        Change(
-            field,
-            old.get(field, "not there"),
-            new.get(field, "not there"),
-            field.startswith(HARMLESS) or (field == "train.steps" and constant),
-        )
+        Change(field, old.get(field, "not there"), new.get(field, "not there"), belongs(field, free))
         for field in sorted(old.keys() | new.keys())
         if field not in old or field not in new or old[field] != new[field]
     ]
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
     """Values by dotted name."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     prefix = f"{name}." if name else ""
-    return {key: item for part in value for key, item in _flat(value[part], f"{prefix}{part}").items()}
+    return {key: item for part in value for key, item in _flatten(value[part], f"{prefix}{part}").items()}
 
 
-def _override(values: dict, override: str) -> None:
+def _override(kind: type[Section], values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override ({override}) must look like section.field=value")
     *path, last = key.split(".")
-    node = values
-    for name in path:
-        if name in TYPED and isinstance(node, dict) and isinstance(node.get(name), str):
-            node[name] = {"type": node[name]}
-        node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
-        if not isinstance(node, dict | list):
+    node: Any = values
+    field = None
+    for name, field in zip(path, _fields_along(kind, path), strict=True):
+        child = _entry(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
+        child = _written_out(child, field, key)
+        if not isinstance(child, dict | list):
             raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
+        node[int(name) if isinstance(node, list) else name] = child
+        node = child
     try:
         value = parse(text) if text else None
     except ValueError as error:
         raise ValueError(f"override ({override}): {error}") from error
     if isinstance(node, list):
-        _item(node, last, override)
+        _entry(node, last, override)
         node[int(last)] = value
     else:
-        if last == "type" and path and path[-1] in TYPED and node.get("type", value) != value:
+        if last == "type" and field and _is_typed(field) and node.get("type", value) != value:
             node.clear()  # another type has other fields
         node[last] = value
 
 
-def _item(values: list, index: str, override: str) -> Any:
+def _written_out(value: Any, field: FieldInfo | None, key: str) -> Any:
+    """A section that is written in short, by its type or as a list, with its fields, where `key` goes on into
+    it."""
+    if field is None:
+        return value
+    if isinstance(value, str) and _is_typed(field):
+        return {"type": value}
+    if isinstance(value, list):
+        for section in sections_in(field.annotation):
+            if section.list_field and f".{section.list_field}." in f"{key}.":
+                return {section.list_field: value}
+    return value
+
+
+def _is_typed(field: FieldInfo) -> bool:
+    """Whether the field is a section that its `type` alone may stand for."""
+    sections = sections_in(field.annotation)
+    return bool(sections) and all(map(types_of, sections)) and not choices(field.annotation)
+
+
+def _fields_along(kind: type[Section], path: Sequence[str]) -> list[FieldInfo | None]:
+    """The fields that the parts of a dotted name stand for; None for indices and what is no field."""
+    fields, current = [], [kind]
+    for name in path:
+        matches = [section.model_fields[name] for section in current if name in section.model_fields]
+        fields.append(matches[0] if matches else None)
+        if not name.isdecimal():
+            current = [section for field in matches for section in sections_in(field.annotation)]
+    return fields
+
+
+def _entry(values: list, index: str, override: str) -> Any:
     if not index.isdecimal() or int(index) >= len(values):
-        raise ValueError(f"override ({override}) must name an entry from 0 to {len(values) - 1}, not {index}")
+        raise ValueError(
+            f"override ({override}) must name an entry by its number from 0 to {len(values) - 1}, not {index}"
+        )
     return values[int(index)]
 
 
-def _explain(kind: type[Section], item: dict) -> str:
-    """One sentence for one of pydantic's errors."""
-    location = [part for part in item["loc"] if part not in VARIANTS]
-    field = ".".join(map(str, location)) or "config"
-    if item["type"] == "extra_forbidden":
-        valid = _fields_at(kind, item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?" if close else "remove it."
-        return f"{field} is not a field; {hint} Fields there: {', '.join(valid)}"
-    if item["type"] == "missing":
-        return f"{field} is missing; add it to the config file or to the command line as {field}=..."
-    if item["type"] == "union_tag_invalid":
-        tags = item["ctx"]["expected_tags"].replace("'", "").split(", ")
-        close = difflib.get_close_matches(item["ctx"]["tag"], tags, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{field}.type ({item['ctx']['tag']}) must be one of {', '.join(tags)}{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{field}: {message}" if field != "config" else message
-    return f"{field} ({item['input']!r}) is not valid: {message[0].lower()}{message[1:]}"
+@dataclass(frozen=True)
+class _Problem:
+    """One of pydantic's errors, and where in the config it is."""
+
+    error: Mapping[str, Any]
+    path: tuple[str | int, ...]
+    """Fields and indices, without what pydantic puts between them for the members of a union."""
+    parents: tuple[type[Section], ...]
+    """The sections that the last of them is a field of, or is not."""
+    annotation: Any
+    metadata: tuple[Any, ...]
+    """Type of the value, and its bounds."""
 
 
-def _fields_at(kind: type[Section], location: tuple) -> list[str]:
-    """The field names of the section that a path of an error leads to."""
-    current: Any = [kind]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        named = [section.model_fields[part].annotation for section in current if part in section.model_fields]
-        tagged = [section for section in current if part in _tags(section)]
-        current = [section for annotation in named for section in _sections(annotation)] if named else tagged
-    return [field for section in current for field in section.model_fields]
+def _locate(kind: type[Section], error: Mapping[str, Any]) -> _Problem:
+    path: list[str | int] = []
+    parents = current = [kind]
+    annotation: Any = kind
+    key: Any = str
+    metadata: tuple[Any, ...] = ()
+    *_, last = error["loc"] or [None]
+    for part in error["loc"]:
+        fields = [section.model_fields[part] for section in current if part in section.model_fields]
+        variants = [section for section in current if part in (*types_of(section), section.__name__)]
+        if fields:
+            path.append(part)
+            parents, annotation, metadata = current, fields[0].annotation, tuple(fields[0].metadata)
+            current = [section for field in fields for section in sections_in(field.annotation)]
+        elif part == "[key]":
+            annotation = key
+        elif get_origin(annotation) in (list, tuple, dict):
+            key = get_args(annotation)[0]
+            path.append(part)
+            annotation, metadata = _entry_type(annotation, part), ()
+        elif variants:
+            parents = current = variants
+        elif part == last and error["type"] == "extra_forbidden":
+            path.append(part)
+            parents = current
+    return _Problem(error, tuple(path), tuple(parents), annotation, metadata)
 
 
-def _tags(section: type[Section]) -> tuple[str, ...]:
-    field = section.model_fields.get("type")
-    return field.annotation.__args__ if field else ()
+def _entry_type(annotation: Any, part: str | int) -> Any:
+    """Type of a list's, tuple's or mapping's entry."""
+    types = get_args(annotation)
+    if get_origin(annotation) is tuple and isinstance(part, int) and part < len(types):
+        return types[part]
+    return types[-1]
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    arguments = annotation.__args__ if "__args__" in dir(annotation) else ()
-    return [section for argument in arguments for section in _sections(argument)]
+def _explain(kind: type[Section], error: ValidationError) -> list[str]:
+    """One sentence for each field with errors. Of a union's errors the ones inside its section count, if the
+    value is one."""
+    problems = [_locate(kind, item) for item in error.errors()]
+    above = {problem.path[:count] for problem in problems for count in range(len(problem.path))}
+    sentences = [_sentence(kind, problem) for problem in problems if problem.path not in above]
+    return list(dict.fromkeys(sentences))
+
+
+def _sentence(kind: type[Section], problem: _Problem) -> str:
+    error, name = problem.error, kind.field_label(problem.path) or "config"
+    if error["type"] == "extra_forbidden":
+        return _unknown(kind, problem)
+    if error["type"] == "missing":
+        example = "".join(section.example for section in sections_in(problem.annotation)[:1]) or "..."
+        return f"{name} is missing; add it to the config file or to the command line as {name}={example}"
+    if error["type"] == "union_tag_invalid":
+        types = [word for section in sections_in(problem.annotation) for word in types_of(section)]
+        word = error["ctx"]["tag"]
+        return f"{name}.type ({word}) must be one of {', '.join(types)}{_did_you_mean(word, types)}"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{name}: {message}" if problem.path else message
+    value = error["input"]
+    shown = repr(value) if len(repr(value)) <= MAX_VALUE else f"{repr(value)[:MAX_VALUE]}..."
+    if error["type"] == "finite_number":
+        return f"{name} ({shown}) must be finite"
+    hint = _did_you_mean(
+        str(value), [] if get_origin(problem.annotation) is list else choices(problem.annotation)
+    )
+    if problem.annotation is str and isinstance(value, int | float):
+        hint = "; put it in quotes"
+    return f"{name} ({shown}) must be {expected(problem.annotation, problem.metadata)}{hint}"
+
+
+def _did_you_mean(word: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown(kind: type[Section], problem: _Problem) -> str:
+    """A field that doesn't exist, and the one that was probably meant: a neighbour of nearly this name, or
+    the field that other trainers call so."""
+    *above, name = problem.path
+    fields = {field: info for section in problem.parents for field, info in section.model_fields.items()}
+    nearby = [field for field, info in fields.items() if name in other_names(info)]
+    nearby += difflib.get_close_matches(str(name), fields, n=1, cutoff=0.75)
+    elsewhere = [path for path, info in walk(kind) if name in other_names(info)]
+    elsewhere += [path for path, _ in walk(kind) if path.rpartition(".")[2] == name]
+    similar = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+    meant = [
+        *(kind.field_label([*above, field]) for field in nearby),
+        *elsewhere,
+        *(kind.field_label([*above, field]) for field in similar),
+    ]
+    unknown = kind.field_label(problem.path)
+    if unknown in dict(walk(kind)):
+        hint = "only another `type` has it."
+    else:
+        hint = f"did you mean `{meant[0]}`?" if meant else "remove it, or check its name."
+    return f"unknown field `{unknown}`; {hint} Fields there: {', '.join(fields)}"
 
 
 def check_processes(config: TrainConfig | SftConfig, size: int) -> int:

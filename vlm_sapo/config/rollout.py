@@ -1,18 +1,20 @@
-"""The section that says what draws responses, and how; each engine has fields of its own."""
+"""The section on sampling responses; each engine has fields of its own."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vlm_sapo.config.data import Count, NotNegative, Positive, Rate, Section
+from vlm_sapo.config.fields import AlsoCalled, Count, Note, NotNegative, Positive, Rate, Section
 from vlm_sapo.config.secrets import check_address
 
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class _Engine(Section):
+    example: ClassVar[str] = "{type: vllm}"
+
     @property
     def shares_weights(self) -> bool:
         """Whether it computes with the policy's own modules."""
@@ -42,9 +44,9 @@ class OwnEngineConfig(_Engine):
     """`path/to/file.py:name` of a function or class that takes what an engine is built for
     (rollout/build.py, EngineNeeds) and returns an engine (rollout/engine.py)."""
     args: dict[str, Any] = {}
-    """Its keyword arguments."""
+    """Keyword arguments of the function."""
     policy_modules: bool = False
-    """Whether it samples with the policy's own modules, so that it needs no weights of its own."""
+    """Whether the engine samples with the policy's own modules and so has no weights of its own."""
 
     @property
     def shares_weights(self) -> bool:
@@ -53,12 +55,18 @@ class OwnEngineConfig(_Engine):
 
 class VllmConfig(_Engine):
     type: Literal["vllm"]
-    tensor_parallel: Positive = 1
-    """GPUs that share the engine's copy of the model."""
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of the GPU's memory that the engine takes while it generates; it gives it back to train."""
+    tensor_parallel: Annotated[Positive, AlsoCalled("tensor_parallel_size", "tp")] = 1
+    """Tensor-parallel size: GPUs that share one copy of the engine's weights."""
+    gpu_memory: Annotated[
+        float,
+        Field(gt=0, lt=1),
+        Note.FREE_ON_RESUME,
+        AlsoCalled("gpu_memory_utilization", "vllm_gpu_memory_utilization"),
+    ] = 0.4
+    """Share of the GPU's memory that vLLM uses during generation; it is freed for training."""
     dtype: Precision = "auto"
-    """Type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else `model.dtype`."""
+    """Data type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else
+    `model.dtype`."""
     options: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`, such as `enforce_eager` or `max_num_seqs`."""
 
@@ -68,22 +76,28 @@ class VllmConfig(_Engine):
 
 class VllmServerConfig(_Engine):
     type: Literal["vllm_server"]
-    servers: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
-    """Addresses of servers that `vlm-sapo serve` started, or `vllm serve` with the same options."""
+    servers: Annotated[
+        list[str],
+        Field(min_length=1),
+        Note.FREE_ON_RESUME,
+        AlsoCalled("url", "urls", "base_url", "vllm_server_host"),
+    ] = ["http://127.0.0.1:8000"]
+    """URLs of servers started with `vlm-sapo serve`, or with `vllm serve` and the same options."""
     weights: Literal["folder", "nccl"] = "folder"
-    """How new weights reach the servers: by a safetensors folder that both sides see, or from GPU to GPU."""
+    """How new weights get to the servers: as safetensors in a `folder` that both sides can read, or from GPU
+    to GPU with `nccl`."""
     folder: str | None = None
-    """Where that folder is made; null for the run's own. The servers must see it under the same path."""
+    """That folder; null for one in the run's folder. The servers must see it under the same path."""
     address: str = "127.0.0.1"
-    """With `nccl`: the address under which the servers reach this machine."""
+    """With `nccl`: this machine's address as the servers see it."""
     dtype: Precision = "auto"
-    """Type of the weights that are sent; `auto` is bfloat16 with `train.precision: bf16`, else
+    """Data type of the weights that are sent; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
-    timeout: Rate = 600.0
-    """Seconds that a server may take for one prompt's responses, waiting for others included, or for new
-    weights."""
-    patience: NotNegative = 120.0
-    """Seconds that a request is tried again on all servers before the run stops."""
+    timeout: Annotated[Rate, Note.FREE_ON_RESUME] = 600.0
+    """Seconds that a server may take for all responses to one prompt, queueing included, or for a weight
+    update."""
+    patience: Annotated[NotNegative, Note.FREE_ON_RESUME] = 120.0
+    """Seconds to retry a request on all servers before the run stops."""
 
     @property
     def addresses(self) -> list[str]:
@@ -105,57 +119,77 @@ class VllmServerConfig(_Engine):
 EngineConfig = Annotated[
     HfConfig | VllmConfig | VllmServerConfig | OwnEngineConfig, Field(discriminator="type")
 ]
-UNSAMPLED = ("top_p", "top_k", "min_p")
-"""Ways to cut the distribution off that training refuses."""
+TRUNCATIONS = ("top_p", "top_k", "min_p")
+"""Sampling options that training refuses: under them the engine's log-probs are not the policy's."""
 
 
 class EnvironmentConfig(Section):
+    example: ClassVar[str] = "{function: my_file.py:Name}"
+
     function: str
     """`path/to/file.py:name` or `package.module:name` of a class whose objects have `reset(example)` and
     `step(response)`, one object for each response (docs/rollouts.md)."""
     args: dict[str, Any] = {}
-    """Its keyword arguments."""
-    max_turns: Annotated[int, Field(ge=1)] = 8
-    """Turns of the policy in one response, after which it ends."""
+    """Keyword arguments of the class."""
+    max_turns: Positive = 8
+    """Most turns of the policy in one response; it ends after them."""
 
 
 class RolloutConfig(Section):
     engine: EngineConfig = HfConfig()
-    """What draws the responses: `hf` uses the policy itself, `vllm` an engine in this process, `vllm_server`
-    servers. `engine: NAME` is short for `engine: {type: NAME}`."""
+    """What generates the responses: `hf` the policy itself with PyTorch, `vllm` an engine in this process,
+    `vllm_server` separate servers, `own` a function or class of yours. `engine: NAME` is short for
+    `engine: {type: NAME}`."""
     environment: EnvironmentConfig | None = None
-    """What answers the policy, for several turns in one response; null for one turn."""
-    group: Annotated[int, Field(ge=2)] = 8
-    """Responses per prompt."""
-    max_tokens: Positive = 1024
-    """Longest response."""
-    temperature: Rate = 1.0
-    """Sampling temperature; log-probs everywhere are of logits divided by it."""
-    prompts_per_batch: Positive = 16
-    """Prompts that `hf` generates from at the same time; lower it when generation runs out of memory."""
-    resample: Count = 0
-    """Rounds in which groups whose responses all scored alike are replaced by groups of further prompts of
-    the same task (DAPO's dynamic sampling); what is alike after the last round stays."""
+    """Environment that answers the policy, for responses of several turns; null for one turn."""
+    group: Annotated[
+        int,
+        Field(ge=2),
+        Note.IN_REPORT,
+        AlsoCalled("n", "num_generations", "group_size", "num_samples", "samples_per_prompt"),
+    ] = 8
+    """Group size (num_generations): responses sampled per prompt."""
+    max_tokens: Annotated[
+        Positive,
+        Note.IN_REPORT,
+        AlsoCalled(
+            "max_new_tokens",
+            "max_completion_length",
+            "max_response_length",
+            "response_length",
+            "max_length",
+        ),
+    ] = 1024
+    """Maximum length of a response, in tokens."""
+    temperature: Annotated[Rate, Note.IN_REPORT] = 1.0
+    """Sampling temperature. All log-probs, the trainer's too, are of logits divided by it."""
+    prompts_per_batch: Annotated[
+        Positive, Note.FREE_ON_RESUME, AlsoCalled("generation_batch_size", "rollout_batch_size")
+    ] = 16
+    """Generation batch size of `hf`: prompts that it generates for together. Lower it when generation runs
+    out of memory."""
+    resample: Annotated[Count, AlsoCalled("dynamic_sampling", "filter_groups", "max_try_make_batch")] = 0
+    """DAPO's dynamic sampling: up to N times, replace groups whose rewards are all equal by groups of further
+    prompts of the same task. Such groups that are left after the last round stay."""
     check_every: Positive = 50
-    """Steps between two comparisons of a vLLM engine's log-probs with the trainer's; the first step and the
-    second always have one."""
+    """Every N steps, compare the log-probs of a vLLM engine with the trainer's. The first two steps are
+    always compared."""
     tolerance: Rate | None = None
-    """Mean absolute difference of those log-probs from which the run stops; null for 1e-4 where both sides
-    compute in float32, else .05."""
-    ahead: Count = 0
-    """Steps that responses are drawn ahead, so they come from weights so many steps older. With 1 servers
-    draw the next step while this one trains; more, or another engine, makes nothing faster and is there to
-    see what staleness does."""
+    """Stop the run when the mean absolute difference of these log-probs is larger; null for 1e-4 where both
+    sides compute in float32, else 0.05."""
+    ahead: Annotated[Count, AlsoCalled("max_async_level", "staleness", "max_staleness")] = 0
+    """Sample responses N steps ahead (off-policy by N steps). With 1, servers generate the next step while
+    this one trains. More than 1, or another engine, is no faster: it is for studying staleness."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if cut := [name for name in UNSAMPLED if name in value]:
+        if options := [name for name in TRUNCATIONS if name in value]:
             raise ValueError(
-                f"{cut[0]} ({value[cut[0]]}) cuts the distribution off, so the ratio of the policy to what "
-                f"was sampled is biased; remove it, and set eval.{cut[0]} for evaluations"
+                f"{options[0]} ({value[options[0]]}) truncates the sampling distribution, so the importance "
+                f"ratio would be biased; remove it (eval.{options[0]} sets it for evaluations)"
             )
         engine = value.get("engine")
         return value | {"engine": {"type": engine}} if isinstance(engine, str) else value

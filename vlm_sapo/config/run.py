@@ -1,4 +1,4 @@
-"""The sections of a run as such: its folder, its checkpoints, what it logs."""
+"""The sections on the run itself: its folder, checkpoints, alarms and logs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vlm_sapo.config.data import Count, Positive, Rate, Section
+from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Section
 
 Factor = Annotated[float, Field(ge=1)]
 
 
 class RunConfig(Section):
-    name: str = "run"
-    """Name of the run; its folder is `runs/<name>` unless `run.dir` says otherwise."""
-    dir: str | None = None
-    """Folder that everything is written to. A folder with a checkpoint of the same config is resumed."""
-    seed: int = 0
-    """Seeds the order of the data and the sampling."""
-    accept_changes: bool = False
-    """Go on in a folder whose run had another config, although that makes it another run."""
-    overwrite: bool = False
-    """Start anew in a folder that holds a run, removing what that run wrote."""
+    name: Annotated[str, Note.FREE_ON_RESUME, AlsoCalled("run_name", "experiment_name")] = "run"
+    """Name of the run; its folder is `runs/<name>` unless `run.dir` is set."""
+    dir: Annotated[
+        str | None,
+        Note.FREE_ON_RESUME,
+        AlsoCalled(
+            "output_dir", "resume", "resume_from_checkpoint", "default_local_dir", "load_checkpoint_path"
+        ),
+    ] = None
+    """Folder for all output. If it has a checkpoint of the same config, the run is resumed from it."""
+    seed: Annotated[int, Note.IN_REPORT] = 0
+    """Seed of data order and sampling."""
+    accept_changes: Annotated[bool, Note.FREE_ON_RESUME] = False
+    """Resume although the config has changed in ways that affect results."""
+    overwrite: Annotated[bool, AlsoCalled("overwrite_output_dir")] = False
+    """Start again in a folder that has a run; that run's files are deleted."""
 
     @property
     def folder(self) -> Path:
@@ -30,57 +36,60 @@ class RunConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Count = 50
-    """Write a checkpoint every so many steps and after the last one; 0 for never."""
-    keep_last: Positive = 2
-    """How many of the newest checkpoints stay."""
-    keep_best: Count = 0
-    """How many more stay: those with the best held-out result, of the steps that were evaluated."""
-    background: bool = False
-    """Write them while training goes on, from a copy of weights and optimizer in host memory."""
+    every: Annotated[Count, AlsoCalled("save_steps", "save_freq", "save_interval")] = 50
+    """Save a checkpoint every N steps and after the last step; 0 for never."""
+    keep_last: Annotated[Positive, AlsoCalled("save_total_limit", "save_limit")] = 2
+    """Keep the N newest checkpoints."""
+    keep_best: Annotated[Count, AlsoCalled("load_best_model_at_end")] = 0
+    """Also keep the N checkpoints with the best evaluation results."""
+    background: Annotated[bool, AlsoCalled("async_save")] = False
+    """Write checkpoints while training continues, from a copy of weights and optimizer state in host
+    memory."""
     on_error: Literal["warn", "stop"] = "warn"
-    """When one can't be written (a full disk): go on and try again when the next one is due, or stop. The
-    ones before stay whole."""
+    """When a checkpoint can't be written (a full disk): `warn` and try again at the next one, or `stop`.
+    Earlier checkpoints are not touched."""
 
-    def check_best(self, evaluated: int, measures: Any) -> None:
-        """Raises ValueError where no evaluation would fall on a checkpoint; `evaluated` is eval.every, and
-        `measures` is empty where there is nothing to evaluate on."""
-        if self.keep_best and not measures:
+    def check_best(self, evaluated_every: int, held_out: Any) -> None:
+        """Raises ValueError where no checkpoint would be evaluated. `evaluated_every` is eval.every;
+        `held_out` is empty where there is nothing to evaluate on."""
+        if self.keep_best and not held_out:
             raise ValueError(
-                f"checkpoint.keep_best ({self.keep_best}) keeps checkpoints by their evaluation, so "
-                "eval.data must be set"
+                f"checkpoint.keep_best ({self.keep_best}) selects checkpoints by evaluation; set eval.data"
             )
-        if self.keep_best and (not self.every or not evaluated or evaluated % self.every):
+        if self.keep_best and (not self.every or not evaluated_every or evaluated_every % self.every):
             raise ValueError(
-                f"checkpoint.keep_best ({self.keep_best}) keeps checkpoints of steps that were evaluated, so "
-                f"eval.every ({evaluated}) must be a multiple of checkpoint.every ({self.every}); use "
+                f"checkpoint.keep_best ({self.keep_best}) selects among checkpoints that were evaluated, so "
+                f"eval.every ({evaluated_every}) must be a multiple of checkpoint.every ({self.every}); use "
                 f"eval.every={self.every or 50} checkpoint.every={self.every or 50}"
             )
 
 
 class AlarmsConfig(Section):
     window: Positive = 20
-    """Steps whose mean is compared."""
+    """Alarms compare the mean over this many steps."""
     entropy: Rate = 0.1
-    """Alarm where the entropy is under this share of the first steps'."""
+    """Alarm when entropy falls below this fraction of its value in the first steps."""
     length: Factor = 4.0
-    """Alarm where responses are so many times longer or shorter than in the first steps."""
+    """Alarm when responses are this many times longer or shorter than in the first steps."""
     reward: Rate = 0.5
-    """Alarm where the mean reward is under this share of its best."""
+    """Alarm when the mean reward falls below this fraction of its best value."""
     grad_norm: Factor = 20.0
-    """Alarm where the gradient's norm is so many times that of the first steps."""
+    """Alarm when the gradient norm is this many times that of the first steps."""
     identical: Rate = 0.9
-    """Alarm where more than this share of responses equals another response to the same prompt."""
+    """Alarm when more than this fraction of responses is identical to another response to the same prompt."""
     stop: bool = False
     """Stop the run at an alarm, with a checkpoint and exit code 3; `checkpoint.keep_best` keeps the best one.
-    The same command goes on, and the same alarm is not given again before it was over."""
+    The same command resumes; the same alarm is raised again only after it has cleared."""
 
 
 class LogConfig(Section):
-    rollouts: Count = 2
-    """Groups per step whose responses go to `rollouts.jsonl` and into the report, the first and the last
-    among them."""
-    to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
-    """Trackers that also get numbers, histograms and, every tenth step, pictures."""
-    project: str = "vlm_sapo"
-    """What the trackers call the project; a run is called like its folder."""
+    rollouts: Annotated[Count, AlsoCalled("num_completions_to_print", "log_completions")] = 2
+    """Groups per step whose responses are written to `rollouts.jsonl` and shown in the report, the first and
+    the last group of the step among them."""
+    to: Annotated[
+        list[Literal["tensorboard", "wandb", "trackio", "mlflow"]],
+        AlsoCalled("report_to", "logger", "trackers"),
+    ] = []
+    """Trackers that get metrics, histograms and, every tenth step, images."""
+    project: Annotated[str, AlsoCalled("project_name", "wandb_project")] = "vlm_sapo"
+    """Project name in the trackers; a run has the name of its folder."""

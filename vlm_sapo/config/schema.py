@@ -2,73 +2,100 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vlm_sapo.config.data import Count, DataConfig, NotNegative, Positive, Rate, RowsConfig, Section
+from vlm_sapo.config.data import DataConfig, RowsConfig
+from vlm_sapo.config.fields import (
+    AlsoCalled,
+    Count,
+    Note,
+    NotNegative,
+    Positive,
+    Probability,
+    Rate,
+    Section,
+    TopP,
+    noted,
+)
 from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.config.run import AlarmsConfig, CheckpointConfig, LogConfig, RunConfig
 from vlm_sapo.config.secrets import check_address, check_secrets
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
 Part = Literal["vision", "merger", "language"]
 
 
 class LoraConfig(Section):
-    rank: Positive = 16
+    example: ClassVar[str] = "{rank: 16}"
+
+    rank: Annotated[Positive, AlsoCalled("r", "lora_r", "lora_rank")] = 16
     """Rank of the adapters."""
-    alpha: Rate = 32.0
-    """The adapters' output is multiplied by alpha / rank."""
-    parts: Annotated[list[Part], Field(min_length=1)] = ["language"]
-    """Parts whose linear layers get adapters. Experts and the router of a mixture get none."""
-    bits: Literal[4] | None = None
-    """4 holds the linear layers of the adapted parts in 4 bits (QLoRA, needs bitsandbytes); null as
-    `model.dtype` says."""
+    alpha: Annotated[Rate, AlsoCalled("lora_alpha")] = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    parts: Annotated[list[Part], Field(min_length=1), AlsoCalled("target_modules", "lora_target_modules")] = [
+        "language"
+    ]
+    """Parts of the model whose linear layers get adapters. Experts and router of an MoE model get none."""
+    bits: Annotated[Literal[4] | None, AlsoCalled("load_in_4bit", "quantization")] = None
+    """4 stores the linear layers of these parts in 4 bits (QLoRA, needs bitsandbytes); null keeps
+    `model.dtype`."""
     adapter: str | None = None
-    """Folder with an adapter of the same base model to go on from; its rank, alpha and parts then count."""
+    """Folder of a trained adapter of the same base model to continue from; its rank, alpha and parts are
+    used."""
 
 
 class ModelConfig(Section):
-    path: str
-    """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its processor."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights that are trained. float32 with `train.precision: bf16` keeps small updates."""
-    freeze: list[Literal["vision", "merger", "language", "router"]] = []
-    """Parts that are not trained. With `vision` and `merger` each picture is encoded once per step and its
-    features serve rollout and updates; with `vision` alone it is encoded again in every pass. `router` is
-    what chooses the experts of a mixture; `language` leaves it out."""
+    example: ClassVar[str] = "{path: Qwen/Qwen2.5-VL-3B-Instruct}"
+
+    path: Annotated[str, Note.IN_REPORT, AlsoCalled("name", "model_name_or_path", "model_path", "model")]
+    """Folder or Hugging Face id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its
+    processor."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], AlsoCalled("torch_dtype")] = "float32"
+    """Data type of the trained weights. In bfloat16 small updates are rounded away; float32 with
+    `train.precision: bf16` keeps them."""
+    freeze: Annotated[
+        list[Literal["vision", "merger", "language", "router"]],
+        AlsoCalled("freeze_vision_tower", "freeze_vision_modules"),
+    ] = []
+    """Parts that are not trained. With `vision` and `merger` frozen each image is encoded once per step, for
+    rollout and updates together; with `vision` alone it is encoded in every pass. `router` is the part of an
+    MoE model that selects experts; `language` doesn't include it."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters and nothing else. The reference model is then the model without them."""
-    gradient_checkpointing: bool = False
+    """Train low-rank adapters only. The reference model is then the model without adapters."""
+    gradient_checkpointing: Annotated[
+        bool, Note.FREE_ON_RESUME, AlsoCalled("enable_gradient_checkpointing", "activation_checkpointing")
+    ] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     min_pixels: Positive | None = None
-    """Smallest area of a resized picture, in pixels; null for the processor's own."""
+    """Images smaller than this many pixels (width x height) are enlarged; null for the processor's
+    default."""
     max_pixels: Positive | None = None
-    """Largest area of a resized picture, in pixels; null for the processor's own."""
+    """Images larger than this many pixels (width x height) are shrunk; null for the processor's default."""
 
     @model_validator(mode="after")
     def _adapted_parts_are_trained(self):
         both = sorted(set(self.lora.parts) & set(self.freeze)) if self.lora else []
         if both:
-            raise ValueError(f"lora.parts and freeze both name {', '.join(both)}; take it out of one of them")
+            raise ValueError(f"lora.parts and freeze both name {', '.join(both)}; remove it from one of them")
         return self
 
 
 class RewardPartConfig(Section):
+    example: ClassVar[str] = "{name: math}"
+
     name: str
-    """A verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function` or an
-    installed entry point."""
+    """A built-in verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function`
+    or an installed entry point."""
     label: str | None = None
-    """Name in the logs; by default the verifier's or function's own."""
-    weight: float = 1.0
-    """Factor of this part in the reward."""
+    """Name in the logs; by default the name of the verifier or function."""
+    weight: Annotated[float, AlsoCalled("reward_weights")] = 1.0
+    """Weight of this part in the sum."""
     gate: float | None = None
-    """Where this part scores below, the whole reward is 0."""
+    """If this part scores lower, the whole reward is 0."""
     batched: bool = False
-    """The function takes lists of responses and examples and returns a list."""
+    """The function takes lists of responses and examples and returns a list of scores."""
     args: dict[str, Any] = {}
     """Keyword arguments of the verifier or function."""
 
@@ -82,24 +109,29 @@ class RewardPartConfig(Section):
 
 
 RESERVED = {"mean", "zero_variance"}
-"""Names under `reward/` in the logs that are no part's."""
+"""Metrics under `reward/` that are not of a part."""
 
 
 class RewardConfig(Section):
-    parts: list[RewardPartConfig] = []
-    """The parts of the reward; their weighted sum is what is trained. `reward: NAME` and `reward: [...]` are
-    short for one part and for parts."""
+    example: ClassVar[str] = "{parts: [{name: math}]}"
+    list_field: ClassVar[str] = "parts"
+
+    parts: Annotated[
+        list[RewardPartConfig], Note.IN_REPORT, AlsoCalled("reward_funcs", "reward_function", "functions")
+    ] = []
+    """The parts of the reward; their weighted sum is trained. `reward: NAME` is short for one part and
+    `reward: [...]` for several."""
     timeout: Rate = 10.0
-    """Seconds for a response; what takes longer is stopped, scores 0 and is counted."""
+    """Seconds to grade one response; a slower one is stopped, scores 0 and is counted."""
     on_error: Literal["stop", "zero"] = "stop"
-    """When a function raises: stop the run, or score 0 and count it."""
-    workers: Positive | None = None
-    """Processes that grade; null for one per core, at most 8."""
+    """When a reward function raises: `stop` the run, or score `zero` and count it."""
+    workers: Annotated[Positive | None, Note.FREE_ON_RESUME, AlsoCalled("num_workers")] = None
+    """Grading processes; null for one per core, at most 8."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        value = {"parts": value} if isinstance(value, str | list) else value
+        value = {cls.list_field: value} if isinstance(value, str | list) else value
         if isinstance(value, dict) and isinstance(value.get("parts"), str):
             value = value | {"parts": [{"name": value["parts"]}]}
         return value
@@ -108,19 +140,21 @@ class RewardConfig(Section):
     def _labels_differ(self):
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"two parts of one name ({', '.join(self.labels)}); give each its own `label`")
-        if taken := set(self.labels) & RESERVED:
-            raise ValueError(f"a part's label ({', '.join(taken)}) is the name of a metric; give it another")
+        if reserved := set(self.labels) & RESERVED:
+            raise ValueError(
+                f"a part's label ({', '.join(reserved)}) is the name of a metric; choose another"
+            )
         return self
 
     @property
     def measured(self) -> str:
         """The label of the first part that reads the gold answer."""
-        reading = [
-            place
-            for place, part in enumerate(self.parts)
+        with_gold = [
+            label
+            for label, part in zip(self.labels, self.parts, strict=True)
             if part.name not in ("format", "length", "language")
         ]
-        return self.labels[reading[0] if reading else 0]
+        return (with_gold or self.labels)[0]
 
     @property
     def labels(self) -> list[str]:
@@ -130,39 +164,41 @@ class RewardConfig(Section):
 class SapoConfig(Section):
     type: Literal["sapo"] = "sapo"
     tau_pos: Rate = 1.0
-    """Temperature of the gate for positive advantages."""
+    """Temperature of the gate for tokens with positive advantage."""
     tau_neg: Rate = 1.05
-    """Temperature of the gate for negative advantages; larger fades faster off policy."""
+    """Temperature of the gate for tokens with negative advantage. The larger it is, the faster the gradient
+    fades as the importance ratio moves away from 1."""
 
 
 class GrpoConfig(Section):
     type: Literal["grpo"]
-    low: NotNegative = 0.2
-    """Ratios under 1 - low are clipped for negative advantages."""
-    high: NotNegative = 0.2
-    """Ratios over 1 + high are clipped for positive advantages (.28 for DAPO's clip-higher)."""
+    low: Annotated[NotNegative, AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low")] = 0.2
+    """Lower clip: for negative advantages, ratios below 1 - low are clipped."""
+    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high")] = 0.2
+    """Upper clip: for positive advantages, ratios above 1 + high are clipped (0.28 for DAPO's
+    clip-higher)."""
 
 
 class GspoConfig(Section):
     type: Literal["gspo"]
-    low: NotNegative = 3e-4
-    """Sequence ratios under 1 - low are clipped for negative advantages."""
-    high: NotNegative = 4e-4
-    """Sequence ratios over 1 + high are clipped for positive advantages."""
+    low: Annotated[NotNegative, AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low")] = 3e-4
+    """Lower clip: for negative advantages, sequence ratios below 1 - low are clipped."""
+    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high")] = 4e-4
+    """Upper clip: for positive advantages, sequence ratios above 1 + high are clipped."""
 
 
 class CispoConfig(Section):
     type: Literal["cispo"]
-    cap: Rate = 5.0
-    """Largest weight of a token: an absolute ratio, not 1 + epsilon."""
+    cap: Annotated[Rate, AlsoCalled("epsilon_high", "clip_ratio_high")] = 5.0
+    """Largest importance weight of a token: the ratio itself, not 1 + epsilon."""
 
 
 class DppoConfig(Section):
     type: Literal["dppo"]
     low: NotNegative = 0.2
-    """Tokens with a negative advantage leave the loss once their probability has fallen by more than this."""
+    """Tokens with negative advantage are masked once their probability has fallen by more than this."""
     high: NotNegative = 0.2
-    """Tokens with a positive advantage leave the loss once their probability has risen by more than this."""
+    """Tokens with positive advantage are masked once their probability has risen by more than this."""
 
 
 class VespoConfig(Section):
@@ -178,59 +214,88 @@ class VespoConfig(Section):
 
 
 class CorrectionConfig(Section):
+    example: ClassVar[str] = "{type: truncated}"
+
     type: Literal["truncated", "masked"]
-    """What becomes of importance weights over `high`: set to it, or to 0 (as are those under `low`)."""
+    """Weights above `high` are set to `high` (`truncated`), or to 0 together with those below `low`
+    (`masked`)."""
     level: Literal["token", "sequence"] = "token"
-    """Weight of each token, or the product of a response's weights for all of its tokens."""
+    """A weight for each token, or one for each response: the product of its tokens' weights."""
     low: NotNegative = 0.0
-    """Smallest weight that `masked` lets count."""
-    high: Rate = 2.0
+    """Smallest weight that `masked` keeps."""
+    high: Annotated[Rate, AlsoCalled("vllm_importance_sampling_cap")] = 2.0
     """Largest weight."""
 
     @model_validator(mode="after")
     def _bounds(self):
         if self.type == "truncated" and self.low:
-            raise ValueError(f"low ({self.low}) has no part in type truncated; remove it, or set type=masked")
+            raise ValueError(
+                f"low ({self.low}) has no effect with type truncated; remove it, or set type=masked"
+            )
         if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be under high ({self.high})")
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
         return self
 
 
 class OwnFunctionConfig(Section):
+    example: ClassVar[str] = "{type: own, function: my_file.py:name}"
+
     type: Literal["own"]
     function: str
-    """`path/to/file.py:name` or `package.module:name` of a function or class; docs/algorithm.md says what it
-    gets, docs/examples shows one of each kind."""
+    """`path/to/file.py:name` or `package.module:name` of a function or class. docs/algorithm.md lists its
+    arguments; docs/examples has one of each kind."""
     args: dict[str, Any] = {}
-    """Its keyword arguments."""
+    """Further keyword arguments of the function."""
 
 
 class AlgoConfig(Section):
     objective: Annotated[
         SapoConfig | GrpoConfig | GspoConfig | CispoConfig | DppoConfig | VespoConfig | OwnFunctionConfig,
         Field(discriminator="type"),
+        Note.IN_REPORT,
+        AlsoCalled("loss_type", "policy_loss", "loss"),
     ] = SapoConfig()
-    """What a token's importance ratio and advantage contribute."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Level of the importance ratio."""
-    advantage: Literal["zscore", "centred", "leave_one_out"] | OwnFunctionConfig = "zscore"
-    """How rewards of a group become advantages; `{type: own, function: ...}` for a function of the batch."""
-    reduction: Literal["sequence_mean", "token_mean", "constant"] | OwnFunctionConfig = "sequence_mean"
-    """How token losses become one number; `constant` divides by sequences times `rollout.max_tokens`;
-    `{type: own, function: ...}` for a function of losses, mask and denominators."""
-    kl: NotNegative = 0.0
-    """Weight of the k3 estimate of KL(policy, reference), the reference being the model at the start."""
-    correction: CorrectionConfig | None = None
-    """Corrects for the engine's log-probs not being the policy's: each token's loss is weighed by policy over
-    engine before the update, as a constant outside the gate. Needs old log-probs from the policy."""
-    replay: Literal["none", "r2", "r3"] = "none"
-    """Which experts of a mixture an update uses: those that its routers choose (`none`), those of the pass
-    that gives the old log-probs (`r2`), or those that the rollout engine used (`r3`). Replayed experts are
-    weighed by the present router, which keeps its gradient (docs/moe.md)."""
-    balance: NotNegative = 0.0
-    """Weight of a loss that spreads each response's tokens over a mixture's experts (docs/moe.md)."""
-    mask_truncated: bool = False
-    """Leave responses that hit the length limit out of the loss and of its denominator."""
+    """Policy objective: how importance ratio and advantage become the loss of a token. `objective: NAME` is
+    short for `objective: {type: NAME}`; docs/algorithm.md compares them."""
+    ratio: Annotated[
+        Literal["token", "sequence"], Note.IN_REPORT, AlsoCalled("importance_sampling_level")
+    ] = "token"
+    """Level of the importance ratio: one per token, or one per response (GSPO)."""
+    advantage: Annotated[
+        Literal["zscore", "centred", "leave_one_out"] | OwnFunctionConfig,
+        Note.IN_REPORT,
+        AlsoCalled("scale_rewards", "adv_estimator", "advantage_estimator"),
+    ] = "zscore"
+    """Advantage of a response within its group: reward minus mean, divided by the standard deviation
+    (`zscore`, GRPO); reward minus mean (`centred`, Dr. GRPO); or reward minus the mean of the others
+    (`leave_one_out`, RLOO). `{type: own, function: ...}` is a function of yours."""
+    reduction: Annotated[
+        Literal["sequence_mean", "token_mean", "constant"] | OwnFunctionConfig,
+        AlsoCalled("loss_agg_mode", "loss_avg_mode"),
+    ] = "sequence_mean"
+    """How token losses are averaged: mean over each response, then over responses (`sequence_mean`, GRPO);
+    mean over all tokens (`token_mean`, DAPO); or sum divided by responses times `rollout.max_tokens`
+    (`constant`, Dr. GRPO). `{type: own, function: ...}` is a function of yours."""
+    kl: Annotated[
+        NotNegative,
+        Note.IN_REPORT,
+        AlsoCalled("beta", "kl_coef", "kl_loss_coef", "kl_penalty"),
+    ] = 0.0
+    """KL penalty: weight of the k3 estimate of KL(policy, reference). The reference is the initial model."""
+    correction: Annotated[
+        CorrectionConfig | None,
+        AlsoCalled("vllm_importance_sampling_correction", "rollout_is", "tis", "tis_imp_ratio_cap"),
+    ] = None
+    """Corrects the train/inference mismatch: each token's loss is multiplied by the policy's probability over
+    the engine's, both before the update, without gradient. Needs old log-probs from the policy."""
+    replay: Annotated[Literal["none", "r2", "r3"], AlsoCalled("routing_replay", "router_replay")] = "none"
+    """Routing replay of MoE models: updates use the experts that the router now selects (`none`), those of
+    the pass that computed the old log-probs (`r2`), or those that the rollout engine used (`r3`). The present
+    router weights the replayed experts and keeps its gradient (docs/moe.md)."""
+    balance: Annotated[NotNegative, AlsoCalled("router_aux_loss_coef", "aux_loss_coef")] = 0.0
+    """Weight of the load-balancing loss of MoE models, computed per response (docs/moe.md)."""
+    mask_truncated: Annotated[bool, AlsoCalled("mask_truncated_completions", "overlong_filtering")] = False
+    """Exclude responses that hit the length limit from the loss and its denominator."""
 
     @field_validator("objective", "correction", mode="before")
     @classmethod
@@ -246,60 +311,95 @@ class AlgoConfig(Section):
     def _gspo_is_sequence_level(self):
         if self.objective.type == "gspo" and self.ratio != "sequence":
             raise ValueError(
-                "objective.type gspo is defined on the sequence ratio; set algo.ratio=sequence, "
-                "or objective.type=grpo for the clip on token ratios"
+                "objective.type gspo needs sequence ratios; set algo.ratio=sequence, or objective.type=grpo "
+                "to clip token ratios"
             )
         return self
 
 
+def _no_is_a_word(value: Any) -> Any:
+    """YAML reads `no` as false."""
+    return "no" if value is False else value
+
+
 class OptimConfig(Section):
-    steps: Positive
+    example: ClassVar[str] = "{steps: 100}"
+
+    steps: Annotated[Positive, AlsoCalled("max_steps", "total_training_steps", "num_steps", "total_steps")]
     """Number of steps: rollout batches for `train`, updates for `sft`."""
-    lr: Rate = 1e-6
+    lr: Annotated[Rate, Note.IN_REPORT, AlsoCalled("learning_rate")] = 1e-6
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up; linear and cosine end at 0."""
-    warmup_steps: Count = 0
-    """Steps over which the learning rate rises from 0."""
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"],
+        AlsoCalled("lr_scheduler_type", "lr_scheduler"),
+    ] = "constant"
+    """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
+    warmup_steps: Annotated[Count, AlsoCalled("lr_warmup_steps", "warmup", "warmup_ratio")] = 0
+    """Steps of linear learning-rate warm-up."""
     weight_decay: NotNegative = 0.0
-    """AdamW's weight decay."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's decay rates."""
-    max_grad_norm: Rate = 1.0
-    """Gradients are scaled down to this norm."""
-    bad_updates: Count = 3
-    """Updates in a row that may be left out because their loss, gradient or an importance ratio is not
-    finite; with one more the run stops. The batch at fault goes to `bad_updates/` in the run's folder."""
+    """Weight decay of AdamW."""
+    betas: Annotated[tuple[Share, Share], AlsoCalled("adam_betas", "adam_beta1", "adam_beta2")] = (0.9, 0.999)
+    """Betas of AdamW."""
+    max_grad_norm: Annotated[Rate, AlsoCalled("grad_clip", "clip_grad_norm", "max_norm")] = 1.0
+    """Gradients are clipped to this norm."""
+    bad_updates: Annotated[Count, Note.FREE_ON_RESUME] = 3
+    """Skip updates whose loss, gradient or importance ratio is NaN or infinite; stop the run after more than
+    this many in a row. Their batches are saved to `bad_updates/` in the run's folder."""
     precision: Annotated[
         Literal["no", "bf16"],
-        BeforeValidator(lambda given: "no" if given is False else given),  # what YAML makes of no
+        BeforeValidator(_no_is_a_word),
+        AlsoCalled("bf16", "mixed_precision", "autocast"),
     ] = "no"
-    """`bf16` computes in bfloat16 under autocast, log-probs and weights staying as they are."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """`adamw_8bit` holds the optimizer's two moments in 8 bits, `paged_...` besides lets them move to host
-    memory when the GPU is full; both need bitsandbytes."""
-    shard: Positive | Literal["all"] = 1
-    """Processes (GPUs) that share one copy of the weights, gradients and optimizer state; a divisor of their
-    number, or all. With 1 each has a whole copy."""
-    offload: bool = False
-    """Keep weights (except a frozen vision tower's), gradients and optimizer state in host memory and bring
-    each layer to the GPU when it is needed: slow, and the least memory."""
-    tokens_per_microbatch: Positive = 16384
-    """Most tokens, padding included, that go through the model at once; it never changes the gradient."""
-    layout: Literal["shared", "plain"] = "shared"
-    """`shared` runs a prompt once for all its responses, `plain` once for each; the results are the same, and
-    the start of a run checks that they are."""
+    """`bf16` computes with bfloat16 autocast; weights and log-probs keep their type."""
+    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], AlsoCalled("optim")] = "adamw"
+    """`adamw_8bit` stores the optimizer state in 8 bits; `paged_adamw_8bit` also moves it to host memory when
+    the GPU is full. Both need bitsandbytes."""
+    shard: Annotated[
+        Positive | Literal["all"],
+        Note.FREE_ON_RESUME,
+        AlsoCalled("fsdp", "fsdp_size", "zero_stage"),
+    ] = 1
+    """FSDP group size: GPUs that share one copy of weights, gradients and optimizer state. It must divide the
+    number of GPUs; `all` uses all of them, 1 is plain data parallelism."""
+    offload: Annotated[bool, Note.FREE_ON_RESUME, AlsoCalled("cpu_offload", "param_offload")] = False
+    """Store weights (except a frozen vision tower's), gradients and optimizer state in host memory and copy
+    each layer to the GPU when it is needed: least GPU memory, slow."""
+    tokens_per_microbatch: Annotated[
+        Positive,
+        Note.FREE_ON_RESUME,
+        AlsoCalled(
+            "per_device_train_batch_size",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_max_token_len_per_gpu",
+            "ppo_micro_batch_size_per_gpu",
+        ),
+    ] = 16384
+    """Most tokens, padding included, in one forward and backward pass. It changes memory and speed, never the
+    gradient."""
+    layout: Annotated[Literal["shared", "plain"], Note.FREE_ON_RESUME] = "shared"
+    """`shared` computes a prompt once for all its responses, `plain` once per response. The results are the
+    same; every run checks that at its start."""
 
 
 class TrainerConfig(OptimConfig):
-    prompts_per_step: Positive = 32
+    prompts_per_step: Annotated[
+        Positive,
+        Note.IN_REPORT,
+        AlsoCalled("batch_size", "train_batch_size", "prompts_per_batch", "generation_batch_size"),
+    ] = 32
     """Prompts (groups) per step."""
-    minibatches: Positive = 4
-    """Optimizer updates per step; with 1 every ratio is 1 and all objectives are the same."""
+    minibatches: Annotated[
+        Positive,
+        Note.IN_REPORT,
+        AlsoCalled("num_mini_batches", "num_iterations", "ppo_mini_batch_size"),
+    ] = 4
+    """Optimizer updates per step, each on its own share of the prompts. With 1 all importance ratios are 1
+    and all objectives are the same."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
-    """Where the log-probs before the update come from: a pass of the policy (`recompute`), the engine
-    (`rollout`), or the engine if the start of the run shows that its log-probs agree with the policy's to
-    rounding (`auto`). On policy the first update's own pass gives its own."""
+    """Source of the old log-probs (before the update): a forward pass of the policy (`recompute`), the
+    rollout engine (`rollout`), or the engine if at the start of the run its log-probs agree with the policy's
+    up to rounding (`auto`). The first update of a step needs neither where it is on policy."""
 
     @model_validator(mode="after")
     def _divides(self):
@@ -314,39 +414,48 @@ class TrainerConfig(OptimConfig):
 
 
 class SftTrainerConfig(OptimConfig):
-    rows_per_step: Positive = 32
-    """Demonstrations per update."""
+    rows_per_step: Annotated[Positive, AlsoCalled("batch_size", "train_batch_size")] = 32
+    """Demonstrations per update (batch size)."""
 
 
 class EvalConfig(Section):
-    data: RowsConfig | None = None
-    """Held-out rows. Where they say nothing else, `system`, `template` and `verifier` are those of `data`."""
+    data: Annotated[RowsConfig | None, AlsoCalled("val_files", "eval_dataset", "eval_data")] = None
+    """Held-out rows. `system`, `template` and `verifier` are those of `data` unless set here. For several
+    held-out sets use `eval.benchmarks`."""
     benchmarks: list[str] = []
-    """Benchmarks to evaluate on besides, each `NAME` or `NAME=FILE` with the benchmark's rows in a local
-    file; eval/README.md lists them. Their responses may be as long as the benchmark's definition says."""
+    """Benchmarks to evaluate on as well: `NAME` (eval/README.md lists them), `NAME=FILE` with the benchmark's
+    rows in a local file, or the path of a definition of your own. Responses may be as long as the definition
+    says."""
     limit: Positive | None = None
-    """Use the first so many problems of each benchmark."""
-    every: Count = 0
-    """Evaluate every so many steps, besides before and after; 0 for never."""
-    samples: Positive = 1
-    """Responses per problem; pass@1 is their mean."""
+    """Evaluate only the first N problems of each benchmark."""
+    every: Annotated[Count, AlsoCalled("eval_steps", "test_freq", "val_freq", "eval_interval")] = 0
+    """Evaluate every N steps, in addition to before and after training; 0 for only these two."""
+    samples: Annotated[Positive, AlsoCalled("n", "num_generations", "num_generations_eval")] = 1
+    """Responses per problem; pass@1 is their mean score."""
     temperature: NotNegative = 1.0
-    """Sampling temperature of the evaluation; 0 takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    top_p: TopP = 1.0
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose probability sums to this."""
     top_k: Count = 0
-    """Sample from the so many likeliest tokens; 0 for all."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Sample from tokens at least this share as likely as the likeliest."""
+    """Sample from the k most likely tokens; 0 for all."""
+    min_p: Probability = 0.0
+    """Sample from tokens whose probability is at least this fraction of the most likely token's."""
     part: str | None = None
-    """Reward part that is measured; null for the first one that reads the gold answer."""
+    """Reward part to report; null for the first one that reads the gold answer."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("this is one source, not a list; list several held-out sets in eval.benchmarks")
+        return value
 
 
 PROMPT = ("system", "template", "verifier")
 
 
 def with_prompt_of(data: DataConfig, rows: RowsConfig | None) -> RowsConfig | None:
-    """Held-out rows with the training rows' prompt where they have none of their own."""
+    """Held-out rows with the training rows' prompt and verifier unless they set their own."""
     if rows is None or data.mixture:
         return rows
     own = rows.model_fields_set
@@ -364,9 +473,9 @@ class TrainConfig(Section):
     algo: AlgoConfig = AlgoConfig()
     train: TrainerConfig
     eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    alarms: AlarmsConfig = AlarmsConfig()
-    log: LogConfig = LogConfig()
+    checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
+    alarms: Annotated[AlarmsConfig, Note.FREE_ON_RESUME] = AlarmsConfig()
+    log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
 
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
@@ -376,13 +485,13 @@ class TrainConfig(Section):
             raise ValueError("reward.parts must name at least one verifier or function")
         if self.algo.correction and self.train.old_logprobs == "rollout":
             raise ValueError(
-                "algo.correction weighs the policy's old log-probs against the engine's, and "
+                "algo.correction compares the policy's old log-probs with the engine's, and "
                 "train.old_logprobs (rollout) makes them the same; set train.old_logprobs=recompute"
             )
         if self.algo.replay == "r2" and self.train.old_logprobs == "rollout":
             raise ValueError(
-                "algo.replay (r2) replays the experts of the policy's pass that gives the old log-probs, and "
-                "with train.old_logprobs (rollout) there is none; set train.old_logprobs=recompute, or "
+                "algo.replay (r2) replays the experts of the pass that computes the old log-probs, and with "
+                "train.old_logprobs (rollout) there is no such pass; set train.old_logprobs=recompute, or "
                 "algo.replay=r3"
             )
         if self.eval.part is not None and self.eval.part not in self.reward.labels:
@@ -403,15 +512,25 @@ class SftConfig(Section):
     reward: RewardConfig = RewardConfig()
     train: SftTrainerConfig
     eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
+    log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
 
     @model_validator(mode="after")
     def _complete(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
         self.checkpoint.check_best(self.eval.every, self.eval.data)
         if any("response" not in task.columns for task in self.data.tasks):
-            raise ValueError("data.columns.response must name the column with the demonstrations; add it")
+            raise ValueError("data.columns.response is missing; set it to the column with the demonstrations")
         if self.eval.data and not self.reward.parts:
-            raise ValueError("eval.data needs a reward to measure with; add reward.parts or remove eval.data")
+            raise ValueError("eval.data needs a reward; set reward.parts, or remove eval.data")
         return self
+
+
+def report_fields() -> frozenset[str]:
+    """Dotted names of the fields that a report's summary shows."""
+    return noted(Note.IN_REPORT, TrainConfig, SftConfig)
+
+
+def free_on_resume() -> frozenset[str]:
+    """Dotted names of the fields and sections that a resumed run may change."""
+    return noted(Note.FREE_ON_RESUME, TrainConfig, SftConfig)

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from vlm_sapo.config.fields import belongs
+from vlm_sapo.config.schema import report_fields
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.tools.compare import changed_item, compare, read_samples
 from vlm_sapo.tools.report.page import EmbeddedImages
@@ -23,24 +25,6 @@ MAX_CHANGED = 40
 """Problems of an evaluation whose verdict changed."""
 TRACE_KEY = re.compile(rb'\{"step": (\d+), "place": (\d+),')
 """The beginning of a line of traces.jsonl: step and slot of a group."""
-SUMMARY_FIELDS = (
-    "model.path",
-    "data.source",
-    "data.args",
-    "reward.parts",
-    "algo.objective",
-    "algo.ratio",
-    "algo.advantage",
-    "algo.kl",
-    "train.lr",
-    "train.prompts_per_step",
-    "train.minibatches",
-    "rollout.group",
-    "rollout.temperature",
-    "rollout.max_tokens",
-    "run.seed",
-)
-"""Config fields that the summary always shows."""
 TRACED = ("pieces", "log_ratio", "effective", "entropy")
 """What traces.jsonl holds of each token."""
 GroupKey = tuple[int, int]
@@ -123,7 +107,7 @@ def _select_facts(runs: list[dict[str, str]]) -> None:
     """Removes all fields but the summary's and those in which the runs differ."""
     names = dict.fromkeys(name for facts in runs for name in facts)
     differing = {name for name in names if len({facts.get(name) for facts in runs}) > 1}
-    selected = {name for name in names if name.startswith(SUMMARY_FIELDS)} | (
+    selected = {name for name in names if belongs(name, report_fields())} | (
         differing - {"run.dir", "run.name"}
     )
     for facts in runs:

@@ -1,0 +1,116 @@
+"""The options of `vlm-sapo eval` and of `vlm_sapo.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, model_validator
+
+from vlm_sapo.config.fields import Count, NotNegative, Positive, Probability, Section, TopP
+from vlm_sapo.config.files import parse
+from vlm_sapo.config.load import check
+from vlm_sapo.config.rollout import EngineConfig, RolloutConfig
+
+
+def _split(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+ONLY_ALONE = 0.9
+"""Share of a GPU's memory for vLLM where nothing trains beside it."""
+
+
+class EvalOptions(Section):
+    """What is evaluated, and how."""
+
+    model_config = ConfigDict(frozen=True)
+
+    benchmark: Annotated[list[str], BeforeValidator(_split)]
+    """NAME[:VARIANT][=FILE], several separated by commas; eval/README.md lists them."""
+    model: Text | None = None
+    """Folder or Hugging Face id of the model."""
+    responses: Text | None = None
+    """Grade this file of recorded responses (JSON lines with id and response) instead of running a model."""
+    data: Text | None = None
+    """Local file with the rows of the benchmark, if it is only one."""
+    samples: Positive = 1
+    """Responses per problem; pass@1 is their mean score."""
+    temperature: NotNegative | None = None
+    """Sampling temperature; 0 is greedy. By default 0 for one sample per problem and 1 for several."""
+    seed: int = 0
+    """Seed of the sampling."""
+    max_tokens: Positive | None = None
+    """Maximum length of a response in tokens; by default the benchmark's."""
+    min_pixels: Positive | None = None
+    """Enlarge images with fewer pixels (width x height) than this."""
+    max_pixels: Positive | None = None
+    """Shrink images with more pixels (width x height) than this."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights: float32, bfloat16 or float16."""
+    limit: Positive | None = None
+    """Evaluate only the first N problems."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """On a row that can't be used: stop, or skip it."""
+    engine: str = "hf"
+    """Generation engine: hf, vllm or vllm_server."""
+    engine_args: str = "{}"
+    """Fields of rollout.engine as a YAML mapping, such as '{tensor_parallel: 2}'; docs/rollouts.md."""
+    top_p: TopP = 1.0
+    """Nucleus sampling: keep the smallest set of tokens whose probability sums to this."""
+    top_k: Count = 0
+    """Sample from the k most likely tokens; 0 for all."""
+    min_p: Probability = 0.0
+    """Keep tokens whose probability is at least this fraction of the most likely token's."""
+    batch: Positive = 16
+    """Problems to generate for at the same time."""
+    out: Path = Path("runs/eval")
+    """Folder for results.json and samples.jsonl."""
+
+    @classmethod
+    def field_label(cls, location: Sequence[str | int]) -> str:
+        """As it is written on the command line."""
+        return "--" + ".".join(map(str, location)).replace("_", "-")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.model is None) == (self.responses is None):
+            raise ValueError("give --model, or --responses with recorded ones")
+        if self.data and len(self.benchmark) > 1:
+            raise ValueError(
+                f"--data ({self.data}) is for one benchmark; for several write --benchmark "
+                "NAME=FILE,NAME=FILE"
+            )
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks as NAME[:VARIANT][=FILE]."""
+        return [f"{self.benchmark[0]}={self.data}"] if self.data else self.benchmark
+
+    @property
+    def sampling_temperature(self) -> float:
+        return float(self.samples > 1) if self.temperature is None else self.temperature
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers, beside the benchmark's own definition."""
+        values = self.model_dump(exclude={"benchmark", "data", "engine_args", "batch", "out"})
+        engine = self.engine if self.engine_args == "{}" else f"{self.engine} {self.engine_args}"
+        return values | {"temperature": self.sampling_temperature, "engine": engine}
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's section. Raises ValueError naming its field."""
+        fields = parse(self.engine_args)
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"--engine-args ({self.engine_args}) must be a YAML mapping such as '{{tensor_parallel: 2}}'"
+            )
+        alone = {"gpu_memory": ONLY_ALONE} if self.engine == "vllm" else {}
+        return check(RolloutConfig, {"engine": {"type": self.engine} | alone | fields}).engine
