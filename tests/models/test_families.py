@@ -14,7 +14,7 @@ from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
-from vlm_sapo.models.vlm import save_model, stored_weights
+from vlm_sapo.models.weights import hf_state_dict, save_model
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.tools.new_model import Shape, model_config, new_model, qwen3_5_text
@@ -280,7 +280,7 @@ def outline(config):
 def test_weights_are_named_as_in_published_checkpoints(name):
     """An embedding model has no head, and its names are otherwise those of the family."""
     index = json.loads((CONFIGS / f"{name}.index.json.names").read_text())
-    weights = stored_weights(outline(AutoConfig.from_pretrained(CONFIGS / f"{NAMES[name]}.json")))
+    weights = hf_state_dict(outline(AutoConfig.from_pretrained(CONFIGS / f"{NAMES[name]}.json")))
     if "Embedding" in name:
         del weights["lm_head.weight"]
     assert set(weights) == set(index["weight_map"])
@@ -298,7 +298,7 @@ def test_experts_lie_as_in_published_checkpoints(family, tmp_path):
         (2 * text.moe_intermediate_size, text.hidden_size),
         (text.hidden_size, text.moe_intermediate_size),
     )
-    turn = slice(None, None, -1) if FAMILIES_TABLE[family].experts_turned else slice(None)
+    turn = slice(None, None, -1) if FAMILIES_TABLE[family].experts_transposed else slice(None)
     weights, layer = vlm.weights(), "model.language_model.layers.1.mlp.experts"
     assert weights[f"{layer}.gate_up_proj"].shape == (text.num_experts, *up[turn])
     assert weights[f"{layer}.down_proj"].shape == (text.num_experts, *down[turn])
@@ -316,7 +316,7 @@ def test_a_real_mixture_of_linear_and_full_attention():
     assert real["mrope_interleaved"] and small["mrope_interleaved"]
     assert real["partial_rotary_factor"] == small["partial_rotary_factor"] == 0.25
     assert sum(real["mrope_section"]) == sum(small["mrope_section"]) == 256 // 4 // 2
-    weights = stored_weights(model)
+    weights = hf_state_dict(model)
     assert all(key.startswith(("model.visual.", "model.language_model.", "lm_head.")) for key in weights)
 
 

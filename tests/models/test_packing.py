@@ -137,9 +137,9 @@ def test_a_frozen_tower_looks_at_a_prompt_once(model_folder, monkeypatch):
     vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
     for layout in (SharedPrefix(), Plain(), SharedPrefix()):
         Pass(vlm)(layout.inputs(groups))
-    assert len(seen) == 1 and len(vlm.vision.kept) == 2
+    assert len(seen) == 1 and len(vlm.vision.cached) == 2
     del groups
-    assert len(vlm.vision.kept) == 0
+    assert len(vlm.vision.cached) == 0
 
 
 def test_a_trained_tower_looks_each_time(vlm):
@@ -148,7 +148,7 @@ def test_a_trained_tower_looks_each_time(vlm):
     vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
     Pass(vlm)(SharedPrefix().inputs(groups))
     Pass(vlm)(SharedPrefix().inputs(groups))
-    assert len(seen) == 2 and not vlm.vision.kept
+    assert len(seen) == 2 and not vlm.vision.cached
 
 
 @given(

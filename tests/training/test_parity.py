@@ -38,7 +38,7 @@ class Copy(HfEngine):
             if (self.fault == "prepacked" and "mlp" in name) or name in self.withheld:
                 continue
             own.data.copy_(new.data)
-        self.vlm.vision.kept.clear()
+        self.vlm.vision.cached.clear()
 
     def generate(self, contexts, sampling):
         prompts = seen = [context.prompt for context in contexts]

@@ -94,8 +94,8 @@ def load_vlm(
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
         )
-    vlm.as_matrix_product()
-    vlm.place(device)
+    vlm.patch_embed_as_linear()
+    vlm.to_device(device)
     return vlm
 
 

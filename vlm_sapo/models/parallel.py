@@ -122,7 +122,7 @@ class Replicated:
         self.world, self.device = world, device
 
     def distribute(self, vlm: VLM) -> None:
-        vlm.place(self.device)
+        vlm.to_device(self.device)
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         return forward_pass(inputs, routed)
