@@ -266,7 +266,9 @@ def vision_attention(
     pieces = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
     outputs = []
     for (_, count), *tensors in zip(runs, *pieces, strict=True):
-        batch = [tensor.unflatten(1, (count, -1)).transpose(0, 1) for tensor in tensors]  # [count, H, size, D]
+        batch = [
+            tensor.unflatten(1, (count, -1)).transpose(0, 1) for tensor in tensors
+        ]  # [count, H, size, D]
         outputs.append(scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 

@@ -71,7 +71,7 @@ class BranchGrid:
 
     @cached_property
     def rows(self) -> list[tuple[int, int | None]]:
-        """What is prefilled: the index of a context and of one of its responses, None for the prompt alone."""
+        """What is prefilled: indices of a context and one of its responses, None for the prompt alone."""
         return [
             (index, row)
             for index, context in enumerate(self.contexts)
@@ -112,7 +112,7 @@ def new_cache(vlm: VLM) -> DynamicCache:
 
 
 class SharedDecodeState:
-    """Branches that share their prompt's keys and values. Only for models with full attention in all layers."""
+    """Branches that share their prompt's keys and values, for models that attend fully."""
 
     def __init__(self, vlm: VLM, prefix: Prefix, cache: DynamicCache):
         self.vlm, self.prefix, self.cache = vlm, prefix, cache
@@ -203,7 +203,7 @@ def _fill(
 
 class ForkedDecodeState:
     """Branches that each start from a copy of their prompt's state: the recurrent state of linear attention,
-    and the keys and values of the other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
+    and the keys and values of other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
     def __init__(self, vlm: VLM, cache: DynamicCache, mask: torch.Tensor):
         self.vlm, self.cache, self.mask = vlm, cache, mask

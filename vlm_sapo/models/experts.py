@@ -112,8 +112,8 @@ class ExpertRoutes:
     def scatter(
         cls, parts: list[tuple[torch.Tensor, ExpertRoutes]], mask: torch.Tensor
     ) -> ExpertRoutes | None:
-        """Joins parts, each with the rows [n] that its responses have in `mask` [N, T] (-1 for fillers); None
-        without parts."""
+        """Merges parts, given as (rows, routes): `rows` [n] are the responses' indices in `mask` [N, T],
+        or -1 to leave one out. None without parts."""
         if not parts:
             return None
         first = parts[0][1].responses

@@ -67,7 +67,7 @@ class VLM(nn.Module):
 
     @cached_property
     def attends_fully(self) -> bool:
-        """Whether all layers of the language model are full attention, so that branches can share a prefix."""
+        """Whether every language layer is full attention, so that branches can share a prefix."""
         kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
         return set(kinds) == {"full_attention"}
 

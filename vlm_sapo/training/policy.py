@@ -83,7 +83,7 @@ class Unadapted(Pass):
     """The policy's pass without its adapters: a reference that costs no memory."""
 
     def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
-        with adapters.switched_off(self.vlm.model):
+        with adapters.disabled(self.vlm.model):
             return super().forward(inputs, routed)
 
 
