@@ -47,20 +47,20 @@ def few_threads():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """accelerate keeps one precision per process; each test may choose its own."""
+    """accelerate keeps one precision per process; each test may set its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """`model_folder(family)`: a folder with a tiny model of the family."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(family: str = "qwen3_vl") -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            new_model(made[family], family=family, corpus=CORPUS, shape=SMALL)
-        return made[family]
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            new_model(folders[family], family=family, corpus=CORPUS, shape=SMALL)
+        return folders[family]
 
     return make
 
@@ -75,33 +75,31 @@ def encoder(vlm) -> Encoder:
     return Encoder(vlm)
 
 
-def picture(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:
-    """A drawn picture that differs by number."""
+def numbered_image(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:
+    """An image of rectangles that differs by number."""
     image = Image.new("RGB", size, (240, 240, 240))
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     for index in range(number + 1):
-        draw.rectangle(
+        canvas.rectangle(
             (5 * index, 3 * index, 5 * index + 9, 3 * index + 12), fill=(40 * index % 255, 90, 200)
         )
     return image
 
 
-def example(
-    number: int = 0, *, pictures: int = 1, problem: str = "How many red shapes are there?", **columns
-):
-    images = tuple(picture(number + index, (48, 48 - 16 * (index % 2))) for index in range(pictures))
-    return Example(id=f"e{number}", problem=problem, answer="2", images=images, columns=columns)
+def example(number: int = 0, *, images: int = 1, problem: str = "How many red shapes are there?", **columns):
+    rendered = tuple(numbered_image(number + index, (48, 48 - 16 * (index % 2))) for index in range(images))
+    return Example(id=f"e{number}", problem=problem, answer="2", images=rendered, columns=columns)
 
 
 def response(ids: list[int], prompt: Prompt, finish: str = "stop") -> Response:
-    """A response that the policy sampled in one go, with log-probs of zero."""
+    """A response of a single turn, with log-probs of zero."""
     return Response.sampled(
         prompt.positions, torch.tensor(ids), torch.zeros(len(ids)), text="", finish=finish
     )
 
 
 def group_slice(prompt: Prompt, rows: Sequence[Sequence[int] | torch.Tensor]) -> GroupSlice:
-    """A prompt with such responses of these ids."""
+    """A prompt with responses of these ids."""
     return GroupSlice(prompt, tuple(response([int(token) for token in ids], prompt) for ids in rows))
 
 
@@ -119,8 +117,8 @@ class Rows:
 
 @pytest.fixture
 def rows(encoder) -> Rows:
-    """Four prompts with 0 to 2 pictures and responses of unequal length."""
-    prompts = [encoder(example(number, pictures=count)) for number, count in enumerate((1, 2, 0, 1))]
+    """Four prompts with 0 to 2 images and responses of unequal length."""
+    prompts = [encoder(example(number, images=count)) for number, count in enumerate((1, 2, 0, 1))]
     lengths = (5, 1, 9, 3)
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(10, 200, (length,), generator=generator).tolist() for length in lengths]

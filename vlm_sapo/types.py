@@ -1,7 +1,7 @@
-"""The records that travel between the stages of a step.
+"""The records that the stages of a step pass on.
 
-Shape legend: P tokens of a prompt, R tokens of a response, G responses of a group, I pictures of a prompt,
-N vision patches of all its pictures, D values of a patch.
+Shapes: [P] tokens of a prompt, [R] tokens of a response, [G] responses of a group, [I] images of a prompt,
+[N] vision patches of all its images, [D] values of a patch.
 """
 
 from __future__ import annotations
@@ -16,64 +16,64 @@ if TYPE_CHECKING:
 
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Where a picture stands in a problem's text."""
+"""Marks the position of an image in a problem's text."""
 
 
 class RowError(ValueError):
-    """A row that cannot be used. The message names the row, its file, the field and what to do."""
+    """A row that cannot be used. The message names the row, its file, the field and the remedy."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: a problem with its pictures, its gold answer, and every other column."""
+    """One row of a data set: a problem with its images, its gold answer, and every other column."""
 
     id: str
     problem: str
-    """Text with one `<image>` mark per picture, in order; no mark at all puts the pictures first."""
+    """Text with one `<image>` per image, in order; without any, the images come first."""
     answer: str
     images: tuple[Image, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     row: int = 0
-    """Its place in its data set."""
+    """Its index in its data set."""
     source: str = ""
     """The file, folder or hub id that the row comes from."""
     task: str = ""
-    """What the logs call the rows it belongs to."""
+    """Name of its task in the logs."""
     template: str = "{problem}"
     """The user's turn, with `{problem}` where the problem goes."""
     system: str | None = None
     """System prompt; None leaves it to the chat template."""
     verifier: tuple[str, Mapping[str, Any]] | None = None
-    """Name and arguments of the verifier that the reward `auto` uses for this row; None where it chooses."""
+    """Name and arguments of the verifier that the reward `auto` uses for this row; None lets it choose."""
 
     @property
     def label(self) -> str:
-        """What an error calls this row."""
+        """The row's name in errors."""
         return f"row {self.id} of {self.source}" if self.source else f"row {self.id}"
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """An example as the model reads it. Pictures are resized once; rollout and training use these pixels.
+    """An example as the model reads it. Images are resized once; rollout and training use the same pixels.
 
     Two prompts are equal only if they are the same object.
     """
 
     example: Example
     text: str
-    """The rendered chat template, image marks not yet expanded."""
+    """The rendered chat template, with one image token per image."""
     opening: str
-    """What the template already wrote of the answer, such as `<think>` and a newline; empty for most."""
+    """The beginning of the answer that the template writes, such as `<think>` and a newline; mostly empty."""
     ids: torch.Tensor
     """[P] int64, image tokens expanded."""
     positions: torch.Tensor
     """[3, P] int64, the rotary positions (time, height, width)."""
     images: tuple[Image, ...]
-    """The I resized pictures, RGB."""
+    """The I resized images, RGB."""
     pixels: torch.Tensor | None
-    """[N, D] float32, or None without pictures."""
+    """[N, D] float32, or None without images."""
     grid: torch.Tensor | None
-    """[I, 3] int64, patches per picture (time, height, width), or None without pictures."""
+    """[I, 3] int64, patches per image (time, height, width), or None without images."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ class Sampling:
     group: int
     max_tokens: int
     temperature: float
-    """0 takes the likeliest token."""
+    """0 is greedy."""
     seed: int
     slots: tuple[int, ...] = ()
-    """Per prompt, what its random numbers depend on beside the seed; by default its index."""
+    """Per prompt, a number that is mixed with the seed for its random numbers; by default its index."""
     top_p: float = 1.0
     """Nucleus sampling: keep the smallest set of tokens whose probability sums to this."""
     top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 for all."""
+    """Sample among this many most likely tokens; 0 for all."""
     min_p: float = 0.0
-    """Keep tokens at least this share as likely as the likeliest."""
+    """Drop tokens below this share of the most likely token's probability."""
 
     def seed_of(self, index: int) -> int:
         """Seed of a prompt's group, from its slot or its index; below 2 ** 62."""
@@ -108,7 +108,7 @@ class Span:
     end: int
     source: Literal["policy", "environment"] = "policy"
     weights_version: int | None = None
-    """`VLM.version` of the weights that sampled them; None for the environment's."""
+    """`VLM.version` of the weights that sampled them; None for the environment's tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,9 @@ class Response:
     """One response, token by token: what the policy sampled and what an environment answered, in order."""
 
     ids: torch.Tensor
-    """[R] int64, the stop token included where the policy ended its turn."""
+    """[R] int64, with the stop token if the policy ended its turn."""
     mask: torch.Tensor
-    """[R] bool, true where the policy sampled the token; the others have no loss."""
+    """[R] bool, true where the policy sampled the token; other tokens have no loss."""
     logprobs: torch.Tensor
     """[R] float32 under the distribution that was sampled (temperature and bans applied), 0 where the mask
     is off."""
@@ -127,15 +127,14 @@ class Response:
     spans: tuple[Span, ...]
     """Who wrote which tokens, in order and without gaps."""
     text: str
-    """What a verifier reads: the template's opening and the policy's tokens without special ones, turn by
-    turn."""
+    """What a verifier reads: the prompt's opening and the policy's turns, without special tokens."""
     finish: Literal["stop", "length", "turns"]
-    """Whether it ended by itself, at `max_tokens`, or at the environment's limit of turns."""
+    """Whether it ended with a stop token, at `max_tokens`, or at the environment's limit of turns."""
     experts: torch.Tensor | None = None
-    """[P + R - 1, M, k] integer, the k experts that each of the M MoE layers chose for the tokens of prompt
-    and response but the last; None unless the engine was asked for them."""
+    """[P + R - 1, M, k] integer, the k experts of each of the M MoE layers for all tokens of prompt and
+    response but the last; None unless the engine records them."""
     reward: float | None = None
-    """What an environment gave for it; None without one."""
+    """The environment's reward; None without an environment."""
 
     @classmethod
     def sampled(
@@ -149,9 +148,9 @@ class Response:
         experts: torch.Tensor | None = None,
         version: int | None = None,
     ) -> Response:
-        """What the policy sampled in one go, ids and log-probs [R], behind tokens with positions `after`
+        """A response sampled in one call: ids and log-probs [R], following tokens with positions `after`
         [3, P]."""
-        import torch  # not for the processes that grade, which read texts alone
+        import torch  # here, because reward workers, which only read texts, shall not load it
 
         return cls(
             ids=ids,
@@ -165,7 +164,7 @@ class Response:
         )
 
     def continued(self, other: Response) -> Response:
-        """This response with `other`, what came after it, whose text, finish, experts and reward count."""
+        """This response followed by `other`, with the text, finish, experts and reward of `other`."""
         import torch
 
         shift = len(self.ids)
@@ -181,7 +180,7 @@ class Response:
 
     @property
     def turns(self) -> list[torch.Tensor]:
-        """The tokens that the policy sampled, [turn's tokens] by turn."""
+        """The tokens that the policy sampled, one tensor per turn."""
         turns: list[list[Span]] = []
         for before, span in zip((None, *self.spans), self.spans, strict=False):
             if span.source == "policy":
@@ -192,7 +191,7 @@ class Response:
 
 
 def positions_after(positions: torch.Tensor, count: int) -> torch.Tensor:
-    """[3, count] rotary positions of the text tokens behind some with positions [3, P]."""
+    """[3, count] rotary positions of text tokens that follow tokens with positions [3, P]."""
     import torch
 
     return (positions.max() + 1 + torch.arange(count)).expand(3, -1)
@@ -200,22 +199,22 @@ def positions_after(positions: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A prompt with the responses so far, which an engine is to continue."""
+    """A prompt with its responses so far, which an engine continues."""
 
     prompt: Prompt
     responses: tuple[Response, ...] = ()
-    """Responses so far; none: a new group of `Sampling.group` responses begins."""
+    """Responses so far; empty to start a new group of `Sampling.group` responses."""
     branches: tuple[int, ...] = ()
-    """Index of each of these responses in its group, on which its random numbers depend."""
+    """Index of each of these responses in its group; its random numbers depend on it."""
 
 
 class ResponseText(str):
-    """What a reward reads: the text of a response, with what else is known of it."""
+    """What a reward reads: the text of a response, with its length and image sizes."""
 
     tokens: int | None
-    """Its length in tokens; None where it came from a file that doesn't say."""
+    """Its length in tokens; None if it is from a file that doesn't say."""
     resized: tuple[tuple[int, int], ...]
-    """Width and height of the pictures as the model saw them."""
+    """Width and height of the resized images."""
 
     def __new__(cls, text: str, *, tokens: int | None = None, resized: tuple[tuple[int, int], ...] = ()):
         response = super().__new__(cls, text)
@@ -224,21 +223,21 @@ class ResponseText(str):
 
     @classmethod
     def of(cls, prompt: Prompt, response: Response) -> ResponseText:
-        """That of a sampled response; its length is that of what the policy wrote."""
+        """From a sampled response; its length counts the policy's tokens only."""
         sizes = tuple(image.size for image in prompt.images)
         return cls(response.text, tokens=int(response.mask.sum()), resized=sizes)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward and the named parts it is the weighted sum of."""
+    """A reward, the weighted sum of named parts."""
 
     total: float
     parts: Mapping[str, float]
     outcomes: Mapping[str, str] = field(default_factory=dict)
-    """By part, `graded` or why it could not be graded: `no_answer`, `timeout`, ..."""
+    """By part, `graded` or why it was not: `no_answer`, `timeout`, ..."""
     details: Mapping[str, str] = field(default_factory=dict)
-    """By part, what there is to say of an outcome that isn't `graded`."""
+    """By part, an explanation of an outcome other than `graded`."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class Group:
     rewards: tuple[Reward, ...]
 
     def without_images(self) -> Group:
-        """What metrics and logs need of it."""
+        """A copy without images, columns and experts: enough for metrics and logs."""
         example = replace(self.prompt.example, images=(), columns={})
         prompt = replace(self.prompt, example=example, images=(), pixels=None)
         responses = tuple(replace(response, experts=None) for response in self.responses)
@@ -267,16 +266,16 @@ class RolloutBatch:
     """The groups of a step."""
 
     groups: tuple[Group, ...]
-    """Those that this process trains on, in the order of the mini-batches."""
+    """The groups that this process trains on, in the order of the mini-batches."""
     slots: tuple[int, ...]
     """Index of each among the groups of all processes."""
     version: int
     """`VLM.version` of the weights that sampled them."""
     before: Mapping[str, Any]
-    """State of the prompt stream before they were taken from it."""
+    """State of the prompt stream before their prompts were taken."""
     after: Mapping[str, Any]
-    """The same afterwards."""
+    """State of the prompt stream afterwards."""
     replaced: tuple[Group, ...] = ()
-    """Groups without variance that others were sampled for."""
+    """Groups with zero variance that were replaced by other groups."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Durations of the parts, by name."""
+    """Durations of the stages, by name."""

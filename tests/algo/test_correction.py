@@ -25,19 +25,21 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
 
 
 def test_token_weights():
-    found = importance(POLICY, ENGINE, MASK, level="token")
-    torch.testing.assert_close(found, torch.tensor([[2.0, 1.0, 0.25], [0.5, 1.0, 1.0]], dtype=torch.float64))
+    weights = importance(POLICY, ENGINE, MASK, level="token")
+    torch.testing.assert_close(
+        weights, torch.tensor([[2.0, 1.0, 0.25], [0.5, 1.0, 1.0]], dtype=torch.float64)
+    )
 
 
 def test_sequence_weights_are_products_and_not_means():
-    found = importance(POLICY, ENGINE, MASK, level="sequence")
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]], dtype=torch.float64))
+    weights = importance(POLICY, ENGINE, MASK, level="sequence")
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]], dtype=torch.float64))
 
 
-def test_far_off_log_probs_do_not_overflow():
+def test_distant_log_probs_do_not_overflow():
     far = torch.tensor([[0.0, -1e4]])
-    found = importance(far, far.flip(1), torch.ones(1, 2, dtype=torch.bool), level="token")
-    assert torch.isfinite(found).all() and found[0, 0] > 1e8 > 1e-8 > found[0, 1]
+    weights = importance(far, far.flip(1), torch.ones(1, 2, dtype=torch.bool), level="token")
+    assert torch.isfinite(weights).all() and weights[0, 0] > 1e8 > 1e-8 > weights[0, 1]
 
 
 def test_truncated_and_masked():
@@ -47,22 +49,22 @@ def test_truncated_and_masked():
 
 
 def test_metrics():
-    found = mismatch_metrics(POLICY, ENGINE, MASK)
+    metrics = mismatch_metrics(POLICY, ENGINE, MASK)
     gaps = torch.tensor([LOG2, 0.0, -2 * LOG2, -LOG2, 0.0])
-    assert found["mismatch_mean"] == pytest.approx(4 * LOG2 / 5)
-    assert found["mismatch_max"] == pytest.approx(2 * LOG2)
-    assert found["mismatch_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()))
+    assert metrics["mismatch_mean"] == pytest.approx(4 * LOG2 / 5)
+    assert metrics["mismatch_max"] == pytest.approx(2 * LOG2)
+    assert metrics["mismatch_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()))
     weights = importance(POLICY, ENGINE, MASK, level="token")
-    kept = masked(weights, low=0.5, high=1.5)
-    found = correction_metrics(weights, kept, MASK)
-    assert found["correction_mean"] == pytest.approx((0 + 1 + 0 + 0.5 + 1) / 5)
-    assert found["correction_cut"] == pytest.approx(2 / 5)
-    assert found["correction_ess"] == pytest.approx(2.5**2 / 2.25 / 5)
+    corrected = masked(weights, low=0.5, high=1.5)
+    metrics = correction_metrics(weights, corrected, MASK)
+    assert metrics["correction_mean"] == pytest.approx((0 + 1 + 0 + 0.5 + 1) / 5)
+    assert metrics["correction_cut"] == pytest.approx(2 / 5)
+    assert metrics["correction_ess"] == pytest.approx(2.5**2 / 2.25 / 5)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "masked"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_weight_stands_outside_the_gate_and_has_no_gradient(kind, level):
+def test_the_weight_is_outside_the_gate_and_has_no_gradient(kind, level):
     generator = torch.Generator().manual_seed(0)
     shape = (3, 5)
     old, sampled, new = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, numbered_image
 from vlm_sapo.cli import main
 from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.config.schema import RewardPartConfig
@@ -157,7 +157,7 @@ def test_code_in_a_model_folder_is_not_run(model_folder, tmp_path):
 
 def test_what_is_written_is_no_one_elses_to_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture().save(tmp_path / "p.png")
+    numbered_image().save(tmp_path / "p.png")
     row = {"problem": "p", "answer": "1", "response": "\\boxed{1}", "image": "p.png"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setattr("sys.argv", ["vlm-sapo", "score", "rows.jsonl", "--out", "out/scored.jsonl"])

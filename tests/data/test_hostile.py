@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import picture
+from tests.conftest import numbered_image
 from vlm_sapo.config.data import RowsConfig
 from vlm_sapo.data.images import FORMATS, MAX_PIXELS, decode
 from vlm_sapo.data.rows import ExampleSet, open_rows
@@ -47,17 +47,17 @@ def text_bomb() -> bytes:
     """A PNG whose comment unpacks to 200 MB."""
     data = b"Comment\0\0" + zlib.compress(bytes(200_000_000))
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    whole = saved(picture())
+    whole = saved(numbered_image())
     return whole[:33] + chunk + whole[33:]
 
 
-FRAMES = [picture(0), picture(1)]
+FRAMES = [numbered_image(0), numbered_image(1)]
 REFUSED = {
     "a bomb of 900 million pixels": (png_header(30_000, 30_000), "30000x30000 pixels|cannot be read"),
     "20,000 x 20,000": (png_header(20_000, 20_000), "20000x20000 pixels|cannot be read"),
     "a compressed comment": (text_bomb(), "cannot be read as an image"),
-    "cut short": (saved(picture())[:100], "cannot be read as an image"),
-    "cut short, JPEG": (saved(picture(size=(200, 200)), "JPEG")[:700], "cannot be read as an image"),
+    "cut short": (saved(numbered_image())[:100], "cannot be read as an image"),
+    "cut short, JPEG": (saved(numbered_image(size=(200, 200)), "JPEG")[:700], "cannot be read as an image"),
     "empty": (b"", "cannot be read|is no image"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "none of PNG, JPEG"),
     "HTML": (b"<!doctype html><html>", "cannot be read"),
@@ -73,10 +73,10 @@ READ = {
     "20,000 wide": saved(Image.new("L", (20_000, 30))),
     "CMYK": saved(Image.new("CMYK", (40, 40)), "JPEG"),
     "grey with alpha": saved(Image.new("LA", (40, 40))),
-    "palette": saved(picture().convert("P")),
-    "black and white": saved(picture().convert("1")),
+    "palette": saved(numbered_image().convert("P")),
+    "black and white": saved(numbered_image().convert("1")),
     "16 bits": saved(Image.fromarray(np.full((9, 9), 65535, np.uint16))),
-    "GIF of one frame": saved(picture(), "GIF"),
+    "GIF of one frame": saved(numbered_image(), "GIF"),
     "phone's JPEG with a preview": saved(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:]),
 }
 
@@ -109,7 +109,7 @@ def test_the_exif_orientation_is_applied(tmp_path):
 def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
     folder = tmp_path / "set"
     (folder / "a").mkdir(parents=True)
-    picture().save(tmp_path / "secret.png")
+    numbered_image().save(tmp_path / "secret.png")
     (folder / "rows.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "image": value}) + "\n")
     rows = open_rows(str(folder / "rows.jsonl"))
     with pytest.raises(RowError, match="image 1: .* leads out of .*pictures_anywhere=true"):
@@ -122,7 +122,7 @@ def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
 
 def test_a_link_does_not_lead_out(tmp_path):
     (tmp_path / "set").mkdir()
-    picture().save(tmp_path / "secret.png")
+    numbered_image().save(tmp_path / "secret.png")
     (tmp_path / "set/x.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="leads out of .*pictures_anywhere=true"):
         decode("x.png", tmp_path / "set", anywhere=False)
@@ -178,7 +178,7 @@ def test_addresses_are_not_opened_and_odd_names_are_refused(value, tmp_path):
         decode(value, tmp_path)
 
 
-WHOLE = [saved(picture(), kind) for kind in FORMATS]
+WHOLE = [saved(numbered_image(), kind) for kind in FORMATS]
 
 
 @given(

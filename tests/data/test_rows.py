@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.conftest import picture
+from tests.conftest import numbered_image
 from vlm_sapo.config.data import RowsConfig
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, open_rows
@@ -20,7 +20,7 @@ from vlm_sapo.types import RowError
 
 def png(number: int = 0) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    numbered_image(number).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -67,12 +67,12 @@ def test_images_embedded_in_parquet(tmp_path, layout):
     columns = {"problem": "question", "answer": "label", "images": "pics"}
     rows = examples(path, columns=columns)
     assert len(rows) == 3
-    assert list(rows[2].images[0].getdata()) == list(picture(2).getdata())
+    assert list(rows[2].images[0].getdata()) == list(numbered_image(2).getdata())
 
 
 def test_data_urls_bytes_and_pil_images(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
-    rows = [{"problem": "p", "answer": "1", "images": [url, png(), picture()]}]
+    rows = [{"problem": "p", "answer": "1", "images": [url, png(), numbered_image()]}]
     assert len(examples(tmp_path, rows)[0].images) == 3
 
 
@@ -150,7 +150,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 
 def test_each_row_uses_its_first_column_that_holds_images(tmp_path):
-    picture().save(tmp_path / "p.png")
+    numbered_image().save(tmp_path / "p.png")
     rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": 2, "image": "p.png"}]
     rows.append({"problem": "c", "answer": 3, "images": ["p.png", "p.png"], "image": None, "mask": b"bytes"})
     path = tmp_path / "rows.jsonl"
@@ -184,7 +184,7 @@ def test_unusual_images(tmp_path):
     assert abs(grey.mean() - 127.5) < 2 and grey.max() == 255
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
-    picture().save(tmp_path / "e.jpg", exif=exif)
+    numbered_image().save(tmp_path / "e.jpg", exif=exif)
     data = (tmp_path / "e.jpg").read_bytes()
     start = data.index(b"Exif")
     for offset, byte in ((17, 0), (17, 26), (17, 84), (41, 13), (43, 1)):

@@ -9,7 +9,7 @@ from tests.conftest import example
 from vlm_sapo.data.stream import PromptStream, TaskMixture
 from vlm_sapo.types import Prompt, RowError
 
-EXAMPLES = [example(number, pictures=0) for number in range(7)]
+EXAMPLES = [example(number, images=0) for number in range(7)]
 
 
 def identity(item):
@@ -63,7 +63,7 @@ def test_a_task_without_a_usable_row_is_an_error():
 def mixture(shares: dict[str, float], minibatch: int, encode=identity) -> TaskMixture:
     streams = {
         task: PromptStream(
-            [replace(example(number, pictures=0), task=task) for number in range(5 + index)],
+            [replace(example(number, images=0), task=task) for number in range(5 + index)],
             encode,
             seed=task,
             skip=True,

@@ -1,5 +1,5 @@
-"""Routes are recorded and replayed: the experts are the old ones, their weights and gradients the present
-router's, in every layout, under checkpointing and autocast."""
+"""Recording and replay of experts: replayed experts get weights and gradients from the current router, in every
+layout, under checkpointing and autocast."""
 
 from contextlib import nullcontext
 
@@ -17,24 +17,24 @@ from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Sampling
 
-MIXTURES = [family for family in FAMILIES if family.endswith("moe")]
+MOE_FAMILIES = [family for family in FAMILIES if family.endswith("moe")]
 LAYOUTS = pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=lambda layout: layout.name)
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-pytestmark = pytest.mark.parametrize("family", MIXTURES)
+pytestmark = pytest.mark.parametrize("family", MOE_FAMILIES)
 
 
-class Setting:
-    """A model, two groups of rows with pictures, and the routes of the model before its routers change."""
+class RoutedModel:
+    """A model, and the inputs of two groups of responses with images."""
 
     def __init__(self, folder, layout, **options):
         self.vlm = load_vlm(str(folder), **options)
         encode, generator = Encoder(self.vlm), torch.Generator().manual_seed(0)
         self.groups = [
             group_slice(
-                encode(example(number, pictures=pictures)),
+                encode(example(number, images=images)),
                 [torch.randint(10, 200, (length,), generator=generator) for length in lengths],
             )
-            for number, (pictures, lengths) in enumerate([(1, [3, 12]), (2, [5, 1, 5])])
+            for number, (images, lengths) in enumerate([(1, [3, 12]), (2, [5, 1, 5])])
         ]
         self.inputs = layout.inputs(self.groups)
         self.blocks = [
@@ -45,20 +45,20 @@ class Setting:
         routed = self.vlm.routers.watch(self.inputs, replayed, gradient=gradient)
         return Pass(self.vlm)(self.inputs, routed).logprobs, routed
 
-    def disturb(self):
-        """Other routers, and other hidden states for them."""
+    def perturb(self):
+        """Changes the routers, and the hidden states that they get."""
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in self.vlm.model.named_parameters():
                 scale = 0.2 if ".mlp.gate." in name else 0.01
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
-    def used(self):
-        """Lists that fill with the experts [L, k] that each layer's experts are called with."""
-        seen = []
+    def record_used(self):
+        """A list to which each further call of a layer's experts appends its indices [L, k]."""
+        used = []
         for block in self.blocks:
-            block.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-        return seen
+            block.experts.register_forward_pre_hook(lambda _, inputs: used.append(inputs[1]))
+        return used
 
     def gradient(self, logprobs):
         self.vlm.zero_grad()
@@ -69,38 +69,38 @@ class Setting:
 
 @pytest.fixture
 def make(model_folder, family):
-    def build(layout, **options) -> Setting:
+    def build(layout, **options) -> RoutedModel:
         if isinstance(layout, SharedPrefix) and family not in SHARING:
             pytest.skip("linear attention has no shared prefix")
-        return Setting(model_folder(family), layout, **options)
+        return RoutedModel(model_folder(family), layout, **options)
 
     return build
 
 
-class ByHand(nn.Module):
-    """A layer of experts that uses given ones: every expert on every token, weighed by the softmax of the
-    router's logits over the given experts alone."""
+class ReferenceExperts(nn.Module):
+    """An MoE layer with fixed experts: every expert on every token, weighted by the softmax of the router's
+    logits over the fixed experts only."""
 
-    def __init__(self, block, given):
+    def __init__(self, block, fixed):
         super().__init__()
-        self.block, self.given = block, given
+        self.block, self.fixed = block, fixed
 
     def forward(self, hidden):
         flat = hidden.flatten(0, 1)
         logits = nn.functional.linear(flat, self.block.gate.weight)
-        allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, self.given, True)
+        allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, self.fixed, True)
         weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)  # [L, E]
         experts = self.block.experts
         gate, up = torch.einsum("lh,eoh->leo", flat, experts.gate_up_proj).chunk(2, dim=-1)
-        found = torch.einsum("lei,ehi->leh", nn.functional.silu(gate) * up, experts.down_proj)
-        mixed = (weights[..., None] * found).sum(1)
+        outputs = torch.einsum("lei,ehi->leh", nn.functional.silu(gate) * up, experts.down_proj)
+        mixed = (weights[..., None] * outputs).sum(1)
         if "shared_expert" in dict(self.block.named_children()):
             mixed = mixed + self.block.shared_expert_gate(flat).sigmoid() * self.block.shared_expert(flat)
         return mixed.view_as(hidden)
 
 
-def known(inputs):
-    """[L] where replay must reach: prompts, and what predicts a response's token."""
+def replayable(inputs):
+    """[L] the tokens that replay must cover: prompts, and those that predict a response's token."""
     where = torch.zeros(inputs.ids.numel(), dtype=torch.bool)
     where[inputs.predicting] = where[inputs.prompting] = True
     return where
@@ -108,77 +108,78 @@ def known(inputs):
 
 @LAYOUTS
 @CHECKPOINTING
-def test_the_own_choice_replayed_changes_nothing(make, layout, checkpointing):
+def test_replaying_a_passs_own_experts_changes_nothing(make, layout, checkpointing):
     setting = make(layout, gradient_checkpointing=checkpointing)
     logprobs, routed = setting.run()
     again, _ = setting.run(routed.routes())
     assert torch.equal(logprobs, again)
-    expected, found = setting.gradient(logprobs), setting.gradient(again)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+    expected, replayed = setting.gradient(logprobs), setting.gradient(again)
+    assert expected.keys() == replayed.keys()
+    assert all(torch.equal(expected[name], replayed[name]) for name in replayed)
 
 
 @LAYOUTS
 @CHECKPOINTING
 @pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
-def test_the_experts_are_the_old_ones_and_in_the_backward_pass_too(make, layout, checkpointing, half):
+def test_replay_uses_the_recorded_experts_also_in_the_backward_pass(make, layout, checkpointing, half):
     setting = make(layout, gradient_checkpointing=checkpointing)
     context = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-    used, where = setting.used(), known(setting.inputs)
+    used, where = setting.record_used(), replayable(setting.inputs)
     with context:
         _, routed = setting.run()
     old = [experts.sort(-1).values[where] for experts in used]
     routes, layers = routed.routes(), len(setting.blocks)
-    setting.disturb()
+    setting.perturb()
     used.clear()
     with context:
         changed, _ = setting.run()
     assert any(not torch.equal(a, b.sort(-1).values[where]) for a, b in zip(old, used, strict=True))
     used.clear()
     with context:
-        replayed, present = setting.run(routes)
+        replayed, routed = setting.run(routes)
     setting.gradient(replayed)
     assert len(used) == layers * (2 if checkpointing else 1)
     order = [*range(layers), *reversed(range(layers))]
     for layer, experts in zip(order, used, strict=False):
         assert torch.equal(experts.sort(-1).values[where], old[layer])
     assert (replayed - changed).abs().max() > 1e-4
-    assert present.usage(routes).changed.sum() > 0 and len(present.chosen) == layers
+    assert routed.usage(routes).changed.sum() > 0 and len(routed.by_layer) == layers
 
 
 @LAYOUTS
 @CHECKPOINTING
-def test_replayed_gradients_are_those_of_a_layer_written_by_hand(make, layout, checkpointing):
+def test_gradients_under_replay_match_a_reference_layer(make, layout, checkpointing):
     setting = make(layout, gradient_checkpointing=checkpointing)
     routes = setting.run()[1].routes()
-    setting.disturb()
-    given = setting.used()
+    setting.perturb()
+    used = setting.record_used()
     logprobs, _ = setting.run(routes)
-    expected_experts = list(given)
-    found = setting.gradient(logprobs)
-    routers = [name for name in found if ".mlp.gate." in name]
-    assert len(routers) == len(setting.blocks) and all(found[name].norm() > 1e-3 for name in routers)
+    replayed = list(used)
+    gradients = setting.gradient(logprobs)
+    routers = [name for name in gradients if ".mlp.gate." in name]
+    assert len(routers) == len(setting.blocks) and all(gradients[name].norm() > 1e-3 for name in routers)
     layers = setting.vlm.model.model.language_model.layers
     blocks = [layer for layer in layers if layer.mlp in setting.blocks]
-    for layer, experts in zip(blocks, expected_experts, strict=True):
-        layer.mlp = ByHand(layer.mlp, experts)
-    by_hand = Pass(setting.vlm)(setting.inputs).logprobs
-    assert (by_hand - logprobs).abs().max() < 1e-5
-    for name, expected in setting.gradient(by_hand).items():
+    for layer, experts in zip(blocks, replayed, strict=True):
+        layer.mlp = ReferenceExperts(layer.mlp, experts)
+    reference = Pass(setting.vlm)(setting.inputs).logprobs
+    assert (reference - logprobs).abs().max() < 1e-5
+    for name, expected in setting.gradient(reference).items():
         name = name.replace("mlp.block.", "mlp.")
-        assert (found[name] - expected).norm() < 1e-4 * expected.norm() + 1e-6, name
+        assert (gradients[name] - expected).norm() < 1e-4 * expected.norm() + 1e-6, name
 
 
 @CHECKPOINTING
-def test_both_layouts_and_any_split_see_the_same(make, checkpointing):
-    """Routes of the packed row, replayed in separate ones, and the usage with its gradient."""
+def test_both_layouts_and_any_split_give_the_same_usage(make, checkpointing):
+    """Routes of the packed row are replayed in separate rows; compares the usage and its gradient."""
     shared, plain = (
         make(layout, gradient_checkpointing=checkpointing) for layout in (SharedPrefix(), Plain())
     )
     plain.inputs = Plain().inputs(shared.groups)
     routes = shared.run()[1].routes()
     assert torch.equal(routes.responses, plain.run()[1].routes().responses)
-    shared.disturb()
-    plain.disturb()
+    shared.perturb()
+    plain.perturb()
     logprobs, packed = shared.run(routes, gradient=True)
     rows, separate = plain.run(routes, gradient=True)
     assert (logprobs - rows).abs().max() < 1e-5
@@ -200,11 +201,11 @@ def test_both_layouts_and_any_split_see_the_same(make, checkpointing):
     last = shared.groups[1]
     part = Plain().inputs([GroupSlice(last.prompt, last.responses[1:])])
     routed = plain.vlm.routers.watch(part, routes[3:], gradient=False)
-    found = Pass(plain.vlm)(part, routed).logprobs
-    assert (found - rows[3:, : found.shape[1]]).abs().max() < 1e-5
+    replayed = Pass(plain.vlm)(part, routed).logprobs
+    assert (replayed - rows[3:, : replayed.shape[1]]).abs().max() < 1e-5
 
 
-def test_the_engine_reports_what_the_trainer_would_choose(make):
+def test_the_engine_reports_the_experts_that_the_trainer_selects(make):
     setting = make(Plain())
     vlm, prompts = setting.vlm, [group.prompt for group in setting.groups]
     sampling = Sampling(3, 8, 1.0, seed=4)
@@ -226,7 +227,7 @@ def test_the_engine_reports_what_the_trainer_would_choose(make):
     assert silent[0][0].experts is None
 
 
-def test_the_router_can_be_frozen_and_nothing_else(model_folder, family):
+def test_freezing_the_router_freezes_only_the_router(model_folder, family):
     def frozen(*parts):
         model = load_vlm(str(model_folder(family)), freeze=list(parts)).model
         return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

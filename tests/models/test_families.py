@@ -1,4 +1,4 @@
-"""What every family must do, from a row with pictures to saved weights; with tiny and with real processors."""
+"""What every family must support, from a row with images to saved weights; with tiny and real processors."""
 
 import copy
 import dataclasses
@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, group_slice, picture
+from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, group_slice, numbered_image
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
-from vlm_sapo.models.vlm import save_model, stored_weights
+from vlm_sapo.models.weights import hf_state_dict, save_model
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.tools.new_model import Shape, model_config, new_model, qwen3_5_text
@@ -73,11 +73,11 @@ def loaded(folder):
 
 
 def prompts_of(vlm):
-    """Three prompts of unequal length, with two, one and no pictures; one is longer than 64 tokens, a chunk of
+    """Three prompts of unequal length, with two, one and no images; one is longer than 64 tokens, a chunk of
     linear attention."""
     encoder = Encoder(vlm, min_pixels=32 * 32, max_pixels=128 * 128)
-    rows = [example(1, pictures=2, problem="<image>Compare<image>these. " + "How many? " * 20)]
-    return [encoder(row) for row in (*rows, example(2), example(3, pictures=0))]
+    rows = [example(1, images=2, problem="<image>Compare<image>these. " + "How many? " * 20)]
+    return [encoder(row) for row in (*rows, example(2), example(3, images=0))]
 
 
 def groups_of(vlm):
@@ -108,17 +108,17 @@ def own_logprobs(model, banned, prompt, response):
         pixel_values=prompt.pixels,
         image_grid_thw=prompt.grid,
     ).logits[0, len(prompt.ids) - 1 : -4]
-    gone = torch.zeros(logits.shape[-1], dtype=torch.bool)
-    gone[banned] = True
-    chosen = logits.masked_fill(gone, float("-inf")).log_softmax(-1)
-    return chosen.gather(-1, response[:, None])[:, 0]
+    banned_mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    banned_mask[banned] = True
+    logprobs = logits.masked_fill(banned_mask, float("-inf")).log_softmax(-1)
+    return logprobs.gather(-1, response[:, None])[:, 0]
 
 
 def ids_of(groups):
     return [item.ids.tolist() for responses in groups for item in responses]
 
 
-def test_a_row_with_pictures(name, loaded):
+def test_a_row_with_images(name, loaded):
     vlm = loaded
     assert vlm.attends_fully == (REAL.get(name, name) in SHARING)
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -135,9 +135,9 @@ def test_a_row_with_pictures(name, loaded):
 
 @needs_shared
 @pytest.mark.parametrize("name", REAL, indirect=True)
-def test_a_real_processors_tokens(loaded, name):
+def test_tokens_of_a_real_processor(loaded, name):
     encoder = Encoder(loaded)
-    prompt = encoder(dataclasses.replace(example(), images=(picture(0, (300, 420)),)))
+    prompt = encoder(dataclasses.replace(example(), images=(numbered_image(0, (300, 420)),)))
     patch = encoder.vlm.processor.image_processor.patch_size
     assert int((prompt.ids == encoder.vlm.model.config.image_token_id).sum()) == {14: 165, 16: 117}[patch]
     assert prompt.opening == ("<think>\n" if name.endswith("Thinking") else "")
@@ -168,7 +168,7 @@ def test_rollout(loaded):
 
 @TINY
 @torch.no_grad()
-def test_branches_leave_and_batches_change_nothing(folder):
+def test_dropping_finished_branches_and_batching_change_nothing(folder):
     vlm = load_vlm(str(folder))
     prompts, sampling = prompts_of(vlm), Sampling(4, 12, 0.8, seed=5)
     free = HfEngine(vlm, prompts_per_batch=3).generate(as_contexts(prompts), sampling)
@@ -204,7 +204,7 @@ def backward(vlm, groups):
     return logprobs.detach(), weights
 
 
-def test_the_training_pass_is_transformers_own(folder, loaded):
+def test_the_training_pass_matches_transformers(folder, loaded):
     """A padded batch of all rows against one row at a time: neighbours and padding change nothing."""
     vlm = loaded
     vlm.zero_grad()
@@ -228,15 +228,15 @@ def test_the_training_pass_is_transformers_own(folder, loaded):
 def test_checkpointing_changes_nothing(folder):
     plainly, checkpointed = (load_vlm(str(folder), gradient_checkpointing=on) for on in (False, True))
     logprobs, _ = backward(plainly, groups_of(plainly))
-    found, _ = backward(checkpointed, groups_of(plainly))
-    assert torch.equal(found, logprobs)
+    recomputed, _ = backward(checkpointed, groups_of(plainly))
+    assert torch.equal(recomputed, logprobs)
     for one, other in zip(plainly.parameters(), checkpointed.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
 @TINY
-def test_an_update_changes_what_is_sampled_and_saved(folder, tmp_path):
+def test_an_update_changes_samples_and_saved_weights(folder, tmp_path):
     vlm = load_vlm(str(folder))
     inputs, prompts = Plain().inputs(groups_of(vlm)), prompts_of(vlm)
     before = Pass(vlm)(inputs).logprobs
@@ -280,7 +280,7 @@ def outline(config):
 def test_weights_are_named_as_in_published_checkpoints(name):
     """An embedding model has no head, and its names are otherwise those of the family."""
     index = json.loads((CONFIGS / f"{name}.index.json.names").read_text())
-    weights = stored_weights(outline(AutoConfig.from_pretrained(CONFIGS / f"{NAMES[name]}.json")))
+    weights = hf_state_dict(outline(AutoConfig.from_pretrained(CONFIGS / f"{NAMES[name]}.json")))
     if "Embedding" in name:
         del weights["lm_head.weight"]
     assert set(weights) == set(index["weight_map"])
@@ -288,7 +288,7 @@ def test_weights_are_named_as_in_published_checkpoints(name):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "moe" in name])
-def test_experts_lie_as_in_published_checkpoints(family, tmp_path):
+def test_experts_are_laid_out_as_in_published_checkpoints(family, tmp_path):
     """Qwen3-VL-30B-A3B: gate_up_proj [experts, hidden, 2 x width]; Qwen3.5-397B-A17B: [experts, 2 x width,
     hidden]."""
     new_model(tmp_path, family=family, corpus=CORPUS, shape=SHAPE)
@@ -298,15 +298,15 @@ def test_experts_lie_as_in_published_checkpoints(family, tmp_path):
         (2 * text.moe_intermediate_size, text.hidden_size),
         (text.hidden_size, text.moe_intermediate_size),
     )
-    turn = slice(None, None, -1) if FAMILIES_TABLE[family].experts_turned else slice(None)
+    turn = slice(None, None, -1) if FAMILIES_TABLE[family].experts_transposed else slice(None)
     weights, layer = vlm.weights(), "model.language_model.layers.1.mlp.experts"
     assert weights[f"{layer}.gate_up_proj"].shape == (text.num_experts, *up[turn])
     assert weights[f"{layer}.down_proj"].shape == (text.num_experts, *down[turn])
 
 
 @needs_shared
-def test_a_real_mixture_of_linear_and_full_attention():
-    """Qwen3.6-27B: what the tiny model of its family takes for granted."""
+def test_a_real_model_with_linear_and_full_attention():
+    """Qwen3.6-27B: what the tiny model of its family assumes."""
     model = outline(AutoConfig.from_pretrained(CONFIGS / "Qwen3.6-27B.json"))
     text = model.config.get_text_config()
     assert model.num_parameters() == 27_356_728_560
@@ -316,11 +316,11 @@ def test_a_real_mixture_of_linear_and_full_attention():
     assert real["mrope_interleaved"] and small["mrope_interleaved"]
     assert real["partial_rotary_factor"] == small["partial_rotary_factor"] == 0.25
     assert sum(real["mrope_section"]) == sum(small["mrope_section"]) == 256 // 4 // 2
-    weights = stored_weights(model)
+    weights = hf_state_dict(model)
     assert all(key.startswith(("model.visual.", "model.language_model.", "lm_head.")) for key in weights)
 
 
-def test_another_family_is_refused_before_it_is_loaded(tmp_path):
+def test_an_unsupported_family_is_refused_before_loading(tmp_path):
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model type of model.path .* \(llama\) must be one of qwen2_vl"):
@@ -330,7 +330,7 @@ def test_another_family_is_refused_before_it_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_model_of_the_command_s_own_size_answers(family, tmp_path):
+def test_a_new_model_of_the_default_size_generates(family, tmp_path):
     new_model(tmp_path, family=family, corpus=CORPUS)
     vlm = load_vlm(str(tmp_path))
     groups = HfEngine(vlm, prompts_per_batch=3).generate(

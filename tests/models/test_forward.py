@@ -1,4 +1,4 @@
-"""The training pass against the model's own forward, and against itself in other arrangements."""
+"""The training pass against the model's own forward, and against itself in other layouts and chunks."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ def inputs_of(rows):
 @LAYOUTS
 @pytest.mark.parametrize("family", SHARING)
 def test_agrees_with_the_models_own_forward(model_folder, family, layout):
-    """One prompt with two pictures, through transformers' public call that derives its own positions."""
+    """One prompt with two images, through transformers' public call that derives its own positions."""
     vlm = load_vlm(str(model_folder(family)))
     encoder = Encoder(vlm)
-    prompt = encoder(example(1, pictures=2, problem="<image>Compare<image>these."))
+    prompt = encoder(example(1, images=2, problem="<image>Compare<image>these."))
     response = torch.tensor([20, 30, 40, 2])
     scores = Pass(vlm, temperature=0.7)(layout.inputs([group_slice(prompt, [response])]))
     ids = torch.cat([prompt.ids, response])[None]
@@ -42,7 +42,7 @@ def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     assert torch.allclose(scores.entropies[0], entropy, atol=1e-5)
 
 
-def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
+def test_a_batch_agrees_with_its_single_rows(vlm, rows):
     together = Pass(vlm)(inputs_of(rows)).logprobs
     for row, item in enumerate(rows.slices):
         alone, length = Pass(vlm)(Plain().inputs([item])).logprobs, len(item.responses[0].ids)
@@ -50,8 +50,8 @@ def test_a_batch_agrees_with_its_rows_alone(vlm, rows):
         assert not together[row, length:].any()
 
 
-def test_gradient_reaches_pictures_only_through_responses(vlm, rows):
-    """A token that follows a response, or pads it, cannot change the loss: causality of the layout."""
+def test_padding_does_not_change_logprobs(vlm, rows):
+    """Tokens after a response cannot change its log-probs: the layout is causal."""
     inputs = inputs_of(rows)
     before = Pass(vlm)(inputs).logprobs
     inputs.ids[inputs.mask == 0] = 77
@@ -64,15 +64,15 @@ def test_chunks_and_checkpointing_change_nothing(vlm, rows, monkeypatch, layout)
     import vlm_sapo.models.forward as module
 
     inputs = layout.inputs(rows.slices)
-    whole = Pass(vlm)(inputs).logprobs
-    whole.sum().backward()
+    unchunked = Pass(vlm)(inputs).logprobs
+    unchunked.sum().backward()
     gradient = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * vlm.vocabulary)
     vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chunked = Pass(vlm)(inputs).logprobs
     chunked.sum().backward()
-    assert torch.allclose(whole, chunked, atol=1e-6)
+    assert torch.allclose(unchunked, chunked, atol=1e-6)
     for name, parameter in vlm.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(gradient[name], parameter.grad, atol=1e-5), name
@@ -108,7 +108,7 @@ def test_a_folder_without_a_processor_is_named(model_folder, tmp_path):
 
     shutil.copytree(model_folder(), tmp_path / "bare")
     (tmp_path / "bare/processor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"model.path .* holds a qwen3_vl model but no processor; copy"):
+    with pytest.raises(ValueError, match=r"model.path .* contains a qwen3_vl model but no processor; copy"):
         load_vlm(str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="config.json is missing"):
         load_vlm(str(tmp_path))

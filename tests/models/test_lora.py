@@ -1,4 +1,4 @@
-"""Adapters: what they are put beside, what they change, and what is written of them."""
+"""LoRA adapters: which layers get them, their effect, and the files that are saved."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ def make(model_folder):
 
 
 def logprobs(vlm) -> torch.Tensor:
-    prompt = Encoder(vlm)(example(pictures=2))
+    prompt = Encoder(vlm)(example(images=2))
     with torch.no_grad():
         return Pass(vlm)(Plain().inputs([group_slice(prompt, [[10, 20, 30, 40]])])).logprobs
 
 
-def moved(vlm):
-    """The same with adapters that change something."""
+def with_random_adapters(vlm):
+    """The model with adapters that have an effect."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in vlm.named_parameters():
@@ -60,7 +60,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(make, model_fol
     assert all(parameter.dtype == torch.float32 for parameter in vlm.parameters())
 
 
-def test_parts_choose_their_layers(make):
+def test_parts_select_their_layers(make):
     for parts, marks in ((("language",), {"language"}), (("merger",), {"merger"}), (("vision",), {"blocks"})):
         names = trained(make(parts=parts))
         assert {
@@ -76,18 +76,20 @@ def test_adapters_of_half_precision_weights_are_float32(model_folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_what_was_trained(make, model_folder, tmp_path, family):
+def test_saved_weights_and_adapters_match_the_trained_model(make, model_folder, tmp_path, family):
     """The merged model and the adapter, read back by transformers and peft without this package."""
-    vlm = moved(make(family, parts=EVERYWHERE))
-    found = logprobs(vlm)
-    with adapters.switched_off(vlm.model):
+    vlm = with_random_adapters(make(family, parts=EVERYWHERE))
+    trained_logprobs = logprobs(vlm)
+    with adapters.disabled(vlm.model):
         assert torch.equal(logprobs(vlm), logprobs(load_vlm(str(model_folder(family)))))
-    assert torch.equal(logprobs(vlm), found)
+    assert torch.equal(logprobs(vlm), trained_logprobs)
     vlm.save(tmp_path / "merged")
     vlm.save_adapter(tmp_path / "adapter")
-    torch.testing.assert_close(logprobs(load_vlm(str(tmp_path / "merged"))), found, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logprobs(load_vlm(str(tmp_path / "merged"))), trained_logprobs, atol=1e-4, rtol=0
+    )
     again = load_vlm(str(model_folder(family)), lora=Adapters(base="a", folder=tmp_path / "adapter"))
-    assert torch.equal(logprobs(again), found) and trained(again) == trained(vlm)
+    assert torch.equal(logprobs(again), trained_logprobs) and trained(again) == trained(vlm)
 
     base = AutoModelForImageTextToText.from_pretrained(model_folder(family))
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
@@ -97,7 +99,7 @@ def test_what_is_written_is_what_was_trained(make, model_folder, tmp_path, famil
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the tensor names of real checkpoints")
-def test_adapters_bear_the_names_of_a_published_checkpoint(make, tmp_path):
+def test_adapters_have_the_names_of_a_published_checkpoint(make, tmp_path):
     make(parts=EVERYWHERE).save_adapter(tmp_path)
     index = SHARED / "processors/configs/Qwen3-VL-Embedding-8B.index.json.names"
     published = {re.sub(r"\.\d+\.", ".#.", name) for name in json.loads(index.read_text())["weight_map"]}
@@ -116,44 +118,44 @@ def test_an_adapter_of_another_model_is_refused(make, model_folder, tmp_path):
     wider = dataclasses.replace(SMALL, hidden=48)
     new_model(tmp_path / "wider", family="qwen3_vl", corpus=CORPUS, shape=wider)
     for folder in (tmp_path / "wider", model_folder("qwen3_5")):
-        with pytest.raises(ValueError, match="another base model's"):
+        with pytest.raises(ValueError, match="belongs to another base model"):
             load_vlm(str(folder), lora=Adapters(base="b", folder=tmp_path / "a"))
 
 
 def test_four_bits(model_folder, tmp_path):
-    """Only the adapted linear layers are quantized; gradients reach all adapters; what is written is whole."""
+    """Only the adapted linear layers are quantized; gradients reach all adapters; saved weights are full."""
     plain = load_vlm(str(model_folder()))
-    vlm = moved(load_vlm(str(model_folder()), lora=Adapters(base="a", rank=4, bits=4)))
+    vlm = with_random_adapters(load_vlm(str(model_folder()), lora=Adapters(base="a", rank=4, bits=4)))
     packed = {name for name, parameter in vlm.model.named_parameters() if parameter.dtype == torch.uint8}
     assert packed and all("language_model.layers" in name and "base_layer" in name for name in packed)
-    prompt = Encoder(vlm)(example(pictures=1))
+    prompt = Encoder(vlm)(example(images=1))
     inputs = Plain().inputs([group_slice(prompt, [[10, 20, 30, 40]])])
-    found = Pass(vlm)(inputs).logprobs
-    found.sum().backward()
+    logprobs_4bit = Pass(vlm)(inputs).logprobs
+    logprobs_4bit.sum().backward()
     assert all(parameter.grad is not None for parameter in vlm.parameters() if parameter.requires_grad)
     vlm.save(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     merged = load_vlm(str(tmp_path))
-    torch.testing.assert_close(Pass(merged)(inputs).logprobs, found, atol=1e-3, rtol=0)
-    with adapters.switched_off(vlm.model), torch.no_grad():
+    torch.testing.assert_close(Pass(merged)(inputs).logprobs, logprobs_4bit, atol=1e-3, rtol=0)
+    with adapters.disabled(vlm.model), torch.no_grad():
         rounded = (Pass(vlm)(inputs).logprobs - Pass(plain)(inputs).logprobs).abs().mean()
     assert 0 < rounded < 0.5
     assert set(merged.weights()) == set(plain.weights())
 
 
-def test_an_adapter_that_peft_wrote_is_trained_on(make, model_folder, tmp_path):
-    moved(make()).save_adapter(tmp_path / "ours")
+def test_an_adapter_saved_by_peft_can_be_trained_further(make, model_folder, tmp_path):
+    with_random_adapters(make()).save_adapter(tmp_path / "ours")
     base = AutoModelForImageTextToText.from_pretrained(model_folder())
     PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     again = load_vlm(str(model_folder()), lora=Adapters(base="a", folder=tmp_path / "theirs"))
     assert trained(again) == trained(make())
-    with pytest.raises(ValueError, match="has a part in model.language_model.*, which model.freeze names"):
+    with pytest.raises(ValueError, match="changes model.language_model.*, which model.freeze freezes"):
         load_vlm(
             str(model_folder()), lora=Adapters(base="a", folder=tmp_path / "theirs"), freeze=["language"]
         )
 
 
-def test_what_is_more_than_two_factors_is_refused(make, model_folder, tmp_path):
+def test_adapters_beyond_plain_lora_are_refused(make, model_folder, tmp_path):
     make().save_adapter(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for field, value in (("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"])):

@@ -15,9 +15,9 @@ from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.models.vision import Features
 
 SHAPES = {
-    "one picture": [(1, [5, 1, 9, 30])],
-    "three pictures": [(3, [7, 2])],
-    "no picture": [(0, [4, 4])],
+    "one image": [(1, [5, 1, 9, 30])],
+    "three images": [(3, [7, 2])],
+    "no image": [(0, [4, 4])],
     "one branch": [(1, [6])],
     "eight even branches": [(2, [8] * 8)],
     "several groups": [(1, [3, 12]), (0, [1]), (2, [5, 5, 2])],
@@ -25,15 +25,15 @@ SHAPES = {
 
 
 def build(encoder, shapes, seed=0):
-    """Groups of (number of pictures, lengths of responses)."""
+    """Groups of (number of images, lengths of responses)."""
     generator = torch.Generator().manual_seed(seed)
 
     def responses(lengths):
         return [torch.randint(10, 200, (length,), generator=generator) for length in lengths]
 
     return [
-        group_slice(encoder(example(number, pictures=pictures)), responses(lengths))
-        for number, (pictures, lengths) in enumerate(shapes)
+        group_slice(encoder(example(number, images=images)), responses(lengths))
+        for number, (images, lengths) in enumerate(shapes)
     ]
 
 
@@ -50,10 +50,10 @@ def measure(vlm, inputs):
 def assert_same(vlm, groups):
     plain, shared = Plain().inputs(groups), SharedPrefix().inputs(groups)
     logprobs, entropies, gradient = measure(vlm, plain)
-    found, found_entropies, found_gradient = measure(vlm, shared)
-    assert (found - logprobs).abs().max() < 1e-5
-    assert (found_entropies - entropies).abs().max() < 1e-5
-    assert (found_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    shared_logprobs, shared_entropies, shared_gradient = measure(vlm, shared)
+    assert (shared_logprobs - logprobs).abs().max() < 1e-5
+    assert (shared_entropies - entropies).abs().max() < 1e-5
+    assert (shared_gradient - gradient).norm() < 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -88,7 +88,7 @@ def test_frozen_parts(model_folder, freeze):
 
 
 def test_adapters(model_folder):
-    """LoRA adapters in the language model: only they are trained, and the tower's features are kept."""
+    """LoRA adapters in the language model: only they are trained, and the tower's features are cached."""
     vlm = load_vlm(str(model_folder()), gradient_checkpointing=True)
     layers = r".*language_model.*\.(q_proj|v_proj|down_proj)"
     inject_adapter_in_model(LoraConfig(r=4, target_modules=layers, init_lora_weights=False), vlm.model)
@@ -105,50 +105,52 @@ def test_bfloat16_stays_close(model_folder):
     vlm = load_vlm(str(model_folder()), dtype="bfloat16")
     groups = build(Encoder(vlm), SHAPES["several groups"])
     logprobs, _, gradient = measure(vlm, Plain().inputs(groups))
-    found, _, found_gradient = measure(vlm, SharedPrefix().inputs(groups))
-    assert (found - logprobs).abs().mean() < 0.03
-    assert (found_gradient - gradient).float().norm() < 0.1 * gradient.float().norm()
+    shared_logprobs, _, shared_gradient = measure(vlm, SharedPrefix().inputs(groups))
+    assert (shared_logprobs - logprobs).abs().mean() < 0.03
+    assert (shared_gradient - gradient).float().norm() < 0.1 * gradient.float().norm()
 
 
 @pytest.mark.parametrize("family", SHARING)
-def test_pictures_keep_to_themselves(model_folder, family):
-    """Our vision attention on many pictures at once against transformers' own on one after the other."""
+def test_images_dont_attend_to_each_other(model_folder, family):
+    """Our vision attention on many images at once against transformers' own on one at a time."""
     vlm = load_vlm(str(model_folder(family)))
     encode = Encoder(vlm)
-    prompts = [encode(example(number, pictures=pictures)) for number, pictures in enumerate((1, 1, 3, 2))]
-    found = vlm.vision(prompts)
+    prompts = [encode(example(number, images=images)) for number, images in enumerate((1, 1, 3, 2))]
+    together = vlm.vision(prompts)
     vlm.model.set_attn_implementation({"vision_config": "sdpa"})
-    expected = Features.join([vlm.vision([prompt]) for prompt in prompts])
-    for ours, theirs in zip((found.tokens, *found.deep), (expected.tokens, *expected.deep), strict=True):
+    one_by_one = Features.join([vlm.vision([prompt]) for prompt in prompts])
+    for ours, theirs in zip(
+        (together.tokens, *together.deep), (one_by_one.tokens, *one_by_one.deep), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_the_picture_and_prompt_are_there_once(vlm):
+def test_images_and_prompt_are_packed_once(vlm):
     groups = build(Encoder(vlm), [(2, [5, 1, 9])])
     [prompt], inputs = [group.prompt for group in groups], SharedPrefix().inputs(groups)
     assert inputs.ids.shape == (1, len(prompt.ids) + 15) and inputs.prompts == [prompt]
     assert Plain().inputs(groups).ids.shape == (3, len(prompt.ids) + 9)
 
 
-def test_a_frozen_tower_looks_at_a_prompt_once(model_folder, monkeypatch):
+def test_a_frozen_tower_encodes_a_prompt_once(model_folder, monkeypatch):
     vlm = load_vlm(str(model_folder()), freeze=["vision", "merger"])
     groups = build(Encoder(vlm), [(1, [5, 3]), (2, [4])])
-    seen = []
-    vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    calls = []
+    vlm.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     for layout in (SharedPrefix(), Plain(), SharedPrefix()):
         Pass(vlm)(layout.inputs(groups))
-    assert len(seen) == 1 and len(vlm.vision.kept) == 2
+    assert len(calls) == 1 and len(vlm.vision.cached) == 2
     del groups
-    assert len(vlm.vision.kept) == 0
+    assert len(vlm.vision.cached) == 0
 
 
-def test_a_trained_tower_looks_each_time(vlm):
+def test_a_trained_tower_encodes_in_every_pass(vlm):
     groups = build(Encoder(vlm), [(1, [5, 3])])
-    seen = []
-    vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    calls = []
+    vlm.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     Pass(vlm)(SharedPrefix().inputs(groups))
     Pass(vlm)(SharedPrefix().inputs(groups))
-    assert len(seen) == 2 and not vlm.vision.kept
+    assert len(calls) == 2 and not vlm.vision.cached
 
 
 @given(
@@ -156,7 +158,7 @@ def test_a_trained_tower_looks_each_time(vlm):
     st.integers(20, 400),
     st.sampled_from([SharedPrefix(), Plain()]),
 )
-def test_packing_drops_nothing_and_keeps_to_the_budget(groups, budget, layout):
+def test_packing_drops_nothing_and_stays_within_the_budget(groups, budget, layout):
     bins = layout.pack(groups, budget)
     packed = sorted((group, row) for parts in bins for group, rows in parts for row in rows)
     assert packed == [(g, row) for g, (_, lengths) in enumerate(groups) for row in range(len(lengths))]
@@ -187,8 +189,8 @@ def test_packing_repeats_few_prompts():
     assert needed <= computed < 1.05 * needed
 
 
-def test_the_variable_length_plan_says_the_same():
-    """What the GPU kernel is told: each sequence's queries and keys, by brute force."""
+def test_the_variable_length_plan_matches_brute_force():
+    """The GPU kernel's arguments: queries and keys of each sequence."""
     plan = Segments((PackedGroup(0, 3, (2, 1)), PackedGroup(6, 2, (1, 4)))).varlen
     keys, queries = plan.key_offsets.tolist(), plan.query_offsets.tolist()
     listed = [plan.keys[a:b].tolist() for a, b in zip(keys, keys[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""Weights as checkpoints have them: names, layout, adapters, and what comes back from a folder."""
+"""Weights in checkpoint format: names, layout, adapters, and loading them again."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from vlm_sapo.models.packing import Plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_model_holds_its_weights_and_comes_back(model_folder, tmp_path, family):
+def test_a_saved_model_loads_with_the_same_weights(model_folder, tmp_path, family):
     vlm = load_vlm(str(model_folder(family)))
     with torch.no_grad():
         for parameter in vlm.parameters():
@@ -38,7 +38,7 @@ def test_adapters_are_merged(model_folder, tmp_path):
     changed = {name.split(".")[-2] for name in bare if not torch.equal(bare[name], merged[name])}
     assert changed == {"q_proj", "down_proj", "qkv"}
     vlm.save(tmp_path)
-    prompt = Encoder(vlm)(example(pictures=2))
+    prompt = Encoder(vlm)(example(images=2))
     inputs = Plain().inputs([group_slice(prompt, [[10, 20, 30]])])
     with torch.no_grad():
         with_adapters = Pass(vlm)(inputs).logprobs
@@ -48,9 +48,9 @@ def test_adapters_are_merged(model_folder, tmp_path):
     assert (with_adapters - without).abs().max() > 1e-3
 
 
-def test_an_engine_gets_one_token_for_each_picture(vlm, encoder):
-    for pictures in (0, 1, 2, 3):
-        prompt = encoder(example(pictures=pictures))
+def test_unexpanded_ids_have_one_token_per_image(vlm, encoder):
+    for images in (0, 1, 2, 3):
+        prompt = encoder(example(images=images))
         ids = vlm.unexpanded(prompt)
         assert ids == vlm.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        assert ids.count(vlm.model.config.image_token_id) == pictures
+        assert ids.count(vlm.model.config.image_token_id) == images

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from PIL import Image
 
-from tests.conftest import picture
+from tests.conftest import numbered_image
 from vlm_sapo.rewards.parts import RewardError, build_part
 from vlm_sapo.rewards.pool import RewardPool, load_images, share_images
 from vlm_sapo.types import Example, ResponseText
@@ -182,7 +182,7 @@ def test_async_functions_run_concurrently(reward):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_images_reach_the_worker_unchanged(mode, tmp_path):
-    images = tuple(picture(number, size=(30 + number, 20)).convert(mode) for number in range(2))
+    images = tuple(numbered_image(number, size=(30 + number, 20)).convert(mode) for number in range(2))
     item = (ResponseText("r"), row())
     item = (item[0], replace(item[1], images=images))
     [sent, again] = share_images([item, item], str(tmp_path))

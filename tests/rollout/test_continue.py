@@ -36,7 +36,7 @@ class Setting:
         self.vlm = load_vlm(str(path))
         self.vlm.version = OLDER + 1
         encode = Encoder(self.vlm)
-        self.prompts = [encode(example(number, pictures=count)) for number, count in enumerate((1, 2, 0))]
+        self.prompts = [encode(example(number, images=count)) for number, count in enumerate((1, 2, 0))]
         self.experts = bool(self.vlm.routers)
         self.whole = self.engine(3).generate(as_contexts(self.prompts), SAMPLING)
 
@@ -170,7 +170,7 @@ def check_experts(vlm, contexts, groups) -> None:
 
 def test_what_a_server_is_asked_for(vlm, encoder):
     """The prompt with the response so far, and no more than what may follow."""
-    prompts = [encoder(example(pictures=2)), encoder(example(1, pictures=0))]
+    prompts = [encoder(example(images=2)), encoder(example(1, images=0))]
     rows = ([20, 21], [22, 23], [24, 25, 26])
     so_far = tuple(response(ids, prompts[0]) for ids in rows)
     contexts = [Context(prompts[0], so_far, (0, 2, 0)), Context(prompts[1])]

@@ -92,7 +92,7 @@ class Setting:
     engine: object
 
     def sample(self, counts=(1, 2, 0), **options):
-        prompts = [self.encoder(example(number, pictures=count)) for number, count in enumerate(counts)]
+        prompts = [self.encoder(example(number, images=count)) for number, count in enumerate(counts)]
         sampling = dataclasses.replace(SAMPLING, **options)
         return prompts, self.engine.generate(as_contexts(prompts), sampling)
 

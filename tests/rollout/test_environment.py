@@ -55,7 +55,7 @@ def vlm(request, model_folder):
 
 def sample(vlm, engine, *, group=4, max_tokens=120):
     encode = Encoder(vlm)
-    prompts = [encode(example(number, pictures=number % 3)) for number in range(3)]
+    prompts = [encode(example(number, images=number % 3)) for number in range(3)]
     return prompts, engine.generate(as_contexts(prompts), Sampling(group, max_tokens, 1.0, seed=1))
 
 
@@ -99,7 +99,7 @@ def test_an_episode_does_not_depend_on_the_others(vlm):
     _, together = sample(vlm, episodes(vlm))
     encode = Encoder(vlm)
     alone = episodes(vlm).generate(
-        as_contexts([encode(example(2, pictures=2))]), Sampling(4, 120, 1.0, seed=1, slots=(2,))
+        as_contexts([encode(example(2, images=2))]), Sampling(4, 120, 1.0, seed=1, slots=(2,))
     )
     for one, other in zip(together[2], alone[0], strict=True):
         assert torch.equal(one.ids, other.ids)

@@ -17,7 +17,7 @@ from vlm_sapo.types import Sampling
 def setting(request, model_folder):
     vlm = load_vlm(str(model_folder(request.param)))
     encoder = Encoder(vlm)
-    prompts = [encoder(example(number, pictures=count)) for number, count in enumerate((1, 2, 0))]
+    prompts = [encoder(example(number, images=count)) for number, count in enumerate((1, 2, 0))]
     return vlm, prompts
 
 

@@ -62,7 +62,7 @@ def ids_of(groups):
 
 @pytest.fixture
 def prompts(encoder):
-    return [encoder(example(number, pictures=number % 3)) for number in range(6)]
+    return [encoder(example(number, images=number % 3)) for number in range(6)]
 
 
 def expected(vlm, prompts):
@@ -329,7 +329,7 @@ def test_experts_of_the_tokens_are_reported(model_folder):
     """In vLLM's encoding; it also reports layers without experts. A server that doesn't is refused."""
     path = model_folder("qwen3_vl_moe")
     vlm = load_vlm(str(path))
-    prompts = [Encoder(vlm)(example(number, pictures=number % 3)) for number in range(3)]
+    prompts = [Encoder(vlm)(example(number, images=number % 3)) for number in range(3)]
     server = ModelServer(path, experts=True)
     engine = build_engine(
         RolloutConfig.model_validate({"engine": {"type": "vllm_server", "servers": server.url}}).engine,

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from tests.conftest import SHARED, picture
+from tests.conftest import SHARED, numbered_image
 from vlm_sapo.cli import app
 
 REAL = SHARED / "data"
@@ -206,4 +206,4 @@ def test_transparent_images_get_a_white_background(tmp_path):
         and image.getpixel((0, 0)) == (255, 255, 255)
         and image.getpixel((7, 7)) == (0, 0, 0)
     )
-    assert decode(picture(), tmp_path).mode == "RGB"
+    assert decode(numbered_image(), tmp_path).mode == "RGB"

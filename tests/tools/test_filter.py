@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.conftest import picture
+from tests.conftest import numbered_image
 from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
@@ -111,7 +111,7 @@ def test_groups_without_variance_are_resampled_within_their_task(settings, tmp_p
 def test_kept_rows_give_the_paths_of_their_images(settings, tmp_path):
     """Outside the folder of the kept rows, which the printed overrides allow."""
     (tmp_path / "set").mkdir()
-    picture().save(tmp_path / "set/p.png")
+    numbered_image().save(tmp_path / "set/p.png")
     rows = [{"problem": f"How many {n}?", "answer": "1", "image": "p.png"} for n in range(4)]
     source = tmp_path / "set/rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -59,7 +59,7 @@ def make_policy(
 
 
 def sample_groups(policy, encoder, rewards) -> list[Group]:
-    prompts = [encoder(example(number, pictures=number % 3)) for number in range(len(rewards))]
+    prompts = [encoder(example(number, images=number % 3)) for number in range(len(rewards))]
     groups = HfEngine(policy.vlm, prompts_per_batch=8).generate(
         as_contexts(prompts), Sampling(len(rewards[0]), 12, 1.0, seed=0)
     )
@@ -303,7 +303,7 @@ def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
 def test_it_is_the_pass_that_failed_which_is_made_smaller(model_folder, encoder):
     """In the plain layout a long response alone has fewer tokens than eight short ones with a long prompt."""
     policy = make_policy(model_folder(), layout=Plain())
-    lone, wide = encoder(example(0, pictures=0)), encoder(example(1, pictures=2))
+    lone, wide = encoder(example(0, images=0)), encoder(example(1, images=2))
     ids = list(range(10, 130))
     groups = [
         Group(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import example, picture
+from tests.conftest import example, numbered_image
 from tests.training.test_batch import make_policy
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
@@ -38,7 +38,7 @@ class Copy(HfEngine):
             if (self.fault == "prepacked" and "mlp" in name) or name in self.withheld:
                 continue
             own.data.copy_(new.data)
-        self.vlm.vision.kept.clear()
+        self.vlm.vision.cached.clear()
 
     def generate(self, contexts, sampling):
         prompts = seen = [context.prompt for context in contexts]
@@ -99,7 +99,7 @@ class Run:
             tolerance=1e-4,
             every=every,
         )
-        self.examples = [replace(example(n), images=(picture(n),) * pictures) for n in range(3)]
+        self.examples = [replace(example(n), images=(numbered_image(n),) * pictures) for n in range(3)]
 
     def step(self, number):
         """What a step of the trainer does to the weights and the engine."""

@@ -1,4 +1,4 @@
-"""Advantages of one group: [G] float64 rewards to [G] advantages. A group without variance has none.
+"""Advantages of one group: [G] float64 rewards to [G] advantages. A group without variance gets zeros.
 
 Rewards closer together than 1e-9 count as equal, so a constant .9 never turns rounding into a signal.
 """

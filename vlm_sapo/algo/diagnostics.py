@@ -1,7 +1,7 @@
-"""What an objective did to a mini-batch: ratios, effective update, gate, variance within sequences.
+"""Diagnostics of an objective on a mini-batch: ratios, effective update, gate, variance within sequences.
 
 Inputs are detached [N, T] tensors; `mask` marks response tokens. Every metric is the mean over the
-mini-batch, a quantile, or a share; one that has no meaning for an objective is absent.
+mini-batch, a quantile, or a share; metrics that don't apply to an objective are absent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Objective = Callable[[objectives.TokenTensors], torch.Tensor]
 
 
 def effective_update(objective: Objective, tensors: objectives.TokenTensors) -> torch.Tensor:
-    """f'(r) per token, by differentiating the objective: the share of the plain policy gradient that is left.
+    """f'(r) per token, by differentiating the objective: the share of the plain policy gradient that remains.
 
     For GRPO it is 0 where the clip is active and 1 elsewhere, so objectives compare on one scale.
     """
@@ -30,7 +30,7 @@ def effective_update(objective: Objective, tensors: objectives.TokenTensors) -> 
 
 
 def ratio_metrics(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """Ratios, |log r|, the spread of log r within sequences, and two estimates of KL(old, new)."""
+    """Ratios, |log r|, the variance of log r within sequences, and two estimates of KL(old, new)."""
     log_ratio = objectives.token_log_ratio(logprobs, old, mask)
     values = log_ratio[mask]
     metrics = _quantiles("ratio", values.exp()) | _quantiles("abs_log_ratio", values.abs())
@@ -59,7 +59,7 @@ def update_metrics(update: torch.Tensor, advantage: torch.Tensor, mask: torch.Te
 def clip_metrics(
     logprobs: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, float]:
-    """Share of tokens that GRPO (.2/.2) and GSPO (3e-4/4e-4) would have clipped on the same tokens."""
+    """Shares of these tokens that GRPO (.2/.2) and GSPO (3e-4/4e-4) would have clipped."""
     shares = {}
     for name, level, low, high in (
         ("grpo", objectives.token_log_ratio, 0.2, 0.2),
@@ -80,8 +80,8 @@ def gate_metrics(
     tau_pos: float,
     tau_neg: float,
 ) -> dict[str, float]:
-    """SAPO read at sequence level: |mean gate - gate of the mean| in log form, its bound, and the true
-    gate."""
+    """SAPO as a sequence-level gate: |mean gate - gate of the mean| in log form, its bound, and the mean of
+    the actual gate."""
     tau = objectives.temperature(advantage, tau_pos=tau_pos, tau_neg=tau_neg)
     true_gate = objectives.gate_weight(objectives.token_log_ratio(logprobs, old, mask).exp(), tau)
     lengths = mask.sum(-1).clamp(min=1)
@@ -102,9 +102,9 @@ class GateDeviation:
     """SAPO's gate within sequences, in log form; all [M]."""
 
     variance: torch.Tensor
-    """Of log r within the sequence."""
+    """Variance of log r within the sequence."""
     deviation: torch.Tensor
-    """|mean gate - gate of the mean|, which tau^2/4 times the variance bounds."""
+    """|mean gate - gate of the mean|, at most tau^2/4 times the variance."""
     tau: torch.Tensor
 
 
@@ -117,8 +117,8 @@ def gate_deviation(
     tau_pos: float,
     tau_neg: float,
 ) -> GateDeviation:
-    """Of the M sequences whose advantages have one sign, so that they have one temperature. Section 4 of
-    arXiv 2511.20347. In float64: both gates are close to 1."""
+    """For the M sequences whose advantages have one sign, and therefore one temperature (arXiv 2511.20347,
+    section 4). In float64, because both gates are close to 1."""
     positive, other = (mask & (advantage > 0)).any(-1), (mask & (advantage <= 0)).any(-1)
     uniform = ~(positive & other)
     tau = torch.where(positive, advantage.new_tensor(tau_pos), advantage.new_tensor(tau_neg))[uniform]
@@ -138,15 +138,15 @@ def gate_deviation(
 
 
 DECADES = torch.logspace(-6, 1, 29)
-"""Edges of the bins of small numbers, four in a factor of ten."""
+"""Bin edges on a log scale, four per factor of ten."""
 
 
 def histograms(
     log_ratio: torch.Tensor, update: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, list[int]]:
-    """Counts of a mini-batch's tokens: `log_ratio` in 59 bins between -DECADES, 0 and DECADES, those beyond
-    in the outer ones; `attenuated_pos` and `attenuated_neg`, |1 - effective update| by the advantage's sign,
-    in 30 bins under, between and over DECADES."""
+    """Token counts of a mini-batch: `log_ratio` in 59 bins with edges at -DECADES and DECADES, the outer bins
+    open; `attenuated_pos` and `attenuated_neg`, |1 - effective update| by the advantage's sign, in 30 bins
+    with edges at DECADES, the outer ones open."""
     values = log_ratio[mask]
     bins = torch.bucketize(values.abs(), DECADES.to(values))
     signed = torch.where(values < 0, -bins, bins) + len(DECADES)

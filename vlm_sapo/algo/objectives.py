@@ -1,5 +1,4 @@
-"""Policy objectives: what each token's importance ratio and advantage contribute to the loss. All tensors
-[N, T].
+"""Policy objectives: each token's loss from its importance ratio and advantage. All tensors [N, T].
 
 With r = exp(log_ratio), every objective's gradient is `-f'(r) r A grad log pi`; at r = 1 all have f' = 1, so
 on policy they are the plain policy gradient. An objective is a function that asks for fields of TokenTensors
@@ -38,23 +37,23 @@ RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
 
 @dataclass(frozen=True)
 class TokenTensors:
-    """What an objective can ask for by name, all [N, T]."""
+    """The tensors [N, T] that an objective can ask for by name."""
 
     logprobs: torch.Tensor
     """log pi of each token, with its gradient."""
     old: torch.Tensor
-    """The same before the update."""
+    """The log-probs before the update."""
     advantages: torch.Tensor
     mask: torch.Tensor
-    """bool, true on the tokens that count."""
+    """bool, true on the tokens with a loss."""
     level: str = "token"
-    """Of `log_ratio`: `token` or `sequence`."""
+    """Level of `log_ratio`: `token` or `sequence`."""
     sampled: torch.Tensor | None = None
     """The log-probs of the engine that sampled."""
     reference: torch.Tensor | None = None
-    """Those of the reference model, where there is one."""
+    """The log-probs of the reference model, if any."""
     prepared: torch.Tensor | None = None
-    """What the objective prepared for the whole mini-batch, where it does."""
+    """The result of the objective's `prepare` for the whole mini-batch, if it has one."""
 
     @property
     def advantage(self) -> torch.Tensor:
@@ -74,7 +73,7 @@ class TokenTensors:
         return sequence_log_ratio(self.logprobs, self.old, self.mask)
 
     def named(self, names: Sequence[str]) -> dict[str, torch.Tensor | None]:
-        """The tensors of these names, of TOKEN_TENSORS."""
+        """Tensors by name; names are from TOKEN_TENSORS."""
         return {name: getattr(self, name) for name in names}
 
 
@@ -169,7 +168,7 @@ def vespo(
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Unbiased, non-negative estimate of KL(policy, reference) per token of a sample of the policy."""
+    """Unbiased, non-negative estimate of KL(policy, reference) per sampled token."""
     difference = (reference - logprobs).clamp(-20.0, 20.0)
     return difference.exp() - difference - 1.0
 

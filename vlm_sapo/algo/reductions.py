@@ -1,7 +1,7 @@
-"""Token losses [N, T] of a micro-batch to its share of the optimizer step's loss.
+"""Reduces token losses [N, T] of a micro-batch to its share of the optimizer step's loss.
 
 The denominators are counted over the whole optimizer step (all micro-batches), so the sum over micro-batches
-is the step's loss whatever its split. Where the mask is off a loss may hold anything, NaN included.
+is the step's loss however it is split. Where the mask is off a loss may be anything, also NaN.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ def _masked(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 DENOMINATORS = ("num_sequences", "num_tokens", "max_tokens")
-"""What a reduction can ask for by name, beside losses and mask."""
+"""What a reduction can ask for by name, besides losses and mask."""
 REDUCTIONS = {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}

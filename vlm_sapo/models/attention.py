@@ -1,12 +1,12 @@
-"""Attention that knows groups: a prompt attends to itself, each of its branches to the prompt and to itself.
-And attention that knows pictures, for the vision tower: a patch attends to its own picture or window.
+"""Attention over groups: a prompt attends to itself, each of its branches to the prompt and to itself. And
+attention over packed images for the vision tower: a patch attends to its own image or window.
 
-Registered with transformers under NAME and VISION_NAME. With `segments` the first serves packed rows
-(training, prefill), with `prefix` the next token of running branches (decoding), and with neither it is
-transformers' own SDPA attention, so one model does all of it.
+Registered with transformers under NAME and VISION_NAME. Prefix attention takes `segments` for packed rows
+(training, prefill) or `prefix` for the next token of running branches (decoding); without either it is
+transformers' SDPA attention, so that one model serves all three.
 
 [L] tokens of a packed row, [H] query heads, [K] key heads, [D] head size, [B] prompts, [G] branches of each,
-[R] tokens of the longest branch, [P] of the prompt, [S] tokens that a branch has so far.
+[R] tokens of the longest branch, [P] of the prompt, [S] tokens of a branch so far.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "vlm_sapo_prefix"
 VISION_NAME = "vlm_sapo_flash_vision"
-"""transformers gives cumulative lengths to vision attention whose name holds `flash`; others get a loop."""
-HALF = (torch.float16, torch.bfloat16)
+"""transformers passes cumulative lengths only to vision attention with `flash` in its name, and loops over
+sequences for all others."""
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,16 @@ class PackedGroup:
 
     @cached_property
     def padded(self) -> torch.Tensor:
-        """[G * R] where each branch's tokens lie among the branches' tokens; padding repeats the last."""
+        """[G * R] index of each padded branch's tokens among the tokens of all branches; padding repeats the
+        last token."""
         lengths = torch.tensor(self.branches)
         starts = lengths.cumsum(0) - lengths
         steps = torch.arange(max(self.branches)).minimum(lengths[:, None] - 1)
         return (starts[:, None] + steps).flatten()
 
     @cached_property
-    def kept(self) -> torch.Tensor:
-        """[sum of branches] where each token lies among the padded ones."""
+    def unpadded(self) -> torch.Tensor:
+        """[sum of branches] index of each token among the padded ones."""
         longest = max(self.branches)
         return torch.cat([row * longest + torch.arange(length) for row, length in enumerate(self.branches)])
 
@@ -64,12 +66,12 @@ class Segments:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Tokens of each group's prompt and of its branches, in turn."""
+        """For each group, the tokens of its prompt and the sum over its branches."""
         return [size for group in self.groups for size in (group.prompt, sum(group.branches))]
 
     @cached_property
     def varlen(self) -> VarlenPlan:
-        """The same as sequences of queries and keys, for kernels that take cumulative lengths."""
+        """The groups as sequences of queries and keys, for kernels that take cumulative lengths."""
         queries: list[int] = []
         keys: list[torch.Tensor] = []
         for group in self.groups:
@@ -95,14 +97,14 @@ class Prefix:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     padding: torch.Tensor
-    """[B, 1, 1, P] bool, true behind the end of a prompt."""
+    """[B, 1, 1, P] bool, true after the end of a prompt."""
     branch_padding: torch.Tensor | None = None
-    """[B * G, 1, 1, S] bool, true before the first token of a branch, where branches went on from responses
-    of different lengths; None where all began at their prompt."""
+    """[B * G, 1, 1, S] bool, true before the first token of a branch, if branches continue responses of
+    different lengths; None if all start at their prompt."""
 
     @staticmethod
     def from_row(keys: list[torch.Tensor], values: list[torch.Tensor], segments: Segments) -> Prefix:
-        """From a packed row that holds the prompts, [1, K, L, D] by layer."""
+        """Splits the prompts off a packed row's keys and values, [1, K, L, D] by layer."""
 
         def split(row: torch.Tensor) -> torch.Tensor:
             prompts = [prompt.transpose(0, 1) for prompt in row[0].split(segments.sizes, dim=1)[::2]]
@@ -115,7 +117,7 @@ class Prefix:
         return Prefix([split(row) for row in keys], [split(row) for row in values], padding[:, None, None])
 
     def select(self, prompts: torch.Tensor, branches: torch.Tensor) -> Prefix:
-        """Only the prompts and the branches with these indices."""
+        """Selects prompts and branches by index."""
         if len(prompts) < len(self.padding):
             keys, values = ([layer[prompts] for layer in layers] for layers in (self.keys, self.values))
             padding = self.padding[prompts]
@@ -127,7 +129,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """`keys` [sum of key lengths] names the key of each place; offsets [sequences + 1] int32."""
+    """`keys` [sum of key lengths] are indices in the packed row; offsets [sequences + 1] int32."""
 
     keys: torch.Tensor
     query_offsets: torch.Tensor
@@ -154,7 +156,7 @@ def prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, L, D], key and value [B, K, L, D] to [B, L, H, D].
 
-    With segments B is 1; with segments or a prefix the mask is not read.
+    With segments B is 1; with segments or a prefix the mask is ignored.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # float32 by the rotary embedding under autocast
     if prefix is not None:
@@ -163,27 +165,28 @@ def prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and query.dtype in HALF:
+    if query.is_cuda and query.dtype in HALF_PRECISION:
         return _varlen(query, key, value, scaling, segments.varlen), None
     pieces = [tensor.split(segments.sizes, dim=2) for tensor in (query, key, value)]
-    places = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
+    pairs = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
     outputs = [
         output
-        for group, place in zip(segments.groups, places, strict=True)
-        for output in _group(group, *place, scaling=scaling)
+        for group, pair in zip(segments.groups, pairs, strict=True)
+        for output in _group(group, *pair, scaling=scaling)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _group(group: PackedGroup, query, key, value, *, scaling: float | None) -> list[torch.Tensor]:
-    """[1, H, tokens, D] of prompt and branches by SDPA, once for each; each argument is the pair of both."""
+    """Attention of prompt and branches, [1, H, tokens, D] each, with one SDPA call for each. query, key and
+    value are pairs: the prompt's and the branches'."""
     (q, branch_q), (k, branch_k), (v, branch_v) = query, key, value
     prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     if not group.branches:
         return [prompt]
     branch_q, branch_k, branch_v = (_fold(tensor, group) for tensor in (branch_q, branch_k, branch_v))
     longest = branch_q.shape[2]
-    # A padded key lies behind every real query of its branch, so one causal mask fits all branches.
+    # A padded key comes after every real query of its branch, so one causal mask fits all branches.
     mask = torch.ones(longest, group.prompt + longest, dtype=torch.bool, device=q.device)
     branches = scaled_dot_product_attention(
         branch_q,
@@ -206,13 +209,13 @@ def _fold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
 def _unfold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[G, H, R, D] to [1, H, sum of branches, D]."""
     flat = tensor.transpose(0, 1).flatten(1, 2)[None]
-    return flat if group.even else flat[:, :, group.kept.to(tensor.device)]
+    return flat if group.even else flat[:, :, group.unpadded.to(tensor.device)]
 
 
 def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int) -> torch.Tensor:
     """[B * G, 1, H, D] for query [B * G, H, 1, D] and the branches' own key and value [B * G, K, S, D].
 
-    All branches of a prompt read its keys and values together, so those lie in memory once.
+    All branches of a prompt read its keys and values together, so that they are in memory once.
     """
     prompt_key, prompt_value = prefix.keys[layer], prefix.values[layer]  # [B, K, P, D]
     prompts, heads, longest, size = prompt_key.shape
@@ -248,11 +251,11 @@ def vision_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface for packed pictures: query, key, value [1, H, L, D] to [1, L, H, D].
+    """transformers' attention interface for packed images: query, key, value [1, H, L, D] to [1, L, H, D].
 
-    Every patch attends to its own picture or window, whose offsets are cu_seq_lens_q [sequences + 1].
+    Every patch attends to its own image or window; cu_seq_lens_q [sequences + 1] are their offsets.
     """
-    if query.is_cuda and query.dtype in HALF:
+    if query.is_cuda and query.dtype in HALF_PRECISION:
         from torch.nn.attention.varlen import varlen_attn
 
         rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
@@ -262,14 +265,16 @@ def vision_attention(
     lengths = [size * count for size, count in runs]
     pieces = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
     outputs = []
-    for (_, count), *places in zip(runs, *pieces, strict=True):
-        batch = [place.unflatten(1, (count, -1)).transpose(0, 1) for place in places]  # [count, H, size, D]
+    for (_, count), *tensors in zip(runs, *pieces, strict=True):
+        batch = [
+            tensor.unflatten(1, (count, -1)).transpose(0, 1) for tensor in tensors
+        ]  # [count, H, size, D]
         outputs.append(scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
 def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch.Tensor:
-    """[1, L, H, D] by one variable-length kernel; keys of a prompt are listed again for each branch.
+    """[1, L, H, D] by one variable-length kernel; a prompt's keys are repeated for each branch.
 
     The kernel aligns its causal diagonal to the end of a sequence, where a branch's own tokens are.
     """

@@ -1,5 +1,4 @@
-"""How branches of prompts go on, token by token: from keys and values that they share, or each from a copy of
-its prompt's whole state.
+"""Decoding states: branches that share their prompt's keys and values, or that each copy its whole state.
 
 [B] contexts, [G] branches of each, [A] branches in the batch, [P] tokens of the longest prompt, [S] tokens of
 a branch so far, [V] vocabulary.
@@ -29,28 +28,28 @@ Recorder = ExpertRecorder | NullRecorder
 
 @dataclass(frozen=True)
 class Branch:
-    """One response in the making."""
+    """A response that is being generated."""
 
     context: int
     """Index of its context in the batch."""
     number: int
     """Its index in its group."""
     so_far: Response | None
-    """What it goes on from; None at the start."""
-    filling: bool = False
-    """Whether it is there only because other contexts have more branches."""
+    """The response that it continues; None at the start."""
+    filler: bool = False
+    """Whether it only fills the grid, because other contexts have more branches."""
 
 
 @dataclass(frozen=True)
 class BranchGrid:
-    """The branches of a batch of contexts, in order, equally many for each."""
+    """The branches of a batch of contexts, in order, the same number for each."""
 
     contexts: Sequence[Context]
     branches: Sequence[Branch]
 
     @classmethod
     def of(cls, contexts: Sequence[Context], group: int) -> BranchGrid:
-        """`group` new branches for each context without responses, else one for each response."""
+        """`group` new branches for each context without responses, otherwise one per response."""
         rows: list[list[Branch]] = []
         for index, context in enumerate(contexts):
             numbered = zip(context.branches, context.responses, strict=True)
@@ -59,7 +58,7 @@ class BranchGrid:
         width = max(map(len, rows))
         for row in rows:
             last = row[-1]
-            row += [Branch(last.context, last.number, last.so_far, filling=True)] * (width - len(row))
+            row += [Branch(last.context, last.number, last.so_far, filler=True)] * (width - len(row))
         return cls(contexts, [branch for row in rows for branch in row])
 
     @cached_property
@@ -72,7 +71,7 @@ class BranchGrid:
 
     @cached_property
     def rows(self) -> list[tuple[int, int | None]]:
-        """What has to be read: a context and the index of a response of it, None for the prompt alone."""
+        """What is prefilled: indices of a context and one of its responses, None for the prompt alone."""
         return [
             (index, row)
             for index, context in enumerate(self.contexts)
@@ -81,7 +80,7 @@ class BranchGrid:
 
     @cached_property
     def sources(self) -> torch.Tensor:
-        """[A] index in `rows` that each branch goes on from."""
+        """[A] index in `rows` of what each branch continues."""
         first = list(accumulate((max(len(item.responses), 1) for item in self.contexts), initial=0))
         sources, width = [], len(self.branches) // len(self.contexts)
         for index, branch in enumerate(self.branches):
@@ -91,7 +90,7 @@ class BranchGrid:
 
 
 class DecodeState(Protocol):
-    """The branches of a grid, in order, until they leave."""
+    """The running branches of a grid, in order."""
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:
         """Drops finished branches; `running` is [A] bool. Returns the indices that remain, in their new
@@ -102,8 +101,8 @@ class DecodeState(Protocol):
 
 
 def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, DecodeState]:
-    """Reads each prompt and each response so far once. Returns the first logits [rows, V] of the grid's rows,
-    and the state of its branches."""
+    """Prefills each prompt and each response so far once. Returns the logits [rows, V] of the token that
+    follows each of the grid's rows, and the decoding state of its branches."""
     kind = SharedDecodeState if vlm.attends_fully else ForkedDecodeState
     return kind.prefill(vlm, grid, recorder)
 
@@ -113,14 +112,14 @@ def new_cache(vlm: VLM) -> DynamicCache:
 
 
 class SharedDecodeState:
-    """Branches that read their prompt's keys and values where they lie. For full attention alone."""
+    """Branches that share their prompt's keys and values, for models that attend fully."""
 
     def __init__(self, vlm: VLM, prefix: Prefix, cache: DynamicCache):
         self.vlm, self.prefix, self.cache = vlm, prefix, cache
 
     @staticmethod
     def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, SharedDecodeState]:
-        """All prompts in one packed row, each with its responses so far behind it, as in training."""
+        """All prompts in one packed row, each followed by its responses so far, as in training."""
         starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
         segments = Segments(
             tuple(
@@ -148,7 +147,7 @@ class SharedDecodeState:
         return logits, SharedDecodeState(vlm, prefix, own)
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:
-        """Ended branches stay where others of their prompts leave fewer."""
+        """Some finished branches stay as fillers, since all prompts need the same number of branches."""
         remaining, rows = compact_grid(running.view(len(self.prefix.padding), -1))
         if len(remaining) == len(running):
             return torch.arange(len(running), device=running.device)
@@ -185,8 +184,8 @@ def _fill(
     grid: BranchGrid,
     sources: torch.Tensor,
 ) -> torch.Tensor:
-    """Gives the branches' cache what the packed row [1, K, L, D] holds of the responses so far, padded on the
-    left. Returns the padding [A, 1, 1, S]."""
+    """Copies the keys and values of the responses so far from the packed row, [1, K, L, D] by layer, to the
+    branches' cache, padded on the left. Returns the padding [A, 1, 1, S]."""
     sizes = [length for prompt, lengths in grid.sizes for length in (prompt, *(lengths or (0,)))]
     is_response = [flag for _, lengths in grid.sizes for flag in (False, *[True] * max(len(lengths), 1))]
 
@@ -203,16 +202,16 @@ def _fill(
 
 
 class ForkedDecodeState:
-    """Branches that each go on from a copy of their prompt's state: what linear attention has read, and the
-    other layers' keys and values. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
+    """Branches that each start from a copy of their prompt's state: the recurrent state of linear attention,
+    and the keys and values of other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
     def __init__(self, vlm: VLM, cache: DynamicCache, mask: torch.Tensor):
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod
     def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, ForkedDecodeState]:
-        """A row for each prompt, or for each response so far behind its prompt. Padded on the left, where the
-        state of linear attention is still zero and stays so."""
+        """One row per prompt, or per response so far after its prompt. Padded on the left, where the state of
+        linear attention is zero and remains so."""
 
         def padded(rows: list[torch.Tensor]) -> torch.Tensor:
             return pad_sequence(rows, batch_first=True, padding_side="left").to(vlm.device)
@@ -258,10 +257,10 @@ class ForkedDecodeState:
 
 
 def compact_grid(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest grid that holds what is running in a [B, G] grid of branches.
+    """The smallest grid with all running branches of a [B, G] grid.
 
-    Returns the indices that remain (flat, in the new grid's order) and the rows they lie in. Contexts with
-    fewer running branches than others keep ended ones as filling.
+    Returns the remaining branches' indices (flat, in the new grid's order) and the indices of their rows.
+    Contexts with fewer running branches than others keep finished ones as fillers.
     """
     rows = running.any(1).nonzero()[:, 0]
     order = running[rows].int().argsort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Examples to prompts: chat template, pictures resized once, token ids and rotary positions."""
+"""Encodes examples as prompts: chat template, resized images, token ids and rotary positions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RowError
 
 ASSISTANT_MARK, USER_MARK = "ASSISTANT TEXT", "USER TEXT"
-"""Stand for texts in a rendered chat template."""
+"""Dummy messages, to find where the chat template puts them."""
 
 
 class Encoder:
     """Encodes examples for one model.
 
-    `min_pixels` and `max_pixels` bound the area of a resized picture (None: the processor's own bounds);
-    `max_tokens` bounds the prompt, and `limit` says what that is and what to do about it.
+    `min_pixels` and `max_pixels` bound the area of a resized image (None: the processor's own bounds);
+    `max_tokens` bounds the prompt, and `limit` names that bound and the remedy in errors.
     """
 
     def __init__(
@@ -44,20 +44,22 @@ class Encoder:
             )
 
     def __call__(self, example: Example) -> Prompt:
-        """Raises RowError when a picture cannot be resized or the prompt is longer than the limit."""
+        """Raises RowError if an image cannot be resized or the prompt is longer than the limit."""
         processor = self.vlm.processor
-        problem, smuggled = self.plain.hide(example)
+        problem, hidden = self.plain.hide(example)
         images = tuple(self._resize(example, number) for number in range(len(example.images)))
         messages = self._messages(example, problem)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        self._check_marks(example, text)
+        self._check_image_tokens(example, text)
         encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
-        ids, types = self.plain.show(encoded["input_ids"][0], encoded["mm_token_type_ids"][0], smuggled)
+        ids, types = self.plain.restore_tokens(
+            encoded["input_ids"][0], encoded["mm_token_type_ids"][0], hidden
+        )
         grid = encoded.get("image_grid_thw")
         self.check_length(example, *self.count(ids))
         return Prompt(
             example=example,
-            text=self.plain.shown(text, smuggled),
+            text=self.plain.restore_text(text, hidden),
             opening=self.opening,
             ids=ids,
             positions=self.vlm.rope_positions(ids, types, grid),
@@ -67,8 +69,8 @@ class Encoder:
         )
 
     def respond(self, prompt: Prompt, text: str) -> Response:
-        """A given text as a finished response: its tokens and the stop token. Its log-probs are unknown
-        (NaN)."""
+        """A text (a demonstration) as a finished response: its tokens and the stop token, with unknown (NaN)
+        log-probs."""
         tokenizer = self.vlm.tokenizer
         text = text.removeprefix(prompt.opening)
         ids = [*self.plain.ids(text), tokenizer.eos_token_id]
@@ -78,8 +80,8 @@ class Encoder:
         )
 
     def user_turn(self, text: str) -> torch.Tensor:
-        """[E] the tokens between the end of a turn of the policy and the beginning of its next one, with the
-        text as the user's."""
+        """[E] the tokens of a user turn with this text, from the end of an assistant turn to the start of the
+        next."""
         before, after = self._user_turn
         tokenizer = self.vlm.tokenizer
         pieces = (
@@ -91,7 +93,10 @@ class Encoder:
 
     @cached_property
     def _user_turn(self) -> tuple[str, str]:
-        """What the chat template writes before and behind the user's text, after the end of a turn."""
+        """What the chat template writes before and after a user's text that follows an assistant turn.
+
+        Raises ValueError if the template has no such turns.
+        """
         turns = [("user", "."), ("assistant", ASSISTANT_MARK), ("user", USER_MARK)]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         rendered = self.vlm.processor.apply_chat_template(
@@ -101,29 +106,28 @@ class Encoder:
         before, mark, after = rest.partition(USER_MARK)
         if not mark:
             raise ValueError(
-                "the chat template of model.path must write an assistant's turn and a user's turn behind it, "
-                "as rollout.environment needs; use a template that does"
+                "the chat template of model.path must support a user's turn after an assistant's, "
+                "which rollout.environment needs; use a template that does"
             )
         return before, after
 
     def ends_turn(self, response: Response) -> bool:
-        """Whether it ends as the chat template ends a turn."""
+        """Whether the response ends with the token that ends a turn in the chat template."""
         return int(response.ids[-1]) == self.vlm.tokenizer.eos_token_id
 
     def decode(self, ids: torch.Tensor) -> str:
-        """The text of some tokens, without special ones."""
+        """Decodes tokens, without special ones."""
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _resize(self, example: Example, number: int):
-        picture = example.images[number]
-        request = {"image": picture, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        image = example.images[number]
+        request = {"image": image, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         try:
             return fetch_image(request, image_patch_size=self.vlm.processor.image_processor.patch_size)
         except (ValueError, ZeroDivisionError) as error:
-            size = "x".join(map(str, picture.size))
+            size = "x".join(map(str, image.size))
             raise RowError(
-                f"{example.label}: picture {number + 1} ({size}) cannot be resized ({error}); "
-                "crop or remove it"
+                f"{example.label}: image {number + 1} ({size}) cannot be resized ({error}); crop or remove it"
             ) from error
 
     def _messages(self, example: Example, problem: str) -> list[dict]:
@@ -138,36 +142,36 @@ class Encoder:
         system = [{"role": "system", "content": example.system}] if example.system else []
         return [*system, {"role": "user", "content": content}]
 
-    def _check_marks(self, example: Example, text: str) -> None:
-        """Image tokens in the text would shift the pictures."""
+    def _check_image_tokens(self, example: Example, text: str) -> None:
+        """Raises RowError for image tokens in the text, which would shift the images."""
         processor = self.vlm.processor
         if text.count(processor.image_token) != len(example.images) or processor.video_token in text:
             raise RowError(
-                f"{example.label}: its prompt has {text.count(processor.image_token)} places for "
-                f"{len(example.images)} pictures; data.template and data.system must not contain "
-                f"{processor.image_token} or {processor.video_token}, and the chat template must place each "
-                "picture once"
+                f"{example.label}: its prompt has {text.count(processor.image_token)} image tokens for "
+                f"{len(example.images)} images; data.template and data.system must not contain "
+                f"{processor.image_token} or {processor.video_token}, and the chat template must write one "
+                "for each image"
             )
 
     def count(self, ids: torch.Tensor) -> tuple[int, int]:
-        """Tokens of a prompt, and how many of them stand for pictures."""
+        """Number of tokens of a prompt, and how many of them are image tokens."""
         return len(ids), int((ids == self.vlm.model.config.image_token_id).sum())
 
     def check_length(self, example: Example, tokens: int, image_tokens: int) -> None:
-        """Raises RowError when a prompt of so many tokens is longer than the limit."""
+        """Raises RowError if a prompt of so many tokens is longer than the limit."""
         if tokens > self.max_tokens:
             raise RowError(
-                f"{example.label}: its prompt has {tokens} tokens, {image_tokens} of them for pictures, over "
+                f"{example.label}: its prompt has {tokens} tokens, {image_tokens} of them for images, over "
                 + self.limit.format(self.max_tokens)
                 + (", or shorten the row: most of it is text" if image_tokens < tokens / 2 else "")
             )
 
 
 class PlainText:
-    """Keeps the names of special tokens in a data set's text plain text: `<|im_end|>` there ends nothing.
+    """Encodes special tokens' names in a data set's text as plain text: `<|im_end|>` there ends no turn.
 
-    While the chat template is applied another special token stands in for them, which the template and the
-    text have no use for.
+    While the chat template is applied they are replaced by a special token that neither the template nor the
+    text uses, the stand-in.
     """
 
     def __init__(self, processor):
@@ -176,48 +180,48 @@ class PlainText:
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         ]
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
-        pictures = {processor.image_token, processor.video_token}
+        placeholders = {processor.image_token, processor.video_token}
         turns = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("system", "user")]
         frame = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        self.free = [name for name in self.names if name not in frame and name not in pictures]
+        self.free = [name for name in self.names if name not in frame and name not in placeholders]
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, none of them special."""
+        """Encodes a text without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def hide(self, example: Example) -> tuple[str, list[str]]:
-        """The problem with a stand-in for every special token's name, and those names in order. Raises
-        RowError where there is none to stand in."""
-        found = self.pattern.findall(example.problem)
-        if not found:
+        """The problem with the stand-in for every special token's name, and the stand-in followed by those
+        names in order (empty without any). Raises RowError if every special token is in use."""
+        names = self.pattern.findall(example.problem)
+        if not names:
             return example.problem, []
         own = example.template + (example.system or "")
         stand_in = next((name for name in self.free if name not in own), None)
         if stand_in is None:
             raise RowError(
-                f"{example.label}: its text holds {found[0]}, a special token of this model; remove it"
+                f"{example.label}: its text contains {names[0]}, a special token of this model; remove it"
             )
-        return self.pattern.sub(stand_in, example.problem), [stand_in, *found]
+        return self.pattern.sub(stand_in, example.problem), [stand_in, *names]
 
-    def shown(self, text: str, hidden: list[str]) -> str:
-        """The text with the names instead of stand-ins."""
+    def restore_text(self, text: str, hidden: list[str]) -> str:
+        """The text with the names instead of the stand-ins."""
         names = iter(hidden[1:])
         return re.sub(re.escape(hidden[0]), lambda _: next(names), text) if hidden else text
 
-    def show(
+    def restore_tokens(
         self, ids: torch.Tensor, types: torch.Tensor, hidden: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and types [P] with the names' plain tokens instead of stand-ins."""
+        """Token ids and types [P] with the names' plain tokens instead of the stand-ins."""
         if not hidden:
             return ids, types
         stand_in, names = self.tokenizer.convert_tokens_to_ids(hidden[0]), iter(hidden[1:])
         pieces = [self.ids(next(names)) if token == stand_in else [token] for token in ids.tolist()]
-        spread = torch.tensor([len(piece) for piece in pieces])
-        return torch.tensor([token for piece in pieces for token in piece]), types.repeat_interleave(spread)
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        return torch.tensor([token for piece in pieces for token in piece]), types.repeat_interleave(lengths)
 
 
 def _opening(processor) -> str:
-    """What the chat template writes of the answer itself: a thinking tag that it opens and leaves open."""
+    """The beginning of the answer that the chat template writes: a thinking tag left open, or nothing."""
     turn = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
     closed = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
     prompted = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

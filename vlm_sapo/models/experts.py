@@ -1,9 +1,9 @@
-"""The routers of a mixture of experts: which experts they choose, and making them use others.
+"""MoE routers: recording which experts they select, and replaying recorded ones.
 
-[L] tokens of a pass, its rows one after the other, [P] tokens of a prompt, [R] of a response, [K] response
-tokens in all, [N, T] responses by tokens, [M] layers with experts, [E] experts, [k] experts of a token.
+[L] tokens of a pass, its rows flattened, [P] tokens of a prompt, [R] of a response, [K] response tokens in
+all, [S] of them sampled, [N, T] responses by tokens, [M] MoE layers, [E] experts, [k] experts per token.
 
-The experts of a response token are those at the position that predicts it, so that they stand beside its
+The experts of a response token are those at the position that predicts it, so that they are aligned with its
 log-prob; the last token of a response predicts nothing.
 """
 
@@ -30,21 +30,22 @@ Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Routers:
-    """The routers of a model, each known by its layer. A dense model has none, and then this is false.
+    """The routers of a model; false for a dense model, which has none.
 
-    A hook on each tells the present Trace (if there is one) what the router chose, and returns what that
-    makes of it. `recomputing` hands the trace of a pass on to its recomputation in the backward pass.
+    Forward hooks record each router's top-k experts in the active ExpertTrace and, under replay, replace
+    them. `layers` are the indices of the decoder layers that have a router. `recomputing` passes the trace on
+    to the recomputation of a checkpointed layer in the backward pass.
     """
 
     def __init__(self, model: nn.Module):
-        self.present: ExpertTrace | None = None
+        self.active: ExpertTrace | None = None
         self.layers: list[int] = []
         for name, module in model.named_modules():
             children = dict(module.named_children())
             if {"gate", "experts"} <= children.keys():
-                place, layer = len(self.layers), int(re.search(r"layers\.(\d+)\.", name)[1])
+                index, layer = len(self.layers), int(re.search(r"layers\.(\d+)\.", name)[1])
                 children["gate"].register_forward_hook(
-                    lambda _, inputs, output, place=place: self.present and self.present(place, output)
+                    lambda _, inputs, output, index=index: self.active and self.active(index, output)
                 )
                 self.layers.append(layer)
 
@@ -53,42 +54,42 @@ class Routers:
 
     @contextmanager
     def recording(self, trace: ExpertTrace | None) -> Iterator[None]:
-        """The trace is the present one within the block."""
-        before, self.present = self.present, trace
+        """Makes the trace the active one within the block."""
+        before, self.active = self.active, trace
         try:
             yield
         finally:
-            self.present = before
+            self.active = before
 
     def recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The contexts of a checkpointed layer and of its recomputation (`context_fn` of torch's
         checkpoint)."""
-        return nullcontext(), self.recording(self.present and self.present.again())
+        return nullcontext(), self.recording(self.active and self.active.for_recomputation())
 
     def watch(self, inputs: Inputs, replayed: ExpertRoutes | None, *, gradient: bool) -> RoutedPass | None:
-        """A pass that follows the given routes, or chooses by itself; None in a dense model."""
+        """Records a training pass, with the replayed routes if any; None for a dense model."""
         return RoutedPass(inputs, replayed, gradient=gradient) if self else None
 
 
 class ExpertTrace:
-    """Records the experts that each router chooses for the tokens of one pass."""
+    """Records the experts that each router selects for the tokens of one pass."""
 
     def __init__(self):
-        self.chosen: dict[int, torch.Tensor] = {}
+        self.by_layer: dict[int, torch.Tensor] = {}
 
-    def __call__(self, place: int, output: Output) -> Output | None:
+    def __call__(self, layer: int, output: Output) -> Output | None:
         logits, _, experts = output
-        self.chosen[place] = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
+        self.by_layer[layer] = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
         return None
 
     def experts(self) -> torch.Tensor:
-        """[L, M, k] uint8, int16 where there are more than 256 experts."""
-        return torch.stack([self.chosen[place] for place in sorted(self.chosen)], dim=1)
+        """[L, M, k] uint8, or int16 for more than 256 experts."""
+        return torch.stack([self.by_layer[layer] for layer in sorted(self.by_layer)], dim=1)
 
 
 @dataclass(frozen=True)
 class ExpertRoutes:
-    """The experts that N responses and their prompts had."""
+    """The experts that were selected for N responses and their prompts."""
 
     responses: torch.Tensor
     """[N, T, M, k] uint8 or int16."""
@@ -96,12 +97,13 @@ class ExpertRoutes:
     """[P, M, k] by prompt."""
 
     def __getitem__(self, rows) -> ExpertRoutes:
-        """The routes of some responses, `rows` being any index of their tensor."""
+        """The routes of some responses; `rows` is any index into the first dimension."""
         return ExpertRoutes(self.responses[rows], self.prompts)
 
     @classmethod
     def reported(cls, rows: list[tuple[Prompt, torch.Tensor]]) -> ExpertRoutes:
-        """From each response's prompt and the experts [P + R - 1, M, k] that an engine reported for both."""
+        """From pairs of a prompt and the experts [P + R - 1, M, k] that an engine reported for it and one
+        response."""
         responses = [experts[len(prompt.ids) - 1 :] for prompt, experts in rows]
         prompts = {prompt: experts[: len(prompt.ids)] for prompt, experts in rows}
         return cls(pad_sequence(responses, batch_first=True), prompts)
@@ -110,8 +112,8 @@ class ExpertRoutes:
     def scatter(
         cls, parts: list[tuple[torch.Tensor, ExpertRoutes]], mask: torch.Tensor
     ) -> ExpertRoutes | None:
-        """Those of the rows [n] of each part, among as many and as long responses as `mask` [N, T] has; None
-        where there is no part."""
+        """Merges parts, given as (rows, routes): `rows` [n] are the responses' indices in `mask` [N, T],
+        or -1 to leave one out. None without parts."""
         if not parts:
             return None
         first = parts[0][1].responses
@@ -123,8 +125,8 @@ class ExpertRoutes:
 
     @classmethod
     def join(cls, parts: list[tuple[int, ExpertRoutes | None]]) -> ExpertRoutes | None:
-        """Those of several batches, one after the other, of so many rows each; zeros where they aren't
-        known, and None where none are."""
+        """Concatenates batches, given as (rows, routes): zeros for a batch without routes, None if no batch
+        has any."""
         known = [routes for _, routes in parts if routes is not None]
         if not known:
             return None
@@ -137,71 +139,70 @@ class ExpertRoutes:
         return cls(torch.cat(responses), prompts)
 
     def of(self, where: torch.Tensor) -> torch.Tensor:
-        """[tokens, M, k] of what predicts the tokens at `where`, [N, T] bool."""
+        """[tokens, M, k] at the positions that predict the tokens at `where`, [N, T] bool."""
         return self.responses[:, : where.shape[1]][where.cpu()]
 
     def laid_out(self, inputs: Inputs) -> torch.Tensor:
-        """[L, M, k] int16 for the rows of a pass; -1 where nothing is known, on padding and behind the last
+        """[L, M, k] int16 for the rows of a pass; -1 where there is no route: on padding and after the last
         prediction."""
         size = (inputs.ids.numel(), *self.responses.shape[2:])
         laid = torch.full(size, -1, dtype=torch.int16, device=inputs.ids.device)
         laid[inputs.predicting] = self.of(inputs.response_mask).to(laid)
-        # Afterwards: branches of a packed row share the prompt's last token, which has one set of experts.
+        # Set last: branches of a packed row share the prompt's last token, which has one set of experts.
         laid[inputs.prompting] = torch.cat([self.prompts[prompt] for prompt in inputs.prompts]).to(laid)
         return laid
 
 
 @dataclass(frozen=True)
 class ExpertUsage:
-    """How N responses used their experts: sums over their tokens, float32."""
+    """How N responses used the experts: float32 sums over their tokens."""
 
     probabilities: torch.Tensor
-    """[N, M, E] of the routers, in training with their gradient."""
+    """[N, M, E] of the routers; with their gradient if the loss needs it."""
     counts: torch.Tensor
-    """[N, M, E] tokens for which an expert is among the k likeliest, whether it was used or others were."""
+    """[N, M, E] tokens for which an expert is in the router's top k, also if replay used other experts."""
     entropy: torch.Tensor
-    """[N] of the routers' distributions, mean over the layers."""
+    """[N] entropy of the routers' distributions, mean over the layers."""
     changed: torch.Tensor | None
-    """[N] share of the layers whose k likeliest experts are others than before; None where those aren't
-    known."""
+    """[N] share of the layers whose top-k experts differ from before; None if those aren't known."""
 
     def to_cpu(self, rows: torch.Tensor) -> ExpertUsage:
-        """That of some responses, [N] bool, in host memory and without gradients."""
-        kept = {
+        """The usage of some responses, [N] bool, in host memory and without gradients."""
+        fields = {
             name: None if value is None else value.detach()[rows].cpu() for name, value in vars(self).items()
         }
-        return ExpertUsage(**kept)
+        return ExpertUsage(**fields)
 
 
 class RoutedPass(ExpertTrace):
-    """One training pass: what its routers choose, and the routes that they are made to follow instead.
+    """Records the routers in one training pass and, under replay, makes them use the `replayed` experts.
 
-    A followed expert's weight is the present router's, normalised over the followed experts, so the router
-    has its gradient. `gradient` lets it also flow through the usage.
+    The weights of replayed experts come from the current router, normalised over them, so that gradients
+    reach the router. With `gradient` they also flow through the usage (for a balance loss).
     """
 
     def __init__(self, inputs: Inputs, replayed: ExpertRoutes | None, *, gradient: bool):
         super().__init__()
         self.inputs, self.gradient = inputs, gradient
         self.replayed = None if replayed is None else replayed.laid_out(inputs)
-        self.row = inputs.sampled_mask.nonzero()[:, 0]  # [S] the response that a sampled token is in
+        self.row = inputs.sampled_mask.nonzero()[:, 0]  # [S] row of each sampled token's response
         self.sums: dict[int, tuple[torch.Tensor, ...]] = {}
 
-    def again(self) -> RoutedPass:
-        """The same for the recomputation, which must do the same, and whose records nobody keeps."""
+    def for_recomputation(self) -> RoutedPass:
+        """A copy for the recomputation, which must replay the same experts; its records are dropped."""
         other = copy.copy(self)
-        other.chosen, other.sums = {}, {}
+        other.by_layer, other.sums = {}, {}
         return other
 
-    def __call__(self, place: int, output: Output) -> Output | None:
-        super().__call__(place, output)
+    def __call__(self, layer: int, output: Output) -> Output | None:
+        super().__call__(layer, output)
         logits, weights, experts = output
-        self.sums[place] = self._sum(logits, experts)
+        self.sums[layer] = self._sum(logits, experts)
         if self.replayed is None:
             return None
-        followed = self.replayed[:, place].long()
-        followed = torch.where(followed < 0, experts, followed)
-        return logits, gate_weights(logits, followed).to(weights.dtype), followed
+        replayed = self.replayed[:, layer].long()
+        replayed = torch.where(replayed < 0, experts, replayed)
+        return logits, gate_weights(logits, replayed).to(weights.dtype), replayed
 
     def _sum(self, logits: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Probabilities [N, E], counts [N, E] and entropies [N] of a layer, summed by response."""
@@ -218,7 +219,7 @@ class RoutedPass(ExpertTrace):
             return sums, counts, empty[:, 0].index_add(0, self.row, entropies)
 
     def routes(self) -> ExpertRoutes:
-        """What the routers chose, in host memory."""
+        """The experts of this pass, in host memory."""
         experts, where = self.experts(), self.inputs.response_mask
         responses = experts.new_zeros(*where.shape, *experts.shape[1:])
         responses[where] = experts[self.inputs.predicting]
@@ -227,8 +228,8 @@ class RoutedPass(ExpertTrace):
         return ExpertRoutes(responses.cpu(), dict(zip(self.inputs.prompts, prompts, strict=True)))
 
     def usage(self, before: ExpertRoutes | None) -> ExpertUsage:
-        """How the experts were used, and what changed since `before`."""
-        sums, counts, entropies = zip(*(self.sums[place] for place in sorted(self.sums)), strict=True)
+        """How the experts were used, and which selections changed since `before`."""
+        sums, counts, entropies = zip(*(self.sums[layer] for layer in sorted(self.sums)), strict=True)
         changed = None
         if before is not None:
             now = self.experts()[self.inputs.scoring]
@@ -241,14 +242,13 @@ class RoutedPass(ExpertTrace):
 
 
 def gate_weights(logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """Weights [L, k] float32 of the given experts: the router's probabilities, normalised over them."""
-    chosen = logits.softmax(-1, dtype=torch.float32).gather(-1, experts)
-    return chosen / chosen.sum(-1, keepdim=True)
+    """Weights [L, k] float32 of the experts [L, k]: the router's probabilities, normalised over them."""
+    probabilities = logits.softmax(-1, dtype=torch.float32).gather(-1, experts)
+    return probabilities / probabilities.sum(-1, keepdim=True)
 
 
 class ExpertRecorder:
-    """Records the experts of a batch that is being generated: of prompts, and of branches that are at most
-    `longest` tokens long."""
+    """Records the experts during generation, for prompts and for branches of at most `longest` tokens."""
 
     def __init__(self, routers: Routers, longest: int):
         self.routers, self.longest = routers, longest
@@ -257,9 +257,9 @@ class ExpertRecorder:
     def prefill(
         self, sizes: list[Sizes], sources: list[int], where: torch.Tensor | None = None
     ) -> Iterator[None]:
-        """The block reads prompts with their responses so far, of these sizes: a row for each response, or
-        one for a prompt without. `sources` is the row of each branch. `where` are the indices of their tokens
-        in the flattened rows; None where there is nothing between them."""
+        """Records the prefill in the block: prompts and their responses so far, of these sizes. Each response
+        counts as a row, and so does a prompt without any; `sources` are the branches' rows. `where` are the
+        tokens' indices in the flattened input, None if it has no padding."""
         trace = ExpertTrace()
         with self.routers.recording(trace):
             yield
@@ -276,20 +276,21 @@ class ExpertRecorder:
 
     @contextmanager
     def decode(self, branch: torch.Tensor, steps: torch.Tensor) -> Iterator[None]:
-        """The block reads the tokens [A] of the branches [A], of index `steps` [A] in their responses."""
+        """Records a decoding step in the block: one token per branch [A], at index `steps` [A] of its
+        response."""
         trace = ExpertTrace()
         with self.routers.recording(trace):
             yield
         self.responses[branch, steps] = trace.experts()
 
     def experts(self, branch: int, length: int) -> torch.Tensor:
-        """[P + R - 1, M, k] of a prompt and its response of R = `length` tokens."""
+        """[P + R - 1, M, k] of a branch's prompt and its response of R = `length` tokens."""
         response = self.responses[branch, : length - 1].cpu()
         return torch.cat([self.prompts[branch], response])
 
 
 class NullRecorder:
-    """Records nothing."""
+    """Stands in for ExpertRecorder where experts aren't recorded."""
 
     def prefill(
         self, sizes: list[Sizes], sources: list[int], where: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The training pass: log-probs and entropies of the tokens that the policy sampled, and of nothing else.
+"""The training pass: log-probs and entropies of the tokens that the policy sampled, and only of them.
 
 [S] sampled tokens, [C] tokens of a chunk, [N, T] responses by tokens, [H] hidden size, [V] vocabulary.
 """
@@ -16,27 +16,27 @@ from vlm_sapo.models.packing import Inputs
 from vlm_sapo.models.vlm import VLM
 
 CHUNK_LOGITS = 2**26
-"""Logits that exist at once: 256 MB in float32. A chunk has as many tokens as fit, whatever the lengths."""
+"""Logits in memory at once: 256 MB in float32. A chunk has as many tokens as fit."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a pass says of N responses: [N, T] float32, 0 where the policy sampled no token."""
+    """Results of a pass for N responses: [N, T] float32, 0 where the policy sampled no token."""
 
     logprobs: torch.Tensor
     entropies: torch.Tensor
 
 
 class Pass(nn.Module):
-    """Runs laid-out responses through the model."""
+    """Runs responses in a layout's form through the model."""
 
     def __init__(self, vlm: VLM, temperature: float = 1.0):
         super().__init__()
         self.vlm, self.temperature = vlm, temperature
 
     def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
-        """Log-probs and entropies of the sampled tokens. `routed` records what the MoE routers do, and may
-        make them follow other routes."""
+        """Log-probs and entropies of the sampled tokens. `routed` records the MoE routers' experts, and may
+        replace them (replay)."""
         with self.vlm.routers.recording(routed):
             hidden = self.vlm.hidden(
                 ids=inputs.ids,
@@ -51,7 +51,7 @@ class Pass(nn.Module):
         return Scores(empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies))
 
     def score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, H] hidden states and [S] targets to [S] log-probs and entropies; logits are made again in the
+        """[S, H] hidden states and [S] targets to [S] log-probs and entropies; logits are recomputed in the
         backward pass."""
         size = max(1, CHUNK_LOGITS // self.vlm.vocabulary)
         scored = [

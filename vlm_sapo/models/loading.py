@@ -1,4 +1,4 @@
-"""Checkpoints to models: whole, with adapters, in 4 bits, or an outline without weights."""
+"""Loads checkpoints: full weights, with adapters, in 4 bits, or an outline without weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters to train: new ones of this shape, or those of a folder. `base` is the name of the checkpoint
-    that they belong to."""
+    """LoRA adapters to train: new ones of this shape, or those of a folder. `base` is the name of their base
+    model."""
 
     base: str
     rank: int = 16
@@ -36,7 +36,7 @@ class Adapters:
     parts: tuple[str, ...] = ("language",)
     folder: Path | None = None
     bits: int | None = None
-    """4 holds the linear layers of the parts in 4 bits."""
+    """4 stores the linear layers of the parts in 4 bits."""
 
 
 def load_vlm(
@@ -48,10 +48,10 @@ def load_vlm(
     freeze: list[str] = (),
     lora: Adapters | None = None,
 ) -> VLM:
-    """Loads a checkpoint of a listed family (models/families.py) from a folder or a hub id.
+    """Loads a checkpoint of a supported family (models/families.py) from a folder or a hub id.
 
-    Dropout is off for good: old and new log-probs must come from the same function.
-    Raises ValueError when the folder lacks a model or a processor, or the family is another.
+    Dropout is disabled: old and new log-probs must come from the same function.
+    Raises ValueError if the folder lacks a model or a processor, or the family is not supported.
     """
 
     def build(config: PreTrainedConfig) -> nn.Module:
@@ -64,15 +64,15 @@ def load_vlm(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="eager",  # whatever the folder asks for, which may be code from the hub
+            attn_implementation="eager",  # not the folder's choice, which may be code from the hub
             **extra,
         )
 
     processor, model = _open(path, build)
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):  # bitsandbytes' layers in 4 bits
-            # Some CPUs would pack them at the first draw, with constants rounded to bfloat16, so that engine
-            # and trainer would no longer agree; and fail where a layer's width is no multiple of 64.
+            # Some CPUs would repack them at the first generation, with constants rounded to bfloat16, so that
+            # engine and trainer no longer agree; and fail if a layer's width is no multiple of 64.
             module.support_avx512bf16_for_cpu = False
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     vlm = VLM(model, processor)
@@ -94,28 +94,28 @@ def load_vlm(
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
         )
-    vlm.as_matrix_product()
-    vlm.place(device)
+    vlm.patch_embed_as_linear()
+    vlm.to_device(device)
     return vlm
 
 
 def _four_bits(config: PreTrainedConfig, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
-    """NF4 with twice quantized constants for the linear layers of some parts."""
+    """NF4 with double quantization for the linear layers of some parts."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    chosen = set(adapters.targets(model, part_of, parts))
+    targets = set(adapters.targets(model, part_of, parts))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=[name for name in linear if name not in chosen],
+        llm_int8_skip_modules=[name for name in linear if name not in targets],
     )
 
 
 def load_outline(path: str) -> VLM:
-    """The model of a checkpoint without its weights: all that prompts need, in a moment and in no memory."""
+    """The model of a checkpoint on the meta device, without weights: enough to encode prompts, and quick."""
 
     def build(config: PreTrainedConfig) -> nn.Module:
         with torch.device("meta"):
@@ -126,7 +126,7 @@ def load_outline(path: str) -> VLM:
 
 
 def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
-    """Processor and model, or an error that says what is wrong with `model.path`."""
+    """Loads processor and model. Raises ValueError that says what is wrong with `model.path`."""
     check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -139,7 +139,7 @@ def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
 
 
 def check_folder(path: str) -> None:
-    """Names what a local model folder lacks before anything heavy is loaded."""
+    """Raises ValueError if a local model folder lacks files, before anything heavy is loaded."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or path.count("/") != 1:
@@ -148,18 +148,18 @@ def check_folder(path: str) -> None:
             )
         return
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path ({path}) must hold a model; config.json is missing from that folder")
+        raise ValueError(f"model.path ({path}) must contain a model; config.json is missing from that folder")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise ValueError(
-            f"model.path ({path}) holds a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, "
+            f"model.path ({path}) contains a {kind} model but no processor; copy {PROCESSOR_FILES[0]}, "
             "the tokenizer files and the chat template of the original checkpoint into the folder"
         )
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0, so that training mode (which checkpointing needs) computes what evaluation
-    does."""
+    """Sets every dropout to 0, so that training mode, which checkpointing needs, computes the same as
+    evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""Low-rank adapters inside a model: made, switched off, saved, loaded, and what the weights are with them."""
+"""LoRA adapters: adds them to a model, disables, saves, loads and merges them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch import nn
 
 NAME = "default"
 PREFIX = "base_model.model."
-"""What peft writes before the names of a model's modules."""
+"""peft's prefix of module names in adapter files."""
 FILE = "adapter_model.safetensors"
-PLAIN = {
+PLAIN_LORA = {
     "peft_type": "LORA",
     "use_dora": False,
     "bias": "none",
@@ -32,82 +32,92 @@ PLAIN = {
     "target_parameters": None,
     "trainable_token_indices": None,
 }
-"""Settings of peft that would change weights otherwise than by two factors."""
+"""peft's settings for plain LoRA: with other values the change is more than the product of two factors."""
 ROUTERS = (".gate", ".shared_expert_gate")
 
 
-def targets(model: nn.Module, owner: Callable[[str], str], parts: Sequence[str]) -> list[str]:
-    """Names of the linear layers of some parts; `owner` tells the part of a name. The head, the experts and
-    what chooses them stay as they are."""
+def targets(model: nn.Module, part_of: Callable[[str], str], parts: Sequence[str]) -> list[str]:
+    """Names of the linear layers of some parts, without head, experts and routers. `part_of` returns the part
+    that a name belongs to."""
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and owner(name) in parts
+        and part_of(name) in parts
         and not name.startswith("lm_head")
         and not name.endswith(ROUTERS)
     ]
 
 
 def add(model: nn.Module, names: list[str], *, rank: int, alpha: float, base: str) -> None:
-    """Puts float32 adapters that change nothing yet beside the named layers, and freezes everything else."""
+    """Adds float32 adapters, initially without effect, to the named layers, and freezes everything else."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base)
     _inject(model, config)
 
 
 def check(folder: Path, base: str) -> None:
-    """Raises ValueError where the folder holds no adapter, or one whose base model bears another name."""
-    settings = folder / "adapter_config.json"
-    if not settings.is_file() or not (folder / FILE).is_file():
+    """Raises ValueError if the folder has no adapter, not a plain one, or one of another base model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not (folder / FILE).is_file():
         raise ValueError(
             f"model.lora.adapter ({folder}) must be a folder with adapter_config.json and {FILE}; "
             "give the adapter folder of a run's final/ or of peft"
         )
-    kept = json.loads(settings.read_text())
-    unusual = [name for name, plain in PLAIN.items() if (kept.get(name) or plain) != plain]
-    if kept.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base model
+    settings = json.loads(path.read_text())
+    unusual = [name for name, plain in PLAIN_LORA.items() if (settings.get(name) or plain) != plain]
+    if settings.get("init_lora_weights", True) not in (
+        True,
+        False,
+        "gaussian",
+    ):  # others change the base model
         unusual.append("init_lora_weights")
     if unusual:
         raise ValueError(
             f"model.lora.adapter ({folder}) must be plain LoRA, and its adapter_config.json sets "
-            f"{', '.join(f'{name}={kept[name]}' for name in unusual)}; merge it into its base model with "
-            "peft, and begin with that"
+            f"{', '.join(f'{name}={settings[name]}' for name in unusual)}; merge it into its base model with "
+            "peft, and start from the result"
         )
-    own = kept.get("base_model_name_or_path") or base
-    folders = Path(own).is_dir() and Path(base).is_dir()
-    if Path(own).resolve() != Path(base).resolve() if folders else Path(own).name != Path(base).name:
+    trained_on = settings.get("base_model_name_or_path") or base
+    folders = Path(trained_on).is_dir() and Path(base).is_dir()
+    if (
+        Path(trained_on).resolve() != Path(base).resolve()
+        if folders
+        else Path(trained_on).name != Path(base).name
+    ):
         raise ValueError(
-            f"model.lora.adapter ({folder}) was trained on {own} and model.path is {base}; give an adapter "
-            "of this model, or correct base_model_name_or_path in adapter_config.json if they are the same"
+            f"model.lora.adapter ({folder}) was trained on {trained_on} and model.path is {base}; "
+            "give an adapter of this model, or correct base_model_name_or_path in adapter_config.json if "
+            "they are the same"
         )
 
 
 def load(model: nn.Module, folder: Path, *, frozen: Callable[[str], bool] = lambda name: False) -> None:
-    """Puts the adapters of a folder (peft's format) into the model, to be trained on. `frozen` tells whether
-    a name is of a part that must not be trained.
+    """Loads the adapters of a folder (peft's format) into the model, to continue their training. `frozen`
+    returns whether a layer's name belongs to a part that must not be trained.
 
-    Raises ValueError where they are another model's, or of such a part.
+    Raises ValueError if they belong to another model, or to such a part.
     """
     weights = {name.removeprefix(PREFIX): item for name, item in load_file(folder / FILE).items()}
     try:
         config = LoraConfig.from_pretrained(folder)
-        config.inference_mode = False  # peft writes that it is on, and then trains nothing
+        config.inference_mode = False  # peft saves it as true, and then trains nothing
         _inject(model, config)
         result = set_peft_model_state_dict(model, weights, adapter_name=NAME)
-        wrong = result.unexpected_keys
-    except (RuntimeError, ValueError) as error:  # sizes that differ; no such layers
+        unexpected = result.unexpected_keys
+    except (RuntimeError, ValueError) as error:  # other sizes, or no such layers
         raise ValueError(
-            f"the adapter in {folder} is another base model's ({str(error).splitlines()[-1].strip()}); "
+            f"the adapter in {folder} belongs to another base model ({str(error).splitlines()[-1].strip()}); "
             "give one that was trained on model.path"
         ) from error
-    if wrong:
+    if unexpected:
         raise ValueError(
-            f"the adapter in {folder} is another base model's: this one has no {wrong[0]}; "
+            f"the adapter in {folder} belongs to another base model: this one has no {unexpected[0]}; "
             "give one that was trained on model.path"
         )
-    if both := [name for name in _layers(model) if frozen(name)]:
+    if trained := [name for name in _layers(model) if frozen(name)]:
         raise ValueError(
-            f"the adapter in {folder} has a part in {both[0]}, which model.freeze names; take its part out"
+            f"the adapter in {folder} changes {trained[0]}, which model.freeze freezes; "
+            "remove its part from that list"
         )
 
 
@@ -117,21 +127,21 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
         layer.lora_A.float(), layer.lora_B.float()
 
 
-def weights(model: nn.Module, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapters' weights as peft names them; `take` makes a parameter a whole tensor."""
-    return {PREFIX + name: take(item.detach()) for name, item in get_peft_model_state_dict(model).items()}
+def weights(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapters' weights with peft's names; `gather` makes a full tensor of a parameter."""
+    return {PREFIX + name: gather(item.detach()) for name, item in get_peft_model_state_dict(model).items()}
 
 
 def save(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Writes the adapters as peft does."""
+    """Writes the adapters in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: item.cpu().contiguous() for name, item in weights.items()}, folder / FILE)
     model.peft_config[NAME].save_pretrained(folder)
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was without adapters."""
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Disables the adapters within the block: the model is its base model."""
     layers = _layers(model).values()
     for layer in layers:
         layer.set_scale(NAME, 0.0)
@@ -142,20 +152,20 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             layer.set_scale(NAME, 1.0)
 
 
-def merged(model: nn.Module, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have without adapters, each with its adapter added and in its own
-    type, weights of 4 bits in the type that they compute in."""
+def merged(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters under the names of the base model, with adapters merged, in their own dtype; weights of 4
+    bits in their compute dtype. `gather` makes a full tensor of a parameter."""
     layers = _layers(model)
-    found = {
-        name.replace(".base_layer.", "."): take(parameter)
+    merged = {
+        name.replace(".base_layer.", "."): gather(parameter)
         for name, parameter in model.named_parameters()
         if ".lora_" not in name and not name.endswith(".base_layer.weight")
     }
     for name, layer in layers.items():
-        base = take(dequantize_module_weight(layer.get_base_layer()))
-        delta = take(layer.lora_B[NAME].weight) @ take(layer.lora_A[NAME].weight)
-        found[f"{name}.weight"] = (base + layer.scaling[NAME] * delta).to(base.dtype)
-    return found
+        base = gather(dequantize_module_weight(layer.get_base_layer()))
+        delta = gather(layer.lora_B[NAME].weight) @ gather(layer.lora_A[NAME].weight)
+        merged[f"{name}.weight"] = (base + layer.scaling[NAME] * delta).to(base.dtype)
+    return merged
 
 
 def attached(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""How responses are laid out for a pass through the model: with a shared prompt, or each with its own.
+"""Layouts of responses for a forward pass: with a shared prompt, or each with its own copy.
 
 [B] rows, [L] tokens of a row, [N] responses, [T] tokens of the longest response, [K] response tokens in all.
 """
@@ -16,7 +16,7 @@ from vlm_sapo.models.attention import PackedGroup, Segments
 from vlm_sapo.types import Prompt, Response
 
 Sizes = tuple[int, list[int]]
-"""The lengths of a prompt and of its responses."""
+"""Length of a prompt, and lengths of its responses."""
 Part = tuple[int, list[int]]
 """A group's index and the indices of some of its responses."""
 
@@ -35,13 +35,13 @@ class GroupSlice:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one pass reads, and where it finds the predictions of the response tokens.
+    """Inputs of one forward pass, with the indices of the positions that predict response tokens.
 
     [K] tokens of all responses, [S] of them sampled by the policy.
     """
 
     prompts: list[Prompt]
-    """The prompts whose images the rows hold, in order."""
+    """The prompts whose images are in the rows, in order."""
     ids: torch.Tensor
     """[B, L] int64."""
     mask: torch.Tensor | None
@@ -57,7 +57,7 @@ class Inputs:
     response_mask: torch.Tensor
     """[N, T] bool, with K true entries."""
     scoring: torch.Tensor
-    """[S] int64, those of `predicting` before a sampled token."""
+    """[S] int64, the entries of `predicting` that are before a sampled token."""
     targets: torch.Tensor
     """[S] int64, the sampled tokens, response after response."""
     sampled_mask: torch.Tensor
@@ -72,12 +72,12 @@ class Inputs:
 
 
 class Layout(Protocol):
-    """One way to lay out responses."""
+    """A way to lay out responses."""
 
     name: str
 
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
-        """Micro-batches of at most `budget` tokens each, padding included; what is longer goes alone."""
+        """Micro-batches of at most `budget` tokens each, padding included; a longer row gets its own."""
 
     def size(self, groups: Sequence[GroupSlice]) -> int:
         """Tokens of a micro-batch, padding included."""
@@ -87,13 +87,12 @@ class Layout(Protocol):
 
 
 class SharedPrefix:
-    """One packed row: each prompt once, its branches behind it. No padding."""
+    """One packed row: each prompt once, followed by its branches. No padding."""
 
     name = "shared prefix"
 
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
-        """Groups over the budget are split and share their prompt as often as need be; then largest first,
-        each part into the first micro-batch with room."""
+        """Splits groups over the budget, repeating their prompt; then first fit, largest part first."""
         parts: list[tuple[int, Part]] = []
         for index, (prompt, responses) in enumerate(groups):
             order = sorted(range(len(responses)), key=lambda row: -responses[row])
@@ -134,12 +133,12 @@ class SharedPrefix:
 
 
 class Plain:
-    """One row a response, each with its own copy of prompt and images, padded on the right."""
+    """One row per response, each with its own copy of prompt and images, padded on the right."""
 
     name = "plain"
 
     def pack(self, groups: Sequence[Sizes], budget: int) -> list[list[Part]]:
-        """Longest rows first, so that rows of a micro-batch are alike."""
+        """Longest rows first, so that the rows of a micro-batch have similar lengths."""
         rows = [
             (prompt + length, group, row)
             for group, (prompt, responses) in enumerate(groups)
@@ -186,7 +185,7 @@ class Plain:
 
 
 def choose(name: str, *, attends_fully: bool) -> Layout:
-    """`plain`, or `shared` where every layer's attention can be shared."""
+    """The layout `shared` if the model attends fully, otherwise (or for `plain`) the plain one."""
     return SharedPrefix() if name == "shared" and attends_fully else Plain()
 
 
@@ -204,7 +203,8 @@ def _scored(groups: Sequence[GroupSlice], predicting: torch.Tensor) -> dict[str,
 
 
 def _first_fit(items: list[tuple[int, object]], budget: int) -> list[tuple[list, int]]:
-    """Each item into the first bin with room; (items, size) of each bin. What is too large goes alone."""
+    """Puts each item into the first bin with room; returns (items, size) of each bin. An item over the budget
+    gets its own bin."""
     bins: list[tuple[list, int]] = []
     for size, item in items:
         for index, (contents, used) in enumerate(bins):

@@ -1,5 +1,4 @@
-"""One model over several processes: each holds a part of every parameter, and layers are gathered when they
-are needed."""
+"""Parallelism over processes: replicated weights, or fully sharded ones (FSDP2), gathered layer by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """Runs work inside its own forward pass, where a sharded model's outermost parameters are gathered."""
+    """FSDP's root module: runs work inside its forward pass, where the root's own parameters are gathered."""
 
     def __init__(self, vlm: VLM):
         super().__init__()
@@ -39,37 +38,37 @@ class Root(nn.Module):
 
 
 def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: bool) -> Root:
-    """Shards the model in place over the last dimension of `mesh`; a dimension before it holds copies.
+    """Shards the model in place over the last dimension of `mesh`; a dimension before it replicates.
 
-    Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` if given; embeddings,
-    head and norms stay gathered during a pass. A frozen tower stays whole on each device, since processes
-    look at different numbers of pictures. Gradients are summed, not averaged.
+    Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` unless None; embeddings,
+    head and norms stay gathered during a pass. A frozen tower is replicated on each device, since processes
+    encode different numbers of images. Gradients are summed, not averaged.
     """
     visual, device = vlm.model.model.visual, torch.device(mesh.device_type)
-    kept = set(visual.parameters()) if vlm.vision.frozen else set()
+    replicated = set(visual.parameters()) if vlm.vision.frozen else set()
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
-        "ignored_params": kept,
+        "ignored_params": replicated,
     }
     layers = list(vlm.model.model.language_model.layers)
-    for layer in layers if kept else [*visual.blocks, *layers]:
+    for layer in layers if replicated else [*visual.blocks, *layers]:
         fully_shard(layer, **options)
     root = Root(vlm)
     fully_shard(root, **options)
     for unit in _units(root):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    if kept:
+    if replicated:
         visual.to(device)
-    vlm.vision.device, vlm.vision.always = device, not kept
+    vlm.vision.device, vlm.vision.always = device, not replicated
     return root
 
 
 @torch.no_grad()
 def run_with_full_params(root: Root, work: Callable[[], T]) -> T:
-    """Runs work on the whole model, which every process gathers once. Not for gradients."""
+    """Runs work with the full parameters, which every process gathers once. Without gradients."""
     units = _units(root)
 
     def gathered() -> T:
@@ -91,38 +90,38 @@ def _units(root: Root) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-BUCKET = 2**26
-"""Numbers that are summed over processes at once."""
+BUCKET_SIZE = 2**26
+"""Gradient elements per all-reduce."""
 
 
 class Parallelism(Protocol):
-    """Where the model's parameters are."""
+    """How the model's parameters are distributed over processes."""
 
     def distribute(self, vlm: VLM) -> None:
-        """Brings the model to the devices; before the optimizer is made."""
+        """Moves the model to the devices; must be called before the optimizer is built."""
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
-        """Runs a pass of a model that was spread. All processes call it equally often."""
+        """Runs a pass of a distributed model. All processes must call it equally often."""
 
     def with_full_params(self, vlm: VLM, work: Callable[[], T]) -> T:
-        """Runs work in which each process uses the whole model as often as it likes, without gradients."""
+        """Runs work in which each process may run any number of passes, without gradients."""
 
     def align(self, passes: int) -> int:
-        """How many passes this process has to run, which wants to run so many. All processes call it."""
+        """Number of passes that each process must run if this one needs `passes`. All processes call it."""
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Makes the gradients those of all processes, after the last backward pass of an update."""
+        """Sums the gradients over all processes, after the last backward pass of an update."""
 
 
 class Replicated:
-    """Each process has a copy; gradients are summed once per update, however many passes there were. What no
-    pass had a part in has a gradient of zero, in one process as in several."""
+    """Each process has a copy; gradients are summed once per update, however many passes there were.
+    Parameters that no pass used get a gradient of zero, also with a single process."""
 
     def __init__(self, world: World, device: torch.device):
         self.world, self.device = world, device
 
     def distribute(self, vlm: VLM) -> None:
-        vlm.place(self.device)
+        vlm.to_device(self.device)
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         return forward_pass(inputs, routed)
@@ -135,7 +134,7 @@ class Replicated:
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
-            if parameter.grad is None:  # no pass of this process had a part in it
+            if parameter.grad is None:  # no pass of this process used it
                 parameter.grad = torch.zeros_like(parameter)
         if self.world.size == 1:
             return
@@ -148,8 +147,7 @@ class Replicated:
 
 
 class FullySharded:
-    """`mesh`'s last dimension shares one copy; see models/parallel.py. Gradients are reduced as they are
-    made."""
+    """FSDP over the last dimension of `mesh`; see `shard`. Gradients are reduced during the backward pass."""
 
     def __init__(self, mesh: DeviceMesh, world: World, *, dtype: torch.dtype | None, offload: bool):
         self.mesh, self.world, self.dtype, self.offload = mesh, world, dtype, offload
@@ -168,15 +166,17 @@ class FullySharded:
         return max(self.world.all_gather(passes))
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Nothing is left to do."""
+        """FSDP has already reduced them."""
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one type, about BUCKET numbers together."""
+    """Groups parameters of one dtype into buckets of about BUCKET_SIZE elements."""
     bucket: list[nn.Parameter] = []
-    for parameter in sorted(parameters, key=lambda item: str(item.dtype)):  # stable, so the same everywhere
+    for parameter in sorted(
+        parameters, key=lambda item: str(item.dtype)
+    ):  # stable, so the same on all processes
         size = sum(item.numel() for item in bucket)
-        if bucket and (size + parameter.numel() > BUCKET or bucket[0].dtype != parameter.dtype):
+        if bucket and (size + parameter.numel() > BUCKET_SIZE or bucket[0].dtype != parameter.dtype):
             yield bucket
             bucket = []
         bucket.append(parameter)

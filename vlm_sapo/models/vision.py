@@ -1,6 +1,6 @@
-"""The vision tower: prompts' pictures to the features that stand in for their image tokens.
+"""The vision tower: encodes prompts' images into the features that replace their image tokens.
 
-[M] image tokens of all pictures, [H] width of the language model.
+[M] image tokens of all images, [H] hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from vlm_sapo.types import Prompt
 
 @dataclass(frozen=True)
 class Features:
-    """Features of one or several prompts' pictures, in order."""
+    """Features of the images of one or several prompts, in order."""
 
     tokens: torch.Tensor
     """[M, H]."""
     deep: tuple[torch.Tensor, ...] = ()
-    """[M, H] for each of the language model's first layers (Qwen3-VL's deepstack)."""
+    """[M, H] for each of the first layers of the language model (Qwen3-VL's deepstack)."""
 
     def to(self, device: torch.device | str) -> Features:
         return Features(self.tokens.to(device), tuple(layer.to(device) for layer in self.deep))
@@ -39,38 +39,38 @@ class Features:
 
 
 class Vision:
-    """Looks at prompts. Where nothing of the tower and its mergers is trained, each prompt is looked at once:
-    its features serve rollout, old log-probs and every update, and go when the prompt goes.
+    """Encodes images; caches features when the tower and its mergers are frozen.
 
-    The first `budget` bytes of kept features stay on `device`, the rest in host memory. With `always` every
-    pass runs the tower, be there pictures or not: where it is sharded, all processes must.
+    Each prompt is then encoded once, for rollout, old log-probs and every update; its features are freed with
+    the prompt. The first `budget` bytes of cached features stay on `device`, the rest in host memory.
+    `always`: run on a dummy patch if a batch has no image, so that FSDP ranks stay in step.
     """
 
     def __init__(self, model: nn.Module, *, budget: int):
         self.model, self.budget = model, budget
         self.device = model.device
         self.always = False
-        self.kept: WeakKeyDictionary[Prompt, Features] = WeakKeyDictionary()
+        self.cached: WeakKeyDictionary[Prompt, Features] = WeakKeyDictionary()
 
     @property
     def frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.model.model.visual.parameters())
 
     def __call__(self, prompts: list[Prompt]) -> Features | None:
-        """Features of all pictures of the prompts, None where there is no picture."""
-        pictured = [prompt for prompt in prompts if prompt.pixels is not None]
-        if not pictured:
-            return self._blank() if self.always else None
+        """Features of all images of the prompts, or None without images."""
+        with_images = [prompt for prompt in prompts if prompt.pixels is not None]
+        if not with_images:
+            return self._encode_dummy() if self.always else None
         if not self.frozen:
-            return Features.join(self._look(pictured))
-        new = [prompt for prompt in dict.fromkeys(pictured) if prompt not in self.kept]
+            return Features.join(self._encode(with_images))
+        new = [prompt for prompt in dict.fromkeys(with_images) if prompt not in self.cached]
         if new:
             with torch.no_grad():
-                self._keep(new, self._look(new))
-        return Features.join([self.kept[prompt].to(self.device) for prompt in pictured])
+                self._cache(new, self._encode(new))
+        return Features.join([self.cached[prompt].to(self.device) for prompt in with_images])
 
-    def _blank(self) -> Features:
-        """No features, but of a look."""
+    def _encode_dummy(self) -> Features:
+        """No features, from a pass over one merged dummy patch."""
         config = self.model.config.vision_config
         patches = config.spatial_merge_size**2
         size = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -78,14 +78,14 @@ class Vision:
         tokens, *deep = self._run(torch.zeros(patches, size), grid)
         return Features(tokens[:0], tuple(layer[:0] for layer in deep))
 
-    def _keep(self, prompts: list[Prompt], features: list[Features]) -> None:
-        used = sum(item.num_bytes for item in self.kept.values() if item.tokens.device.type != "cpu")
+    def _cache(self, prompts: list[Prompt], features: list[Features]) -> None:
+        used = sum(item.num_bytes for item in self.cached.values() if item.tokens.device.type != "cpu")
         for prompt, item in zip(prompts, features, strict=True):
             used += item.num_bytes
-            self.kept[prompt] = item if used <= self.budget else item.to("cpu")
+            self.cached[prompt] = item if used <= self.budget else item.to("cpu")
 
-    def _look(self, prompts: list[Prompt]) -> list[Features]:
-        """One pass of the tower over the pictures of all prompts; the features of each prompt."""
+    def _encode(self, prompts: list[Prompt]) -> list[Features]:
+        """Each prompt's features, from one pass of the tower over all images."""
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         layers = self._run(pixels, torch.cat([prompt.grid for prompt in prompts]))
         merge = self.model.config.vision_config.spatial_merge_size**2
@@ -94,13 +94,13 @@ class Vision:
         return [Features(own, tuple(rest)) for own, *rest in parts]
 
     def _run(self, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
-        """Features [M, H] for the image tokens, and for each of the first layers."""
+        """Features [M, H] of the image tokens, then those for each of the first layers."""
         output = self.model.model.get_image_features(
             pixels.to(self.device, self.model.dtype), grid.to(self.device)
         )
-        return [torch.cat(output.pooler_output), *map(_flat, output.get("deepstack_features") or ())]
+        return [torch.cat(output.pooler_output), *map(_concatenate, output.get("deepstack_features") or ())]
 
 
-def _flat(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """transformers gives a layer's features whole, or by picture since 5.20 or so."""
+def _concatenate(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """transformers returns a layer's features as one tensor, since about 5.20 as one per image."""
     return layer if isinstance(layer, torch.Tensor) else torch.cat(layer)

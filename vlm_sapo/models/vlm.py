@@ -1,5 +1,4 @@
-"""A loaded vision-language model with what the rest must know about it: banned and stop tokens, named
-parts."""
+"""A loaded vision-language model and its properties: banned and stop tokens, named parts, image features."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import nn
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.vision import Features, Vision
-from vlm_sapo.models.weights import discarded, save_model, stored_weights, whole
+from vlm_sapo.models.weights import full_tensor, gather_and_drop, hf_state_dict, save_model
 from vlm_sapo.types import Prompt
 
 PARTS = {
@@ -23,18 +22,18 @@ PARTS = {
     "language": ("language_model.", "lm_head."),
     "router": (".mlp.gate.",),
 }
-"""Parts that `model.freeze` can name, as substrings of parameter names; `vision` leaves the merger out, and
-`language` the router."""
-NARROW_FIRST = ("merger", "router", "vision", "language")
-"""The parts in the order in which a parameter's is found."""
+"""The parts that `model.freeze` can name, with substrings of their parameters' names. `vision` excludes the
+merger, `language` the router."""
+SPECIFIC_FIRST = ("merger", "router", "vision", "language")
+"""The order in which the parts are tried for a parameter."""
 
 
 class VLM(nn.Module):
     """Model and processor of one checkpoint.
 
     `banned` are the ids of image, video and vision start/end tokens: no engine may sample them, and every
-    log-softmax of the trainer leaves them out. `stops` are the ids that end a response. `version` counts the
-    updates of the weights, so that an engine knows whether it has the present ones.
+    log-softmax of the trainer excludes them. `stops` are the ids that end a response. `version` counts the
+    updates of the weights, so that an engine knows whether its weights are current.
     """
 
     def __init__(self, model: nn.Module, processor, *, vision_cache: int = 2**32):
@@ -63,23 +62,22 @@ class VLM(nn.Module):
 
     @property
     def context(self) -> int:
-        """Longest row that the language model was made for, in tokens."""
+        """The language model's maximum context length in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
     @cached_property
     def attends_fully(self) -> bool:
-        """Whether every layer of the language model is full attention, so that branches can share a
-        prefix."""
+        """Whether every language layer is full attention, so that branches can share a prefix."""
         kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
         return set(kinds) == {"full_attention"}
 
     @property
     def device(self) -> torch.device:
-        """Where passes run."""
+        """The device that passes run on."""
         return self.vision.device
 
-    def place(self, device: torch.device | str) -> None:
-        """Moves everything to a device."""
+    def to_device(self, device: torch.device | str) -> None:
+        """Moves the weights to a device, on which passes run from then on."""
         self.model.to(device)
         self.vision.device = torch.device(device)
 
@@ -96,9 +94,10 @@ class VLM(nn.Module):
     ) -> torch.Tensor:
         """Last hidden states [B, L, H] of the language model.
 
-        ids, mask [B, L]; positions [3, B, L] explicit rotary positions; features stand in for the rows' image
-        tokens, in order; cache is a transformers Cache that is extended in place; segments tell the groups of
-        a packed row, and prefix what its branches decode from (models/attention.py): both need no mask.
+        ids, mask [B, L]; positions [3, B, L] explicit rotary positions; features replace the embeddings of
+        the image tokens, in order; cache is a transformers Cache that is extended in place; segments are the
+        groups of a packed row, prefix the prompts that branches are decoded from (models/attention.py): with
+        either, mask is None.
         """
         language = self.model.model.language_model
         embeds = language.get_input_embeddings()(ids)
@@ -109,8 +108,8 @@ class VLM(nn.Module):
             if features.deep:
                 extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
-            assert self.attends_fully, "linear attention reads neither segments nor a prefix"
-            mask = embeds.new_zeros(1, 1, 1, 1)  # taken for a ready mask, so that none is built
+            assert self.attends_fully, "linear attention supports neither segments nor a prefix"
+            mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
             extra |= {"segments": segments, "prefix": prefix}
         return language(
             inputs_embeds=embeds,
@@ -129,7 +128,7 @@ class VLM(nn.Module):
 
     @contextmanager
     def without_bans(self) -> Iterator[None]:
-        """In the block the banned tokens are in the distribution."""
+        """Within the block the banned tokens may be sampled and have a probability."""
         banned, self.banned = self.banned, []
         try:
             yield
@@ -138,7 +137,7 @@ class VLM(nn.Module):
 
     @contextmanager
     def another_version(self, version: int) -> Iterator[None]:
-        """In the block the weights count as others, so that an engine takes them over."""
+        """Within the block the weights have another version number, so that an engine syncs them."""
         before, self.version = self.version, version
         try:
             yield
@@ -153,55 +152,55 @@ class VLM(nn.Module):
         return positions[:, 0]
 
     def unexpanded(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids with one image token for each picture, as an engine with a processor wants them."""
+        """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
         merge = self.model.config.vision_config.spatial_merge_size**2
         sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
-        ids, kept, image = prompt.ids.tolist(), [], self.model.config.image_token_id
-        place = 0
-        while place < len(ids):
-            kept.append(ids[place])
-            place += sizes.pop(0) if ids[place] == image else 1
-        return kept
+        ids, collapsed, image_token = prompt.ids.tolist(), [], self.model.config.image_token_id
+        index = 0
+        while index < len(ids):
+            collapsed.append(ids[index])
+            index += sizes.pop(0) if ids[index] == image_token else 1
+        return collapsed
 
     def freeze(self, parts: list[str]) -> None:
-        """Switches gradients off for the named parts (keys of PARTS)."""
+        """Turns gradients off for the named parts (keys of PARTS), and on for all others."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(part_of(name) not in parts)
 
-    def as_matrix_product(self) -> None:
-        """Makes the patch embedding the matrix product that it is."""
+    def patch_embed_as_linear(self) -> None:
+        """Computes the patch embedding, a convolution, as the linear layer that it is equal to."""
         embedding = self.model.model.visual.patch_embed
         embedding.proj = PatchProjection(embedding.proj)
 
     def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The weights as a published checkpoint has them; see `stored_weights`. Of a sharded model they are
-        in host memory, all processes must call this, and those that don't `keep` them get empty tensors."""
-        return stored_weights(self.model, whole if keep else discarded)
+        """The weights in the format of published checkpoints; see `hf_state_dict`. For a sharded model they
+        are in host memory and all processes must call this; without `keep` the tensors are empty."""
+        return hf_state_dict(self.model, full_tensor if keep else gather_and_drop)
 
     def adapter_weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The adapter's weights as peft has them; see `weights`."""
-        return adapters.weights(self.model, whole if keep else discarded)
+        """The adapter's weights in peft's format; see `weights`."""
+        return adapters.weights(self.model, full_tensor if keep else gather_and_drop)
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes weights (those that `weights` gives, unless given), configs, tokenizer and processor so that
+        """Writes weights (by default the present ones), configs, tokenizer and processor so that
         transformers' Auto classes load them."""
         save_model(self.model, folder, weights)
         self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes the adapter as peft does."""
+        """Writes the adapter in peft's format."""
         adapters.save(self.model, folder, self.adapter_weights() if weights is None else weights)
 
 
 def part_of(name: str) -> str:
     """The part, a key of PARTS, that a parameter or module belongs to."""
-    return next(part for part in NARROW_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
+    return next(part for part in SPECIFIC_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
 
 
 class PatchProjection(nn.Module):
-    """A convolution whose stride is its kernel, on single patches, with the convolution's own parameters.
+    """A convolution whose stride is its kernel size, on single patches, as a linear layer.
 
-    The same product in a fraction of the time: general convolutions are slow at it, above all backwards.
+    It shares the convolution's parameters and is much faster, especially in the backward pass.
     """
 
     def __init__(self, convolution: nn.Conv3d):
@@ -214,7 +213,7 @@ class PatchProjection(nn.Module):
 
 
 def stop_ids(model: nn.Module, processor) -> list[int]:
-    """Ids that end a response: those of the generation config and the tokenizer's own."""
+    """Ids that end a response: those of the generation config and the tokenizer's end of sequence."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({*listed, processor.tokenizer.eos_token_id} - {None})

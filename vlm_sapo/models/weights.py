@@ -1,4 +1,4 @@
-"""A model's weights as published checkpoints have them, also of a model that is sharded or has adapters."""
+"""A model's weights in the format of published checkpoints, also if it is sharded or has adapters."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import FAMILIES
 
-Take = Callable[[torch.Tensor], torch.Tensor]
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a full tensor of a parameter that may be sharded."""
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of all processes' parts, in host memory; one that isn't sharded as it is. All processes must
-    call this in the same order."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gathers a sharded tensor into host memory; any other is returned as it is. All processes must call this
+    in the same order."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor that all processes have in the parameter's type and place, sharded as it is."""
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Converts a full tensor, the same on all processes, to the parameter's type, device and sharding."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device, parameter.dtype)
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -35,38 +36,38 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(own.to(parameter.device), mesh, placements, run_check=False, **sizes)
 
 
-def discarded(tensor: torch.Tensor) -> torch.Tensor:
-    """Takes part in `whole`, and keeps nothing of what it gives."""
-    return whole(tensor).to("meta")
+def gather_and_drop(tensor: torch.Tensor) -> torch.Tensor:
+    """Takes part in `full_tensor` for the other processes' sake; the result is an empty meta tensor."""
+    return full_tensor(tensor).to("meta")
 
 
 @torch.no_grad()
-def stored_weights(model: nn.Module, take: Take = whole) -> dict[str, torch.Tensor]:
-    """The weights as published checkpoints name and lay them out, adapters merged; views where nothing has to
-    be computed. `take` makes a parameter a whole tensor.
+def hf_state_dict(model: nn.Module, gather: Gather = full_tensor) -> dict[str, torch.Tensor]:
+    """The state dict with the names and layout of published checkpoints, adapters merged. Tensors are views
+    of the parameters where nothing has to be computed.
 
-    Experts' matrices stay whole, and are turned where the family's checkpoints have them so. transformers
-    takes every form when it loads, but would save another one.
+    The experts of a layer stay one tensor, transposed where the family's checkpoints store it so:
+    transformers loads every form, but would save a different one.
     """
     if adapters.attached(model):
-        held = adapters.merged(model, take)
+        weights = adapters.merged(model, gather)
     else:
-        held = {name: take(weight.detach()) for name, weight in model.named_parameters()}
-    turned = FAMILIES[model.config.model_type].experts_turned
-    experts = {name: held.pop(name) for name in list(held) if name.endswith(EXPERTS)}
-    return revert_weight_conversion(model, held) | {
-        name: weight.transpose(1, 2) if turned else weight for name, weight in experts.items()
+        weights = {name: gather(weight.detach()) for name, weight in model.named_parameters()}
+    transposed = FAMILIES[model.config.model_type].experts_transposed
+    experts = {name: weights.pop(name) for name in list(weights) if name.endswith(EXPERTS)}
+    return revert_weight_conversion(model, weights) | {
+        name: weight.transpose(1, 2) if transposed else weight for name, weight in experts.items()
     }
 
 
 def save_model(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes config and weights, in a form that both transformers and vLLM load."""
+    """Writes config and weights so that both transformers and vLLM load them."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    if adapters.attached(model):  # what is merged is not in 4 bits
+    if adapters.attached(model):  # merged weights are not in 4 bits
         config.__dict__.pop("quantization_config", None)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    weights = stored_weights(model) if weights is None else weights
+    weights = hf_state_dict(model) if weights is None else weights
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})

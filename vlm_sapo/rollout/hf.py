@@ -150,7 +150,7 @@ class HfEngine:
         branch = torch.arange(len(uniforms), device=device)  # [A] which response each row of the batch is
         start = torch.tensor([0 if item.so_far is None else len(item.so_far.ids) for item in grid.branches])
         position = torch.stack([_next_position(grid, item) for item in grid.branches]).to(device)
-        running = torch.tensor([not item.filling for item in grid.branches], device=device)
+        running = torch.tensor([not item.filler for item in grid.branches], device=device)
         last, start = sampling.max_tokens - 1, start.to(device)
         stride = GPU_STRIDE if device.type == "cuda" else 1
         steps = sampling.max_tokens - int(start.min())
@@ -180,7 +180,7 @@ class HfEngine:
         rows = [row[row >= 0] for row in ids]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for index, (branch, row, text) in enumerate(zip(grid.branches, rows, texts, strict=True)):
-            if branch.filling:
+            if branch.filler:
                 continue
             prompt = grid.contexts[branch.context].prompt
             start = 0 if branch.so_far is None else len(branch.so_far.ids)

@@ -17,7 +17,7 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import GroupSlice, Layout, Part, Plain
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.models.weights import like, whole
+from vlm_sapo.models.weights import full_tensor, shard_like
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.sampler import Rollouts
@@ -370,8 +370,8 @@ def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
         with torch.no_grad():
             for name in names:
                 noise = torch.randn(parameters[name].shape, generator=generator)
-                size = NOISE * whole(saved[name]).float().std().clamp(min=0.01)
-                parameters[name] += like(noise * size.cpu(), parameters[name])
+                size = NOISE * full_tensor(saved[name]).float().std().clamp(min=0.01)
+                parameters[name] += shard_like(noise * size.cpu(), parameters[name])
         with vlm.another_version(-number):
             yield
     finally:

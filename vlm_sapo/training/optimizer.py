@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vlm_sapo.models.weights import discarded, like, whole
+from vlm_sapo.models.weights import full_tensor, gather_and_drop, shard_like
 
 MAX_FILE_BYTES = 4 * 2**30
 """Bytes from which a file is full."""
@@ -74,10 +74,10 @@ def state_parts(
         for field, value in optimizer.state.get(parameter, {}).items():
             moment = torch.as_tensor(value)
             if keep:
-                tensors[f"{name}/{field}"] = whole(moment).to("cpu", copy=True)
+                tensors[f"{name}/{field}"] = full_tensor(moment).to("cpu", copy=True)
                 size += tensors[f"{name}/{field}"].nbytes
             else:
-                discarded(moment)
+                gather_and_drop(moment)
         if size > MAX_FILE_BYTES:
             number, size = number + 1, 0
             yield partial(_write_state, tensors, number)
@@ -101,7 +101,7 @@ def load_state(
                 name, _, field = key.rpartition("/")
                 value, parameter = file.get_tensor(key), parameters[name]
                 if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                    value = like(value, parameter)
+                    value = shard_like(value, parameter)
                 if value.dtype == torch.int64:  # bitsandbytes counts its steps with plain numbers
                     value = int(value)
                 state.setdefault(indices[name], {})[field] = value

@@ -21,7 +21,7 @@ from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, Plain, SharedPrefix
 from vlm_sapo.models.parallel import Parallelism
 from vlm_sapo.models.vlm import PARTS, VLM
-from vlm_sapo.models.weights import whole
+from vlm_sapo.models.weights import full_tensor
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import UpdateStats
 from vlm_sapo.training.batch import Batch, MicroBatch
@@ -83,7 +83,7 @@ class Unadapted(Pass):
     """The policy's pass without its adapters: a reference that costs no memory."""
 
     def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
-        with adapters.switched_off(self.vlm.model):
+        with adapters.disabled(self.vlm.model):
             return super().forward(inputs, routed)
 
 
@@ -426,7 +426,7 @@ class Policy:
         """Norm of the gradient of all processes."""
         self.parallelism.reduce(self.trained)
         grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        return whole(get_total_norm(grads))
+        return full_tensor(get_total_norm(grads))
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of a step (0-based) and returns it."""

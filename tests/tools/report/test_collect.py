@@ -129,7 +129,7 @@ def test_watch_serves_only_this_machine(runs, monkeypatch, capsys):
 
 
 def test_gold_boxes_are_shown_on_their_image(model_folder, tmp_path):
-    rows = "def rows(split, size):\n    from tests.conftest import picture\n    return [{'problem': 'Where?', 'answer': '[12, 6, 36, 24]', 'images': [picture(n)]} for n in range(size)]\n"
+    rows = "def rows(split, size):\n    from tests.conftest import numbered_image\n    return [{'problem': 'Where?', 'answer': '[12, 6, 36, 24]', 'images': [numbered_image(n)]} for n in range(size)]\n"
     (tmp_path / "boxes.py").write_text(rows)
     options = (f"data.source={tmp_path}/boxes.py:rows", "data.args={split: train, size: 8}", "eval.data=null")
     train(short_run(tmp_path, model_folder(), "reward.parts=[{name: box}]", *options))

@@ -120,7 +120,7 @@ def _cached_features(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
     trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
     visual.requires_grad_(False)
     vlm.vision(prompts)
-    cache = [vlm.vision.kept[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.kept]
+    cache = [vlm.vision.cached[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.cached]
     for tensor in (tensor for item in cache for tensor in (item.tokens, *item.deep)):
         tensor.requires_grad_(bool(trained))
     yield sum(item.num_bytes for item in cache)

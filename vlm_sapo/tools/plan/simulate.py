@@ -144,7 +144,7 @@ def outline(spec: ModelSpec) -> tuple[Simulation, VLM]:
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
-        vlm.as_matrix_product()
+        vlm.patch_embed_as_linear()
         if spec.lora_rank is None:
             vlm.freeze(list(spec.freeze))
     return mode, vlm
