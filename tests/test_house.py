@@ -101,6 +101,7 @@ INTERFACES = {
     "vision_attention": "transformers' attention interface",
     "box": "its parameters are a config's args, of which it builds a dataclass",
     "judge": "its parameters are a config's args, of which it builds a dataclass",
+    "score": "the options of a command, of which it builds a dataclass",
 }
 """Functions with more than seven parameters, and why."""
 
