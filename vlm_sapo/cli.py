@@ -1,4 +1,4 @@
-"""The command line. Arguments are read before anything heavy is imported."""
+"""The command line. Arguments are checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def train_(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command("sft")
 def sft_(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Supervised fine-tuning on demonstrations, for example as a cold start."""
+    """Supervised fine-tuning on demonstrations (cold start)."""
     _report(sft(load_sft_config(config, *(overrides or []))))
 
 
@@ -81,7 +81,10 @@ def doctor(
     ] = "",
     out: Annotated[Path, typer.Option(help="File for the findings, as JSON.")] = Path("runs/doctor.json"),
 ) -> None:
-    """Check config, data and rewards before training. Exit code 1 if something would break the run."""
+    """Check config, data and rewards before training.
+
+    Exit code 1 if something would break the run.
+    """
     parsed = load_without_steps(config, overrides)
     silence_libraries()
     from vlm_sapo.tools.doctor import doctor_command
@@ -106,7 +109,10 @@ def score(
     timeout: Annotated[float, typer.Option(help="Seconds to grade one response.")] = 10.0,
     on_error: Annotated[str, typer.Option(help="When a function raises: stop, or score zero.")] = "stop",
 ) -> None:
-    """Grade a file of responses, and compare with the verdicts that its rows carry."""
+    """Grade a file of responses.
+
+    If the rows have verdicts, the two are compared.
+    """
     from vlm_sapo.tools.score import ScoreOptions, score_command
 
     options = ScoreOptions(args, response, gold, out, timeout, on_error)
@@ -128,7 +134,10 @@ def compare(
     run_b: Annotated[Path, typer.Argument(help="Folder of another evaluation on the same problems.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; RUN_B/compare.html by default.")] = None,
 ) -> None:
-    """Compare two evaluations: a paired test, and a page of the problems whose verdict changed."""
+    """Compare two evaluations with a paired test.
+
+    Also writes an HTML page of the problems whose verdict changed.
+    """
     from vlm_sapo.tools.compare import compare_command
 
     compare_command(run_a, run_b, out or run_b / "compare.html")
@@ -146,7 +155,10 @@ def report(
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for any free port.")] = 8600,
 ) -> None:
-    """Write an HTML report of runs: results, curves, clipping and policy ratios, responses with images."""
+    """Write an HTML report of one or more runs.
+
+    It shows results, curves, clipping and policy ratios, and responses with their images.
+    """
     from vlm_sapo.tools.report.command import report_command
 
     report_command(runs, out or runs[0] / "report.html", groups=groups, watch=watch, port=port)
@@ -162,7 +174,10 @@ def filter_rows(
     ] = "0.05..0.9",
     out: Annotated[Path, typer.Option(help="Folder for responses and selected rows.")] = Path("runs/filter"),
 ) -> None:
-    """Sample the model on the training rows, and keep rows that it solves sometimes but not always."""
+    """Keep training rows that the model solves sometimes.
+
+    Samples the model on every row of the config's data and selects rows by their pass rate.
+    """
     parsed = load_without_steps(config, overrides)
     try:
         low, high = map(float, keep.split(".."))
@@ -183,8 +198,10 @@ def check(
     rows: Annotated[int, typer.Option(min=1, help="Rows to use.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Responses per row.")] = 4,
 ) -> None:
-    """Compare engine and trainer on the same prompts (tokens, log-probs, weight sync). Exit code 1 if they
-    differ."""
+    """Compare generation engine and trainer on the same prompts.
+
+    Compares token ids, images, log-probs, banned tokens and weight sync. Exit code 1 if they differ.
+    """
     parsed = load_without_steps(config, overrides)
     silence_libraries()
     from vlm_sapo.tools.check import check_command
@@ -202,7 +219,7 @@ def serve(
     extra: Annotated[str, typer.Option(help="Further options of `vllm serve`, in one string.")] = "",
     only_print: Annotated[bool, typer.Option("--print", help="Only print the command.")] = False,
 ) -> None:
-    """Start the vLLM server that a config with rollout.engine=vllm_server trains with."""
+    """Start a vLLM server for rollout.engine=vllm_server."""
     parsed = load_without_steps(config, overrides)
     silence_libraries()
     from vlm_sapo.tools.serve import serve_command
@@ -221,8 +238,10 @@ def plan(
         Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Estimate the memory of a config on your GPUs. If it doesn't fit, suggest the nearest settings that do;
-    exit code 1."""
+    """Estimate the memory that a config needs on your GPUs.
+
+    If it doesn't fit, suggests the nearest settings that do; exit code 1.
+    """
     load(TrainConfig, config, overrides or [])
     silence_libraries()
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
@@ -245,7 +264,10 @@ def new_model(
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Create a Qwen-VL model with random weights, processor and tokenizer, for tests and benchmarks."""
+    """Create a Qwen-VL model with random weights, for tests.
+
+    The folder gets weights, processor and tokenizer.
+    """
     silence_libraries()
     from vlm_sapo.plugins import resolve
     from vlm_sapo.tools.new_model import SHAPES
@@ -269,9 +291,9 @@ ALARM = 3
 
 
 def run(app: Callable[[], None]) -> None:
-    """Runs the command line. What this package says of a user's mistake is one sentence and exit code 1."""
-    signal.signal(signal.SIGTERM, _ended)  # schedulers end runs so; processes end with them
-    os.umask(os.umask(0o077) | 0o002)  # what a run writes is no one else's to change
+    """Runs the command line. A user's mistake is reported in one sentence, with exit code 1."""
+    signal.signal(signal.SIGTERM, _ended)  # so that child processes end, too, when a scheduler stops a run
+    os.umask(os.umask(0o077) | 0o002)  # other users can't write to a run's files
     try:
         app()
     except ValueError as error:
@@ -284,11 +306,11 @@ def run(app: Callable[[], None]) -> None:
             words = [word for word in sys.argv[1:] if not word.startswith("run.overwrite")]
             launcher = "your launcher and " if "RANK" in os.environ else ""
             name = "vlm-sapo" if shutil.which("vlm-sapo") else sys.argv[0]
-            typer.echo(escape_control(f"{error}\ngo on with: {launcher}{shlex.join([name, *words])}"))
+            typer.echo(escape_control(f"{error}\ncontinue with: {launcher}{shlex.join([name, *words])}"))
         if error.alarm:
             sys.exit(ALARM)
     except ElsewhereError:
-        sys.exit(1)  # that process says why
+        sys.exit(1)  # the process that failed says why
 
 
 def _ended(number: int, _) -> None:
@@ -297,7 +319,7 @@ def _ended(number: int, _) -> None:
 
 
 def main_process() -> bool:
-    """Whether this is the process that prints, where a launcher started several."""
+    """Whether this process prints, where a launcher started several."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""What may not come in or go out."""
+"""Secrets, unsafe addresses, pickled weights and remote code are rejected; verifiers have no network."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def connects(response, example, *, port):
         ("ftp://example.org", "must be an address such as"),
         ("localhost:8000", "must be an address such as"),
         ("http://", "must be an address such as"),
-        ("http://me:word@example.org/v1", "must not hold a name or password.*example.org"),
+        ("http://me:word@example.org/v1", "must not include a user name or password.*example.org"),
         ("http://169.254.169.254/v1", "is link-local"),
         ("http://[fe80::1]/v1", "is link-local"),
         ("http://2852039166/", "is link-local"),
@@ -49,14 +49,14 @@ def connects(response, example, *, port):
         ("http://example.org/v1?api_key=word", "without . or #.*example.org"),
     ],
 )
-def test_addresses_that_lead_elsewhere(address, sentence):
+def test_unsafe_addresses_are_rejected(address, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
         check_address(address, "args.url")
     assert "word" not in str(raised.value).replace("password", "")
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000/v1", "https://example.org", "http://[::1]:8000"])
-def test_addresses_of_servers(address):
+def test_server_addresses_are_accepted(address):
     check_address(address, "args.url")
 
 
@@ -67,26 +67,26 @@ def test_addresses_of_servers(address):
         *("hf_token", "accessToken", "Authorization", "bearer", "private_key", "auth"),
     ],
 )
-def test_secrets_are_not_for_configs(name):
-    with pytest.raises(ValueError, match=f"args.{name} is called a secret.*environment variable") as raised:
+def test_arguments_named_like_secrets_are_rejected(name):
+    with pytest.raises(ValueError, match=f"args.{name} looks like a secret.*environment variable") as raised:
         RewardPartConfig(name="math", args={name: "sk-123"})
     assert "sk-123" not in str(raised.value).partition("[type=")[0]
     with pytest.raises(ValueError, match=f"args.headers.0.{name}"):
         check_secrets({"headers": [{name: "sk-123"}]}, "args")
 
 
-def test_a_sources_arguments_and_what_looks_like_a_secret():
+def test_values_that_look_like_secrets_are_rejected():
     for args in (
         {"token": "abcdefghijklmnop1"},
         {"anything": "sk-abcdefgh12"},
         {"x": {"y": "hf_abcdefghijk"}},
     ):
-        with pytest.raises(ValueError, match="is called a secret or looks like one"):
+        with pytest.raises(ValueError, match="looks like a secret"):
             SourceConfig(source="mine.py:rows", args=args)
     assert SourceConfig(source="mine.py:rows", args={"token": "<answer>", "sort_key": "area", "keys": "a"})
 
 
-def test_the_name_of_a_variable_is_no_secret():
+def test_the_name_of_an_environment_variable_is_accepted():
     part = RewardPartConfig(
         name="judge", args={"key_variable": "MY_KEY", "url": "http://127.0.0.1:1/v1", "key": 3}
     )
@@ -109,7 +109,7 @@ def can_leave() -> bool:
     return done.stdout.strip() == "True"
 
 
-def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
+def test_builtin_verifiers_run_without_network_and_own_functions_with_it(tmp_path):
     if not can_leave():
         pytest.skip("this system lets no process leave the network")
     (tmp_path / "reward.py").write_text(NETWORK)
@@ -126,7 +126,7 @@ def test_graders_of_ours_have_no_network_and_yours_keep_it(tmp_path):
             reward.close()
 
 
-def test_pickled_weights_are_not_read(model_folder, tmp_path):
+def test_pickled_weights_are_rejected(model_folder, tmp_path):
     source = model_folder()
     for file in source.iterdir():
         if file.suffix != ".safetensors":
@@ -136,7 +136,7 @@ def test_pickled_weights_are_not_read(model_folder, tmp_path):
         load_vlm(str(tmp_path))
 
 
-def test_code_in_a_model_folder_is_not_run(model_folder, tmp_path):
+def test_code_in_a_model_folder_is_not_executed(model_folder, tmp_path):
     for file in model_folder().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     touched = tmp_path / "touched"
@@ -155,7 +155,7 @@ def test_code_in_a_model_folder_is_not_run(model_folder, tmp_path):
     assert not touched.exists()
 
 
-def test_what_is_written_is_no_one_elses_to_change(tmp_path, monkeypatch):
+def test_output_files_are_not_writable_by_other_users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     numbered_image().save(tmp_path / "p.png")
     row = {"problem": "p", "answer": "1", "response": "\\boxed{1}", "image": "p.png"}

@@ -22,6 +22,7 @@ from vlm_sapo.config.fields import (
     walk,
 )
 from vlm_sapo.config.files import find, parse, read_mapping
+from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig, TrainerConfig, free_on_resume
 
 T = TypeVar("T", bound=Section)
@@ -268,8 +269,8 @@ def _unknown(kind: type[Section], problem: _Problem) -> str:
 
 
 def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
-    """How many of `size` processes share one copy of the model. Raises ValueError where the config does not
-    fit so many."""
+    """Number of processes, of `size`, that share one copy of the model. Raises ValueError where the config
+    doesn't work with `size` processes."""
     train = config.train
     shard = size if train.shard == "all" else train.shard
     if isinstance(train, TrainerConfig):
@@ -281,14 +282,14 @@ def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
         times = [minibatch // size * size, minibatch // size * size + size]
         options = " or ".join(f"train.{field}={number * factor}" for number in times if number)
         raise ValueError(
-            f"train.{name} ({minibatch}) must be divisible by the number of processes ({size}, one for each "
-            f"GPU), since a group stays in one; use {options}, or another number of processes"
+            f"train.{name} ({minibatch}) must be divisible by the number of processes ({size}, one per GPU), "
+            f"since a group stays in one process; use {options}, or another number of processes"
         )
     if size % shard:
         divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
         raise ValueError(
-            f"train.shard ({shard}) must divide the number of processes ({size}, one for each GPU); use one "
-            f"of {divisors}, or all"
+            f"train.shard ({shard}) must divide the number of processes ({size}, one per GPU); use one of "
+            f"{divisors}, or all"
         )
     _check_combinations(config, size, shard)
     return shard
@@ -310,14 +311,14 @@ def _check_combinations(config: TrainConfig | SftConfig, size: int, shard: int) 
             "train.offload",
         ),
         (
-            size > 1 and engine.type == "vllm" and engine.tensor_parallel > 1,
+            size > 1 and isinstance(engine, VllmConfig) and engine.tensor_parallel > 1,
             f"rollout.engine.tensor_parallel must be 1 where {size} processes train, each with an engine of "
             "its own; use vllm_server for engines on several GPUs",
         ),
         (
-            sharded and engine.type == "vllm_server" and engine.weights == "nccl",
-            "rollout.engine.weights (nccl) sends whole weights from a GPU, and with train.shard or "
-            "train.offload it has parts; use folder",
+            sharded and isinstance(engine, VllmServerConfig) and engine.weights == "nccl",
+            "rollout.engine.weights (nccl) sends whole weights from one GPU, which train.shard and "
+            "train.offload leave with a part of them; use folder",
         ),
     ):
         if wrong:

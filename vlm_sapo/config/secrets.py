@@ -1,4 +1,4 @@
-"""Addresses and secrets that a config, which is stored and logged, must not hold."""
+"""Rejects secrets and unsafe addresses in configs, which are stored and logged."""
 
 from __future__ import annotations
 
@@ -15,59 +15,57 @@ SECRET = re.compile(
     r"pass(word|wd|phrase)|pwd|auth(orization)?|credential|bearer)s?$",
     re.IGNORECASE,
 )
-"""Names of arguments."""
+"""Names of arguments that hold a secret."""
 
-PERHAPS = re.compile(r"(^|[_-])(key|token)s?$", re.IGNORECASE)
-"""Names of those that may also be a column's or a mark; a secret is LONG and has no spaces."""
+MAYBE_SECRET = re.compile(r"(^|[_-])(key|token)s?$", re.IGNORECASE)
+"""Names that may also be a column's or a marker's; then a secret is a LONG value."""
 
 LONG = re.compile(r"^\S{16,}$")
 
 LOOKS_SECRET = re.compile(r"^(sk-|hf_|ghp_|github_pat_|xox[abp]-|AKIA|eyJ[\w-]+\.)[\w.-]{8,}$")
-"""Values of well-known kinds."""
+"""Keys of well-known services."""
 
 
 def check_address(address: str, field: str) -> None:
-    """Raises ValueError where an address is none of a server, holds a password, or is link-local (where
-    clouds keep a machine's credentials)."""
+    """Raises ValueError where an address is not a server's, includes a password, or is link-local (where
+    clouds serve a machine's credentials)."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{field} ({address}) must be an address such as http://127.0.0.1:8000")
     if parts.username or parts.password:
         raise ValueError(
-            f"{field} must not hold a name or password, since it is stored and logged; {parts.hostname} must "
-            "take its key from an environment variable"
+            f"{field} must not include a user name or password, since it is stored and logged; put the key "
+            f"for {parts.hostname} into an environment variable"
         )
     if parts.query or parts.fragment:
         raise ValueError(
-            f"{field} must end with its path, without ? or #, since it is stored and logged; "
-            f"{parts.hostname} must take its key from an environment variable"
+            f"{field} must end with its path, without ? or #, since it is stored and logged; put the key for "
+            f"{parts.hostname} into an environment variable"
         )
     if _is_link_local(parts.hostname):
-        raise ValueError(f"{field} ({address}) is link-local; give the server's own address")
+        raise ValueError(f"{field} ({address}) is link-local; use the server's own address")
 
 
 def _is_link_local(host: str) -> bool:
-    """Whether it is, in any spelling that a resolver takes for a number."""
+    """Also for numbers in any spelling that a resolver accepts."""
     with suppress(OSError):
         host = socket.inet_ntoa(socket.inet_aton(host))
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a name and no number
+    except ValueError:  # a host name
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_link_local
 
 
 def check_secrets(values: Any, field: str) -> None:
-    """Raises ValueError where a mapping holds something that is called a secret: configs are stored, logged
-    and passed on."""
+    """Raises ValueError where a name or value in a mapping looks like a secret, at any depth."""
     if isinstance(values, Mapping):
         for name, value in values.items():
             words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name))
             if isinstance(value, str) and _is_secret(words, value):
                 raise ValueError(
-                    f"{field}.{name} is called a secret or looks like one, and configs are stored beside the "
-                    "results; put it into an environment variable and give that variable's name as another "
-                    "argument"
+                    f"{field}.{name} looks like a secret, and configs are stored with the results; put it "
+                    "into an environment variable and pass the variable's name as another argument"
                 )
             check_secrets(value, f"{field}.{name}")
     elif isinstance(values, list):
@@ -76,5 +74,5 @@ def check_secrets(values: Any, field: str) -> None:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    perhaps = PERHAPS.search(name) and LONG.match(value)
-    return bool(SECRET.search(name) or LOOKS_SECRET.match(value) or perhaps)
+    named_so = SECRET.search(name) or (MAYBE_SECRET.search(name) and LONG.match(value))
+    return bool(named_so or LOOKS_SECRET.match(value))
