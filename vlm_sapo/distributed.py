@@ -1,4 +1,4 @@
-"""The processes of a run, and what they tell each other."""
+"""The processes of a run: collectives over Python objects, failures in one of them, and signals."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 """How long a process waits for the others: one may write a large checkpoint or grade a difficult answer."""
 
 
 class ElsewhereError(RuntimeError):
-    """Another process failed, and says why itself."""
+    """Another process failed; that process reports why."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and did so between two steps."""
+    """The run was asked to stop, and stopped between two steps."""
 
     def __init__(self, reason: str, *, alarm: bool = False):
         super().__init__(f"stopped: {reason}")
         self.alarm = alarm
-        """Whether an alarm asked for it, and not a signal."""
+        """Whether an alarm stopped it rather than a signal."""
 
 
-class Shield:
-    """Keeps signals from ending a block halfway; what they ask for happens at its end."""
+class SignalDeferral:
+    """Delays the exception of a signal to the end of a block, so that the block runs as a whole."""
 
     def __init__(self) -> None:
         self.depth = 0
-        self.barriering: Interrupted | None = None
+        self.pending: Interrupted | None = None
 
-    def raises(self, error: Interrupted) -> None:
-        """Raises the error, at once or when the block ends. In the main thread alone."""
+    def raise_or_defer(self, error: Interrupted) -> None:
+        """Raises the error now, or at the end of the block that is running. For the main thread only."""
         if not self.depth:
             raise error
-        self.barriering = error
+        self.pending = error
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Only the main thread gets signals, and only it needs this."""
+        """Does nothing in other threads, which get no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -49,62 +49,63 @@ class Shield:
         try:
             yield
         except BaseException:
-            self.barriering = None  # the block's own failure comes first; who was asked to stop remembers it
+            self.pending = None  # the block's own error comes first; Interruption remembers the signal
             raise
         finally:
             self.depth -= 1
-        if self.barriering is not None and not self.depth:
-            error, self.barriering = self.barriering, None
+        if self.pending is not None and not self.depth:
+            error, self.pending = self.pending, None
             raise error
 
 
-shielded = Shield()
+deferring_signals = SignalDeferral()
 
 
 class World:
-    """All processes of a run, or the only one. Where a method says so, all processes must call it, in the
-    same order; one that fails instead calls `fail_everywhere`, which raises ElsewhereError in the others.
+    """All processes of a run, or the only one. All processes must call a method that says so, in the same
+    order; a process that fails calls `fail_everywhere` instead, which raises ElsewhereError in the others.
 
-    What is told goes from host to host, beside the traffic between devices.
+    Objects travel between hosts by gloo, separately from the traffic between devices.
     """
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
         self.size, self.rank, self._group = 1, 0, None
-        self._known: BaseException | None = None
+        self._reported: BaseException | None = None
         if dist.is_initialized():
             self.size, self.rank = dist.get_world_size(), dist.get_rank()
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def is_local(self, place: int) -> bool:
-        """Whether the prompt at this place of a step is this process's."""
-        return place % self.size == self.rank
+    def is_local(self, slot: int) -> bool:
+        """Whether this slot of a step belongs to this process."""
+        return slot % self.size == self.rank
 
     def all_gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. All call it."""
         if self.size == 1:
             return [value]
-        return [told for told, _ in self._exchange(value, None)]
+        return [theirs for theirs, _ in self._exchange(value, None)]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank, in the main one, and nothing in the others. All call it."""
+        """The values of all processes, by rank, in the main process; an empty list in the others. All call
+        it."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
         self.barrier()
-        found: list[Any] | None = [None] * self.size if self.main else None
-        dist.gather_object(value, found, dst=0, group=self._group)
-        return found or []
+        values: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What the main process's `work` gives; the others don't run theirs. All call it."""
+        """Runs `work` in the main process only and returns its result in all. All call it."""
         try:
             value = work() if self.main else None
         except Exception as error:
@@ -113,22 +114,22 @@ class World:
         return self.all_gather(value)[0]
 
     def barrier(self) -> None:
-        """Until all are here. All call it."""
+        """Waits until all processes call it."""
         self.all_gather(None)
 
     def fail_everywhere(self, error: BaseException) -> None:
-        """Says that this process failed, unless it or the others know already."""
-        if self.size > 1 and error is not self._known:
-            self._known = error
+        """Reports this process's failure to the others, once for each error."""
+        if self.size > 1 and error is not self._reported:
+            self._reported = error
             self._exchange(None, f"{error}")
 
     def _exchange(self, value: Any, error: str | None) -> Sequence[tuple[Any, str | None]]:
         import torch.distributed as dist
 
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (value, error), group=self._group)
-        failed = [f"process {rank}: {reason}" for rank, (_, reason) in enumerate(told) if reason is not None]
+        pairs: list[Any] = [None] * self.size
+        dist.all_gather_object(pairs, (value, error), group=self._group)
+        failed = [f"process {rank}: {reason}" for rank, (_, reason) in enumerate(pairs) if reason is not None]
         if failed and error is None:
-            self._known = ElsewhereError("; ".join(failed))
-            raise self._known
-        return told
+            self._reported = ElsewhereError("; ".join(failed))
+            raise self._reported
+        return pairs

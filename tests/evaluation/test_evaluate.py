@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import example
-from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.rewards.pool import RewardPool
@@ -52,8 +52,8 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     engine = FakeEngine()
     rows = [example(number, kind="a" if number else "b") for number in range(3)]
     measure = Measure("accuracy", by=("kind",))
-    result, records = evaluate(
-        engine, rows, encode, reward, SAMPLING, measure, samples=SampleFile(tmp_path, "b"), batch=2
+    result, records = Evaluation(engine, encode, reward, SAMPLING, measure, batch=2).run(
+        rows, SampleFile(tmp_path, "b")
     )
     assert result["pass@1"] == 0.5 and result["n"] == 3 and result["samples"] == 2
     assert result["pass@2"] == 1.0 and result["majority@2"] == 1.0 and result["no_answer"] == 0.5
@@ -66,35 +66,21 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
 def test_an_interrupted_evaluation_resumes(reward, tmp_path):
     """A line separator in a response is no new line, and only the incomplete last line is sampled again."""
     rows = [example(number) for number in (0, 1, 2, 4, 5)]
-    whole, _ = evaluate(
-        FakeEngine(),
-        rows,
-        encode,
-        reward,
-        SAMPLING,
-        MEASURE,
-        samples=SampleFile(tmp_path / "whole", "b"),
-        batch=2,
+    whole, _ = Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE, batch=2).run(
+        rows, SampleFile(tmp_path / "whole", "b")
     )
     path = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(
-            FakeEngine(stop_at=3),
-            rows,
-            encode,
-            reward,
-            SAMPLING,
-            MEASURE,
-            samples=SampleFile(path, "b"),
-            batch=2,
+        Evaluation(FakeEngine(stop_at=3), encode, reward, SAMPLING, MEASURE, batch=2).run(
+            rows, SampleFile(path, "b")
         )
     lines = (path / "samples.jsonl").read_text().split("\n")
     assert [json.loads(line)["id"] for line in lines if line] == ["e0", "e1", "e2", "e4"]
     lines[0] = lines[0].replace("hmm", "h\u2028mm")
     (path / "samples.jsonl").write_text("\n".join(lines)[:-20])
     second = FakeEngine()
-    result, records = evaluate(
-        second, rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(path, "b"), batch=4
+    result, records = Evaluation(second, encode, reward, SAMPLING, MEASURE, batch=4).run(
+        rows, SampleFile(path, "b")
     )
     assert result == whole and second.slots == [(3, 4)] and len(records) == 5
     assert records[0]["responses"][1] == "h\u2028mm"
@@ -112,31 +98,15 @@ def test_a_last_line_without_newline_is_completed(tmp_path):
 def test_an_unusable_row_stops_or_is_skipped(reward, tmp_path):
     rows = [example(number) for number in range(5)]
     with pytest.raises(RowError, match="row e3"):
-        evaluate(
-            FakeEngine(), rows, encode, reward, SAMPLING, MEASURE, samples=SampleFile(tmp_path / "a", "b")
-        )
-    result, records = evaluate(
-        FakeEngine(),
-        rows,
-        encode,
-        reward,
-        SAMPLING,
-        MEASURE,
-        samples=SampleFile(tmp_path / "c", "b"),
-        skip=True,
+        Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE).run(rows, SampleFile(tmp_path / "a", "b"))
+    result, records = Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE, skip=True).run(
+        rows, SampleFile(tmp_path / "c", "b")
     )
     assert result["skipped"] == 1 and result["n"] == 4
     assert [record["id"] for record in records] == ["e0", "e1", "e2", "e4"]
     with pytest.raises(ValueError, match="no usable row"):
-        evaluate(
-            FakeEngine(),
-            rows[3:4],
-            encode,
-            reward,
-            SAMPLING,
-            MEASURE,
-            samples=SampleFile(tmp_path / "d", "b"),
-            skip=True,
+        Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE, skip=True).run(
+            rows[3:4], SampleFile(tmp_path / "d", "b")
         )
 
 

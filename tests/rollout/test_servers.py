@@ -163,7 +163,7 @@ def test_a_server_that_starts_anew_gets_the_present_weights(vlm, servers, prompt
         assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == before
 
 
-def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
+def test_two_runs_on_one_server_are_detected(vlm, servers, prompts, tmp_path):
     warned = Warnings()
     one = build(vlm, servers[:1], tmp_path / "one", patience=1.0, warn=warned)
     with closing(one):
@@ -173,7 +173,7 @@ def test_two_runs_on_one_server_are_told_apart(vlm, servers, prompts, tmp_path):
             servers[0].version = "another-7"
 
         servers[0].fault = other_run
-        with pytest.raises(RolloutError, match="another-7.*another run gives it weights"):
+        with pytest.raises(RolloutError, match="another-7.*another run sends it weights"):
             one.generate(as_contexts(prompts[:1]), SAMPLING)
 
 

@@ -79,7 +79,7 @@ def test_check_prints_its_table_and_agrees():
     said = command("check", "quickstart", "rollout.engine=vllm").stdout
     for words in (
         "prompt ids equal",
-        "picture grids equal",
+        "image grids equal",
         "log-probs",
         "banned tokens",
         "changed weights arrive",

@@ -31,18 +31,18 @@ def run(model_folder, tmp_path):
 
 @pytest.fixture
 def server(model_folder):
-    made = ModelServer(model_folder())
-    yield made
-    made.close()
+    model_server = ModelServer(model_folder())
+    yield model_server
+    model_server.close()
 
 
 def lines(result):
-    """The table: what was checked, to the verdict and the figures."""
-    found = {}
+    """The table: by name of the check, its verdict and numbers."""
+    table = {}
     for line in result.output.splitlines():
         name, _, rest = line.partition("   ")
-        found[name.strip()] = rest.split()
-    return found
+        table[name.strip()] = rest.split()
+    return table
 
 
 def served(server):
@@ -50,14 +50,14 @@ def served(server):
 
 
 @pytest.mark.parametrize("kind", ["hf", "vllm_server"])
-def test_engines_that_agree(run, server, tmp_path, kind):
+def test_check_passes_for_engines_that_agree(run, server, tmp_path, kind):
     engine = "rollout.engine=hf" if kind == "hf" else served(server)
     result = run("check", engine, "--rows", 3, "--samples", 2)
     assert result.exit_code == 0, result.output
     table = lines(result)
     checks = (
         "prompt ids equal",
-        "picture grids equal",
+        "image grids equal",
         "log-probs",
         "banned tokens",
         "changed weights arrive",
@@ -68,8 +68,8 @@ def test_engines_that_agree(run, server, tmp_path, kind):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_engine_that_leaves_the_temperature_out(run, server):
-    """As a server does that was started without --logprobs-mode processed_logprobs."""
+def test_check_names_a_temperature_that_the_engine_ignores(run, server):
+    """As with a server that was started without --logprobs-mode processed_logprobs."""
 
     def raw(route, body):
         if route != "inference/v1/generate":
@@ -88,7 +88,7 @@ def test_an_engine_that_leaves_the_temperature_out(run, server):
     assert lines(result)["log-probs"][0] == "FAILS" and "temperature: " in result.output
 
 
-def test_an_engine_that_does_not_take_weights(run, server):
+def test_check_fails_if_new_weights_do_not_reach_the_engine(run, server):
     server.fault = lambda route, body: {} if route == "collective_rpc" else None
     result = run("check", served(server))
     assert result.exit_code == 1
@@ -97,7 +97,7 @@ def test_an_engine_that_does_not_take_weights(run, server):
     assert "new weights do not reach the engine" in result.output
 
 
-def test_an_engine_that_reads_other_prompts(run, server, model_folder):
+def test_check_fails_if_the_engine_reads_other_prompts(run, server, model_folder):
     def resized(route, body):
         if route == "inference/v1/generate":
             answer = server.act(route, body)
@@ -107,10 +107,10 @@ def test_an_engine_that_reads_other_prompts(run, server, model_folder):
     server.fault = resized
     result = run("check", served(server))
     assert result.exit_code == 1
-    assert lines(result)["responses drawn"][0] == "FAILS" and "row train-" in result.output
+    assert lines(result)["responses sampled"][0] == "FAILS" and "row train-" in result.output
 
 
-def test_serve_prints_what_training_needs(run):
+def test_serve_prints_the_options_that_training_needs(run):
     result = run(
         "serve", "rollout.engine=vllm_server", "--port", 8123, "--print", "--extra", "--max-num-seqs 7"
     )
@@ -135,9 +135,9 @@ def test_serve_prints_what_training_needs(run):
     )
 
 
-def test_a_port_that_is_taken_is_a_sentence(run):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        result = run("serve", "--port", taken.getsockname()[1])
+def test_serve_names_a_port_that_is_in_use(run):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = run("serve", "--port", other.getsockname()[1])
     assert "cannot be used" in str(result.exception) and "use another one" in str(result.exception)

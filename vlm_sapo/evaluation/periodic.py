@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_sapo.distributed import World
-from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.models.encode import Encoder
@@ -21,27 +21,26 @@ from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.types import Example, Sampling
 
 WARNING_SHARE = 0.25
-"""Share of responses that are truncated or without an answer from which an evaluation says so."""
+"""Share of truncated responses, or of responses without an answer, that leads to a warning."""
 HELD_OUT = "held-out"
 """Name of the evaluation on `eval.data`."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Problems that a run measures its model on."""
+    """A set of problems that the model is evaluated on during a run."""
 
     name: str
     examples: Sequence[Example]
     sampling: Sampling
     measure: Measure
     parts: Sequence[dict] | None = None
-    """The parts of a reward of its own; None for the run's."""
+    """Parts of the set's own reward; None for the run's reward."""
 
 
 @dataclass
 class Evaluator:
-    """Measures the model and keeps results and samples in the run's folder; does nothing without anything to
-    measure on."""
+    """Evaluates the model on each of `sets` and writes results and samples into the run's folder."""
 
     sets: Sequence[EvaluationSet]
     every: int
@@ -55,7 +54,8 @@ class Evaluator:
     world: World
 
     def at(self, step: int, *, last: int) -> None:
-        """Evaluates before the first step, every so many steps and after the last one, once each."""
+        """Evaluates if it is due: before the first step, after every `every` steps and after the last. An
+        evaluation that is already logged is not repeated."""
         due = step in (0, last) or (self.every and step % self.every == 0)
         if not due:
             return
@@ -75,22 +75,20 @@ class Evaluator:
         own = nullcontext(self.reward) if item.parts is None else closing(RewardPool(item.parts))
         title = f"evaluate {item.name}"
         with own as reward, self.console.progress(title, len(item.examples), lines=4) as show:
-            return evaluate(
+            evaluation = Evaluation(
                 self.rollouts.engine,
-                item.examples,
                 self.encode,
                 reward,
                 item.sampling,
                 item.measure,
-                samples=samples,
                 batch=self.rollouts.engine.problems_at_once,
                 skip=self.skip_bad_rows,
-                progress=lambda done: show(done, "problems"),
                 world=self.world,
             )
+            return evaluation.run(item.examples, samples, show)
 
     def _done(self, step: int, folder: Path) -> list[str]:
-        """What this step was evaluated on already; where on nothing, its folder goes."""
+        """Names of the sets that are already logged for this step; without any, removes leftover samples."""
         evaluations = self.folder.read("evaluations.jsonl")
         done = [record["name"] for record in evaluations if record["step"] == step]
         if not done:
@@ -105,7 +103,7 @@ class Evaluator:
         )
         if max(result["truncated"], result["no_answer"]) > WARNING_SHARE:
             self.console.warn(
-                f"{result['truncated']:.0%} of these responses were cut at the length limit, "
-                f"{result['no_answer']:.0%} state no answer"
+                f"{result['truncated']:.0%} of these responses were truncated at the length limit, "
+                f"{result['no_answer']:.0%} have no answer"
             )
         self.console.samples(records[:3])

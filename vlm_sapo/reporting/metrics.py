@@ -1,4 +1,4 @@
-"""What happened in a step as one flat record of numbers: pure functions of its records."""
+"""A step's metrics as one flat record of numbers: pure functions of the step's records."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TENSORS = ("mask", "advantages", "logprobs", "entropies", "old", "sampled", "ref
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one optimizer update saw: tensors [N, T] in host memory, of the responses that went through the
-    model, in that order."""
+    """The data of one optimizer update: tensors [N, T] in host memory, for the responses that went through
+    the model, in that order."""
 
     rows: torch.Tensor
     """[N] int64, the row of each in its mini-batch."""
@@ -35,25 +35,25 @@ class UpdateStats:
     """The engine's log-probs; None where they are the old ones."""
     reference: torch.Tensor | None
     prepared: torch.Tensor | None
-    """What the objective prepared for the whole mini-batch."""
+    """From the objective's `prepare` for the whole mini-batch."""
     usages: tuple[ExpertUsage, ...]
-    """How the passes used the experts of an MoE model."""
+    """Use of the experts of an MoE model, by pass."""
     loss: float
     """This process's share."""
     grad_norm: float
     """Before clipping, of all processes; NaN where the update was skipped."""
     skipped: bool
-    """Whether the update was left out, since it would have spoilt the weights."""
+    """Whether the update was skipped because a number was not finite."""
 
     @staticmethod
     def join(parts: Sequence[UpdateStats]) -> UpdateStats:
-        """What several processes saw of an update."""
+        """Joins the data of several processes."""
         width = max(part.mask.shape[1] for part in parts)
         tensors = {}
         for name in TENSORS:
             items = [vars(part)[name] for part in parts]
-            known = [item for item in items if item is not None and len(item)]
-            padded = [pad(item, (0, width - item.shape[1])) for item in known]
+            rows = [item for item in items if item is not None and len(item)]
+            padded = [pad(item, (0, width - item.shape[1])) for item in rows]
             tensors[name] = torch.cat(padded) if padded else items[0]
         return replace(
             parts[0],
@@ -64,8 +64,8 @@ class UpdateStats:
         )
 
 
-class Described(Protocol):
-    """What says what an objective did to a mini-batch; see training.loss.PolicyLoss."""
+class Diagnosed(Protocol):
+    """A loss that reports metrics of what its objective did; see training.loss.PolicyLoss."""
 
     def describe(self, stats: UpdateStats) -> Metrics: ...
 
@@ -76,20 +76,20 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Trace:
-    """What an update saw of a response; all [R] float32, 0 where the environment wrote."""
+    """Per-token values of a response in an update; all [R] float32, 0 on the environment's tokens."""
 
     log_ratio: torch.Tensor
     effective: torch.Tensor
-    """Share of the plain policy gradient that was left."""
+    """Share of the plain policy gradient that remains."""
     entropy: torch.Tensor
 
     def first(self, length: int) -> Trace:
-        """That of the first tokens, without padding."""
+        """The trace of the first `length` tokens, without padding."""
         return Trace(*(values[:length] for values in vars(self).values()))
 
 
-def traces(stats: UpdateStats, loss: Described) -> dict[int, Trace]:
-    """By row of the mini-batch, what the update saw of each response; nothing where it was skipped."""
+def traces(stats: UpdateStats, loss: Diagnosed) -> dict[int, Trace]:
+    """Traces by row of the mini-batch; empty for a skipped update."""
     if stats.skipped or not len(stats.rows):
         return {}
     log_ratio = torch.where(stats.mask, stats.logprobs - stats.old, 0.0)
@@ -100,8 +100,8 @@ def traces(stats: UpdateStats, loss: Described) -> dict[int, Trace]:
     }
 
 
-def update_metrics(stats: UpdateStats, loss: Described) -> Metrics:
-    """Metrics of one update, of all processes' tokens."""
+def update_metrics(stats: UpdateStats, loss: Diagnosed) -> Metrics:
+    """Metrics of one update over all processes' tokens."""
     logprobs, old, mask = stats.logprobs, stats.old, stats.mask
     metrics = diagnostics.ratio_metrics(logprobs, old, mask)
     metrics |= diagnostics.clip_metrics(logprobs, old, stats.advantages, mask)
@@ -117,7 +117,7 @@ def update_metrics(stats: UpdateStats, loss: Described) -> Metrics:
 
 
 def update_record(updates: Sequence[Metrics], skipped: int) -> Metrics:
-    """`loss`, `policy/<metric>` over the updates, and `minibatch<k>/<metric>`; `skipped` were left out."""
+    """`loss`, `policy/<metric>` over the updates, and `minibatch<k>/<metric>`. `skipped` is a count."""
     record: Metrics = {}
     for name in dict.fromkeys(name for metrics in updates for name in metrics):
         values = [metrics[name] for metrics in updates if name in metrics]
@@ -131,7 +131,7 @@ def update_record(updates: Sequence[Metrics], skipped: int) -> Metrics:
 
 
 def usage_metrics(usages: Sequence[ExpertUsage], tokens: int) -> Metrics:
-    """What a mini-batch's routers did to its `tokens`."""
+    """Router metrics of a mini-batch of `tokens` tokens."""
     changed = [usage.changed for usage in usages if usage.changed is not None]
     return balance.router_metrics(
         torch.cat([usage.counts for usage in usages]),
@@ -144,7 +144,7 @@ def usage_metrics(usages: Sequence[ExpertUsage], tokens: int) -> Metrics:
 def group_metrics(
     groups: Sequence[Group], replaced: Sequence[Group], seconds: Mapping[str, float]
 ) -> Metrics:
-    """Rewards (by part), lengths and shares of all groups that were sampled; `seconds` are the times by
+    """Rewards (by part), lengths and shares of all groups that were sampled; `seconds` are durations by
     name."""
     groups = [*groups, *replaced]
     responses = [response for group in groups for response in group.responses]
@@ -170,14 +170,14 @@ def group_metrics(
 
 
 def _identical(group: Group) -> float:
-    """Share of a group's responses that equal another one of it."""
+    """Share of a group's responses that equal another one of the group."""
     counts = Counter(tuple(response.ids.tolist()) for response in group.responses)
     return sum(count for count in counts.values() if count > 1) / len(group.responses)
 
 
 def task_metrics(groups: Sequence[Group], replaced: Sequence[Group], minibatches: int) -> Metrics:
     """Reward by task of all groups that were sampled, and each task's count in every mini-batch of the
-    trained `groups`; empty where there is one task."""
+    trained `groups`; empty for a single task."""
     sampled = [*groups, *replaced]
     tasks = sorted({group.prompt.example.task for group in groups})
     if len(tasks) == 1:

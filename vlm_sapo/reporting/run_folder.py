@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_sapo.distributed import shielded
+from vlm_sapo.distributed import deferring_signals
 
 if TYPE_CHECKING:
     from vlm_sapo.reporting.trackers import Trackers
@@ -179,7 +179,7 @@ class Lines:
 
     def write(self) -> None:
         """Writes all waiting lines or none. Raises OSError if that fails."""
-        with shielded():  # a signal must not leave half a line, or write one twice
+        with deferring_signals():  # a signal must not leave half a line, or write one twice
             self._write()
 
     def _write(self) -> None:

@@ -20,7 +20,7 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
 from vlm_sapo.algo.diagnostics import DECADES
-from vlm_sapo.distributed import Interrupted, shielded
+from vlm_sapo.distributed import Interrupted, deferring_signals
 
 IMAGE_STEPS = 10
 """Images are sent at the first of every so many steps."""
@@ -239,7 +239,7 @@ class Trackers:
     def _dropped_on_failure(self, name: str) -> Iterator[Tracker]:
         tracker = self.active[name]
         try:
-            with shielded():  # a signal is not the tracker's failure
+            with deferring_signals():  # a signal is not the tracker's failure
                 yield tracker
         except Interrupted:
             raise

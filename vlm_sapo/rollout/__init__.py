@@ -1,1 +1,1 @@
-"""Engines that draw responses."""
+"""Engines that sample responses, and where a step gets its groups."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +20,9 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.plugins import check_call, resolve, resolve_call
-from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.engine import EngineNeeds, RolloutEngine
 from vlm_sapo.rollout.environment import Episodes
-from vlm_sapo.rollout.hf import HfEngine, call
+from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
 from vlm_sapo.rollout.vllm_servers import VllmServers
@@ -33,55 +31,19 @@ from vlm_sapo.rollout.weight_transfer import Folder, Nccl
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class EngineNeeds:
-    """What an engine is built for."""
-
-    vlm: VLM
-    path: str
-    """Of the checkpoint that the model was loaded from."""
-    longest: int
-    """The most tokens of a prompt and its response."""
-    dtype: str
-    """Of the weights, where the engine's config says `auto`."""
-    prompts_per_batch: int
-    warn: Callable[[str], None]
-    folder: Path | None = None
-    """Where weights for servers go unless the config names one; without it servers keep the weights that they
-    have."""
-    autocast: Callable = nullcontext
-    with_full_params: Callable = call
-    world: World | None = None
-    experts: bool = False
-    """Whether responses carry their tokens' experts."""
-
-
 def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
-    """The engine for a model. Raises ValueError where one of the user's is none."""
+    """Builds the configured engine. Raises ValueError for a user's function that doesn't fit."""
     if isinstance(engine, VllmConfig):
         return VllmEngine(
-            needs.vlm,
-            needs.path,
-            longest=needs.longest,
+            needs,
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
-            launched=needs.world is not None and needs.world.size > 1,
             options=engine.options,
-            experts=needs.experts,
         )
     if isinstance(engine, VllmServerConfig):
-        return VllmServers(
-            needs.vlm,
-            [Server(url, timeout=engine.timeout) for url in engine.servers],
-            _transfer(engine, needs),
-            path=needs.path,
-            longest=needs.longest,
-            patience=engine.patience,
-            warn=needs.warn,
-            world=needs.world or World(),
-            experts=needs.experts,
-        )
+        servers = [Server(url, timeout=engine.timeout) for url in engine.servers]
+        return VllmServers(needs, servers, _transfer(engine, needs), patience=engine.patience)
     if isinstance(engine, OwnEngineConfig):
         return resolve_call(engine.function, needs, field="rollout.engine.function", args=engine.args)
     return HfEngine(
@@ -97,13 +59,13 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
 def build_episodes(
     environment: EnvironmentConfig, engine: RolloutEngine, encode: Encoder, world: World
 ) -> Episodes:
-    """The engine with an environment around it. Raises ValueError where there is none of that name, or it
-    does not take its arguments."""
+    """Puts an environment around the engine. Raises ValueError if there is none of that name, or if it
+    doesn't take its arguments."""
     field = "rollout.environment.function"
-    make = resolve(environment.function, field=field)
-    check_call(make, name=environment.function, field=field, args=environment.args)
-    make = partial(make, **environment.args)
-    return Episodes(engine, encode, make, max_turns=environment.max_turns, world=world)
+    function = resolve(environment.function, field=field)
+    check_call(function, name=environment.function, field=field, args=environment.args)
+    new_environment = partial(function, **environment.args)
+    return Episodes(engine, encode, new_environment, max_turns=environment.max_turns, world=world)
 
 
 def open_model(
@@ -115,8 +77,8 @@ def open_model(
     prompts_per_batch: int,
     warn: Callable[[str], None],
 ) -> tuple[VLM, RolloutEngine]:
-    """A model that is not trained, and its engine. vLLM holds the weights itself, so that of the model only
-    what prompts need is loaded. `longest` is None for the model's whole context."""
+    """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
+    model is an outline: enough to encode prompts. `longest` is None for the model's whole context."""
     if engine.shares_weights:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from vlm_sapo.distributed import World
 from vlm_sapo.types import Context, Prompt, Response, Sampling
 
 if TYPE_CHECKING:
     from vlm_sapo.models.vlm import VLM
 
+T = TypeVar("T")
+
 
 class RolloutError(ValueError):
-    """An engine that can't go on. The message says what happened and what to do."""
+    """An engine can't continue. The message says what happened and what to do."""
 
 
 class RolloutEngine(Protocol):
@@ -21,29 +26,57 @@ class RolloutEngine(Protocol):
 
     No engine ever emits an id of `VLM.banned`. The log-probs it returns are those of the distribution it
     sampled from, after temperature and bans. The same contexts, sampling and weights give the same responses,
-    up to rounding. Raises RolloutError where it can't go on, RowError where a prompt is at fault.
+    up to rounding. Raises RolloutError if it can't continue, RowError if a prompt is at fault.
     """
 
     in_background: bool
     """Whether it can sample while the policy trains, on devices of its own."""
     shares_weights: bool
-    """Whether it computes with the policy's own modules, so that there is nothing to compare."""
+    """Whether it computes with the policy's own modules, so that its log-probs need no comparison."""
     problems_at_once: int
-    """How many prompts an evaluation hands over together."""
+    """Prompts that an evaluation passes in one call."""
 
     def sync(self, vlm: VLM) -> None:
-        """Takes over the weights, unless it has this `VLM.version` of them."""
+        """Copies the weights, unless it has this `VLM.version` of them."""
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
-        """A response for each one so far of each context, which begins with it, or `sampling.group` new ones,
-        in the contexts' order. Of several processes all call it, those without a context as well."""
+        """Continues each response so far of each context, or samples `sampling.group` new ones; in the order
+        of the contexts. All processes call it, also those without a context."""
 
     def close(self) -> None:
-        """Frees what the engine holds."""
+        """Frees the engine's memory and processes."""
+
+
+def call(work: Callable[[], T]) -> T:
+    """Runs `work` as it is: each process has the full parameters anyway."""
+    return work()
+
+
+@dataclass(frozen=True)
+class EngineNeeds:
+    """What an engine is built for."""
+
+    vlm: VLM
+    path: str
+    """The checkpoint that the model was loaded from."""
+    longest: int
+    """The most tokens of a prompt and its response."""
+    dtype: str
+    """Of the weights, if the engine's config says `auto`."""
+    prompts_per_batch: int
+    warn: Callable[[str], None]
+    folder: Path | None = None
+    """Where weights for servers are written unless the config names a folder; None for servers that keep the
+    weights they have."""
+    autocast: Callable = nullcontext
+    with_full_params: Callable = call
+    world: World | None = None
+    experts: bool = False
+    """Whether responses carry their tokens' experts."""
 
 
 def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: Response) -> Response:
-    """A response so far and what was sampled behind it, with the text of all its turns."""
+    """Appends sampled tokens to a response so far; the text is that of all its turns."""
     if so_far is None:
         return later
     whole = so_far.continued(later)
@@ -52,5 +85,5 @@ def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: 
 
 
 def as_contexts(prompts: Sequence[Prompt]) -> list[Context]:
-    """Contexts in which nothing was sampled yet."""
+    """Contexts without responses so far."""
     return [Context(prompt) for prompt in prompts]

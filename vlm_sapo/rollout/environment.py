@@ -1,6 +1,6 @@
-"""Episodes: an environment answers the policy's turns, and both stand in one response.
+"""Episodes: an environment answers the policy's turns; all turns are one response.
 
-The environment's tokens have no loss; what the policy sampled is never decoded and tokenized again.
+The environment's tokens have no loss; tokens of the policy are never decoded and tokenized again.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an environment answers to a turn."""
+    """An environment's answer to a turn."""
 
     text: str = ""
-    """The next user turn, unless the episode is over."""
+    """The next user turn; ignored if the episode is over."""
     images: tuple[Image, ...] = ()
     """Not supported yet."""
     done: bool = False
     """Whether the episode is over."""
     reward: float | None = None
-    """Added to the response's reward, over all turns."""
+    """Added to the response's reward; rewards of all turns are summed."""
     info: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else there is to say."""
+    """Anything else; not read by the trainer."""
 
 
 class Environment(Protocol):
-    """One episode. A new object is made for each response."""
+    """One episode. Each response gets a new object."""
 
     def reset(self, example: Example) -> None:
-        """Begins with the problem that the policy will answer."""
+        """Starts the episode with the problem that the policy answers."""
 
     def step(self, response: str) -> Observation:
         """Answers a turn of the policy."""
@@ -49,7 +49,7 @@ class Environment(Protocol):
 
 @dataclass
 class Episode:
-    """One response under way."""
+    """A response in progress."""
 
     prompt: Prompt
     number: int
@@ -65,20 +65,20 @@ class Episode:
 
 
 class Episodes:
-    """An engine whose responses are episodes: `engine` samples the turns, and environments that `make` makes
-    answer them, at most `max_turns` times. A response is at most `Sampling.max_tokens` long, the tokens of
-    the environment included."""
+    """An engine whose responses are episodes: `engine` samples at most `max_turns` turns, and an environment
+    from `new_environment` answers each. A response has at most `Sampling.max_tokens` tokens, those of the
+    environment included."""
 
     def __init__(
         self,
         engine: RolloutEngine,
         encode: Encoder,
-        make: Callable[[], Environment],
+        new_environment: Callable[[], Environment],
         *,
         max_turns: int,
         world: World,
     ):
-        self.engine, self.encode, self.make = engine, encode, make
+        self.engine, self.encode, self.new_environment = engine, encode, new_environment
         self.max_turns, self.world = max_turns, world
 
     @property
@@ -100,7 +100,7 @@ class Episodes:
         self.engine.close()
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
-        """See RolloutEngine; contexts must be new."""
+        """See RolloutEngine; contexts must have no responses so far."""
         groups = [
             [self._begin(context.prompt, number) for number in range(sampling.group)] for context in contexts
         ]
@@ -113,12 +113,12 @@ class Episodes:
         return [[episode.response for episode in episodes] for episodes in groups]
 
     def _begin(self, prompt: Prompt, number: int) -> Episode:
-        environment = self.make()
+        environment = self.new_environment()
         environment.reset(prompt.example)
         return Episode(prompt, number, environment)
 
     def _continue(self, groups: Sequence[Sequence[Episode]], sampling: Sampling) -> None:
-        """A further turn of each episode that isn't over."""
+        """Samples a further turn of each episode that isn't over."""
         running = {index: [item for item in group if not item.over] for index, group in enumerate(groups)}
         running = {index: episodes for index, episodes in running.items() if episodes}
         contexts = [
@@ -136,7 +136,7 @@ class Episodes:
                 self._answer(episode, response, sampling.max_tokens)
 
     def _answer(self, episode: Episode, response: Response, max_tokens: int) -> None:
-        """Lets the environment answer the turn that was sampled last."""
+        """Passes the last turn to the environment and appends its answer."""
         episode.response, episode.turns = response, episode.turns + 1
         turn = self.encode.decode(response.turns[-1])
         observation = episode.environment.step(episode.prompt.opening + turn if episode.turns == 1 else turn)
@@ -162,11 +162,11 @@ class Episodes:
         if len(response.ids) + len(ids) >= max_tokens:
             episode.end("length")
             return
-        episode.response = response.continued(_written(response, ids))
+        episode.response = response.continued(_environment_turn(response, ids))
 
 
-def _written(before: Response, ids: torch.Tensor) -> Response:
-    """What the environment wrote behind a response."""
+def _environment_turn(before: Response, ids: torch.Tensor) -> Response:
+    """The tokens of the environment as a response that continues `before`."""
     length = len(ids)
     return replace(
         Response.sampled(before.positions, ids, torch.zeros(length), text=before.text, finish=before.finish),

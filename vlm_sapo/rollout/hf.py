@@ -1,7 +1,7 @@
 """The embedded engine: samples from the policy's own modules.
 
-Pictures are encoded and prompts prefilled once; all branches of a prompt then go on from there
-(models/decoding.py) and leave the batch as they end. [B] prompts, [G] branches of each, [A] branches in the
+Images are encoded and prompts prefilled once; all branches of a prompt share that (models/decoding.py), and
+finished branches are dropped from the batch. [B] prompts, [G] branches of each, [A] branches in the
 batch, [V] vocabulary.
 """
 
@@ -23,23 +23,18 @@ from transformers import (
 from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutError, continue_response
+from vlm_sapo.rollout.engine import RolloutError, call, continue_response
 from vlm_sapo.types import Context, Response, Sampling
 
 T = TypeVar("T")
 GPU_STRIDE = 16
-"""Tokens between two looks at which branches have ended, on a GPU, where a look waits for the device."""
-
-
-def call(work: Callable[[], T]) -> T:
-    """Runs work where each process has the whole model anyway."""
-    return work()
+"""On a GPU, tokens between two checks for finished branches: each check waits for the device."""
 
 
 class HfEngine:
-    """Generates for `prompts_per_batch` prompts at a time; `autocast` is the trainer's precision context, and
-    `with_full_params` runs work with the whole model, which several processes may share. With `experts`
-    responses carry the experts of their tokens.
+    """Generates for `prompts_per_batch` prompts at a time. `autocast` is the trainer's precision context;
+    `with_full_params` runs work with the full parameters of a sharded model; with `experts` responses carry
+    the experts of their tokens.
 
     The responses to a prompt depend on the seed and the prompt's slot alone, not on how prompts are batched.
     """
@@ -65,7 +60,7 @@ class HfEngine:
         return self.prompts_per_batch
 
     def sync(self, vlm: VLM) -> None:
-        """Nothing to copy: the engine and the policy share their modules."""
+        """Copies nothing: the engine and the policy share their modules."""
         self.vlm = vlm
 
     def close(self) -> None:
@@ -99,7 +94,7 @@ class HfEngine:
         return groups
 
     def _shrink(self, contexts: Sequence[Context], reason: str) -> None:
-        """Fewer prompts at the same time, for the rest of the run."""
+        """Halves the batch of prompts, for the rest of the run."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(contexts) == 1:
@@ -109,8 +104,8 @@ class HfEngine:
             )
         self.prompts_per_batch = len(contexts) // 2
         self.warn(
-            f"out of memory while {len(contexts)} prompts were answered ({reason}); goes on with "
-            f"{self.prompts_per_batch} at a time: set rollout.prompts_per_batch={self.prompts_per_batch}"
+            f"out of memory with {len(contexts)} prompts per batch ({reason}); continuing with "
+            f"{self.prompts_per_batch}: set rollout.prompts_per_batch={self.prompts_per_batch}"
         )
 
     def _generate(
@@ -139,8 +134,9 @@ class HfEngine:
         sampling: Sampling,
         recorder: Recorder,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids, -1 before the present turn and behind its end, and log-probs, both [B * G, max_tokens], from
-        the first logits [rows, V] of the grid's rows and random numbers [B * G, max_tokens]."""
+        """Samples a turn of every branch from the first logits [rows, V] of the grid's rows and random
+        numbers [B * G, max_tokens]. Returns ids, -1 outside the turn, and log-probs, both
+        [B * G, max_tokens]."""
         device = self.vlm.device
         logits = logits[grid.sources.to(device)]
         stops = torch.tensor(self.vlm.stops, device=device)
@@ -176,7 +172,7 @@ class HfEngine:
     def _responses(
         self, grid: BranchGrid, ids: torch.Tensor, logprobs: torch.Tensor, recorder: Recorder
     ) -> Iterator[tuple[int, Response]]:
-        """What was sampled, behind what it goes on from, each with the index of its context."""
+        """The responses, each with the index of its context; a sampled turn follows the response so far."""
         rows = [row[row >= 0] for row in ids]
         texts = self.vlm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for index, (branch, row, text) in enumerate(zip(grid.branches, rows, texts, strict=True)):
@@ -202,7 +198,7 @@ def _next_position(grid: BranchGrid, branch: Branch) -> torch.Tensor:
 
 
 def cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Logits [A, V] with the tokens that top_p, top_k and min_p leave out at minus infinity."""
+    """Logits [A, V] with the tokens that top_p, top_k and min_p exclude at minus infinity."""
     if sampling.temperature == 0 or (sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 0, 0.0):
         return logits
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
@@ -215,10 +211,10 @@ def cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def sample(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF draw: ids [A] and their log-probs [A] from logits [A, V] and uniforms [A] in [0, 1).
+    """Samples by inverting the CDF: ids [A] and log-probs [A] from logits [A, V] and uniforms [A] in [0, 1).
 
-    Summed in float64, so that a vocabulary of 150,000 leaves no gap; a banned token's interval is empty. At
-    temperature 0 the likeliest id, which is certain.
+    Sums are in float64, so that a vocabulary of 150,000 leaves no gap; a banned token's interval is empty. At
+    temperature 0 the likeliest id, with log-prob 0.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniforms, dtype=logits.dtype)
@@ -230,7 +226,7 @@ def sample(
 
 
 def _uniforms(sampling: Sampling, seed: int) -> torch.Tensor:
-    """The random numbers of a prompt's group, [G, max_tokens]: one for each index of a response, so that one
-    which is interrupted goes on as it would have."""
+    """Random numbers of a prompt's group, [G, max_tokens]: one for each token index of a response, so that a
+    continued response gets the same tokens as an uninterrupted one."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(sampling.group, sampling.max_tokens, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Where a step's groups come from: sampled when they are needed, or while the step before trains."""
+"""Gives each step its groups: sampled when they are needed, or prefetched while the step before trains."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Rollouts(Protocol):
     sampling: Sampling
 
     def next(self, step: int, vlm: VLM) -> RolloutBatch:
-        """The groups of a step. Afterwards the engine has the present weights. Where it raises, the state is
-        the one before."""
+        """The groups of a step. Afterwards the engine has the current weights. If it raises, the state is
+        unchanged."""
 
     def wait(self) -> None:
         """Waits until the engine is free."""
 
     def mark_trained(self) -> None:
-        """The last batch that `next` returned was trained on."""
+        """Notes that the last batch from `next` was trained on."""
 
     def state(self, *, resample: bool = False) -> dict[str, Any]:
-        """State to resume from, tensors and plain values: groups that were sampled and not yet trained on are
-        returned again, or sampled again with `resample`, where the engine is at fault."""
+        """State to resume from, as tensors and plain values. Groups that were sampled but not yet trained on
+        are replayed, or resampled with `resample`, after a fault of the engine."""
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -61,9 +61,9 @@ class Stopwatch:
 
 @dataclass
 class Sampler:
-    """Samples from the present weights.
+    """Samples from the current weights.
 
-    Groups without variance are replaced by groups of other prompts of their task, up to `resample` times.
+    Groups with zero variance are replaced by groups of other prompts of their task, up to `resample` times.
     """
 
     stream: TaskMixture
@@ -73,11 +73,11 @@ class Sampler:
     prompts_per_step: int
     resample: int = 0
     before: dict[str, Any] | None = None
-    """The stream's state before the prompts that were taken and not trained on."""
+    """The stream's state before the rows that were taken but not trained on."""
 
     @contextmanager
     def tracking_cursor(self) -> Iterator[dict[str, Any]]:
-        """What the block takes from the stream is not trained on yet. Yields the stream's state before."""
+        """Marks the rows that the block takes as not trained on. Yields the stream's state before them."""
         with self.stream.rollback_on_error() as before:
             self.before = before
             yield before
@@ -90,7 +90,7 @@ class Sampler:
         return replace(batch, seconds={"sync": waited} | dict(batch.seconds))
 
     def sample(self, step: int, version: int) -> RolloutBatch:
-        """The groups of a step from the weights that the engine has."""
+        """Samples the groups of a step from the engine's weights."""
         with self.tracking_cursor() as before:
             watch = Stopwatch()
             groups, replaced = self._sample(step, watch)
@@ -105,7 +105,7 @@ class Sampler:
             )
 
     def _sample(self, step: int, watch: Stopwatch) -> tuple[dict[int, Group], list[Group]]:
-        """Groups by slot, and those that were replaced."""
+        """Groups by slot, and the replaced ones."""
         replaced: list[Group] = []
         with watch.time("data"):
             tasks = self.stream.tasks(self.prompts_per_step)
@@ -123,35 +123,36 @@ class Sampler:
         return groups, replaced
 
     def sampling_at(self, step: int, attempt: int = 0) -> Sampling:
-        """Each step, and each round of resampling, has a seed of its own, so a resumed run samples what the
-        whole one would have."""
+        """The sampling of a step, with a seed of its own for each step and round of resampling, so that a
+        resumed run samples the same responses as an uninterrupted one."""
         return replace(self.sampling, seed=self.sampling.seed * 1_000_033 + step + 500_000_003 * attempt)
 
     def _respond(
         self, prompts: Mapping[int, Prompt], sampling: Sampling, order: tuple[int, ...], watch: Stopwatch
     ) -> dict[int, Group]:
-        """Groups by slot; their random numbers depend on `order`, a number for each prompt."""
-        asked = list(prompts.values())
+        """Samples and scores groups, by slot. `order` has a number for each prompt, which determines its
+        random numbers."""
+        ordered = list(prompts.values())
         with watch.time("rollout"):
-            responses = self.engine.generate(as_contexts(asked), replace(sampling, slots=order))
+            responses = self.engine.generate(as_contexts(ordered), replace(sampling, slots=order))
         with watch.time("reward"):
-            rewards = score_groups(self.reward, asked, responses)
+            rewards = score_groups(self.reward, ordered, responses)
         return {
             slot: Group(prompt, tuple(answers), tuple(map(with_environment, answers, scores)))
             for (slot, prompt), answers, scores in zip(prompts.items(), responses, rewards, strict=True)
         }
 
     def wait(self) -> None:
-        """Nothing runs in between."""
+        """Returns at once: nothing runs between steps."""
 
     def mark_trained(self) -> None:
         self.before = None
 
     def state(self, *, resample: bool = False) -> dict[str, Any]:
-        return {"stream": self.before or self.stream.state()}  # the same weights sample the same again
+        return {"stream": self.before or self.stream.state()}  # the same weights give the same responses
 
     def restore(self, state: dict[str, Any]) -> None:
-        pending = state.get("pending")  # of a run that sampled ahead: sampled again
+        pending = state.get("pending")  # of a run with prefetch: resampled
         self.stream.restore(pending[0]["before"] if pending else state["stream"])
 
     def close(self) -> None:
@@ -160,7 +161,7 @@ class Sampler:
 
 
 def with_environment(response: Response, reward: Reward) -> Reward:
-    """The reward with what the environment gave as a part of its own."""
+    """Adds the environment's reward as a part of its own."""
     if response.reward is None:
         return reward
     parts = dict(reward.parts) | {"environment": response.reward}
@@ -168,7 +169,7 @@ def with_environment(response: Response, reward: Reward) -> Reward:
 
 
 class InlineExecutor(Executor):
-    """Runs work before `submit` returns, for engines that share the trainer's device."""
+    """Runs work inside `submit`, for engines that share the trainer's device."""
 
     def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -177,29 +178,28 @@ class InlineExecutor(Executor):
 
 
 class PrefetchedSampler:
-    """Samples groups `steps` steps ahead, from the weights that the present step begins with: in the
-    background with servers, else before it trains.
+    """Samples groups `steps` steps ahead, from the weights at the start of the current step: in the
+    background with servers, else before the step trains.
 
-    So a step trains on responses of weights so many steps older, the first ones of the run's first weights;
-    the order of the data and the seeds are those of Sampler. What was sampled and not yet trained on is part
-    of the state.
+    So responses are that many steps stale; the first ones are of the initial weights. The order of the data
+    and the seeds are those of Sampler. Groups that were sampled but not yet trained on are part of the state.
     """
 
     def __init__(self, sampler: Sampler, *, steps: int, last: int, world: World):
-        """`world` is for the loop; what samples has the stream's, for itself."""
+        """`world` is the training loop's; the sampler uses the stream's own."""
         self.sampler, self.steps, self.last, self.world = sampler, steps, last, world
         self.engine, self.sampling = sampler.engine, sampler.sampling
         background = self.engine.in_background
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if background else InlineExecutor()
         self.flight: tuple[RolloutBatch | None, tuple[Future[RolloutBatch], ...]] = (None, ())
-        """The batch that is being trained on, and those of the steps after it; one tuple, since a signal may
+        """The batch that is being trained on, and those of the next steps; one tuple, since a signal may
         come at any time."""
 
     def next(self, step: int, vlm: VLM) -> RolloutBatch:
         self.wait()
         started = time.perf_counter()
         self.engine.sync(vlm)
-        self.world.barrier()  # or one would sample on while another has failed
+        self.world.barrier()  # or one would continue sampling while another has failed
         waited = time.perf_counter() - started
         _, queue = self.flight
         batch = queue[0].result() if queue else self.sampler.sample(step, vlm.version)
@@ -213,7 +213,7 @@ class PrefetchedSampler:
         return batch
 
     def _sample(self, before: Future[RolloutBatch] | None, step: int, version: int) -> RolloutBatch:
-        """The groups of a step; after a step that could not be sampled, its error."""
+        """Samples a step, or raises the error of the step before."""
         if before is not None:
             before.result()
         return self.sampler.sample(step, version)
@@ -238,7 +238,7 @@ class PrefetchedSampler:
             return self.sampler.state()
         if resample:
             return {"stream": pending[0].before}
-        pending = pending[: self.steps]  # the last one beside a step under way is sampled with it again
+        pending = pending[: self.steps]  # the last one is resampled with the current step
         return {"stream": pending[-1].after, "pending": [pack(batch, self.world) for batch in pending]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class PrefetchedSampler:
 
 
 def pack(batch: RolloutBatch, world: World) -> dict[str, Any]:
-    """All processes' groups, by slot, as tensors and plain values; a prompt is its row."""
+    """All processes' groups by slot, as tensors and plain values; a prompt is stored as its row."""
     own = dict(zip(batch.slots, map(_pack_group, batch.groups), strict=True))
     replaced = list(map(_pack_group, batch.replaced))
     return {
@@ -269,7 +269,7 @@ def pack(batch: RolloutBatch, world: World) -> dict[str, Any]:
 
 
 def unpack(packed: dict[str, Any], stream: TaskMixture) -> RolloutBatch:
-    """What `pack` packed, with the rows read again: those at this process's slots."""
+    """Reverses `pack` for this process's slots; rows are read again."""
     groups = {slot: item for slot, item in sorted(packed["groups"].items()) if stream.world.is_local(slot)}
     replaced = [item for slot, item in enumerate(packed["replaced"]) if stream.world.is_local(slot)]
     return RolloutBatch(

@@ -1,4 +1,4 @@
-"""vLLM in this process. Where both use the same GPU it sleeps whenever it doesn't generate."""
+"""vLLM in this process. On a GPU it sleeps whenever it doesn't generate, so that training has the memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     ENGINE_ARGUMENTS,
@@ -30,15 +30,14 @@ from vlm_sapo.rollout.weight_transfer import contiguous
 from vlm_sapo.types import Context, Response, Sampling
 
 MAX_IMAGES = 16
-"""Images of one prompt that the engine is ready for, unless its options say otherwise."""
+"""Most images of a prompt, unless `rollout.engine.options` set another limit."""
 
 
 class VllmEngine:
-    """Generates with vLLM's `LLM` from the checkpoint at `path`, and takes new weights from the live model.
+    """Generates with vLLM's `LLM` from the checkpoint at `needs.path`; new weights come from the live model.
 
-    `vlm` is the model that prompts are encoded for, `longest` the most tokens of a prompt and its response.
-    With one GPU weights are handed over as they are, with several through a folder that is soon removed.
-    `launched` says that a launcher started several processes, of which each has an engine on its own GPU.
+    With one GPU weights are passed in memory, with several (`tensor_parallel`) through a temporary folder. Of
+    several training processes each has an engine on its own GPU.
     """
 
     in_background = False
@@ -47,23 +46,19 @@ class VllmEngine:
 
     def __init__(
         self,
-        vlm: VLM,
-        path: str,
+        needs: EngineNeeds,
         *,
-        longest: int,
         dtype: str,
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
-        launched: bool = False,
         options: dict[str, Any] | None = None,
-        experts: bool = False,
     ):
-        self.vlm, self.tensor_parallel, self.dtype = vlm, tensor_parallel, getattr(torch, dtype)
-        self.records_experts = experts
+        self.vlm, self.tensor_parallel, self.dtype = needs.vlm, tensor_parallel, getattr(torch, dtype)
+        self.records_experts = needs.experts
         self.version: int | None = None
         self.asleep: set[str] = set()
         if tensor_parallel == 1:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can't be handed to another process
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can't be passed to another process
         try:
             from vllm import LLM
         except ImportError as error:
@@ -73,25 +68,25 @@ class VllmEngine:
             ) from error
         self.sleeps = torch.cuda.is_available()
         arguments = {
-            "model": path,
+            "model": needs.path,
             "dtype": dtype,
-            "max_model_len": longest,
+            "max_model_len": needs.longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
             "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
-        if launched:  # else every engine takes the first GPU
+        if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
-        arguments |= EXPERTS_ARGUMENTS if experts else {}
+        arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
         try:
             self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
         except ValueError as error:
-            if not experts:
+            if not needs.experts:
                 raise
             raise RolloutError(
-                f"vLLM cannot tell its tokens' experts here, as algo.replay (r3) needs; set algo.replay=r2 "
-                f"({' '.join(str(error).split())[:300]})"
+                f"vLLM can't report its tokens' experts here, and algo.replay (r3) needs them; set "
+                f"algo.replay=r2 ({' '.join(str(error).split())[:300]})"
             ) from error
         self._sleep()
 
@@ -113,7 +108,7 @@ class VllmEngine:
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         if not self.asleep and not self.llm.reset_prefix_cache():
-            raise RolloutError("vLLM kept what it computed with the old weights; please report this")
+            raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
         self.version = vlm.version
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
@@ -160,7 +155,7 @@ class VllmEngine:
         return by_context(requests, responses, len(contexts))
 
     def close(self) -> None:
-        """Ends the engine and gives its memory back."""
+        """Ends the engine and frees its memory."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
@@ -169,12 +164,12 @@ class VllmEngine:
 
     def _wake(self, *parts: str) -> None:
         if tags := [part for part in parts if part in self.asleep]:
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps and doesn't use
+            torch.cuda.empty_cache()  # memory that the trainer's allocator holds unused
             self.llm.wake_up(tags=tags)
             self.asleep -= set(tags)
 
     def _sleep(self) -> None:
-        """Weights go to host memory, so that the next responses need no other weights."""
+        """Frees the GPU; weights move to host memory, so that waking up needs no new ones."""
         if self.sleeps:
             self.llm.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}
@@ -187,6 +182,6 @@ def _output(output: Any) -> VllmOutput:
 
 
 def _memory(size: int) -> str | None:
-    """A folder in memory with room for so many bytes, where the system has one."""
+    """A folder in memory with room for `size` bytes, if the system has one."""
     folder = Path("/dev/shm")
     return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > size else None

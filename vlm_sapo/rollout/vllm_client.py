@@ -15,51 +15,51 @@ from vlm_sapo.rollout.engine import RolloutError
 from vlm_sapo.types import Prompt, RowError
 
 MOST_BYTES = 64 * 2**20
-"""Largest size of a prompt's compressed pictures."""
-CONNECT = 10.0
+"""Largest size of a prompt's images, compressed."""
+CONNECT_TIMEOUT = 10.0
 """Seconds to reach a server."""
 CACHES = ("reset_prefix_cache?reset_running_requests=true", "reset_mm_cache", "reset_encoder_cache")
 START = "start it with `vlm-sapo serve`"
 
 
 class Unavailable(Exception):
-    """A server that doesn't answer now and may answer later, or a response that may be asked for again."""
+    """A server that fails now and may answer later, or a response that may be requested again."""
 
 
 class Server:
-    """A server at `url` that may take `timeout` seconds for an answer."""
+    """A server at `url`; a request may take `timeout` seconds."""
 
     def __init__(self, url: str, *, timeout: float):
-        self.url, self.timeout = url.rstrip("/"), httpx.Timeout(timeout, connect=CONNECT)
+        self.url, self.timeout = url.rstrip("/"), httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
         self.version: str | None = None
-        """Name of the weights that it has; None where it has to be given some."""
-        self.given: str | None = None
-        """Name that it was given last."""
-        self.rests_until = 0.0
-        """Time of the monotonic clock before which it is asked only if no other can be."""
+        """Name of the weights that it has; None if it needs new ones."""
+        self.last_version_sent: str | None = None
+        """Name that was sent to it last."""
+        self.backs_off_until = 0.0
+        """Time of the monotonic clock before which it gets requests only if no other server can."""
 
     async def generate(
         self, client: httpx.AsyncClient, ids: list[int], prompt: Prompt, sampling: dict[str, Any]
     ) -> dict[str, Any]:
-        """Its answer to a prompt: `prompt_token_ids` and `choices`."""
+        """Samples responses to a prompt; returns the answer with `prompt_token_ids` and `choices`."""
         body = {"token_ids": ids, "return_token_ids": True, "sampling_params": sampling}
         if prompt.images:
-            urls = await asyncio.to_thread(picture_urls, prompt)
+            urls = await asyncio.to_thread(image_urls, prompt)
             body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
         return await self.call(client, "inference/v1/generate", body, about=prompt.example.label)
 
     async def model(self, client: httpx.AsyncClient) -> dict[str, Any]:
-        """What it serves: `root`, the checkpoint's path, and `max_model_len`."""
+        """The served model: `root`, the checkpoint's path, and `max_model_len`."""
         return (await self.call(client, "v1/models"))["data"][0]
 
     async def load(self, client: httpx.AsyncClient, folder: str) -> None:
-        """Makes it read new weights from a folder."""
+        """Loads new weights from a folder."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         await self.call(client, "collective_rpc", body, about=f"weights in {folder}")
 
     async def name(self, client: httpx.AsyncClient, version: str) -> None:
-        """Names its weights; every response tells that name."""
-        self.given = version
+        """Sets the name of its weights, which it reports with each response."""
+        self.last_version_sent = version
         await self.call(client, "update_weight_version", {"new_version": version})
 
     async def weights(self, client: httpx.AsyncClient) -> str:
@@ -67,17 +67,16 @@ class Server:
         return (await self.call(client, "weight_info"))["weight_version"]
 
     async def forget(self, client: httpx.AsyncClient) -> None:
-        """Drops what it computed with older weights."""
+        """Clears the caches that older weights filled."""
         for cache in CACHES:
             answer = await self.call(client, cache, {})
             if answer.get("success") is False:
-                raise Unavailable("it still holds what it computed with the old weights")
+                raise Unavailable("its caches of the old weights could not be cleared")
 
     async def call(
         self, client: httpx.AsyncClient, route: str, body: dict[str, Any] | None = None, *, about: str = ""
     ) -> dict[str, Any]:
-        """POSTs a body, or GETs where there is none. Raises Unavailable where another try may help, and
-        RolloutError where it won't."""
+        """POSTs a body, or GETs without one. Raises Unavailable if a retry may help, else RolloutError."""
         method, url = "GET" if body is None else "POST", f"{self.url}/{route}"
         try:
             response = await client.request(method, url, json=body, timeout=self.timeout)
@@ -93,25 +92,27 @@ class Server:
         return self._read(response, route, about)
 
     def _read(self, response: httpx.Response, route: str, about: str) -> dict[str, Any]:
-        said = f"{self.url}/{route} answered {response.status_code} ({_reason(response)})"
+        summary = f"{self.url}/{route} answered {response.status_code} ({_reason(response)})"
         if response.status_code in (404, 405):
             raise RolloutError(
-                f"{said}: the server was started without VLLM_SERVER_DEV_MODE=1 or is older than vLLM "
+                f"{summary}: the server was started without VLLM_SERVER_DEV_MODE=1 or is older than vLLM "
                 f"0.32; {START}"
             )
         if response.status_code == 403:
-            raise RolloutError(f"{said}: it lacks an option that training needs; {START}")
-        said = f"{about}: {said}" if about else said
+            raise RolloutError(f"{summary}: it lacks an option that training needs; {START}")
+        summary = f"{about}: {summary}" if about else summary
         if response.status_code in (408, 425, 429) or response.status_code >= 500:
-            raise Unavailable(said)
+            raise Unavailable(summary)
         if response.status_code == 401:
-            raise RolloutError(f"{said}; it wants an API key, which is not supported; start it without one")
+            raise RolloutError(
+                f"{summary}; it requires an API key, which is not supported; start it without one"
+            )
         if response.status_code >= 400:
-            raise RolloutError(said)
+            raise RolloutError(summary)
         try:
             return response.json() if response.content else {}
         except json.JSONDecodeError as error:
-            raise Unavailable(f"{said}: its answer was cut off") from error
+            raise Unavailable(f"{summary}: the answer is truncated") from error
 
 
 def _reason(response: httpx.Response) -> str:
@@ -122,25 +123,25 @@ def _reason(response: httpx.Response) -> str:
 
 
 def decode_experts(text: str | None) -> np.ndarray | None:
-    """The experts of an answer's tokens, base64 of a `.npy` file."""
+    """The experts of a response's tokens, from base64 of a `.npy` file."""
     return None if text is None else np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
 
 
-def picture_urls(prompt: Prompt) -> list[str]:
-    """The resized pictures as data URLs of PNG files: smaller than their pixels and nothing lost.
+def image_urls(prompt: Prompt) -> list[str]:
+    """The resized images as data URLs of PNG files, which are lossless and smaller than raw pixels.
 
-    Raises RowError where they are too large to send.
+    Raises RowError if they are too large to send.
     """
     urls = []
-    for picture in prompt.images:
+    for image in prompt.images:
         file = io.BytesIO()
-        picture.save(file, "PNG", compress_level=1)
+        image.save(file, "PNG", compress_level=1)
         urls.append(f"data:image/png;base64,{base64.b64encode(file.getbuffer()).decode()}")
     size = sum(map(len, urls))
     if size > MOST_BYTES:
-        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in prompt.images)
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in prompt.images)
         raise RowError(
-            f"{prompt.example.label}: its pictures ({sizes}) take {size / 2**20:.0f} MB to send to a "
+            f"{prompt.example.label}: its images ({sizes}) take {size / 2**20:.0f} MB to send to a "
             f"server, over {MOST_BYTES / 2**20:.0f}; lower model.max_pixels"
         )
     return urls

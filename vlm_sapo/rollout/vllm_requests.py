@@ -1,4 +1,4 @@
-"""What vLLM is asked and what it answers, the same in this process and over HTTP."""
+"""Requests to vLLM and its outputs, the same in this process and over HTTP."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from vlm_sapo.rollout.engine import RolloutError, continue_response
 from vlm_sapo.types import Context, Prompt, Response, Sampling
 
 PROBLEMS_AT_ONCE = 256
-"""Problems that an evaluation hands to vLLM together; it batches them itself."""
+"""Problems that an evaluation passes to vLLM in one call; vLLM batches them itself."""
 BAN = -100.0
 """Added to a banned token's logit, the most that vLLM allows: a factor of 4e-44 in its probability."""
 SEED_STRIDE = 65_537
-"""vLLM seeds a prompt's responses with the prompt's seed and the numbers after it, so prompts' seeds must lie
-further apart than a group is large."""
+"""vLLM seeds the responses of a group with seed, seed + 1, ..., so the seeds of prompts must be further apart
+than a group is large."""
 TURN_STRIDE = 1_000_003
-"""Factor of the tokens so far in the seed of what follows on them."""
+"""Factor of the number of tokens so far in the seed of a continued response."""
 ENGINE_ARGUMENTS: dict[str, Any] = {
     "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled, after temperature and bans
     "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
-    "mm_processor_kwargs": {"do_resize": False},  # pictures arrive in their final size
+    "mm_processor_kwargs": {"do_resize": False},  # images arrive in their final size
 }
 
 EXPERTS_ARGUMENTS: dict[str, Any] = {"enable_return_routed_experts": True}
-"""Further ones where responses must tell their tokens' experts."""
+"""Added if responses must carry their tokens' experts."""
 CPU_ARGUMENTS: dict[str, Any] = {
-    "enable_chunked_prefill": False,  # a prompt read in parts rewinds its generator, which a CPU's cannot
+    "enable_chunked_prefill": False,  # it would rewind the random generator, which fails on a CPU
     "enforce_eager": True,
 }
-"""Further ones where there is no GPU, as in tests."""
+"""Added without a GPU, as in tests."""
 
 
 class VllmOutput(NamedTuple):
-    """One response of vLLM."""
+    """A response as vLLM returns it."""
 
     ids: list[int]
     logprobs: list[float]
     finish: str | None
     experts: np.ndarray | None = None
-    """[P + R - 1, layers of any kind, k] of prompt and response but the last token, where it was asked."""
+    """[P + R - 1, layers of any kind, k] of prompt and response without the last token, if requested."""
 
 
 class Incomplete(RolloutError):
-    """An answer that lacks something; another try may have it."""
+    """An incomplete answer; a retry may be complete."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A group of responses to a prompt, or what follows on one response so far."""
+    """A group of responses to a prompt, or the continuation of one response so far."""
 
     context: int
-    """Index of its context among those handed over together."""
+    """Index of its context in the call."""
     prompt: Prompt
     so_far: Response | None
     ids: list[int]
-    """[P + tokens so far] what the engine has to read, image tokens expanded."""
+    """[P + tokens so far], with image tokens expanded, as the engine must see them."""
     unexpanded: list[int]
-    """The same with one token per image, as it is sent."""
+    """The same with one token per image, as they are sent."""
     count: int
-    """Responses asked for."""
+    """Responses that the group needs."""
     parameters: dict[str, Any]
     """The fields of vLLM's SamplingParams."""
 
 
 def sampling_requests(vlm: VLM, contexts: Sequence[Context], sampling: Sampling) -> list[Request]:
-    """What to ask for: one request for each new group, else one for each response so far."""
+    """One request for each new group, and one for each response so far."""
     requests = []
     for index, context in enumerate(contexts):
         prompt, seed = context.prompt, sampling.seed_of(index) * SEED_STRIDE
@@ -105,13 +105,13 @@ def _parameters(vlm: VLM, sampling: Sampling, *, seed: int, count: int, limit: i
         "logprobs": 0,
         "logit_bias": dict.fromkeys(vlm.banned, BAN),
         "stop_token_ids": vlm.stops,
-        "ignore_eos": True,  # the stops above are all that ends a response
+        "ignore_eos": True,  # only the stops above end a response
         "detokenize": False,
     }
 
 
 def check_ids(vlm: VLM, request: Request, ids: list[int]) -> None:
-    """Raises RolloutError where the engine read another prompt than the trainer will."""
+    """Raises RolloutError if the engine's prompt differs from the trainer's."""
     if ids == request.ids:
         return
     image, prompt = vlm.model.config.image_token_id, request.prompt
@@ -136,7 +136,7 @@ def to_responses(
 ) -> list[Response]:
     """Responses from outputs; with `experts` they carry those of their tokens.
 
-    Raises Incomplete where there are not as many as were asked for, or one was cut off.
+    Raises Incomplete if there are too few, or if one is truncated in transfer.
     """
     prompt, label = request.prompt, request.prompt.example.label
     if sampling.temperature == 0:
@@ -172,23 +172,22 @@ def to_responses(
 def by_context(
     requests: Sequence[Request], responses: Sequence[list[Response]], count: int
 ) -> list[list[Response]]:
-    """The responses to requests, for each of `count` contexts."""
+    """The responses by context, of which there are `count`."""
     groups: list[list[Response]] = [[] for _ in range(count)]
-    for request, answered in zip(requests, responses, strict=True):
-        groups[request.context] += answered
+    for request, items in zip(requests, responses, strict=True):
+        groups[request.context] += items
     return groups
 
 
 def _experts(vlm: VLM, request: Request, output: VllmOutput) -> torch.Tensor:
-    """[P + R - 1, M, k] of the layers that have experts."""
+    """[P + R - 1, M, k] for the M layers that have experts."""
     tokens = len(request.ids) + len(output.ids) - 1
     if output.experts is None or len(output.experts) != tokens:
         count = "no experts" if output.experts is None else f"the experts of {len(output.experts)} tokens"
         raise RolloutError(
             f"{request.prompt.example.label}: the engine returned {count}, and algo.replay (r3) needs "
             f"those of {tokens}; start servers with `vlm-sapo serve`, which sets "
-            "--enable-return-routed-experts, or "
-            "set algo.replay=r2"
+            "--enable-return-routed-experts, or set algo.replay=r2"
         )
     kind = np.uint8 if output.experts.dtype == np.uint8 else np.int16
     return torch.from_numpy(output.experts[:, vlm.routers.layers].astype(kind))

@@ -1,7 +1,7 @@
-"""vLLM servers as one engine: prompts are spread over them, and what one can't do another does.
+"""vLLM servers as one engine: prompts are distributed over them, and failed ones are retried elsewhere.
 
-A prompt travels once with its pictures and comes back as a whole group. Each response names the weights that
-it was drawn with; one that names others is thrown away and its server given the present ones.
+A prompt is sent once with its images, and the answer is a whole group. Each response names the weights that
+it was sampled with; if these are not the current ones it is discarded and its server gets the weights again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import httpx2 as httpx
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutError
+from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
 from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.vllm_requests import (
     PROBLEMS_AT_ONCE,
@@ -36,21 +36,21 @@ from vlm_sapo.types import Context, Response, Sampling
 
 T = TypeVar("T")
 REQUESTS_AT_ONCE = 64
-"""Prompts that a server has at the same time."""
+"""Prompts that a server gets at the same time."""
 CHECKPOINT_WEIGHTS = "default"
-"""vLLM's name of the weights of the checkpoint."""
-REST = 5.0
-"""Seconds that a server which failed is asked only if there is no other."""
-PAUSE = 0.25
-"""Seconds before the second try; each further pause is twice as long, up to REST."""
+"""vLLM's name for the checkpoint's own weights."""
+BACK_OFF = 5.0
+"""Seconds after a failure in which a server gets requests only if no other can."""
+FIRST_PAUSE = 0.25
+"""Seconds before the second attempt; each further pause is twice as long, up to BACK_OFF."""
 
 
 class VllmServers:
-    """Generates on servers that serve the checkpoint which `vlm` was loaded from.
+    """Generates on servers that serve the checkpoint at `needs.path`.
 
-    `transfer` brings them weights; without one they must have those of the checkpoint that they serve, which
-    should be the one at `path`. The main process of `world` brings them, and all draw. `longest` is the most
-    tokens of a prompt and its response; what fails is tried again for `patience` seconds; `warn` is told.
+    `transfer` sends them new weights, from the main process; all processes sample. Without a transfer the
+    servers keep their checkpoint's weights. A request that fails is retried for `patience` seconds, with a
+    warning.
     """
 
     in_background = True
@@ -59,37 +59,32 @@ class VllmServers:
 
     def __init__(
         self,
-        vlm: VLM,
+        needs: EngineNeeds,
         servers: Sequence[Server],
         transfer: Transfer | None,
         *,
-        path: str,
-        longest: int,
         patience: float,
-        warn: Callable[[str], None],
-        world: World,
-        experts: bool = False,
     ):
-        self.world = world
-        self.vlm, self.servers, self.transfer = vlm, list(servers), transfer
-        self.patience, self.warn, self.records_experts = patience, warn, experts
-        self.name = world.on_main(lambda: uuid.uuid4().hex[:8])
+        self.world = needs.world or World()
+        self.vlm, self.servers, self.transfer = needs.vlm, list(servers), transfer
+        self.patience, self.warn, self.records_experts = patience, needs.warn, needs.experts
+        self.name = self.world.all_gather(uuid.uuid4().hex[:8])[0]
         self.staged: int | None = None
         self.version: str | None = None
         self.running: asyncio.Task | None = None
         self.closed = False
         self.syncing = False
-        self._run(lambda: self._handshake(path, longest))
+        self._run(lambda: self._handshake(needs.path, needs.longest))
 
     def sync(self, vlm: VLM) -> None:
-        """See RolloutEngine. A server that can't be reached now gets the weights when it comes back."""
+        """See RolloutEngine. A server that can't be reached now gets the weights when it is back."""
         if self.transfer is None or self.staged == vlm.version:
             return
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
         self.world.on_main(self._push)
-        for server in self.servers:  # each response names its weights, so none is taken on trust
+        for server in self.servers:  # assumed; each response names its weights
             server.version = version if not self.world.main else server.version
 
     def _push(self) -> None:
@@ -105,7 +100,7 @@ class VllmServers:
         return by_context(requests, self._run(lambda: self._sample(requests, sampling)), len(contexts))
 
     def close(self) -> None:
-        """Breaks off what is being drawn; the servers go on."""
+        """Cancels requests under way; the servers keep running."""
         self.closed = True
         running = self.running
         if running is not None:
@@ -127,14 +122,14 @@ class VllmServers:
         try:
             return asyncio.run(main())
         except asyncio.CancelledError as error:
-            raise RolloutError("the engine was closed while it drew responses") from error
+            raise RolloutError("the engine was closed while it sampled responses") from error
         finally:
             self.running = None
 
     async def _handshake(self, path: str, longest: int) -> None:
-        """Waits for the servers and checks what they serve. One that doesn't answer may come later."""
+        """Waits for the servers and checks which model they serve. A server may also start later."""
 
-        async def meet(server: Server) -> None:
+        async def check(server: Server) -> None:
             model = await self._retry([server], lambda server: server.model(self.client), "at the start")
             if model["max_model_len"] < longest:
                 raise ValueError(
@@ -144,17 +139,17 @@ class VllmServers:
             if self.transfer is None and Path(model["root"]).name != Path(path).name:
                 self.warn(f"{server.url} serves {model['root']}, and the model here is {path}")
 
-        found = await asyncio.gather(*map(meet, self.servers), return_exceptions=True)
-        failures = [error for error in found if error is not None]
+        outcomes = await asyncio.gather(*map(check, self.servers), return_exceptions=True)
+        failures = [error for error in outcomes if error is not None]
         for error in failures:
             if len(failures) == len(self.servers) or not isinstance(error, RolloutError):
                 raise error
             self.warn(f"{error}. The run begins without it")
 
     async def _push_all(self) -> None:
-        found = await asyncio.gather(*map(self._ensure_weights, self.servers), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(self._ensure_weights, self.servers), return_exceptions=True)
         failures = [
-            (server, item) for server, item in zip(self.servers, found, strict=True) if item is not None
+            (server, error) for server, error in zip(self.servers, outcomes, strict=True) if error is not None
         ]
         for server, error in failures:
             if not isinstance(error, Unavailable):
@@ -164,22 +159,23 @@ class VllmServers:
             await self._retry(self.servers, self._ensure_weights, "with new weights")
 
     async def _ensure_weights(self, server: Server) -> None:
-        """Sees to it that a server has the present weights."""
+        """Sends a server the current weights, unless it has them."""
         async with self.locks[server.url]:
             if self.transfer is None or server.version == self.version:
                 return
             if self.transfer.live and not (self.syncing and self.world.main):
-                raise Unavailable("it has other weights and gets the present ones before the next step")
+                raise Unavailable("it has other weights and gets the current ones before the next step")
             server.version = None
-            known = server.given is not None and await server.weights(self.client) == server.given
-            await server.name(self.client, f"loading-{self.version}")  # no response may bear a whole name
-            await self.transfer.send(self.client, server, known=known)
+            sent = server.last_version_sent
+            restarted = sent is None or await server.weights(self.client) != sent
+            await server.name(self.client, f"loading-{self.version}")  # marks responses in between
+            await self.transfer.send(self.client, server, restarted=restarted)
             await server.forget(self.client)
             await server.name(self.client, self.version)
             server.version = self.version
 
     async def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
-        at_once = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers))
+        limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers))
 
         async def sample(request: Request) -> list[Response]:
             async def ask(server: Server) -> list[Response]:
@@ -189,7 +185,7 @@ class VllmServers:
                 )
                 return self._read(server, request, answer, sampling)
 
-            async with at_once:
+            async with limit:
                 first = request.context % len(self.servers)
                 order = [*self.servers[first:], *self.servers[:first]]
                 return await self._retry(order, ask, f"for {request.prompt.example.label}")
@@ -210,14 +206,14 @@ class VllmServers:
         if names - {expected}:
             if self.transfer is None:
                 raise RolloutError(
-                    f"{server.url} has the weights {', '.join(sorted(names))}, which a training run gave "
-                    "it, and not those of its checkpoint; start it anew"
+                    f"{server.url} has the weights {', '.join(sorted(names))}, which a training run sent "
+                    "it, and not those of its checkpoint; restart it"
                 )
             if server.version == self.version:
                 server.version = None
             raise Unavailable(
                 f"it sampled with the weights {', '.join(sorted(names))} and not with {expected}: it was "
-                "restarted, or another run gives it weights"
+                "restarted, or another run sends it weights"
             )
         check_ids(self.vlm, request, answer["prompt_token_ids"])
         outputs = [
@@ -237,31 +233,31 @@ class VllmServers:
             raise Unavailable(str(error)) from error
 
     async def _retry(self, servers: Sequence[Server], act: Callable[[Server], Awaitable[T]], about: str) -> T:
-        """The first success on any of the servers. Raises RolloutError when patience has run out."""
-        given_up: float | None = None
+        """The first success on any of the servers. Raises RolloutError after `patience` seconds."""
+        deadline: float | None = None
         for attempt in itertools.count():
-            server = self._choose(servers, attempt)
+            server = self._next_server(servers, attempt)
             try:
                 return await act(server)
             except Unavailable as error:
                 self._back_off(server, error)
-                given_up = given_up or time.monotonic() + self.patience
-                if time.monotonic() >= given_up and attempt + 1 >= len(servers):
+                deadline = deadline or time.monotonic() + self.patience
+                if time.monotonic() >= deadline and attempt + 1 >= len(servers):
                     names = ", ".join(server.url for server in servers)
                     raise RolloutError(
                         f"no server of {names} answered {about} within {self.patience:g} s: {error}. "
                         f"Look at its log; {START}, and the same command goes on from the last checkpoint"
                     ) from error
-                await asyncio.sleep(min(PAUSE * 2 ** min(attempt, 10), REST))
+                await asyncio.sleep(min(FIRST_PAUSE * 2 ** min(attempt, 10), BACK_OFF))
         raise AssertionError
 
-    def _choose(self, servers: Sequence[Server], attempt: int) -> Server:
-        """The next server in turn that isn't resting; where all are, the next one."""
+    def _next_server(self, servers: Sequence[Server], attempt: int) -> Server:
+        """The next server in turn that doesn't back off; if all do, the next one."""
         turn = [servers[(attempt + step) % len(servers)] for step in range(len(servers))]
         now = time.monotonic()
-        return next((server for server in turn if server.rests_until <= now), turn[0])
+        return next((server for server in turn if server.backs_off_until <= now), turn[0])
 
     def _back_off(self, server: Server, error: Unavailable) -> None:
-        if server.rests_until <= time.monotonic():
-            self.warn(f"{server.url}: {error}; trying again for up to {self.patience:g} s")
-        server.rests_until = time.monotonic() + REST
+        if server.backs_off_until <= time.monotonic():
+            self.warn(f"{server.url}: {error}; retrying for up to {self.patience:g} s")
+        server.backs_off_until = time.monotonic() + BACK_OFF

@@ -1,4 +1,4 @@
-"""How weights get from the trainer to servers."""
+"""Sends weights from the trainer to servers: through a folder, or by NCCL."""
 
 from __future__ import annotations
 
@@ -20,53 +20,52 @@ from vlm_sapo.rollout.vllm_client import Server, Unavailable
 
 
 class Transfer(Protocol):
-    """Brings weights to servers: `stage` once for each version of them, in all processes; `send` once for
-    each server, in the main one. `known` says that the server still has the weights that it was given
-    last."""
+    """Sends weights to servers: `stage` once per version, in all processes; `send` once per server, in the
+    main process. `restarted` says that the server lost the weights that were sent last, or had none."""
 
     live: bool
     """Whether `send` reads the live parameters, and must not run while they are trained."""
 
     def stage(self, vlm: VLM, version: str) -> None: ...
 
-    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None: ...
+    async def send(self, client: httpx.AsyncClient, server: Server, *, restarted: bool) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Folder:
-    """Writes a safetensors file into `folder`, which the servers see under the same path. It stays until the
-    next one is there, for servers that come back."""
+    """Writes a safetensors file into `folder`, which the servers must see under the same path. Each version
+    stays until the next is written, for servers that restart."""
 
     live = False
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, world: World):
-        self.folder, self.dtype, self.made = folder.resolve(), dtype, not folder.exists()
+        self.folder, self.dtype, self.is_new_folder = folder.resolve(), dtype, not folder.exists()
         self.world = world
         self.current: Path | None = None
 
     def stage(self, vlm: VLM, version: str) -> None:
-        held = vlm.weights(keep=self.world.main)
+        weights = vlm.weights(keep=self.world.main)
         if self.world.main:
-            self._write(held, version)
+            self._write(weights, version)
         self.current = self.folder / version
 
-    def _write(self, held: dict[str, torch.Tensor], version: str) -> None:
+    def _write(self, weights: dict[str, torch.Tensor], version: str) -> None:
         target = self.folder / version
         partial = self.folder / f".{version}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = {name: weight.to("cpu", self.dtype) for name, weight in held.items()}
-        save_file(contiguous(weights), partial / "model.safetensors")
+        copies = {name: weight.to("cpu", self.dtype) for name, weight in weights.items()}
+        save_file(contiguous(copies), partial / "model.safetensors")
         partial.rename(target)
         self._remove()
 
-    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None:
+    async def send(self, client: httpx.AsyncClient, server: Server, *, restarted: bool) -> None:
         await server.load(client, str(self.current))
 
     def close(self) -> None:
         self._remove()
-        if self.made and self.folder.is_dir() and not any(self.folder.iterdir()):
+        if self.is_new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _remove(self) -> None:
@@ -76,13 +75,13 @@ class Folder:
 
 
 def contiguous(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors as safetensors takes them."""
+    """Contiguous tensors, as safetensors needs them."""
     return {name: weight.contiguous() for name, weight in weights.items()}
 
 
 class Nccl:
     """Sends the live parameters from GPU to GPU with vLLM's weight transfer; `address` is this machine's, as
-    servers see it. A server that started anew gets a new group."""
+    servers see it. A server that was restarted gets a new NCCL group."""
 
     live = True
 
@@ -96,8 +95,8 @@ class Nccl:
     def stage(self, vlm: VLM, version: str) -> None:
         self.vlm = vlm
 
-    async def send(self, client: httpx.AsyncClient, server: Server, *, known: bool) -> None:
-        if not known:
+    async def send(self, client: httpx.AsyncClient, server: Server, *, restarted: bool) -> None:
+        if restarted:
             self._drop(server)
         world = 1 + (await server.call(client, "get_world_size"))["world_size"]
 
@@ -108,7 +107,7 @@ class Nccl:
 
         try:
             await asyncio.wait_for(in_daemon(work), self.timeout)
-        except (OSError, RuntimeError) as error:  # time-outs among them
+        except (OSError, RuntimeError) as error:  # timeouts included
             self._drop(server)
             raise Unavailable(f"weights could not be sent by NCCL ({error!r})") from error
 
@@ -118,7 +117,7 @@ class Nccl:
         self.senders = {}
 
     def _drop(self, server: Server) -> None:
-        """Forgets a group; to end it may wait for the other side for ever."""
+        """Forgets a server's group; the shutdown may wait for the other side for ever."""
         if sender := self.senders.pop(server.url, None):
             threading.Thread(target=sender.shutdown, daemon=True).start()
 
@@ -150,23 +149,23 @@ class Nccl:
 
 
 def in_daemon(work: Callable[[], None]) -> asyncio.Future:
-    """Runs work that may hang for ever in a thread that the process does not wait for."""
+    """Runs work that may hang for ever, in a thread that doesn't delay the end of the process."""
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
-    def settle(error: BaseException | None) -> None:
+    def finish(error: BaseException | None) -> None:
         if not future.done():
             future.set_exception(error) if error else future.set_result(None)
 
     def run() -> None:
         try:
             work()
-        except Exception as error:  # whatever it is belongs to the one who waits
+        except Exception as error:  # raised where the future is awaited
             outcome: Exception | None = error
         else:
             outcome = None
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, outcome)
+            loop.call_soon_threadsafe(finish, outcome)
 
     threading.Thread(target=run, daemon=True).start()
     return future

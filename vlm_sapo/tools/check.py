@@ -1,4 +1,4 @@
-"""What `vlm-sapo check` does: lets engine and trainer read the same rows and prints where they differ."""
+"""`vlm-sapo check`: compares generation engine and trainer on the same prompts and prints a table."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from vlm_sapo.types import Prompt
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the table; `fine` is None where there is nothing to judge."""
+    """A line of the table; `passed` is None for a measurement without a limit."""
 
-    what: str
-    found: str
-    fine: bool | None = None
+    check: str
+    result: str
+    passed: bool | None = None
 
 
 def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
-    """Prints the table and returns whether engine and trainer agree."""
+    """Prints the table. Returns whether engine and trainer agree."""
     console = Console()
     with tempfile.TemporaryDirectory(prefix="check_") as folder:
         config = in_folder(config, folder)
@@ -40,15 +40,16 @@ def check_command(config: TrainConfig, *, rows: int, samples: int) -> bool:
             prompts = run.stream.take(rows)
             findings = list(examine(parity, prompts, samples, config.rollout.max_tokens))
     marks = {True: "ok", False: "FAILS", None: ""}
-    console.table(["check", "", "found"], [[item.what, marks[item.fine], item.found] for item in findings])
-    failed = [item for item in findings if item.fine is False]
+    rows_of_table = [[item.check, marks[item.passed], item.result] for item in findings]
+    console.table(["check", "", "result"], rows_of_table)
+    failed = [item for item in findings if item.passed is False]
     verdict = f"{len(failed)} checks fail" if failed else "engine and trainer agree"
     console.say(f"{config.rollout.engine.type} on {rows} rows with {samples} responses each: {verdict}")
     return not failed
 
 
 def in_folder(config: TrainConfig, folder: str) -> TrainConfig:
-    """The config with its run in that folder. Weights for servers stay where the run itself puts them."""
+    """The config with its run in `folder`. Weights for servers are written where the run itself does."""
     rollout = config.rollout
     if rollout.engine.type == "vllm_server" and rollout.engine.folder is None:
         weights = str(config.run.folder / "weights")
@@ -59,38 +60,38 @@ def in_folder(config: TrainConfig, folder: str) -> TrainConfig:
 
 
 def examine(parity: Parity, prompts: Sequence[Prompt], samples: int, max_tokens: int) -> Iterator[Finding]:
-    """The findings, one after the other; what can't be looked at after a failure is left out."""
+    """Yields the findings; checks that can't run after a failure are left out."""
     vlm, engine = parity.policy.vlm, parity.engine
     try:
         engine.sync(vlm)
         sampling = replace(parity.sampling, group=samples, max_tokens=max_tokens)
-        engine.generate(as_contexts(prompts), sampling)  # the first time takes longer than all others
+        engine.generate(as_contexts(prompts), sampling)  # the first call is slower than the rest
         started = time.perf_counter()
         groups = engine.generate(as_contexts(prompts), sampling)
     except RolloutError as error:
-        yield Finding("responses drawn", str(error), False)
+        yield Finding("responses sampled", str(error), False)
         return
     seconds = time.perf_counter() - started
     slices = [GroupSlice(prompt, tuple(items)) for prompt, items in zip(prompts, groups, strict=True)]
-    image = vlm.model.config.image_token_id
-    tokens = sum(int((prompt.ids == image).sum()) for prompt in prompts)
-    pictures = sum(len(prompt.images) for prompt in prompts)
+    image_token = vlm.model.config.image_token_id
+    tokens = sum(int((prompt.ids == image_token).sum()) for prompt in prompts)
+    images = sum(len(prompt.images) for prompt in prompts)
     yield Finding("prompt ids equal", f"{sum(len(prompt.ids) for prompt in prompts)} tokens", True)
-    yield Finding("picture grids equal", f"{pictures} pictures, {tokens} image tokens", True)
+    yield Finding("image grids equal", f"{images} images, {tokens} image tokens", True)
     compared = list(compare(parity, slices))
     yield from compared
     yield from check_bans(parity, slices)
-    if all(finding.fine for finding in compared):  # else changed weights would differ as well
+    if all(finding.passed for finding in compared):  # else changed weights would differ as well
         yield from check_sync(parity, prompts)
     count = sum(len(item.ids) for items in groups for item in items)
     yield Finding("speed", f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second")
 
 
 def compare(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
-    """Log-prob differences over all rows, and over those with and without pictures where there are both."""
+    """Log-prob differences over all rows, and if some rows have no image, also with and without images."""
     parts = {
         "log-probs": groups,
-        "log-probs, rows with pictures": [group for group in groups if group.prompt.images],
+        "log-probs, rows with images": [group for group in groups if group.prompt.images],
         "log-probs, rows without": [group for group in groups if not group.prompt.images],
     }
     mixed = all(parts.values())
@@ -98,26 +99,28 @@ def compare(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
         if name == "log-probs" or mixed:
             comparison = Comparison(parity.policy, part)
             trainer = comparison.trainer()
-            found = comparison.against(trainer)
+            difference = comparison.against(trainer)
             off = parity.servers_out_of_tolerance(comparison, trainer) if name == "log-probs" else []
-            fine = found.mean <= parity.tolerance and not off
-            yield Finding(name, describe(found), fine)
+            agrees = difference.mean <= parity.tolerance and not off
+            yield Finding(name, describe(difference), agrees)
             yield from (Finding("likely cause", line, False) for line in off)
-            if name == "log-probs" and not fine:
-                causes = parity.explain(comparison, found, [group.prompt.example for group in groups[:2]])
+            if name == "log-probs" and not agrees:
+                causes = parity.explain(
+                    comparison, difference, [group.prompt.example for group in groups[:2]]
+                )
                 yield from (Finding("likely cause", cause, False) for cause in causes)
 
 
-def describe(found: Difference) -> str:
-    """All figures of a difference."""
+def describe(difference: Difference) -> str:
+    """All numbers of a difference."""
     return (
-        f"max {found.maximum:.1e}, mean {found.mean:.1e}, p50 {found.p50:.1e}, p99 {found.p99:.1e}, "
-        f"correlation {found.correlation:.6f} ({found.tokens} tokens)"
+        f"max {difference.maximum:.1e}, mean {difference.mean:.1e}, p50 {difference.p50:.1e}, "
+        f"p99 {difference.p99:.1e}, correlation {difference.correlation:.6f} ({difference.tokens} tokens)"
     )
 
 
 def check_bans(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
-    """Whether the engine leaves banned tokens out of its distribution."""
+    """Whether banned tokens are excluded from the engine's distribution."""
     vlm = parity.policy.vlm
     responses = [response for group in groups for response in group.responses]
     sampled = sum(int(item.ids.eq(token).sum()) for item in responses for token in vlm.banned)
@@ -127,23 +130,23 @@ def check_bans(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding
     leaks = comparison.against(unbanned).mean < comparison.against(banned).mean and mass > parity.tolerance
     yield Finding(
         "banned tokens",
-        f"{sampled} drawn; without the ban they would have {mass:.1e} of the probability",
+        f"{sampled} sampled; without the ban they would have {mass:.1e} of the probability",
         not sampled and not leaks,
     )
 
 
 def check_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
-    """Whether changed weights reach the engine, and how long that takes."""
+    """Whether changed weights reach the engine, and how long a weight sync takes."""
     examples = [prompt.example for prompt in prompts[: parity.groups]]
-    found = parity.check_weight_update(examples)
+    update = parity.check_weight_update(examples)
     yield Finding(
         "changed weights arrive",
-        f"mean {found.changed.mean:.1e} from the changed trainer, {found.unchanged.mean:.1e} from the "
+        f"mean {update.changed.mean:.1e} from the changed trainer, {update.unchanged.mean:.1e} from the "
         "unchanged",
-        found.arrived,
+        update.arrived,
     )
-    if not found.arrived:
-        yield Finding("likely cause", parity.unsynced(examples, found.unchanged), False)
+    if not update.arrived:
+        yield Finding("likely cause", parity.unsynced(examples, update.unchanged), False)
     started = time.perf_counter()
     parity.engine.sync(parity.policy.vlm)
     yield Finding("weight sync", f"{time.perf_counter() - started:.2f} s")

@@ -15,7 +15,7 @@ import yaml
 from vlm_sapo.config.evaluation import EvalOptions
 from vlm_sapo.config.rollout import EngineConfig
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
-from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.preflight import check_golds, inspect
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.models.encode import Encoder
@@ -124,18 +124,16 @@ def _run(
             check(benchmark, encode, reward, skip=skip, console=console)
         total = len(benchmark.examples)
         with console.progress(benchmark.name, total, len(samples.done)) as show:
-            result, records = evaluate(
+            evaluation = Evaluation(
                 source.engine,
-                benchmark.examples,
                 encode,
                 reward,
                 sampling,
                 benchmark.measure,
-                samples=samples,
                 batch=source.batch,
                 skip=skip,
-                progress=lambda done: show(done, f"{done} problems graded"),
             )
+            result, records = evaluation.run(benchmark.examples, samples, show)
     samples.flush()
     console.samples(records[:3])
     for caution in cautions(result, options, max_tokens):

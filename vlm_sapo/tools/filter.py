@@ -15,7 +15,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, holds_image
 from vlm_sapo.data.sources import build_examples
-from vlm_sapo.evaluation.evaluate import evaluate
+from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.plugins import locate
@@ -45,22 +45,20 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
     claim(out, config, samples)
     overrides = []
     with closing(engine), closing(build_reward(config.reward)) as reward:
+        evaluation = Evaluation(
+            engine,
+            encode,
+            reward,
+            sampling,
+            measure,
+            batch=max(engine.problems_at_once, rollout.prompts_per_batch),
+            skip=config.data.on_error == "skip",
+        )
         for number, task in enumerate(config.data.tasks):
             examples = build_examples(task)
             file = SampleFile(out, task.task)
             with console.progress(f"sample {task.task}", len(examples)) as show:
-                _, records = evaluate(
-                    engine,
-                    examples,
-                    encode,
-                    reward,
-                    sampling,
-                    measure,
-                    samples=file,
-                    batch=max(engine.problems_at_once, rollout.prompts_per_batch),
-                    skip=config.data.on_error == "skip",
-                    progress=lambda done: show(done, "rows sampled"),
-                )
+                _, records = evaluation.run(examples, file, show)
             file.flush()
             target = out / (f"kept_{number}.jsonl" if config.data.mixture else "kept.jsonl")
             count = write_selected(target, examples, records, keep)

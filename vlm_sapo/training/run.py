@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from vlm_sapo.data.stream import TaskMixture
-from vlm_sapo.distributed import Interrupted, World, shielded
+from vlm_sapo.distributed import Interrupted, World, deferring_signals
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.reporting.console import Console
@@ -88,7 +88,7 @@ class Interruption:
             self.ask(signal.Signals(number).name)
         if self._between:
             self._between = False
-            shielded.raises(Interrupted(self.reason, alarm=self.alarm))
+            deferring_signals.raise_or_defer(Interrupted(self.reason, alarm=self.alarm))
 
 
 class Check(Protocol):
