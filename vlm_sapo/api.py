@@ -49,16 +49,7 @@ def evaluate(benchmark: str | Sequence[str], **options: Any) -> dict[str, Any]:
     """Evaluates a model, or a file of recorded `responses`, on benchmarks (NAME[:VARIANT][=FILE]); returns
     the contents of `results.json`, by benchmark. The options are those of `vlm-sapo eval`: the fields of
     `vlm_sapo.config.evaluation.EvalOptions`, with their defaults."""
-    checked = check(EvalOptions, {"benchmark": benchmark, **options})
-    from vlm_sapo.evaluation.benchmarks import read_definition
-
-    for name in checked.names:
-        read_definition(name)  # before the heavy imports
-    engine = checked.engine_config()
-    silence_libraries()
-    from vlm_sapo.tools.evaluate import eval_command
-
-    return eval_command(checked, engine)
+    return evaluate_with(check(EvalOptions, {"benchmark": benchmark, **options}))
 
 
 def _evaluate_signature() -> inspect.Signature:
@@ -69,6 +60,19 @@ def _evaluate_signature() -> inspect.Signature:
 
 
 evaluate.__signature__ = _evaluate_signature()
+
+
+def evaluate_with(options: EvalOptions) -> dict[str, Any]:
+    """`evaluate` with its options in one object."""
+    from vlm_sapo.evaluation.benchmarks import read_definition
+
+    for name in options.names:
+        read_definition(name)  # before the heavy imports
+    engine = options.engine_config()
+    silence_libraries()
+    from vlm_sapo.tools.evaluate import eval_command
+
+    return eval_command(options, engine)
 
 
 def silence_libraries() -> None:

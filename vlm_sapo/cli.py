@@ -9,14 +9,16 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlm_sapo.api import evaluate, load_config, load_sft_config, sft, silence_libraries, train
-from vlm_sapo.config.evaluation import EvalOptions
+from vlm_sapo.api import evaluate_with, load_config, load_sft_config, sft, silence_libraries, train
+from vlm_sapo.config.evaluation import EvalOptions, ScoreOptions
 from vlm_sapo.config.fields import Section, as_parameter, scalar
+from vlm_sapo.config.load import check as check_section
 from vlm_sapo.config.load import load
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.distributed import ElsewhereError, Interrupted
@@ -36,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to set, such as train.lr=1e-6."),
 ]
+Command = Callable[..., None]
 SMALLEST = 1e-9
 """Lower end of an option that must be greater than 0."""
 
@@ -45,9 +48,10 @@ def load_without_steps(config: str, overrides: list[str] | None) -> TrainConfig:
     return load(TrainConfig, config, ["train.steps=1", *(overrides or [])])
 
 
-def options_of(section: type[Section]) -> inspect.Signature:
-    """A command's options from the fields of a section: name, type, default, bounds and help."""
-    parameters = []
+def with_options(section: type[Section]) -> Callable[[Command], Command]:
+    """Gives a command an option for each field of a section: name, type, default, bounds and help. The
+    command gets them as its argument `options`, checked."""
+    options = []
     for name, field in section.model_fields.items():
         parameter, (_, bounds) = as_parameter(name, field), scalar(field.annotation, field.metadata)
         option = typer.Option(
@@ -55,8 +59,21 @@ def options_of(section: type[Section]) -> inspect.Signature:
             min=bounds.get("ge", SMALLEST if "gt" in bounds else None),
             max=bounds.get("le"),
         )
-        parameters.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
-    return inspect.Signature(parameters)
+        options.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
+
+    def decorate(command: Command) -> Command:
+        parameters = inspect.signature(command, eval_str=True).parameters
+        own = [parameter for name, parameter in parameters.items() if name != "options"]
+
+        @wraps(command)
+        def checked(**values: Any) -> None:
+            arguments = {parameter.name: values.pop(parameter.name) for parameter in own}
+            command(**arguments, options=check_section(section, values))
+
+        checked.__signature__ = inspect.Signature([*own, *options])
+        return checked
+
+    return decorate
 
 
 @app.command("train")
@@ -94,38 +111,25 @@ def doctor(
 
 
 @app.command()
+@with_options(ScoreOptions)
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with responses and gold answers.")],
-    reward: Annotated[
-        str, typer.Option(help="A verifier, `auto`, `file.py:function` or `package.module:function`.")
-    ] = "auto",
-    args: Annotated[str, typer.Option(help="Keyword arguments of the reward, as a YAML mapping.")] = "{}",
-    response: Annotated[
-        str,
-        typer.Option(help="Columns with the response, separated by commas; the first non-empty one is used."),
-    ] = "response",
-    gold: Annotated[str, typer.Option(help="Column with the gold answer, if not `gold` or `answer`.")] = "",
-    out: Annotated[Path | None, typer.Option(help="File for the rows with score and outcome.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to grade one response.")] = 10.0,
-    on_error: Annotated[str, typer.Option(help="When a function raises: stop, or score zero.")] = "stop",
+    options: ScoreOptions,
 ) -> None:
     """Grade a file of responses.
 
     If the rows have verdicts, the two are compared.
     """
-    from vlm_sapo.tools.score import ScoreOptions, score_command
+    from vlm_sapo.tools.score import score_command
 
-    options = ScoreOptions(args, response, gold, out, timeout, on_error)
-    score_command(file, reward, options)
+    score_command(file, options)
 
 
-def evaluate_(**options: Any) -> None:
+@app.command("eval")
+@with_options(EvalOptions)
+def evaluate_(options: EvalOptions) -> None:
     """Evaluate a model, or recorded responses, on benchmarks."""
-    evaluate(**options)
-
-
-evaluate_.__signature__ = options_of(EvalOptions)
-app.command("eval")(evaluate_)
+    evaluate_with(options)
 
 
 @app.command()

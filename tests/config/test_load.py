@@ -12,7 +12,7 @@ from vlm_sapo.algo.objectives import OBJECTIVES
 from vlm_sapo.config import fields
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.config.evaluation import EvalOptions
+from vlm_sapo.config.evaluation import EvalOptions, ScoreOptions
 from vlm_sapo.plugins import shipped
 
 SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
@@ -245,7 +245,7 @@ def test_an_objective_has_exactly_the_parameters_of_its_section(section):
 
 
 def test_every_field_has_a_text():
-    for kind in (cfg.TrainConfig, cfg.SftConfig, EvalOptions):
+    for kind in (cfg.TrainConfig, cfg.SftConfig, EvalOptions, ScoreOptions):
         for name, field in fields.walk(kind):
             inner = fields.sections_in(field.annotation)
             assert inner or name.endswith(".type") or field.description, name

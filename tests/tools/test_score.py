@@ -82,7 +82,7 @@ def test_bad_arguments_are_named(run):
     for options, words in (
         (["--reward", "maths"], "did you mean 'math'"),
         (["--args", "[1]"], "YAML mapping"),
-        (["--on-error", "skip"], "stop or zero"),
+        (["--on-error", "skip"], "must be `stop` or `zero`"),
     ):
         result, _ = run(['{"gold": "1", "response": "1"}'], *options)
         assert words in str(result.exception)

@@ -1,4 +1,4 @@
-"""The options of `vlm-sapo eval` and of `vlm_sapo.evaluate`."""
+"""The options of `vlm-sapo eval`, which are those of `vlm_sapo.evaluate`, and of `vlm-sapo score`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, model_validator
+from pydantic import BeforeValidator, ConfigDict, field_validator, model_validator
 
 from vlm_sapo.config.fields import Count, NotNegative, Positive, Probability, Section, TopP
 from vlm_sapo.config.files import parse
@@ -27,11 +27,42 @@ ONLY_ALONE = 0.9
 """Share of a GPU's memory for vLLM where nothing trains beside it."""
 
 
-class EvalOptions(Section):
-    """What is evaluated, and how."""
+class Options(Section):
+    """Options of a command."""
 
     model_config = ConfigDict(frozen=True)
 
+    @classmethod
+    def field_label(cls, location: Sequence[str | int]) -> str:
+        """As it is written on the command line."""
+        return "--" + ".".join(map(str, location)).replace("_", "-")
+
+
+class ScoreOptions(Options):
+    reward: str = "auto"
+    """A verifier, `auto`, `file.py:function` or `package.module:function`."""
+    args: str = "{}"
+    """Keyword arguments of the reward, as a YAML mapping."""
+    response: str = "response"
+    """Columns with the response, separated by commas; the first non-empty one is used."""
+    gold: str = ""
+    """Column with the gold answer, if not `gold` or `answer`."""
+    out: Path | None = None
+    """File for the rows with score and outcome."""
+    timeout: float = 10.0
+    """Seconds to grade one response."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """When a function raises: stop, or score zero."""
+
+    @field_validator("timeout")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(f"must be a number of seconds greater than 0, not {value}")
+        return value
+
+
+class EvalOptions(Options):
     benchmark: Annotated[list[str], BeforeValidator(_split)]
     """NAME[:VARIANT][=FILE], several separated by commas; eval/README.md lists them."""
     model: Text | None = None
@@ -72,11 +103,6 @@ class EvalOptions(Section):
     """Problems to generate for at the same time."""
     out: Path = Path("runs/eval")
     """Folder for results.json and samples.jsonl."""
-
-    @classmethod
-    def field_label(cls, location: Sequence[str | int]) -> str:
-        """As it is written on the command line."""
-        return "--" + ".".join(map(str, location)).replace("_", "-")
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 from PIL.Image import Image
 
+from vlm_sapo.config.evaluation import ScoreOptions
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
@@ -171,41 +171,19 @@ def score_file(
     return agreements
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """The options of `vlm-sapo score`, as typed."""
-
-    args: str
-    """A YAML mapping."""
-    responses: str
-    """Columns with commas between them."""
-    gold: str
-    """A column; empty for the usual ones."""
-    out: Path | None
-    timeout: float
-    """Seconds for a response."""
-    on_error: str
-
-    def __post_init__(self) -> None:
-        if self.on_error not in ("stop", "zero"):
-            raise ValueError(f"--on-error ({self.on_error}) must be stop or zero")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"--timeout ({self.timeout}) must be a number of seconds over 0")
-
-
-def score_command(path: Path, name: str, options: ScoreOptions) -> None:
+def score_command(path: Path, options: ScoreOptions) -> None:
     """What `vlm-sapo score` does: grades a file by a verifier or function, and prints a table."""
     if not path.is_file():
         raise ValueError(f"FILE ({path}) must be a file of JSON lines; there is none")
     if options.out and options.out.resolve() == path.resolve():
         raise ValueError(f"--out ({options.out}) must be another file than the one that is graded")
     arguments = _mapping(options.args)
-    file = ResponseFile(path, options.responses.split(","), options.gold or None)
+    file = ResponseFile(path, options.response.split(","), options.gold or None)
     file.check_columns()
-    function = resolve(name, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)
+    function = resolve(options.reward, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)
     if "finding" in signature(function).parameters:
         arguments.setdefault("finding", "stated")
-    part = {"name": name, "args": arguments}
+    part = {"name": options.reward, "args": arguments}
     console = Console()
     with closing(RewardPool([part], on_error=options.on_error, timeout=options.timeout)) as reward:
         agreements = score_file(file, reward, out=options.out, console=console)
