@@ -115,6 +115,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
         reuse_sampled=purpose.reuse_sampled,
         replay=algo.replay != "none",
         score_all=purpose.score_all,
+        layout=_layout(train.layout, vlm, processes.console),
     )
     can_shrink = isinstance(parallelism, Replicated)
     bad_updates = config.run.folder / "bad_updates"
@@ -125,7 +126,6 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
         parallelism=parallelism,
         memory=MemoryBudget(train.tokens_per_microbatch, processes.console, can_shrink=can_shrink),
         guard=UpdateGuard(bad_updates, processes.console, limit=train.bad_updates, world=processes.world),
-        layout=_layout(train.layout, vlm, processes.console),
         reference=reference,
     )
 
