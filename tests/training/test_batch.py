@@ -43,9 +43,9 @@ def loss_of(objective="sapo", reduction="sequence_mean", kl=0.0, **fields):
 def make_policy(
     folder, *, lr=1e-3, weight_decay=0.0, precision="no", guard=None, budget=ROOM, vlm=None, **options
 ) -> Policy:
-    """A policy of the tiny model; `options` are those of PolicySettings, and layout and reference."""
+    """A policy of the tiny model; `options` are those of PolicySettings, and reference."""
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    own = {name: options.pop(name) for name in ("layout", "reference") if name in options}
+    reference = options.pop("reference", None)
     optimizer = OptimizerSettings(lr=lr, total_steps=10, weight_decay=weight_decay)
     return Policy(
         vlm or load_vlm(str(folder)),
@@ -54,7 +54,7 @@ def make_policy(
         parallelism=Replicated(World(), accelerator.device),
         memory=MemoryBudget(budget, Console()),
         guard=guard or UpdateGuard(None, Console(), limit=0, world=World()),
-        **own,
+        reference=reference,
     )
 
 
@@ -94,7 +94,7 @@ def gradient(policy, batch, loss, *, budget=ROOM):
         [p.grad.flatten() for p in policy.vlm.parameters() if p.grad is not None] or [torch.zeros(1)]
     )
     policy.optimizer.zero_grad()
-    return sum(value for _, _, value in learnt), flat, [micro for micro, _, _ in learnt]
+    return sum(item.loss for item in learnt), flat, [item.micro for item in learnt]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -276,7 +276,7 @@ def test_a_pass_that_runs_out_of_memory_is_made_in_parts(model_folder, encoder, 
         for minibatch in scored(policy, groups, count=2).split():
             learnt = policy._accumulate(minibatch, loss_of())
             trained = sum(len(group.responses) for group in groups if not group.zero_variance)
-            assert sum(len(micro.rows) for micro, _, _ in learnt) <= trained
+            assert sum(len(item.micro.rows) for item in learnt) <= trained
             grads = [parameter.grad.clone() for parameter in policy.trained if parameter.grad is not None]
             policy.step()
         return grads, policy, device

@@ -21,7 +21,8 @@ from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.build import open_model
-from vlm_sapo.training.build import build_encoder, build_reward
+from vlm_sapo.training.build_policy import build_encoder
+from vlm_sapo.training.build_rollouts import build_reward
 from vlm_sapo.types import Sampling
 
 

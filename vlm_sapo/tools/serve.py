@@ -18,7 +18,7 @@ from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.rollout.vllm import MAX_IMAGES
 from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
-from vlm_sapo.training.build import default_dtype, longest_row
+from vlm_sapo.training.build_rollouts import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 """Opens the routes for new weights and for dropping caches."""

@@ -1,11 +1,11 @@
-"""The model that is trained, with its optimizer and schedule."""
+"""The trained model with its optimizer: log-probs, gradients, updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -39,40 +39,50 @@ T = TypeVar("T")
 
 
 class NumbersError(ValueError):
-    """Several updates in a row would have spoilt the weights."""
+    """Too many updates in a row were not finite."""
 
 
 class Loss(Protocol):
-    """What an update minimises; see training/loss.py."""
+    """What an update minimizes; see training/loss.py."""
 
     needs_usage: bool
-    """Whether it reads the routers' probabilities, with their gradient."""
+    """Whether it needs the routers' probabilities, with their gradient."""
 
     def __call__(self, passed: ForwardPass, micro: MicroBatch, minibatch: Batch) -> torch.Tensor:
-        """A micro-batch's share of the mini-batch's loss."""
+        """The micro-batch's share of the mini-batch's loss."""
 
     def prepare(self, logprobs: torch.Tensor, minibatch: Batch) -> torch.Tensor | None:
-        """[N, T] that the objective wants to know of the whole mini-batch, from its present log-probs."""
+        """[N, T] that the objective computes for the whole mini-batch, from its current log-probs."""
 
     @property
     def prepares(self) -> bool:
-        """Whether `prepare` has to be called, after a pass without gradients."""
+        """Whether `prepare` must be called, after a pass without gradients."""
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What a pass says of a micro-batch; log-probs, entropies and old log-probs are [N, T]."""
+    """Results of a pass over a micro-batch; log-probs, entropies and old log-probs are [N, T]."""
 
     logprobs: torch.Tensor
     entropies: torch.Tensor
     old: torch.Tensor
     usage: ExpertUsage | None
-    """How the pass used the experts of an MoE model."""
+    """Use of the experts of an MoE model."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A micro-batch whose gradient was added."""
+
+    micro: MicroBatch
+    passed: ForwardPass
+    loss: float
+    """Its share of the mini-batch's loss."""
 
 
 @dataclass(frozen=True)
 class PolicyState:
-    """What a checkpoint keeps of a policy beside weights and optimizer."""
+    """State of a policy in a checkpoint, besides weights and optimizer."""
 
     updates: int
     skipped_in_a_row: int
@@ -80,7 +90,7 @@ class PolicyState:
 
 
 class Unadapted(Pass):
-    """The policy's pass without its adapters: a reference that costs no memory."""
+    """The policy's pass without its adapters: a reference model that needs no memory."""
 
     def forward(self, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         with adapters.disabled(self.vlm.model):
@@ -88,11 +98,11 @@ class Unadapted(Pass):
 
 
 class MemoryBudget:
-    """The most tokens of a micro-batch, for the rest of the run.
+    """The most tokens of a micro-batch.
 
-    Where a pass runs out of memory its work is undone and done again with half of them: the result is the
-    same, since no gradient depends on how a mini-batch is split. `can_shrink` is False where processes must
-    run the same passes.
+    When a pass runs out of memory, the budget is halved for the rest of the run and the pass is retried. The
+    result is the same, since no gradient depends on how a mini-batch is split. `can_shrink` is False if all
+    processes must run the same passes.
     """
 
     def __init__(self, tokens: int, console: Console, *, can_shrink: bool = True):
@@ -100,15 +110,15 @@ class MemoryBudget:
         self.shortages = 0
 
     def shrink(self, tokens: int, reason: str, *, row: str | None = None) -> None:
-        """Less than `tokens`, which were too many, from now on. `row` is that of a single response, which
-        can't be made smaller: raises ValueError."""
+        """Halves the budget, after `tokens` were too many. `row` names the row of a single response, which
+        can't be split: raises ValueError."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         remedy = "use model.gradient_checkpointing=true, model.lora, train.offload or smaller images"
         if not self.can_shrink:
-            raise SystemExit(  # at once: the others wait for this process on their devices, not for a message
+            raise SystemExit(  # the others wait for this process on their devices, not for a message
                 f"error: a micro-batch of {tokens} tokens ran out of memory ({reason}), and a sharded model "
-                f"can't run it in parts; set train.tokens_per_microbatch={tokens // 2}, or {remedy}"
+                f"can't split it; set train.tokens_per_microbatch={tokens // 2}, or {remedy}"
             )
         if row is not None:
             raise ValueError(
@@ -118,21 +128,20 @@ class MemoryBudget:
         self.shortages += 1
         self.tokens = min(self.tokens, tokens) // 2
         self.console.warn(
-            f"out of memory with {tokens} tokens ({reason}); goes on with micro-batches of {self.tokens}: "
-            f"set train.tokens_per_microbatch={self.tokens} to save the attempts"
+            f"out of memory with {tokens} tokens ({reason}); continuing with micro-batches of {self.tokens}: "
+            f"set train.tokens_per_microbatch={self.tokens} to avoid the retry"
         )
 
     def shrink_below(self, micro: MicroBatch, reason: str, layout: Layout) -> None:
-        """A micro-batch ran out of memory."""
+        """Halves the budget, after a micro-batch ran out of memory."""
         row = micro.groups[0].prompt.example.label if len(micro.rows) == 1 else None
         self.shrink(layout.size(micro.groups), reason, row=row)
 
 
 class UpdateGuard:
-    """Inspects every micro-batch's loss and importance ratios and each update's gradient, and skips updates
-    that are not finite.
+    """Skips updates with a non-finite loss, importance ratio or gradient.
 
-    `limit` updates in a row may be skipped; one more raises NumbersError. The micro-batch at fault goes to
+    `limit` updates in a row may be skipped; one more raises NumbersError. The faulty micro-batch is saved in
     `folder`, as tensors and plain values.
     """
 
@@ -142,12 +151,12 @@ class UpdateGuard:
         self._first: tuple[str, MicroBatch, ForwardPass] | None = None
 
     def inspect(self, micro: MicroBatch, passed: ForwardPass, loss: float) -> None:
-        """A micro-batch after its backward pass."""
+        """Inspects a micro-batch after its backward pass."""
         if self._first is None and (fault := _fault(micro, passed, loss)):
             self._first = fault, micro, passed
 
     def should_skip(self, norm: float, step: int) -> bool:
-        """Whether the update that these micro-batches make must be left out; `norm` is its gradient's. All
+        """Whether to skip the update that the inspected micro-batches make; `norm` is its gradient's. All
         processes call it."""
         first, self._first = self._first, None
         faults = [fault for fault in self.world.all_gather(first and first[0]) if fault]
@@ -158,7 +167,7 @@ class UpdateGuard:
         fault = faults[0] if faults else f"the gradient's norm is {norm}"
         path = self._write(*first, step) if first else None
         path = next((path for path in self.world.all_gather(path) if path), "")
-        text = f"step {step}: an update is left out, since {fault}" + (f"; see {path}" if path else "")
+        text = f"step {step}: an update is skipped: {fault}" + (f"; see {path}" if path else "")
         if self.skipped_in_a_row > self.limit:
             raise NumbersError(
                 f"{text}. It is number {self.skipped_in_a_row} in a row (train.bad_updates is {self.limit}); "
@@ -168,7 +177,7 @@ class UpdateGuard:
         return True
 
     def _write(self, fault: str, micro: MicroBatch, passed: ForwardPass, step: int) -> str:
-        """Writes a micro-batch; returns where, or nothing without a folder or room."""
+        """Saves a micro-batch. Returns the path; empty without a folder or if it can't be written."""
         if self.folder is None:
             return ""
         path = self.folder / f"step_{step:06d}_process_{self.world.rank}.pt"
@@ -192,7 +201,7 @@ class UpdateGuard:
 
 
 def _fault(micro: MicroBatch, passed: ForwardPass, loss: float) -> str:
-    """What is not finite in a micro-batch, and in which row; or nothing."""
+    """What is not finite in a micro-batch, and in which row; empty if all is finite."""
     ratios = torch.where(micro.mask, (passed.logprobs.detach() - passed.old).exp(), 1.0)
     if not bool((bad := ~ratios.isfinite()).any()):
         return "" if math.isfinite(loss) else f"the loss is {loss}"
@@ -211,20 +220,24 @@ class PolicySettings:
     temperature: float = 1.0
     """Log-probs are of logits divided by it."""
     reuse_sampled: bool = False
-    """The engine's log-probs serve as the old ones, which are computed otherwise. An update of the very
+    """Whether the engine's log-probs are the old ones; else these are recomputed. The first update of the
     weights that sampled the responses needs neither: its own pass gives them."""
     replay: bool = False
-    """Experts are those of the engine, where it reported them, else those of the pass that gave the old
-    log-probs."""
+    """Whether MoE experts are replayed: the engine's if it reported them, else those of the pass that gave
+    the old log-probs."""
     score_all: bool = False
-    """Old log-probs are computed for all mini-batches, also where the update's own pass would give them."""
+    """Whether old log-probs are computed for all mini-batches, although an update's own pass could give
+    them."""
+    layout: Layout = field(default_factory=SharedPrefix)
+    """How prompts and responses are arranged in a pass."""
 
 
 class Policy:
-    """Log-probs, gradients and updates of one model. `reference` is a frozen model for the KL term, or the
-    same model where that is meant without its adapters. `layout` is how responses go through the model,
-    `parallelism` how several processes hold it, `memory` how large a micro-batch may be, `guard` which
-    updates must be skipped.
+    """Log-probs, gradients and updates of one model.
+
+    `reference` is a frozen model for the KL term; the same model means the model without its adapters.
+    `parallelism` distributes the model over processes, `memory` limits micro-batches, `guard` decides which
+    updates are skipped.
     """
 
     def __init__(
@@ -236,12 +249,11 @@ class Policy:
         parallelism: Parallelism,
         memory: MemoryBudget,
         guard: UpdateGuard,
-        layout: Layout | None = None,
         reference: VLM | None = None,
     ):
         self.vlm, self.accelerator, self.settings = vlm, accelerator, settings
         self.parallelism, self.memory, self.guard = parallelism, memory, guard
-        self.layout, self.reuse_sampled = layout or SharedPrefix(), settings.reuse_sampled
+        self.layout, self.reuse_sampled = settings.layout, settings.reuse_sampled
         self.world, self.current_step = guard.world, 0
         self.parallelism.distribute(vlm)
         self.named = {name: item for name, item in vlm.named_parameters() if item.requires_grad}
@@ -265,19 +277,19 @@ class Policy:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it computes in float32 throughout."""
+        """Whether all computation is in float32."""
         return self.accelerator.mixed_precision == "no" and self.vlm.model.dtype == torch.float32
 
     def with_full_params(self, work: Callable[[], T]) -> T:
-        """Runs work in which each process uses the whole model as often as it likes, without gradients."""
+        """Runs `work` with the full parameters in each process, without gradients."""
         return self.parallelism.with_full_params(self.vlm, work)
 
     def use_plain_layout(self) -> None:
-        """Every response with a prompt of its own, from now on."""
+        """Switches to the plain layout: each response with its own copy of the prompt."""
         self.layout = Plain()
 
     def recompute_old_logprobs(self) -> None:
-        """The engine's log-probs are not close enough to serve as old ones."""
+        """From now on recomputes old log-probs instead of reusing the engine's."""
         self.reuse_sampled = False
 
     def run(
@@ -288,20 +300,21 @@ class Policy:
         forward_pass: Pass | None = None,
         autocast: Callable[[], AbstractContextManager] | None = None,
     ) -> Scores:
-        """Log-probs and entropies of the sampled tokens, by the policy's own pass and precision or others."""
+        """Log-probs and entropies of the response tokens, by default with the policy's own pass, layout and
+        precision."""
         inputs = (layout or self.layout).inputs(groups).to(self.device)
         with (autocast or self.autocast)():
             return self.parallelism.run(forward_pass or self.forward_pass, inputs)
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of every pass."""
+        """The precision context of every pass."""
         return self.accelerator.autocast()
 
     def forward(
         self, micro: MicroBatch, *, usage_gradient: bool = False
     ) -> tuple[ForwardPass, ExpertRoutes | None]:
-        """A pass over a micro-batch, and the experts that it used. Where there are no old log-probs yet, the
-        model is still the one that sampled it, and these are the old ones."""
+        """A pass over a micro-batch, and the experts that it used. Without old log-probs the weights are
+        still those that sampled it, and the pass's own log-probs are the old ones."""
         inputs = self.layout.inputs(micro.groups).to(self.device)
         replayed = micro.routes if self.settings.replay else None
         routed = self.vlm.routers.watch(inputs, replayed, gradient=usage_gradient)
@@ -314,8 +327,8 @@ class Policy:
 
     @torch.no_grad()
     def score(self, batch: Batch, *, fresh: bool) -> Batch:
-        """The batch with old and reference log-probs where they will be needed, before any update. `fresh`
-        says that the present weights sampled the responses."""
+        """Adds the old and reference log-probs that the updates need; called before the first. `fresh` says
+        that the current weights sampled the responses."""
         minibatches = batch.split()
         flags = self.world.all_gather([any(minibatch.trained) for minibatch in minibatches])
         trained = [any(anywhere) for anywhere in zip(*flags, strict=True)]
@@ -339,7 +352,7 @@ class Policy:
             routes: list[tuple[torch.Tensor, ExpertRoutes]] = []
             try:
                 for micro in self._micro_batches(minibatch):
-                    with naming(micro):
+                    with naming_micro_batch(micro):
                         width = micro.mask.shape[1]
                         if recompute:
                             passed, used = self.forward(micro)
@@ -354,7 +367,7 @@ class Policy:
             self.memory.shrink_below(*shortage, self.layout)
 
     def update(self, minibatch: Batch, loss: Loss) -> UpdateStats | None:
-        """One optimizer update; None where no process has anything to train on. All processes call it."""
+        """One optimizer update; None if no process has a group to train on. All processes call it."""
         if not any(self.world.all_gather(any(minibatch.trained))):
             return None
         if loss.prepares:
@@ -363,8 +376,8 @@ class Policy:
         norm = self.step()
         return collect_stats(learnt, norm, reused=self.reuse_sampled and not _all_on_policy(minibatch))
 
-    def _accumulate(self, minibatch: Batch, loss: Loss) -> list[tuple[MicroBatch, ForwardPass, float]]:
-        """Adds the gradient of a mini-batch's loss. Returns each micro-batch with its pass and its loss."""
+    def _accumulate(self, minibatch: Batch, loss: Loss) -> list[Learnt]:
+        """Adds the gradient of a mini-batch's loss, micro-batch by micro-batch."""
         while True:
             try:
                 return [self._learn(micro, minibatch, loss) for micro in self._micro_batches(minibatch)]
@@ -373,24 +386,22 @@ class Policy:
             self.optimizer.zero_grad()
             self.memory.shrink_below(*shortage, self.layout)
 
-    def _learn(
-        self, micro: MicroBatch, minibatch: Batch, loss: Loss
-    ) -> tuple[MicroBatch, ForwardPass, float]:
-        with naming(micro):
+    def _learn(self, micro: MicroBatch, minibatch: Batch, loss: Loss) -> Learnt:
+        with naming_micro_batch(micro):
             passed, _ = self.forward(micro, usage_gradient=loss.needs_usage)
             value = self.backward(loss(passed, micro, minibatch))
         passed = replace(passed, logprobs=passed.logprobs.detach())
         self.guard.inspect(micro, passed, value)
-        return micro, passed, value
+        return Learnt(micro, passed, value)
 
     @torch.no_grad()
     def _prepare(self, minibatch: Batch, loss: Loss) -> Batch:
-        """The mini-batch with what the objective prepares for it as a whole, from its present log-probs."""
+        """Adds what the objective prepares for the whole mini-batch, from its current log-probs."""
         while True:
             logprobs = torch.zeros_like(minibatch.sampled)
             try:
                 for micro in self._micro_batches(minibatch):
-                    with naming(micro):
+                    with naming_micro_batch(micro):
                         passed, _ = self.forward(micro)
                     logprobs[micro.rows, : micro.mask.shape[1]] = passed.logprobs.cpu()
                 return minibatch.replace(prepared=loss.prepare(logprobs, minibatch))
@@ -399,7 +410,7 @@ class Policy:
             self.memory.shrink_below(*shortage, self.layout)
 
     def _micro_batches(self, minibatch: Batch) -> list[MicroBatch]:
-        """Those of a mini-batch; where the model is sharded, as many as in every other process."""
+        """Splits a mini-batch; of a sharded model into equally many in all processes."""
         micros = minibatch.fit(self.memory.tokens, self.layout)
         missing = self.parallelism.align(len(micros)) - len(micros)
         return [micro.to(self.device) for micro in (*micros, *[minibatch.idle()] * missing)]
@@ -410,8 +421,7 @@ class Policy:
         return float(loss.detach())
 
     def step(self) -> float:
-        """One optimizer update; returns the gradient's norm before clipping, NaN where the update was skipped
-        because it would have spoilt the weights."""
+        """One optimizer step. Returns the gradient's norm before clipping, NaN if the update was skipped."""
         norm = self.grad_norm()
         if self.guard.should_skip(float(norm), self.current_step):
             self.optimizer.zero_grad()
@@ -423,7 +433,7 @@ class Policy:
         return float(norm)
 
     def grad_norm(self) -> torch.Tensor:
-        """Norm of the gradient of all processes."""
+        """Norm of the gradient, reduced over all processes."""
         self.parallelism.reduce(self.trained)
         grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         return full_tensor(get_total_norm(grads))
@@ -437,19 +447,19 @@ class Policy:
         return rate
 
     def load(self, folder: Path, state: PolicyState) -> None:
-        """Takes over the optimizer's state from a checkpoint, and the rest of the policy's."""
+        """Restores the optimizer from a checkpoint, and the rest of the policy's state."""
         load_state(self.optimizer, self.named, folder)
         self.vlm.version, self.reuse_sampled = state.updates, state.reuse_sampled
         self.guard.skipped_in_a_row = state.skipped_in_a_row
 
     def state(self) -> PolicyState:
-        """What a checkpoint keeps beside weights and optimizer."""
+        """The state for a checkpoint, besides weights and optimizer."""
         return PolicyState(self.vlm.version, self.guard.skipped_in_a_row, self.reuse_sampled)
 
     def parts(self, *, keep: bool = True, copy: bool = False) -> Iterator[Write]:
-        """What writes a checkpoint into a folder, part by part: what `load_vlm` needs to go on (the adapter,
-        where there is one, or else the model) and the optimizer. With `copy` no part changes when training
-        goes on. Of a sharded model all processes go through it, and one keeps it."""
+        """Functions that write a checkpoint into a folder, part by part: what `load_vlm` needs to resume (the
+        adapter, if there is one, else the model) and the optimizer. With `copy` the parts don't change while
+        training continues. For a sharded model all processes iterate, and one of them has `keep`."""
         attached = adapters.attached(self.vlm.model)
         weights = (self.vlm.adapter_weights if attached else self.vlm.weights)(keep=keep)
         if copy:
@@ -461,7 +471,7 @@ class Policy:
         yield from state_parts(self.optimizer, self.named, keep=keep)
 
     def export(self, folder: Path, *, write: bool = True) -> None:
-        """Writes model and processor, loadable by transformers' Auto classes, and beside it the adapter."""
+        """Writes model and processor, loadable by transformers' Auto classes, and the adapter if any."""
         weights = self.vlm.weights(keep=write)
         if write:
             self.vlm.save(folder, weights)
@@ -472,15 +482,15 @@ class Policy:
 
 
 class MemoryShortage(Exception):
-    """A micro-batch for whose pass the device has not enough memory."""
+    """The device has too little memory for a micro-batch."""
 
     def __init__(self, micro: MicroBatch, reason: str):
         self.micro, self.reason = micro, reason
 
 
 @contextmanager
-def naming(micro: MicroBatch) -> Iterator[None]:
-    """Says which micro-batch ran out of memory in the block."""
+def naming_micro_batch(micro: MicroBatch) -> Iterator[None]:
+    """Turns running out of memory in the block into an error that names the micro-batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -488,7 +498,7 @@ def naming(micro: MicroBatch) -> Iterator[None]:
 
 
 def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
-    """A mini-batch with the engine's log-probs as old ones, and none of a reference."""
+    """The mini-batch with the engine's log-probs as old ones, and zeros as the reference's."""
     rows = torch.full((len(minibatch.mask),), on_policy)
     nothing = torch.zeros_like(minibatch.sampled)
     return minibatch.replace(on_policy=rows, old=minibatch.sampled.clone(), reference=nothing, routes=None)
@@ -498,37 +508,42 @@ def _all_on_policy(minibatch: Batch) -> bool:
     return minibatch.on_policy is None or bool(minibatch.on_policy.all())
 
 
-def collect_stats(
-    learnt: Sequence[tuple[MicroBatch, ForwardPass, float]], grad_norm: float, *, reused: bool
-) -> UpdateStats:
-    """What an update saw, from its micro-batches. `reused` says that the engine's log-probs were the old
+def collect_stats(learnt: Sequence[Learnt], grad_norm: float, *, reused: bool) -> UpdateStats:
+    """The data of an update, from its micro-batches. `reused` says that the engine's log-probs were the old
     ones."""
-    width = max((micro.mask.shape[1] for micro, _, _ in learnt), default=1)
-
-    def join(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        padded = [pad(item.detach().cpu(), (0, width - item.shape[1])) for item in tensors]
-        return torch.cat(padded) if padded else torch.zeros(0, width)
-
-    rows = torch.cat([micro.rows for micro, _, _ in learnt]) if learnt else torch.zeros(0, dtype=torch.long)
-    real = rows >= 0
-    referenced = [micro.reference for micro, _, _ in learnt if micro.reference is not None]
-    prepared = [micro.prepared for micro, _, _ in learnt if micro.prepared is not None]
-    tensors = {
-        "mask": join(micro.mask for micro, _, _ in learnt).bool(),
-        "advantages": join(micro.advantages for micro, _, _ in learnt),
-        "logprobs": join(passed.logprobs for _, passed, _ in learnt),
-        "entropies": join(passed.entropies for _, passed, _ in learnt),
-        "old": join(passed.old for _, passed, _ in learnt),
-        "sampled": None if reused else join(micro.sampled for micro, _, _ in learnt),
-        "reference": join(referenced) if len(referenced) == len(learnt) > 0 else None,
-        "prepared": join(prepared) if len(prepared) == len(learnt) > 0 else None,
-    }
-    usages = [passed.usage.to_cpu(micro.rows >= 0) for micro, passed, _ in learnt if passed.usage is not None]
+    micros = [item.micro for item in learnt]
+    passes = [item.passed for item in learnt]
+    sampled = None if reused else [micro.sampled for micro in micros]
+    rows = torch.cat([torch.zeros(0, dtype=torch.long), *(micro.rows for micro in micros)])
+    real = rows >= 0  # without what pads the number of passes
+    empty = torch.zeros(0, 1)
     return UpdateStats(
         rows=rows[real],
-        usages=tuple(usages),
-        loss=sum(value for _, _, value in learnt),
+        mask=_join([micro.mask for micro in micros], real, empty.bool()),
+        advantages=_join([micro.advantages for micro in micros], real, empty),
+        logprobs=_join([passed.logprobs for passed in passes], real, empty),
+        entropies=_join([passed.entropies for passed in passes], real, empty),
+        old=_join([passed.old for passed in passes], real, empty),
+        sampled=None if sampled is None else _join(sampled, real, empty),
+        reference=_join([micro.reference for micro in micros], real, None),
+        prepared=_join([micro.prepared for micro in micros], real, None),
+        usages=tuple(
+            item.passed.usage.to_cpu(item.micro.rows >= 0) for item in learnt if item.passed.usage is not None
+        ),
+        loss=sum(item.loss for item in learnt),
         grad_norm=grad_norm,
         skipped=math.isnan(grad_norm),
-        **{name: None if item is None else item[real] for name, item in tensors.items()},
     )
+
+
+def _join(
+    tensors: Sequence[torch.Tensor | None], real: torch.Tensor, empty: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[N, T] in host memory of the real rows of tensors [n, t]; `empty` without tensors, None if one is
+    missing."""
+    if not tensors:
+        return empty
+    if any(item is None for item in tensors):
+        return None
+    width = max(item.shape[1] for item in tensors)
+    return torch.cat([pad(item.detach().cpu(), (0, width - item.shape[1])) for item in tensors])[real]

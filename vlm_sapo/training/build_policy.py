@@ -1,0 +1,139 @@
+"""Builds the model that is trained, its encoder and its policy from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlm_sapo.config import schema as cfg
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
+from vlm_sapo.models.packing import Layout, choose
+from vlm_sapo.models.parallel import Replicated
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.plugins import locate
+from vlm_sapo.reporting.console import Console
+from vlm_sapo.training.launch import Processes, build_parallelism
+from vlm_sapo.training.optimizer import OptimizerSettings
+from vlm_sapo.training.policy import ADAPTER, MemoryBudget, Policy, PolicySettings, UpdateGuard
+from vlm_sapo.types import Sampling
+
+Config = cfg.TrainConfig | cfg.SftConfig
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """The settings in which `train` and `sft` differ."""
+
+    prompts_per_step: int
+    minibatches: int
+    sampling: Sampling
+    algo: cfg.AlgoConfig
+    reuse_sampled: bool = False
+    score_all: bool = False
+
+
+def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
+    """Raises ValueError if options for MoE models are set for a dense model."""
+    options = {
+        f"algo.replay ({algo.replay})": algo.replay != "none",
+        f"algo.balance ({algo.balance:g})": algo.balance > 0,
+        "model.freeze (router)": "router" in model.freeze,
+    }
+    used = [name for name, is_used in options.items() if is_used]
+    if used and not load_outline(path := str(locate(model.path))).routers:
+        raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+
+
+def load_trained(model: cfg.ModelConfig, checkpoint: Path | None, device: torch.device) -> tuple[str, VLM]:
+    """Loads the model to train, from the checkpoint or from `model.path`: into host memory, or with 4-bit
+    weights onto the device. Returns also the path of its weights without adapters."""
+    if model.lora is None:
+        path = str(checkpoint or locate(model.path))
+        return path, _load(model, path, freeze=model.freeze)
+    path, lora = str(locate(model.path)), model.lora
+    start = Path(locate(lora.adapter)) if lora.adapter else None
+    if start is not None:
+        adapters.check(start, model.path)
+    shape = Adapters(
+        base=model.path,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        parts=tuple(lora.parts),
+        folder=checkpoint / ADAPTER if checkpoint else start,
+        bits=lora.bits,
+    )
+    return path, _load(model, path, freeze=model.freeze, lora=shape, device=device if lora.bits else "cpu")
+
+
+def _load(
+    model: cfg.ModelConfig,
+    path: str,
+    *,
+    freeze: Sequence[str] = (),
+    lora: Adapters | None = None,
+    device: torch.device | str = "cpu",
+) -> VLM:
+    return load_vlm(
+        path,
+        dtype=model.dtype,
+        device=device,
+        gradient_checkpointing=model.gradient_checkpointing,
+        freeze=list(freeze),
+        lora=lora,
+    )
+
+
+def build_encoder(vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int) -> Encoder:
+    """The encoder of the model's prompts."""
+    return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
+
+
+def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpose) -> Policy:
+    """The policy with its optimizer, and the reference model if there is a KL term."""
+    train, algo, reference = config.train, purpose.algo, None
+    if algo.kl:
+        reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)))
+    parallelism = build_parallelism(config, processes)
+    optimizer = OptimizerSettings(
+        lr=train.lr,
+        total_steps=train.steps,
+        name=train.optimizer,
+        schedule=train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+    )
+    settings = PolicySettings(
+        optimizer,
+        max_grad_norm=train.max_grad_norm,
+        temperature=purpose.sampling.temperature,
+        reuse_sampled=purpose.reuse_sampled,
+        replay=algo.replay != "none",
+        score_all=purpose.score_all,
+        layout=_layout(train.layout, vlm, processes.console),
+    )
+    can_shrink = isinstance(parallelism, Replicated)
+    bad_updates = config.run.folder / "bad_updates"
+    return Policy(
+        vlm,
+        processes.accelerator,
+        settings,
+        parallelism=parallelism,
+        memory=MemoryBudget(train.tokens_per_microbatch, processes.console, can_shrink=can_shrink),
+        guard=UpdateGuard(bad_updates, processes.console, limit=train.bad_updates, world=processes.world),
+        reference=reference,
+    )
+
+
+def _layout(name: str, vlm: VLM, console: Console) -> Layout:
+    if name == "shared" and not vlm.attends_fully:
+        console.warn(
+            f"train.layout is shared, but {vlm.model.config.model_type} has layers without full attention; "
+            "the plain layout is used"
+        )
+    return choose(name, attends_fully=vlm.attends_fully)

@@ -1,0 +1,98 @@
+"""Builds rows, reward, sampler and evaluation sets from a config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vlm_sapo.config import schema as cfg
+from vlm_sapo.data.sources import build_examples, build_stream
+from vlm_sapo.data.stream import TaskMixture
+from vlm_sapo.distributed import World
+from vlm_sapo.evaluation.benchmarks import Benchmark
+from vlm_sapo.evaluation.periodic import HELD_OUT, EvaluationSet
+from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
+from vlm_sapo.training.build_policy import Config, Purpose
+from vlm_sapo.training.launch import Processes
+from vlm_sapo.types import Sampling
+
+EVAL_SEED = 1_000_003
+
+
+def build_rows(config: Config, encode: Encoder, processes: Processes, purpose: Purpose) -> TaskMixture:
+    """The stream of training rows of all tasks."""
+    minibatch = purpose.prompts_per_step // purpose.minibatches
+    # a prefetching sampler reports failures itself
+    world = World() if config.rollout.ahead else processes.world
+    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=world)
+    for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
+        processes.console.warn(
+            f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small"
+        )
+    return stream
+
+
+def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:
+    """The reward with its worker processes; `trainers` training processes share this machine's cores."""
+    return RewardPool(
+        [part.model_dump() for part in reward.parts],
+        on_error=reward.on_error,
+        timeout=reward.timeout,
+        workers=reward.workers or max(min((os.cpu_count() or 1) // trainers, 8), 1),
+    )
+
+
+def default_dtype(config: Config) -> str:
+    """The dtype of an engine's weights that matches the trainer's precision."""
+    return "bfloat16" if config.train.precision == "bf16" else config.model.dtype
+
+
+def longest_row(config: Config, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:
+    """The most tokens of a prompt and its response, in training and evaluation."""
+    responses = max([config.rollout.max_tokens, *(benchmark.max_tokens for benchmark in benchmarks)])
+    return int(min(config.data.max_prompt_tokens + responses, vlm.context))
+
+
+def build_rollouts(
+    config: Config,
+    stream: TaskMixture,
+    engine: RolloutEngine,
+    reward: RewardPool,
+    world: World,
+    purpose: Purpose,
+) -> Rollouts:
+    """Gives each step its groups: sampled when needed, or `rollout.ahead` steps before."""
+    rollout = config.rollout
+    sampler = Sampler(stream, engine, reward, purpose.sampling, purpose.prompts_per_step, rollout.resample)
+    if not rollout.ahead:
+        return sampler
+    return PrefetchedSampler(sampler, steps=rollout.ahead, last=config.train.steps, world=world)
+
+
+def build_evaluation_sets(config: Config, benchmarks: Sequence[Benchmark]) -> list[EvaluationSet]:
+    """The set `held-out` of `eval.data`, and the benchmarks."""
+    section = config.eval
+    sampling = Sampling(
+        section.samples,
+        config.rollout.max_tokens,
+        section.temperature,
+        EVAL_SEED,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+    )
+    sets = []
+    if section.data is not None:
+        examples = build_examples(section.data, task=HELD_OUT)
+        measure = Measure(section.part or config.reward.measured)
+        sets.append(EvaluationSet(HELD_OUT, examples, sampling, measure))
+    for item in benchmarks:
+        longer = replace(sampling, max_tokens=item.max_tokens)
+        sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=item.parts))
+    return sets
