@@ -151,6 +151,10 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
             "rollout.environment.args",
         ),
         ("rollout.engine={type: own, function: docs/examples/engine.py:counting}", "rollout.engine.args"),
+        (
+            "rollout.engine={type: own, function: docs/examples/engine.py:counting, args: {path: x.json}}",
+            r"rollout.engine.policy_modules \(false\) must be what .* says as shares_weights \(true\)",
+        ),
     ],
 )
 def test_functions_of_the_users_are_checked_at_the_start(override, sentence, model_folder, tmp_path):

@@ -45,7 +45,14 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         servers = [Server(url, timeout=engine.timeout) for url in engine.servers]
         return VllmServers(needs, servers, _transfer(engine, needs), patience=engine.patience)
     if isinstance(engine, OwnEngineConfig):
-        return resolve_call(engine.function, needs, field="rollout.engine.function", args=engine.args)
+        field = "rollout.engine.function"
+        built = resolve_call(engine.function, needs, field=field, args=engine.args)
+        if built.shares_weights != engine.policy_modules:
+            raise ValueError(
+                f"rollout.engine.policy_modules ({str(engine.policy_modules).lower()}) must be what "
+                f"{engine.function} says as shares_weights ({str(built.shares_weights).lower()}); change one"
+            )
+        return built
     return HfEngine(
         needs.vlm,
         prompts_per_batch=needs.prompts_per_batch,
