@@ -177,8 +177,8 @@ class Reduction:
         self, losses: torch.Tensor, mask: torch.Tensor, num_sequences: int, num_tokens: int
     ) -> torch.Tensor:
         known = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_tokens": self.max_tokens}
-        chosen = {name: known[name] for name in self.names}
-        return self.function(losses, mask, **chosen, **self.parameters)
+        denominators = {name: known[name] for name in self.names}
+        return self.function(losses, mask, **denominators, **self.parameters)
 
 
 @dataclass(frozen=True)
