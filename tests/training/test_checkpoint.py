@@ -263,7 +263,7 @@ def test_a_second_signal_ends_the_process(monkeypatch):
     with asked.handling_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a launcher's, of the same request
-        monkeypatch.setattr(training_run, "TWICE", 0.0)
+        monkeypatch.setattr(training_run, "SAME_SIGNAL", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted), asked.interruptible():
@@ -272,9 +272,9 @@ def test_a_second_signal_ends_the_process(monkeypatch):
 
 def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
     asked = Interruption(World())
-    monkeypatch.setattr(training_run, "TWICE", 0.0)
+    monkeypatch.setattr(training_run, "SAME_SIGNAL", 0.0)
     with asked.handling_signals():
-        asked.ask("the reward has fallen", alarm=True)
+        asked.request_stop("the reward has fallen", alarm=True)
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="the reward has fallen") as raised, asked.interruptible():
         pass

@@ -21,26 +21,26 @@ from vlm_sapo.types import Group
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """N responses that go through the model at once."""
+    """N responses of one pass through the model."""
 
     groups: list[GroupSlice]
-    """Prompts with the responses that are here, N in all."""
+    """Prompts with those of their responses that are in this micro-batch, N in all."""
     rows: torch.Tensor
     """[N] int64, the row of each response in its mini-batch."""
     mask: torch.Tensor
-    """[N, T] bool, on the tokens that count."""
+    """[N, T] bool, True on the tokens with a loss."""
     advantages: torch.Tensor
     """[N, T] float32."""
     sampled: torch.Tensor
     """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     old: torch.Tensor | None = None
-    """[N, T] float32, log-probs before the update. None where the pass that updates gives its own."""
+    """[N, T] float32, log-probs before the update; None if the update's own pass gives them."""
     reference: torch.Tensor | None = None
-    """[N, T] float32, log-probs of the reference model, where there is one."""
+    """[N, T] float32, log-probs of the reference model, if there is one."""
     prepared: torch.Tensor | None = None
-    """[N, T], what the objective prepared for the mini-batch, where it does."""
+    """[N, T], from the objective's `prepare` for the whole mini-batch, if it has one."""
     routes: ExpertRoutes | None = None
-    """The experts before the update, or the engine's, where they are known."""
+    """MoE experts of the engine, or of the pass before the update, if recorded."""
 
     def to(self, device: torch.device) -> MicroBatch:
         names = ("mask", "advantages", "sampled", "old", "reference", "prepared")
@@ -50,37 +50,37 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's responses of a step, or of a mini-batch of it. A later stage returns a new one."""
+    """This process's responses of a step, or of one of its mini-batches. Later stages return a new batch."""
 
     groups: tuple[Group, ...]
     mask: torch.Tensor
-    """[N, T] bool, true on the tokens that count: the policy's, in a response that isn't left out."""
+    """[N, T] bool, True on the tokens with a loss: the policy's, except in excluded responses."""
     sampled: torch.Tensor
     """[N, T] float32, the engine's log-probs; 0 where the mask is off."""
     num_sequences: int
-    """Responses that count, of all processes: with `num_tokens` the denominators of the loss."""
+    """Responses with a loss, over all processes; with `num_tokens` the denominators of the loss."""
     num_tokens: int
     rewards: torch.Tensor | None = None
     """[N] float64; None for demonstrations."""
     on_policy: torch.Tensor | None = None
-    """[N] bool, set with `old`: the pass that updates gives these rows' old log-probs itself, since it runs
-    on the weights that sampled them."""
+    """[N] bool, set with `old`: rows whose old log-probs the update's own pass gives, since it runs on the
+    weights that sampled them."""
     old: torch.Tensor | None = None
     """[N, T] float32, log-probs before the update; the engine's where `on_policy`."""
     reference: torch.Tensor | None = None
-    """[N, T] float32, log-probs of the reference model, where there is one."""
+    """[N, T] float32, log-probs of the reference model, if there is one."""
     advantages: torch.Tensor | None = None
     """[N, T] float64; may hold anything where the mask is off."""
     routes: ExpertRoutes | None = None
-    """The experts before the update, where `score` recorded or an engine reported them."""
+    """MoE experts before the update, if `score` recorded or an engine reported them."""
     prepared: torch.Tensor | None = None
-    """[N, T], what the objective prepared for the mini-batch, where it does."""
+    """[N, T], from the objective's `prepare` for the whole mini-batch, if it has one."""
     keep_zero_advantages: bool = False
-    """Whether groups without an advantage go through the model as well, as a KL term needs."""
+    """Whether groups without an advantage are trained on too, as a KL term needs."""
     rewards_decide: bool = True
-    """Whether a group whose rewards are all equal will have no advantage."""
+    """Whether equal rewards in a group mean zero advantages."""
     counts: tuple[tuple[int, int], ...] = ()
-    """Responses and tokens that count in each mini-batch, of all processes."""
+    """Responses and tokens with a loss in each mini-batch, over all processes."""
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -89,8 +89,8 @@ class Batch:
 
     @cached_property
     def trained(self) -> list[bool]:
-        """Which groups go through the model: those with a token that counts and, once there are advantages,
-        with one that isn't zero."""
+        """Which groups go through the model: those with a loss and, once there are advantages, with one that
+        isn't zero."""
         rows = self.mask.any(1)
         parts = rows.split(self.sizes)
         if self.advantages is not None and not self.keep_zero_advantages:
@@ -101,16 +101,16 @@ class Batch:
 
     @property
     def trained_mask(self) -> torch.Tensor:
-        """[N, T] bool, true on the tokens that count of the groups that go through the model."""
+        """[N, T] bool, True on the tokens with a loss in the groups that go through the model."""
         rows = torch.tensor(self.trained).repeat_interleave(torch.tensor(self.sizes))
         return self.mask & rows[:, None]
 
     def replace(self, **fields: object) -> Batch:
-        """The same with fields that a stage computed."""
+        """A copy with the fields that a stage computed."""
         return replace(self, **fields)
 
     def mean_advantages(self) -> list[list[float]]:
-        """By group, the advantage of each response; where it differs by token, the mean."""
+        """By group, each response's advantage: its mean over tokens."""
         means = []
         for values, mask in zip(self.advantages, self.mask, strict=True):
             own = values[mask] if mask.any() else values[:1]
@@ -118,7 +118,7 @@ class Batch:
         return [part.tolist() for part in torch.tensor(means, dtype=torch.float64).split(self.sizes)]
 
     def split(self) -> list[Batch]:
-        """The mini-batches, of equally many groups, in order; each with the denominators of its update."""
+        """The mini-batches, in order and of equally many groups, each with the denominators of its update."""
         size = len(self.groups) // len(self.counts)
         starts = [sum(self.sizes[: index * size]) for index in range(len(self.counts) + 1)]
         parts = []
@@ -180,7 +180,7 @@ class Batch:
     def _routes(
         self, groups: list[GroupSlice], index: torch.Tensor, *, on_policy: bool
     ) -> ExpertRoutes | None:
-        """The engine's, where it reported them, else those of the pass that gave the old log-probs."""
+        """The engine's experts if it reported them, else those of the pass that gave the old log-probs."""
         reported = [
             (group.prompt, response.experts)
             for group in groups
@@ -192,7 +192,7 @@ class Batch:
         return None if self.routes is None or on_policy else self.routes[index]
 
     def idle(self) -> MicroBatch:
-        """A micro-batch that adds nothing to loss and gradient, for processes that must run equally many."""
+        """A micro-batch without loss and gradient, for processes that must run equally many passes."""
         shortest = min(self.groups, key=lambda group: len(group.prompt.ids))
         first = shortest.responses[0]
         response = replace(
@@ -224,20 +224,17 @@ def collate(
     rewards_decide: bool = True,
     world: World | None = None,
 ) -> Batch:
-    """One batch of all groups, in the order of their mini-batches.
+    """Joins groups into a batch, in the order of their mini-batches.
 
-    With `mask_truncated`, responses that hit the length limit leave both the loss and the denominators, which
-    are counted over all processes of `world`.
+    With `mask_truncated`, responses at the length limit are excluded from the loss and from its denominators,
+    which are counted over all processes of `world`.
     """
     world = world or World()
     responses = [response for group in groups for response in group.responses]
-    left_out = [mask_truncated and response.finish == "length" for response in responses]
-    masks = [response.mask & (not out) for response, out in zip(responses, left_out, strict=True)]
+    excluded = [mask_truncated and response.finish == "length" for response in responses]
+    masks = [response.mask & (not skip) for response, skip in zip(responses, excluded, strict=True)]
     mask = pad_sequence(masks, batch_first=True)
-    parts = mask.split(_responses_by_minibatch(groups, minibatches))
-    counts = [(int(part.any(1).sum()), int(part.sum())) for part in parts]
-    by_minibatch = zip(*world.all_gather(counts), strict=True)
-    totals = tuple((sum(item[0] for item in ours), sum(item[1] for item in ours)) for ours in by_minibatch)
+    totals = _count(mask.split(_responses_by_minibatch(groups, minibatches)), world)
     rewards = [reward.total for group in groups for reward in group.rewards]
     return Batch(
         groups=tuple(groups),
@@ -250,6 +247,13 @@ def collate(
         rewards_decide=rewards_decide,
         counts=totals,
     )
+
+
+def _count(masks: Sequence[torch.Tensor], world: World) -> tuple[tuple[int, int], ...]:
+    """Responses and tokens with a loss in each mini-batch, over all processes."""
+    counts = [(int(mask.any(1).sum()), int(mask.sum())) for mask in masks]
+    by_minibatch = zip(*world.all_gather(counts), strict=True)
+    return tuple((sum(item[0] for item in parts), sum(item[1] for item in parts)) for parts in by_minibatch)
 
 
 def _responses_by_minibatch(groups: Sequence[Group], minibatches: int) -> list[int]:

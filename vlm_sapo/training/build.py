@@ -65,7 +65,7 @@ def build_training(
     self_check = SelfCheck(
         run.policy,
         console,
-        choose=train.old_logprobs == "auto" and not own_old and not run.progress.step,
+        choose_old=train.old_logprobs == "auto" and not own_old and not run.progress.step,
         uncorrected=bool(rollout.ahead) and algo.correction is None,
     )
     shares_weights = run.rollouts.engine.shares_weights

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, listed in a manifest and renamed: a torn one is never taken for whole."""
+"""Checkpoints, written atomically: into a temporary folder with a manifest of hashes, then renamed."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from vlm_sapo.training.policy import Policy, PolicyState
 NAME = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 FAILURES = (OSError, SafetensorError)
-"""What writing to a full or broken disk raises."""
+"""Errors of writing to a full or broken disk."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done and seconds spent."""
+    """Steps done and seconds spent."""
 
     step: int = 0
     seconds: float = 0.0
 
     def advance(self, step: int, seconds: float) -> None:
-        """A step is done; it took so long."""
+        """Counts a finished step."""
         self.step, self.seconds = step, self.seconds + seconds
 
 
 class TornError(ValueError):
-    """A checkpoint's files are not those that its manifest lists."""
+    """A checkpoint's files differ from its manifest."""
 
 
 class Checkpoints:
     """The checkpoints of a run, `step_<n>` in a folder: model or adapter, optimizer, progress, state of the
-    rollouts, and a manifest with every file's size and SHA-256.
+    rollouts, and a manifest with the size and SHA-256 of every file.
 
-    The newest `keep_last` stay, and those of the `keep_best` best evaluations. With `background` they are
-    written while training goes on, from a copy in host memory. A disk that is full leaves the ones before
-    whole; the run goes on with a warning, or stops, as `on_error` says.
+    The newest `keep_last` and those of the `keep_best` best evaluations stay. With `background` they are
+    written while training continues, from a copy in host memory. A full disk leaves earlier ones intact; then
+    the run continues with a warning or stops, as `on_error` says.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Checkpoints:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self.pending: Future[None] | None = None
         self.newest_step: int | None = None
-        """Step of the newest one that was begun or read."""
+        """Step of the newest checkpoint that was started or read."""
 
     def save(self, policy: Policy, progress: Progress, rollouts: dict[str, Any]) -> None:
-        """Writes one. All processes call it."""
+        """Writes a checkpoint. All processes call it."""
         self.wait()
         self.newest_step = progress.step
         parts = policy.parts(keep=self.world.main, copy=self.worker is not None)
@@ -85,16 +85,17 @@ class Checkpoints:
                 pass
         elif self.worker is not None:
             copies = [state, *parts]
-            logged = _done(self.run_folder.flush)  # here, since lines are added to the logs meanwhile
+            # not in the background, since training appends to the logs meanwhile
+            flushed = _completed(self.run_folder.flush)
             write = self.worker.submit
-            self.pending = logged if logged.exception() else write(self._write, progress.step, copies)
+            self.pending = flushed if flushed.exception() else write(self._write, progress.step, copies)
         else:
-            self.pending = _done(self._write_after_logs, progress.step, chain([state], parts))
+            self.pending = _completed(self._write_after_logs, progress.step, chain([state], parts))
         if self.worker is None:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the one that is being written. All processes call it."""
+        """Waits for the checkpoint that is being written. All processes call it."""
         if not self.world.on_main(self._wait):
             self.newest_step = None
 
@@ -105,15 +106,15 @@ class Checkpoints:
         try:
             pending.result()
         except FAILURES as error:
-            text = f"a checkpoint could not be written ({error}); the ones before in {self.folder} are whole"
+            text = f"a checkpoint could not be written ({error}); earlier ones in {self.folder} are intact"
             if self.on_error == "stop":
                 raise ValueError(f"{text}; make room, then start the same command again") from error
-            self.console.warn(f"{text}, and the run goes on (checkpoint.on_error)")
+            self.console.warn(f"{text}, and the run continues (checkpoint.on_error)")
             return False
         return True
 
     def close(self) -> None:
-        """Ends what writes in the background."""
+        """Ends the background writer."""
         if self.worker is not None:
             self.worker.shutdown()
 
@@ -121,29 +122,29 @@ class Checkpoints:
         try:
             self.run_folder.flush()
         except Exception:
-            for _ in parts:  # other processes contribute theirs
+            for _ in parts:  # other processes take part
                 pass
             raise
         self._write(step, parts)
 
     def _write(self, step: int, parts: Iterable[Write]) -> None:
         target = self.folder / f"step_{step:06d}"
-        aside = self.folder / f".{target.name}.partial"
+        partial = self.folder / f".{target.name}.partial"
         remaining = iter(parts)
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             for part in remaining:
-                part(aside)
-            _seal(aside)
+                part(partial)
+            _seal(partial)
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
+            os.replace(partial, target)
             _sync(self.folder)
             self._prune()
         except Exception:
-            for _ in remaining:  # other processes contribute theirs
+            for _ in remaining:  # other processes take part
                 pass
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _prune(self) -> None:
@@ -152,8 +153,8 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"step_{step:06d}")
 
     def newest(self) -> Path | None:
-        """The newest whole one, or None where there never was one; torn ones are named in a warning and
-        renamed. Raises ValueError where all are torn. All processes call it."""
+        """The newest complete checkpoint, or None if there are none. Torn ones are renamed, with a warning;
+        raises ValueError if all are torn. All processes call it."""
         path = self.world.on_main(self._newest)
         self.newest_step = int(NAME.fullmatch(path.name)[1]) if path else None
         return path
@@ -170,7 +171,7 @@ class Checkpoints:
                 torn.append((path, error))
                 continue
             for other, error in torn:
-                self.console.warn(f"{error}; an older one is taken, and it is called torn_{other.name} now")
+                self.console.warn(f"{error}; using an older one, and renaming it to torn_{other.name}")
                 other.rename(other.with_name(f"torn_{other.name}"))
             return path
         if torn:
@@ -182,7 +183,7 @@ class Checkpoints:
 
 
 def write_state(progress: Progress, policy: PolicyState, rollouts: dict[str, Any]) -> Write:
-    """What writes progress and state as they are now."""
+    """A function that writes progress and state as they are now."""
     text = json.dumps(
         asdict(progress)
         | {
@@ -193,7 +194,7 @@ def write_state(progress: Progress, policy: PolicyState, rollouts: dict[str, Any
     )
 
     def write(folder: Path) -> None:
-        torch.save(rollouts, buffer := io.BytesIO())  # which, unlike a file, can't be full
+        torch.save(rollouts, buffer := io.BytesIO())  # torch.save into a full disk would raise RuntimeError
         (folder / "rollouts.pt").write_bytes(buffer.getvalue())
         (folder / "progress.json").write_text(text)
 
@@ -201,8 +202,8 @@ def write_state(progress: Progress, policy: PolicyState, rollouts: dict[str, Any
 
 
 def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
-    """Loads the optimizer; the model is loaded from `path` like any model. Returns where the run stood, and
-    the state of the rollouts. The number of processes may be another than when it was written."""
+    """Restores the optimizer; the model is loaded from `path` like any model. Returns the progress and the
+    state of the rollouts. The number of processes may have changed since."""
     fields = json.loads((path / "progress.json").read_text())
     policy.load(path, PolicyState(fields["updates"], fields["left_out"], fields["reuse_sampled"]))
     progress = Progress(fields["step"], fields["seconds"])
@@ -210,7 +211,7 @@ def restore(path: Path, policy: Policy) -> tuple[Progress, dict[str, Any]]:
 
 
 def check(path: Path) -> None:
-    """Raises TornError where a checkpoint's files are not those of its manifest, or can't be read."""
+    """Raises TornError if a checkpoint's files differ from its manifest or can't be read."""
     if not (path / MANIFEST).is_file():
         raise TornError(f"{path} is torn: it has no {MANIFEST}")
     try:
@@ -230,17 +231,17 @@ def check(path: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Puts everything on disk and lists it."""
+    """Writes the manifest and syncs everything to disk."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     listed = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files
     }
     (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
-    put_on_disk(folder)
+    sync_to_disk(folder)
 
 
-def put_on_disk(folder: Path) -> None:
-    """All files of a folder, and the lists of them."""
+def sync_to_disk(folder: Path) -> None:
+    """Syncs all files and folders in `folder`."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
@@ -251,7 +252,7 @@ def _hash(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Puts a file, or a folder's list of files, on disk."""
+    """Syncs a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -260,13 +261,13 @@ def _sync(path: Path) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Of the checkpoints in a folder, in order."""
+    """Steps of the checkpoints in a folder, in order."""
     names = [NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in names if match)
 
 
-def _done(function: Callable[..., None], *arguments: Any, **options: Any) -> Future[None]:
-    """The call's outcome as a future that has it."""
+def _completed(function: Callable[..., None], *arguments: Any, **options: Any) -> Future[None]:
+    """A future with the result or error of the call, which runs now."""
     future: Future[None] = Future()
     try:
         future.set_result(function(*arguments, **options))

@@ -1,4 +1,4 @@
-"""What a run checks before it trains: the shared pass against the plain one, engine against trainer.
+"""Checks before training on a step: the shared layout against the plain one, the engine against the trainer.
 
 [K] sampled tokens of some groups' responses, in order.
 """
@@ -26,16 +26,16 @@ from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Group, RolloutBatch
 
 Autocast = Callable[[], AbstractContextManager]
 COMPARED_GROUPS = 2
-"""Groups of a step that are compared at least."""
+"""Fewest groups of a step that are compared."""
 PROBE_TOKENS = 32
-"""Longest response of what is sampled for a comparison alone."""
+"""Most tokens of a response that is sampled only for a comparison."""
 COARSE = 1e-3
-"""A tolerance from which on rounding hides what changed weights alone would show."""
+"""From this tolerance on, rounding can hide the effect of changed weights."""
 UNIQUE = itertools.count(1)
-"""Versions of weights that are no update's; their negatives are used."""
-NOISE = 0.5
-"""Of a tensor's own deviation, in the test of the way that weights take: enough to change any log-prob."""
-ASK_CHECK = "`vlm-sapo check` in one process tells it"
+"""Counts versions of temporary weights; the negative numbers are used, which no update has."""
+NOISE_SCALE = 0.5
+"""Of a tensor's standard deviation, in the test of the weight sync: enough to change any log-prob."""
+RUN_CHECK = "run `vlm-sapo check` in one process to find it"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Tolerance:
 
 FLOAT32 = Tolerance(logprob=1e-4, mean_logprob=1e-5, gradient_norm=1e-3)
 BFLOAT16 = Tolerance(logprob=0.5, mean_logprob=0.03, gradient_norm=0.05)
-SAMPLED = 1e-4
-"""Engine and policy must agree on each token's log-prob this closely for the engine's to serve as old ones: a
-tenth of the narrowest clipping band (GSPO's 3e-4) on a sequence's mean."""
+REUSE_TOLERANCE = 1e-4
+"""Largest difference of a token's log-probs by engine and policy with which the engine's are reused as old
+ones; the narrowest clipping band, on a sequence's mean, is GSPO's 3e-4."""
 
 
 class ParityError(RolloutError):
@@ -63,7 +63,7 @@ class ParityError(RolloutError):
 
 @dataclass(frozen=True)
 class Difference:
-    """Engine's minus trainer's log-probs over some response tokens."""
+    """The engine's minus the trainer's log-probs, over some response tokens."""
 
     tokens: int
     maximum: float
@@ -74,11 +74,11 @@ class Difference:
     """Mean of the signed difference."""
     correlation: float
     first: float
-    """Mean over the first tokens of the responses."""
+    """Mean over the responses' first tokens."""
 
     @classmethod
     def of(cls, engine: torch.Tensor, trainer: torch.Tensor, first: torch.Tensor) -> Difference:
-        """From [K] log-probs; `first` [K] marks the first tokens."""
+        """From [K] log-probs; `first` [K] marks the responses' first tokens."""
         signed = (engine - trainer).double()
         gap = signed.abs()
         p50, p99 = torch.quantile(gap, gap.new_tensor([0.5, 0.99])).tolist()
@@ -103,7 +103,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What an engine sampled with changed weights, against the changed trainer and the unchanged one."""
+    """An engine's samples with changed weights, compared with the changed trainer and the unchanged one."""
 
     changed: Difference
     unchanged: Difference
@@ -116,7 +116,7 @@ def allowed_difference(policy: Policy, engine_dtype: str) -> float:
 
 
 class Comparison:
-    """Groups' log-probs by the engine, and by the trainer's pass under various assumptions."""
+    """Groups' log-probs by the engine, and by the trainer under several assumptions."""
 
     def __init__(self, policy: Policy, groups: Sequence[GroupSlice]):
         self.policy, self.groups, self.world = policy, groups, policy.world
@@ -136,8 +136,8 @@ class Comparison:
 
     @torch.no_grad()
     def trainer(self, forward_pass: Pass | None = None, autocast: Autocast | None = None) -> torch.Tensor:
-        """[K] log-probs of the trainer, or of another pass or precision. All processes call it, and make
-        equally many passes."""
+        """[K] log-probs of the trainer, or of another pass or precision. All processes call it, with equally
+        many passes."""
         layout = self.policy.layout
         rows: dict[tuple[int, int], torch.Tensor] = {}
         packed = layout.pack([group.sizes for group in self.groups], self.policy.memory.tokens)
@@ -155,11 +155,11 @@ class Comparison:
         return torch.cat([rows[key] for key in sorted(rows)])
 
     def at_temperature_one(self) -> torch.Tensor:
-        """[K] log-probs as they would be before the temperature."""
+        """[K] log-probs at temperature 1."""
         return self.trainer(Pass(self.policy.vlm))
 
     def rounding(self) -> float:
-        """Mean difference that computing in bfloat16 makes by itself."""
+        """Mean absolute difference that bfloat16 alone causes."""
         device = self.policy.device.type
         own_pass = self.policy.forward_pass
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -169,16 +169,17 @@ class Comparison:
         return float((rounded - exact).abs().mean())
 
     def without_bans(self) -> torch.Tensor:
-        """[K] log-probs as they would be with the banned tokens in the distribution."""
+        """[K] log-probs of a distribution that includes the banned tokens."""
         with self.policy.vlm.without_bans():
             return self.trainer()
 
 
 class Parity:
-    """Compares after the first sync, after the first one that brings new weights, and every so many steps.
+    """Compares engine and trainer after the first two weight syncs and every `every` steps.
 
-    Responses of the present weights are compared as they are; else a few are sampled for it. The first call
-    also changes the weights for a moment and sees that the engine follows. Raises ParityError.
+    A step's own responses are compared if the current weights sampled them; else a few are sampled for it.
+    The first call also changes the weights temporarily and checks that the change reaches the engine. Raises
+    ParityError if they disagree.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Parity:
         self.calls = 0
 
     def __call__(self, step: int, rollout: RolloutBatch) -> dict[str, float]:
-        """Metrics of the comparison, empty where none was due."""
+        """Metrics of the comparison; empty if none is due."""
         self.calls += 1
         if self.calls > 2 and step % self.every:
             return {}
@@ -214,9 +215,9 @@ class Parity:
         comparison = Comparison(self.policy, groups)
         trainer = comparison.trainer()
         difference = comparison.against(trainer)
-        off = self.servers_out_of_tolerance(comparison, trainer)
-        if off or not difference.mean <= self.tolerance:
-            causes = off + self.likely_causes(comparison, difference, examples)
+        servers = self.servers_out_of_tolerance(comparison, trainer)
+        if servers or not difference.mean <= self.tolerance:
+            causes = servers + self.likely_causes(comparison, difference, examples)
             raise ParityError(self._disagrees(difference, causes, step))
         self.world.barrier()
         self.console.say(f"step {step}: engine and trainer agree on log-probs: {difference}")
@@ -227,34 +228,34 @@ class Parity:
     def likely_causes(
         self, comparison: Comparison, difference: Difference, examples: Sequence[Example]
     ) -> list[str]:
-        """What explains a difference. To try causes out takes all processes, and the others know of
-        nothing."""
+        """What explains a difference. With several processes only a hint: trying causes takes all of them,
+        and the others don't know of the difference."""
         if self.world.size > 1:
-            return [ASK_CHECK]
+            return [RUN_CHECK]
         return self.explain(comparison, difference, examples)
 
     def servers_out_of_tolerance(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
-        """The servers whose own groups disagree; prompts go to them in turn."""
+        """A message for each server whose own groups disagree; prompts go to the servers in turn."""
         means = comparison.by_group(trainer)
         return [
-            f"of {url} alone the mean is {mean:.1e}"
+            f"on {url} alone the mean is {mean:.1e}"
             for url, mean in zip(self.server_urls, means, strict=False)
             if len(self.server_urls) > 1 and not mean <= 2 * self.tolerance
         ]
 
     def probe(self, examples: Sequence[Example]) -> list[GroupSlice]:
-        """Responses to the examples, sampled from the present weights."""
-        prompts = [self.encode(example) for example in examples]  # anew: no image's features are cached
+        """Samples responses to the examples from the current weights."""
+        prompts = [self.encode(example) for example in examples]  # encoded again: no cached image features
         self.engine.sync(self.policy.vlm)
         groups = self.engine.generate(as_contexts(prompts), self.sampling)
-        self.world.barrier()  # before any pass that all must make
+        self.world.barrier()  # before passes that all processes must run
         return [GroupSlice(prompt, tuple(items)) for prompt, items in zip(prompts, groups, strict=True)]
 
     def check_weight_update(
         self, examples: Sequence[Example], kinds: Sequence[str] | None = None
     ) -> WeightUpdate:
-        """Changes the weights of the kinds (all by default) for a moment and compares what the engine then
-        samples with the changed trainer and with the unchanged one."""
+        """Changes the weights of `kinds` (default: all) temporarily, and compares what the engine samples
+        then with the changed trainer and with the unchanged one."""
         with perturbed(self.policy.vlm, kinds):
             groups = self.probe(examples)
             comparison = Comparison(self.policy, groups)
@@ -266,12 +267,12 @@ class Parity:
         unchanged = comparison.against(comparison.trainer())
         if self.tolerance < COARSE:
             limit = 10 * self.tolerance
-        else:  # a model so changed rounds more than a trained one
+        else:  # a model with such noise rounds more than a trained one
             limit = max(self.tolerance, 4 * rounding, unchanged.mean / 20)
         return WeightUpdate(changed, unchanged, arrived=worst <= limit)
 
     def unsynced_kinds(self, examples: Sequence[Example]) -> list[str]:
-        """Kinds of weights that do not reach the engine."""
+        """The kinds of weights whose changes do not reach the engine."""
         updates = {kind: self.check_weight_update(examples, [kind]) for kind in kinds_of(self.policy.vlm)}
         return [
             kind
@@ -283,14 +284,14 @@ class Parity:
         update = self.check_weight_update(examples)
         if not update.arrived:
             one = self.world.size == 1
-            cause = f"weights: {self.unsynced(examples, update.unchanged)}" if one else ASK_CHECK
+            cause = f"weights: {self.unsynced(examples, update.unchanged)}" if one else RUN_CHECK
             raise ParityError(self._disagrees(update.changed, [cause], None))
         self.console.say(f"changed weights reach the engine: {update.changed}")
         if update.unchanged.mean < 10 * self.tolerance:
-            self.console.warn(f"but unchanged ones would hardly tell themselves apart: {update.unchanged}")
+            self.console.warn(f"but unchanged weights would hardly differ: {update.unchanged}")
 
     def unsynced(self, examples: Sequence[Example], unchanged: Difference) -> str:
-        """What of changed weights does not reach an engine that differs so from the unchanged ones."""
+        """Which changed weights do not reach the engine; `unchanged` is its difference from the old ones."""
         if unchanged.mean <= self.tolerance:
             return "new weights do not reach the engine; it still answers with the old ones"
         return f"of these kinds they do not reach the engine: {', '.join(self.unsynced_kinds(examples))}"
@@ -298,7 +299,7 @@ class Parity:
     def explain(
         self, comparison: Comparison, difference: Difference, examples: Sequence[Example]
     ) -> list[str]:
-        """Which of the usual causes fit, each tried out."""
+        """The usual causes that explain the difference; each is tried."""
         causes = []
         if comparison.against(comparison.at_temperature_one()).mean <= self.tolerance:
             causes.append(
@@ -319,18 +320,18 @@ class Parity:
             ]
             if self._agrees(bare):
                 causes.append(
-                    "pictures: rows without pictures agree; the engine's image processor gives other "
-                    "pixels or another size than the trainer's"
+                    "images: rows without images agree; the engine's image processor gives other pixels or "
+                    "another size than the trainer's"
                 )
         rounding = comparison.rounding()
         if not causes and difference.mean <= 4 * rounding:
             causes.append(
-                f"dtype: rounding to bfloat16 alone makes a mean of {rounding:.1e} here; compare the "
+                f"dtype: rounding to bfloat16 alone gives a mean of {rounding:.1e} here; compare the "
                 "engine's dtype with train.precision, or raise rollout.tolerance"
             )
         if not causes and difference.first <= self.tolerance:
             causes.append("positions: first tokens agree, later ones do not")
-        return causes or ["none of the usual causes fits; `vlm-sapo check` tells more"]
+        return causes or ["none of the usual causes explains it; `vlm-sapo check` shows more"]
 
     def _agrees(self, examples: Sequence[Example]) -> bool:
         comparison = Comparison(self.policy, self.probe(examples))
@@ -349,8 +350,8 @@ class Parity:
 
 
 def kinds_of(vlm: VLM) -> dict[str, str]:
-    """Kinds of parameters, their names without numbers, each with one of the kind: the next one's is of the
-    next layer, so that all layers have a part."""
+    """One parameter name of each kind, which is a name without its layer number. Successive kinds use
+    successive layers, so that all layers are covered."""
     kinds: dict[str, list[str]] = {}
     for name, parameter in vlm.model.named_parameters():
         if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
@@ -360,17 +361,17 @@ def kinds_of(vlm: VLM) -> dict[str, str]:
 
 @contextmanager
 def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
-    """Adds noise to one parameter of each kind, and takes it back exactly."""
+    """Adds noise to one parameter of each kind in the block, and restores it exactly."""
     names = [name for kind, name in kinds_of(vlm).items() if kinds is None or kind in kinds]
     parameters = dict(vlm.model.named_parameters())
     saved = {name: parameters[name].detach().clone() for name in names}
     number = next(UNIQUE)
-    generator = torch.Generator().manual_seed(number)  # never the noise that an engine may still have
+    generator = torch.Generator().manual_seed(number)  # other noise than an engine may still have
     try:
         with torch.no_grad():
             for name in names:
                 noise = torch.randn(parameters[name].shape, generator=generator)
-                size = NOISE * full_tensor(saved[name]).float().std().clamp(min=0.01)
+                size = NOISE_SCALE * full_tensor(saved[name]).float().std().clamp(min=0.01)
                 parameters[name] += shard_like(noise * size.cpu(), parameters[name])
         with vlm.another_version(-number):
             yield
@@ -381,17 +382,17 @@ def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
 
 
 class SelfCheck:
-    """Runs once, on the first group it sees; afterwards a call does nothing.
+    """Runs once, on the first group; later calls do nothing.
 
-    Where the shared layout disagrees with the plain one, the policy falls back to the plain one; with
-    `choose`, old log-probs are recomputed where the engine's disagree with the policy's. Both say so.
-    `uncorrected` says that responses are sampled by older weights and no correction is configured. Each
-    process looks at a group of its own, and one that disagrees decides for all.
+    If the shared layout disagrees with the plain one, the policy switches to the plain one. With
+    `choose_old`, old log-probs are recomputed if the engine's disagree with the policy's. `uncorrected` says
+    that older weights sample the responses and no correction is configured. Each process checks a group of
+    its own; a disagreement in one counts for all.
     """
 
-    def __init__(self, policy: Policy, console: Console, *, choose: bool, uncorrected: bool = False):
+    def __init__(self, policy: Policy, console: Console, *, choose_old: bool, uncorrected: bool = False):
         self.policy, self.console, self.world = policy, console, policy.world
-        self.choose, self.uncorrected = choose, uncorrected
+        self.choose_old, self.uncorrected = choose_old, uncorrected
         self.done = False
 
     def __call__(self, step: int, rollout: RolloutBatch) -> dict[str, float]:
@@ -400,19 +401,20 @@ class SelfCheck:
         self.done = True
         group = rollout.groups[0]
         logprobs = self._compare_layouts(group)
-        if self.choose:
+        if self.choose_old:
             sampled = torch.cat([item.logprobs[item.mask] for item in group.responses])
             self._choose_old_logprobs(logprobs, sampled)
         if self.uncorrected and not self.policy.reuse_sampled:
             self.console.warn(
-                "with rollout.ahead and recomputed old log-probs nothing in the loss knows that older "
-                "weights drew the responses; set train.old_logprobs=rollout, or algo.correction"
+                "with rollout.ahead and recomputed old log-probs the loss does not correct for the older "
+                "weights that sampled the responses; set train.old_logprobs=rollout, or algo.correction"
             )
         return {}
 
     def _compare_layouts(self, group: Group) -> torch.Tensor:
         policy = self.policy
-        plain, plain_norm = self._measure(group, Plain(), single=True)  # one at a time: the least memory
+        # one response at a time needs the least memory
+        plain, plain_norm = self._measure(group, Plain(), single=True)
         if policy.layout.name == Plain.name:
             return plain
         shared, shared_norm = self._measure(group, policy.layout, single=False)
@@ -434,12 +436,12 @@ class SelfCheck:
         disagreement = (
             f"the shared-prefix pass DISAGREES with the plain pass: {measured}; the worst token is number "
             f"{index} ({float(shared[index]):.4f} shared, {float(plain[index]):.4f} plain); allowed are "
-            f"{allowed}. The run goes on with the plain pass, several times slower; please report this model "
-            "and these numbers"
+            f"{allowed}. The run continues with the plain pass, several times slower; please report this "
+            "model and these numbers"
         )
         texts = [text for text in self.world.all_gather(None if agrees else disagreement) if text is not None]
         if not texts:
-            self.console.say(f"self-check: the shared-prefix pass agrees with the plain pass: {measured}")
+            self.console.say(f"check ok: shared-prefix and plain pass agree: {measured}")
             return shared
         self.console.warn(texts[0])
         policy.use_plain_layout()
@@ -447,19 +449,20 @@ class SelfCheck:
 
     def _choose_old_logprobs(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
         worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
-        if worst <= SAMPLED:
+        if worst <= REUSE_TOLERANCE:
             self.console.say(
-                f"self-check: the engine's log-probs agree within {worst:.1e} and serve as old log-probs"
+                f"check ok: generation and training log-probs agree ({worst:.1e}); reusing them as old "
+                "log-probs"
             )
             return
         self.console.say(
-            f"self-check: the engine's log-probs differ by up to {worst:.1e} from the policy's (allowed "
-            f"{SAMPLED:.0e}), so old log-probs are recomputed, at a forward pass per update but the first"
+            f"check: generation and training log-probs differ by up to {worst:.1e} (limit "
+            f"{REUSE_TOLERANCE:.0e}); recomputing old log-probs, a forward pass for each update but the first"
         )
         self.policy.recompute_old_logprobs()
 
     def _measure(self, group: Group, layout: Layout, *, single: bool) -> tuple[torch.Tensor, float]:
-        """Log-probs [S] of the sampled tokens, and the norm of a gradient that every token takes part in;
+        """Log-probs [K] of the sampled tokens, and the norm of a gradient with a term for every token;
         `single` runs one response at a time."""
         policy, memory = self.policy, self.policy.memory
         sizes = [GroupSlice(group.prompt, group.responses).sizes]
@@ -482,7 +485,7 @@ class SelfCheck:
         return torch.cat([rows[index] for index in sorted(rows)]), norm
 
     def _run(self, group: Group, layout: Layout, packed: list[list[Part]]) -> dict[int, torch.Tensor]:
-        """Log-probs by response, with their gradient. All processes make equally many passes."""
+        """Log-probs by response; adds their gradient. All processes run equally many passes."""
         policy, responses = self.policy, group.responses
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, item.ids.shape, generator=generator) * 2.0 - 1.0 for item in responses]

@@ -1,10 +1,10 @@
-"""A run's folder, checkpoints, logs and alarms: new ones, or those of a run that is resumed."""
+"""Builds a run's folder, checkpoints, logs and alarms, for a new or a resumed run."""
 
 from __future__ import annotations
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.files import parse
-from vlm_sapo.config.load import check, differences, dump
+from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
@@ -15,7 +15,7 @@ from vlm_sapo.training.run import Interruption
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
-    """The run's folder, a new one or one that belongs to this config."""
+    """Opens the run's folder. Raises ValueError if it has a run with another config."""
     world, console = processes.world, processes.console
     folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
     world.on_main(lambda: _open(folder, config, console))
@@ -25,50 +25,52 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -
 def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console) -> None:
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
-    stored = None if config.run.overwrite else _upgraded(folder.stored(), type(config))
+    stored = folder.stored()  # raises ValueError if other files are there
     if config.run.overwrite:
-        folder.stored()  # or what lies there is no run's
         folder.clear()
-    elif stored is not None and stored != text:
-        changes = differences(stored, text)
-        refused = [str(change) for change in changes if not change.harmless]
-        if refused and not config.run.accept_changes:
-            raise ValueError(
-                f"run.dir ({folder.path}) holds a run with another config: {'; '.join(refused)}. Choose "
-                "another run.dir, start anew with run.overwrite=true, or go on all the same with "
-                "run.accept_changes=true"
-            )
-        steps = {change.field: change for change in changes}.get("train.steps")
-        if steps is not None and steps.after < (done := folder.steps()):
-            raise ValueError(
-                f"train.steps ({steps.after}) must be {done} or more: the run in {folder.path} has done so "
-                "many; choose another run.dir, or start anew with run.overwrite=true"
-            )
-        console.warn(f"this run goes on with changes: {'; '.join(map(str, changes))}")
-        if folder.summary() is not None and (steps is not None or refused):
-            if not (folder.path / "checkpoints").is_dir():
-                raise ValueError(
-                    f"the run in {folder.path} is finished and left no checkpoint to go on from "
-                    "(checkpoint.every=0); choose another run.dir, or start anew with run.overwrite=true"
-                )
-            folder.unfinish()
+    elif stored is not None and (upgraded := _upgraded(stored, type(config))) != text:
+        _accept(differences(upgraded, text), folder, console, accept_all=config.run.accept_changes)
     folder.begin(text)
 
 
-def _upgraded(stored: str | None, kind: type[cfg.TrainConfig | cfg.SftConfig]) -> str | None:
-    """A stored config with the fields that came after it was written, at their defaults."""
-    if stored is None:
-        return None
+def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
+    """Warns of changes of the config with which a run is resumed. Raises ValueError if they can't be
+    accepted."""
+    refused = [str(change) for change in changes if not change.harmless]
+    if refused and not accept_all:
+        raise ValueError(
+            f"run.dir ({folder.path}) holds a run with another config: {'; '.join(refused)}. Choose "
+            "another run.dir, start anew with run.overwrite=true, or go on all the same with "
+            "run.accept_changes=true"
+        )
+    steps = next((change for change in changes if change.field == "train.steps"), None)
+    if steps is not None and steps.after < (done := folder.steps()):
+        raise ValueError(
+            f"train.steps ({steps.after}) must be {done} or more: the run in {folder.path} has done so "
+            "many; choose another run.dir, or start anew with run.overwrite=true"
+        )
+    console.warn(f"this run goes on with changes: {'; '.join(map(str, changes))}")
+    if folder.summary() is not None and (steps is not None or refused):
+        if not (folder.path / "checkpoints").is_dir():
+            raise ValueError(
+                f"the run in {folder.path} is finished and left no checkpoint to go on from "
+                "(checkpoint.every=0); choose another run.dir, or start anew with run.overwrite=true"
+            )
+        folder.unfinish()
+
+
+def _upgraded(stored: str, kind: type[cfg.TrainConfig | cfg.SftConfig]) -> str:
+    """A stored config, with newer fields at their defaults."""
     try:
         return dump(check(kind, parse(stored)))
-    except ValueError:  # of fields that are no longer there: the comparison names them
+    except ValueError:  # it has removed fields, which the comparison names
         return stored
 
 
 def build_checkpoints(
     config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes
 ) -> Checkpoints:
-    """The run's checkpoints, as its config wants them kept."""
+    """Builds the run's checkpoints."""
     section = config.checkpoint
     return Checkpoints(
         folder,
@@ -84,14 +86,12 @@ def build_checkpoints(
 def open_logs(
     config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes, step: int
 ) -> None:
-    """Makes logs and trackers ready for what comes after `step`."""
+    """Opens logs and trackers, to continue after `step`."""
     folder.rewind(step)
     if not processes.world.main:
         return
     if (logged := len(folder.read("metrics.jsonl"))) != step:
-        processes.console.warn(
-            f"metrics.jsonl has {logged} of the {step} steps that lie behind the checkpoint"
-        )
+        processes.console.warn(f"metrics.jsonl has {logged} of the {step} steps before the checkpoint")
     if config.log.to:
         folder.trackers = build_trackers(
             config.log.to,
@@ -107,7 +107,7 @@ def open_logs(
 def build_alarms(
     config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
 ) -> Alarms:
-    """What watches the metrics, with those of the steps that are done."""
+    """Builds the alarms, with the metrics of finished steps."""
     thresholds = config.alarms.model_dump(exclude={"stop"})
     stop = interruption.stop_at_alarm if config.alarms.stop else None
     alarms = Alarms(console, **thresholds, stop=stop)

@@ -1,4 +1,4 @@
-"""The processes that a launcher started: how many, on which devices, and how they hold the model."""
+"""The processes that a launcher started: their number, devices, and how they share the model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated
 from vlm_sapo.reporting.console import Console, SilentConsole
 
-SLOWEST = timedelta(hours=1)
-"""How long devices may wait for each other."""
-KNOWN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+DEVICE_TIMEOUT = timedelta(hours=1)
+"""How long devices wait for each other."""
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them."""
+    """The processes of a run, from the view of one."""
 
     accelerator: Accelerator
     world: World
@@ -38,7 +38,7 @@ class Processes:
 
 
 def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None) -> Processes:
-    """Joins the processes that were started together. Raises ValueError where the config does not fit their
+    """Joins the processes that were started together. Raises ValueError if the config does not fit their
     number."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard = check_processes(config, size)
@@ -46,7 +46,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     if (size > 1 or config.train.offload) and not dist.is_initialized():
         _connect(size)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
-    if accelerator.distributed_type not in KNOWN:
+    if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, and this trainer shards by itself; "
             "launch without that plugin (accelerate launch --multi_gpu, or torchrun) and set train.shard"
@@ -58,7 +58,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
 
 
 def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
-    """Raises ValueError where the config needs bitsandbytes and it is missing."""
+    """Raises ValueError if the config needs bitsandbytes and it is not installed."""
     four_bits = config.model.lora is not None and config.model.lora.bits
     needs = {"model.lora.bits": four_bits, "train.optimizer": config.train.optimizer != "adamw"}
     if any(needs.values()) and find_spec("bitsandbytes") is None:
@@ -67,17 +67,17 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
 
 
 def _connect(size: int) -> None:
-    """What is offloaded travels between hosts, the rest between devices; sharding needs a group even of
-    one."""
+    """Starts the process group: gloo for tensors on the host, nccl for those on GPUs. Sharding needs a group
+    even with one process."""
     devices = torch.cuda.is_available()
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     if devices:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=SLOWEST, **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=DEVICE_TIMEOUT, **single)
 
 
 def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Parallelism:
-    """How the processes hold the model."""
+    """Builds the configured parallelism: replicated or fully sharded."""
     train, device, size = config.train, processes.accelerator.device, processes.world.size
     if processes.shard == 1 and not train.offload:
         return Replicated(processes.world, device)

@@ -1,5 +1,4 @@
-"""The loss of an update: an objective on log-ratios, the KL term, and the reduction, each chosen on its
-own."""
+"""The loss of an update: an objective on log-ratios, a KL term, and a reduction, which combine freely."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from vlm_sapo.training.batch import Batch, MicroBatch
 from vlm_sapo.training.policy import ForwardPass
 
 TRACED_SEQUENCES = 32
-"""Of a mini-batch, whose variance and gate deviation are logged."""
+"""Most sequences of a mini-batch whose variance and gate deviation are logged."""
 
 
 class Objective:
@@ -48,7 +47,7 @@ class Objective:
 
 @runtime_checkable
 class Prepares(Protocol):
-    """An objective that looks at a whole mini-batch before its micro-batches are made."""
+    """An objective with a computation over the whole mini-batch, before it is split into micro-batches."""
 
     def prepare(self, tensors: TokenTensors) -> torch.Tensor:
         """[N, T] of the mini-batch's tokens, which the objective then gets as `prepared`. No gradients; the
@@ -66,9 +65,9 @@ class PolicyLoss:
     gate: Mapping[str, float] | None = None
     """SAPO's temperatures, where the objective is SAPO."""
     correction: Correction | None = None
-    """Weights against the engine's distribution."""
+    """Importance weights between the engine's distribution and the policy's."""
     balance: float = 0.0
-    """Weight of the loss that spreads each response's tokens over the experts."""
+    """Weight of the MoE load-balancing loss of each response."""
     preparation: Prepares | None = None
 
     @property
@@ -98,16 +97,16 @@ class PolicyLoss:
             losses = losses + self.kl * k3(passed.logprobs, micro.reference)
         loss = self.reduction(losses, micro.mask, minibatch.num_sequences, minibatch.num_tokens)
         if self.balance:
-            loss = loss + self.balance * self._unevenness(passed.usage, micro) / minibatch.num_sequences
+            loss = loss + self.balance * self._load_balance(passed.usage, micro) / minibatch.num_sequences
         return loss
 
-    def _unevenness(self, usage: ExpertUsage, micro: MicroBatch) -> torch.Tensor:
+    def _load_balance(self, usage: ExpertUsage, micro: MicroBatch) -> torch.Tensor:
         lengths = micro.mask.sum(-1)
         uneven = sequence_balance(usage.probabilities, usage.counts, lengths.clamp(min=1))
         return torch.where(lengths > 0, uneven, 0.0).sum()
 
     def prepare(self, logprobs: torch.Tensor, minibatch: Batch) -> torch.Tensor | None:
-        """[N, T] that the objective wants to know of the whole mini-batch, from its present log-probs."""
+        """[N, T] that the objective computes for the whole mini-batch, from its current log-probs."""
         if self.preparation is None:
             return None
         own = minibatch.on_policy[:, None]
@@ -124,7 +123,7 @@ class PolicyLoss:
         )
 
     def effective(self, stats: UpdateStats) -> torch.Tensor:
-        """[N, T] share of the plain policy gradient that is left of each token."""
+        """[N, T] share of the plain policy gradient that remains for each token."""
         return effective_update(self.objective, self._tensors(stats))
 
     def distributions(self, stats: UpdateStats) -> dict[str, list]:
@@ -167,7 +166,7 @@ class PolicyLoss:
 
 
 class Reduction:
-    """Token losses to a share of the update's loss; see algo/reductions.py."""
+    """Reduces token losses to a share of the update's loss; see algo/reductions.py."""
 
     def __init__(self, function: Callable[..., torch.Tensor], max_tokens: int, **parameters: Any):
         self.function, self.max_tokens, self.parameters = function, max_tokens, parameters
@@ -176,8 +175,8 @@ class Reduction:
     def __call__(
         self, losses: torch.Tensor, mask: torch.Tensor, num_sequences: int, num_tokens: int
     ) -> torch.Tensor:
-        known = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_tokens": self.max_tokens}
-        denominators = {name: known[name] for name in self.names}
+        values = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_tokens": self.max_tokens}
+        denominators = {name: values[name] for name in self.names}
         return self.function(losses, mask, **denominators, **self.parameters)
 
 
@@ -193,13 +192,13 @@ class Correction:
     def __call__(
         self, policy: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights [N, T], and what is left of them."""
+        """The weights [N, T] before and after they are bounded."""
         weights = importance(policy, engine, mask, level=self.level).detach()
         return weights, CORRECTIONS[self.type](weights, low=self.low, high=self.high)
 
 
 class GroupAdvantage:
-    """Advantages of a group's rewards, the same for all tokens of a response."""
+    """Advantages from a group's rewards, equal for all tokens of a response."""
 
     rewards_decide = True
 
@@ -213,7 +212,7 @@ class GroupAdvantage:
 
 
 class OwnAdvantage:
-    """A function of the user's: the batch to advantages, [N] or [N, T]."""
+    """A user's function from a batch to advantages, [N] or [N, T]."""
 
     rewards_decide = False
 
@@ -221,7 +220,7 @@ class OwnAdvantage:
         self.function, self.name, self.parameters = function, name, parameters
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """[N, T] float64. Raises ValueError where the function returns anything else."""
+        """[N, T] float64. Raises ValueError if the function returns anything else."""
         values = self.function(batch, **self.parameters)
         rows, width = batch.mask.shape
         if not isinstance(values, torch.Tensor) or values.shape not in ((rows,), (rows, width)):
@@ -237,7 +236,7 @@ class OwnAdvantage:
 
 
 def build_advantage(section: str | OwnFunctionConfig) -> GroupAdvantage | OwnAdvantage:
-    """How rewards become advantages."""
+    """Builds the configured advantage. Raises ValueError for a user's function that doesn't fit."""
     if isinstance(section, str):
         return GroupAdvantage(ADVANTAGES[section])
     field = "algo.advantage.function"
@@ -247,8 +246,7 @@ def build_advantage(section: str | OwnFunctionConfig) -> GroupAdvantage | OwnAdv
 
 
 def build_loss(algo: AlgoConfig, *, max_tokens: int) -> PolicyLoss:
-    """The loss that a config's section describes. Raises ValueError where a function of the user's doesn't
-    fit."""
+    """Builds the configured loss. Raises ValueError for a user's function that doesn't fit."""
     section = algo.objective
     parameters = section.model_dump(exclude={"type"})
     objective, preparation = (
@@ -293,6 +291,6 @@ def _reduction(section: str | OwnFunctionConfig, max_tokens: int) -> Reduction:
     field = "algo.reduction.function"
     function = resolve(section.function, field=field)
     reduction = Reduction(function, max_tokens, **section.args)
-    known = dict.fromkeys(reduction.names)
-    check_call(function, None, None, name=section.function, field=field, args=known | dict(section.args))
+    args = dict.fromkeys(reduction.names) | dict(section.args)
+    check_call(function, None, None, name=section.function, field=field, args=args)
     return reduction

@@ -1,4 +1,4 @@
-"""The optimizer: its kinds, its schedule, and its state in files without code in them."""
+"""The optimizer: AdamW variants, learning-rate schedules, and its state as safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from vlm_sapo.models.weights import full_tensor, gather_and_drop, shard_like
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Bytes from which a file is full."""
+"""Size from which the next tensors go to another file."""
 FILES = "optimizer-*.safetensors"
 Write = Callable[[Path], None]
 """Writes part of a checkpoint into a folder."""
@@ -49,7 +49,7 @@ class OptimizerSettings:
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW, also one that holds its moments in 8 bits."""
+    """Builds AdamW, also variants with moments in 8 bits."""
     options: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -66,8 +66,8 @@ def build_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerSetti
 def state_parts(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, keep: bool
 ) -> Iterator[Write]:
-    """What writes the state, as copies in host memory, a few GB at a time. Where it is sharded all processes
-    must go through this, and those that don't `keep` it get nothing."""
+    """Functions that write the state from copies in host memory, a few GB each. For a sharded state all
+    processes must iterate; without `keep` the parts are empty."""
     tensors: dict[str, torch.Tensor] = {}
     size = number = 0
     for name, parameter in parameters.items():
@@ -92,7 +92,7 @@ def _write_state(tensors: dict[str, torch.Tensor], number: int, folder: Path) ->
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
 ) -> None:
-    """Takes over what `state_parts` wrote; parameters may be sharded otherwise than they were."""
+    """Loads what `state_parts` wrote; the parameters may be sharded differently now."""
     indices = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for path in sorted(folder.glob(FILES)):

@@ -1,4 +1,4 @@
-"""A run under way: its folder, progress, checkpoints, evaluations and signals."""
+"""A run: its folder, progress, checkpoints, evaluations and signals."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepRecords, StepReport
 from vlm_sapo.rollout.sampler import Rollouts, Stopwatch
 from vlm_sapo.training.batch import Batch
-from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, put_on_disk
+from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, sync_to_disk
 from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import RolloutBatch
 
 FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
-TWICE = 2.0
-"""Seconds within which signals are one."""
+SAME_SIGNAL = 2.0
+"""Seconds within which repeated signals count as one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """What a signal does between `handling_signals` begins and ends.
+    """Stops a run on a signal, inside `handling_signals`.
 
-    Between two steps, which is most of the time, it ends the work at once; an update is finished first.
-    Several processes agree on it after a step. A second signal, TWICE seconds later, ends the process where
-    it is: launchers pass on what the processes get themselves.
+    In generation, checks and evaluation a signal raises Interrupted at once; an update is finished first.
+    Several processes stop together after a step. Another signal more than SAME_SIGNAL seconds later exits at
+    once; until then repetitions are ignored, since launchers forward signals that processes also get.
     """
 
     def __init__(self, world: World):
         self.world, self.reason, self.alarm, self._between = world, "", False, False
         self._first = math.inf
-        """When the first signal came."""
+        """Time of the first signal."""
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._signalled) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
         finally:
@@ -61,7 +61,7 @@ class Interruption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In the block a signal raises Interrupted; so does one that came before. All processes call it."""
+        """A signal in the block raises Interrupted, and so does an earlier one. All processes call it."""
         reason, alarm = max(self.world.all_gather((self.reason, self.alarm)))
         if reason:
             raise Interrupted(reason, alarm=alarm)
@@ -71,37 +71,37 @@ class Interruption:
         finally:
             self._between = False
 
-    def ask(self, reason: str, *, alarm: bool = False) -> None:
-        """Ends the run before its next step."""
+    def request_stop(self, reason: str, *, alarm: bool = False) -> None:
+        """Stops the run before its next step."""
         self.reason, self.alarm = reason, alarm
 
     def stop_at_alarm(self, reason: str) -> None:
-        """Ends the run before its next step, as an alarm asks for."""
-        self.ask(reason, alarm=True)
+        """Stops the run before its next step, because of an alarm."""
+        self.request_stop(reason, alarm=True)
 
-    def _signalled(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self._first > TWICE:
+        if now - self._first > SAME_SIGNAL:
             sys.exit(128 + number)
         self._first = min(self._first, now)
         if not self.reason:
-            self.ask(signal.Signals(number).name)
+            self.request_stop(signal.Signals(number).name)
         if self._between:
             self._between = False
             deferring_signals.raise_or_defer(Interrupted(self.reason, alarm=self.alarm))
 
 
 class Check(Protocol):
-    """Looks at a step's groups before anything is trained on them."""
+    """Checks a step's groups before they are trained on."""
 
     def __call__(self, step: int, rollout: RolloutBatch) -> Metrics: ...
 
 
 class Advantage(Protocol):
-    """Rewards, or anything else of a batch, to advantages; see training/loss.py."""
+    """Computes advantages from a batch's rewards or other fields; see training/loss.py."""
 
     rewards_decide: bool
-    """Whether a group whose rewards are all equal has none."""
+    """Whether equal rewards in a group mean zero advantages."""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """[N, T] float64."""
@@ -109,7 +109,7 @@ class Advantage(Protocol):
 
 @dataclass
 class Run:
-    """What `train` and `sft` have in common. Close it in the end."""
+    """The parts that `train` and `sft` share. Close it at the end."""
 
     folder: RunFolder
     console: Console
@@ -127,7 +127,7 @@ class Run:
     started: float = 0.0
 
     def close(self) -> None:
-        """Ends what runs beside this process."""
+        """Ends engines, workers, background writes and trackers."""
         self.rollouts.close()
         self.checkpoints.close()
         self.folder.close()
@@ -136,32 +136,32 @@ class Run:
         self.started, self.watch = time.perf_counter(), Stopwatch()
 
     def end_step(self, step: int) -> None:
-        """A step is done, and counts."""
+        """Counts a finished step."""
         self.progress.advance(step, time.perf_counter() - self.started)
         self.rollouts.mark_trained()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Durations of the present step's parts, and of the whole."""
+        """Durations of the current step's parts, and of the step so far."""
         return dict(self.watch.seconds) | {"step": time.perf_counter() - self.started}
 
     @contextmanager
     def before_update(self, name: str) -> Iterator[None]:
-        """Times a part of a step that lies before its first update, and may be interrupted."""
+        """Times a part of a step before its first update; it may be interrupted."""
         with self.watch.time(name), self.checkpoint_on_error():
             yield
 
     @contextmanager
     def checkpoint_on_error(self) -> Iterator[None]:
-        """Writes a checkpoint of the finished steps where the block, which lies between two, fails or is
-        interrupted. Groups that were sampled and not trained on are returned again; what an engine sampled
-        that disagrees is sampled again."""
+        """If the block, which runs between updates, fails or is interrupted, writes a checkpoint of the
+        finished steps. Groups that were sampled but not trained on are replayed on resume; after a
+        ParityError they are resampled."""
         try:
             with self.interruption.interruptible():
                 yield
                 self.world.barrier()
         except Exception as error:
-            if not isinstance(error, Interrupted):  # of which all know
+            if not isinstance(error, Interrupted):  # all processes raise that
                 self.world.fail_everywhere(error)
             self.checkpoints.wait()
             if self.progress.step and self.checkpoints.newest_step != self.progress.step:
@@ -174,12 +174,12 @@ class Run:
             raise
 
     def evaluate(self, step: int, *, last: int) -> None:
-        """Evaluates where it is due: before the first step, every so many, and after the last."""
+        """Evaluates if it is due: before the first step, every `eval.every` steps, and after the last."""
         with self.checkpoint_on_error():
             self.evaluator.at(step, last=last)
 
     def checkpoint_if_due(self, step: int, *, last: int) -> None:
-        """Writes a checkpoint after every so many steps, and after the last one."""
+        """Writes a checkpoint after every `checkpoint_every` steps and after the last one."""
         if self.checkpoint_every and (step == last or step % self.checkpoint_every == 0):
             self.save_checkpoint(self.rollouts.state())
 
@@ -202,13 +202,13 @@ class Run:
             if failed is not None:
                 raise failed
             self.folder.flush()
-            put_on_disk(self.folder.path / "final")
+            sync_to_disk(self.folder.path / "final")
             return self._summarize(steps)
         except FAILURES as error:
             raise ValueError(
                 f"all {steps} steps are done, but the result cannot be written ({error}); the newest "
-                f"checkpoint in {self.checkpoints.folder} is of step {self.checkpoints.newest_step}: make "
-                "room, then start the same command again"
+                f"checkpoint in {self.checkpoints.folder} is of step {self.checkpoints.newest_step}: free "
+                "disk space, then start the same command again"
             ) from error
 
     def _summarize(self, steps: int) -> dict:
@@ -223,7 +223,7 @@ class Run:
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
             self.console.warn(
-                f"{self.stream.skipped} times a row was left out that can't be used (data.on_error=skip); "
+                f"unusable rows were skipped {self.stream.skipped} times (data.on_error=skip); "
                 "vlm-sapo doctor names them"
             )
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
@@ -235,18 +235,18 @@ class Run:
 
 @dataclass(kw_only=True)
 class TrainingRun(Run):
-    """What reinforcement learning has besides."""
+    """The further parts of reinforcement learning."""
 
     minibatches: int
     mask_truncated: bool
     keep_zero_advantages: bool
-    """Whether groups without an advantage go through the model as well, as a KL term needs."""
+    """Whether groups without an advantage are trained on too, as a KL term needs."""
     checks: Sequence[Check]
     advantage: Advantage
     report: StepReport
 
     def check(self, step: int, rollout: RolloutBatch) -> Metrics:
-        """All checks."""
+        """Runs all checks; returns their metrics."""
         return {name: value for check in self.checks for name, value in check(step, rollout).items()}
 
     def log(
@@ -257,7 +257,7 @@ class TrainingRun(Run):
         updates: list[UpdateStats | None],
         further: Mapping[str, float],
     ) -> str:
-        """Writes what the step leaves; returns the numbers that matter most."""
+        """Writes the step's report; returns its console line."""
         sizes = [len(minibatch.mask) for minibatch in batch.split()]
         records = StepRecords(
             rollout=rollout,

@@ -1,4 +1,4 @@
-"""Cold start: supervised learning on demonstrations, with the trainer's own parts."""
+"""Supervised fine-tuning on demonstrations (cold start), with the trainer's own parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlm_sapo.types import Group, Prompt, RowError
 
 
 def sft(config: SftConfig, console: Console | None = None) -> dict:
-    """Minimises the mean negative log-prob of the demonstrations' tokens; returns the summary."""
+    """Minimizes the mean negative log-prob of the demonstrations' tokens; returns the summary."""
     processes = join(config, console)
     folder = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
@@ -32,8 +32,8 @@ def sft(config: SftConfig, console: Console | None = None) -> dict:
 
 
 def loop(run: Run, train: SftTrainerConfig, columns: dict[str, str]) -> dict:
-    """Updates until `train.steps` are done, from wherever the run stands; returns the summary. `columns` hold
-    the demonstrations, by task."""
+    """Runs the remaining of `train.steps` steps; returns the summary. `columns` has the column of the
+    demonstrations, by task."""
     run.evaluate(run.progress.step, last=train.steps)
     with run.console.progress("sft", train.steps, run.progress.step) as show:
         for step in range(run.progress.step + 1, train.steps + 1):
@@ -44,7 +44,7 @@ def loop(run: Run, train: SftTrainerConfig, columns: dict[str, str]) -> dict:
 
 
 def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
-    """One update on `rows` demonstrations. Returns the numbers that matter most."""
+    """One update on `rows` demonstrations. Returns the console line."""
     run.begin_step()
     lr = run.policy.set_step(step - 1)
     with run.before_update("data"), run.rollouts.tracking_cursor():
@@ -63,12 +63,12 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
 
 
 def demonstration(run: Run, prompt: Prompt, columns: dict[str, str]) -> Group:
-    """The row's demonstration as a finished response."""
+    """The row's demonstration as a group with one response."""
     column = columns[prompt.example.task]
     text = prompt.example.columns.get(column)
     if not isinstance(text, str) or not text.strip():
         raise RowError(
-            f"{prompt.example.label}: field {column} holds no demonstration; give it one or filter it out"
+            f"{prompt.example.label}: field {column} holds no demonstration; add one, or filter out the row"
         )
     return Group(prompt, (run.encode.respond(prompt, text),), ())
 

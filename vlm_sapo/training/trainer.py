@@ -17,7 +17,7 @@ from vlm_sapo.training.run import FINISHED, TrainingRun
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict:
-    """Trains as the config says and returns the summary. A finished run is reported, not repeated."""
+    """Trains with a config; returns the summary. For a finished run only returns its summary."""
     processes = join(config, console)
     folder = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
@@ -29,7 +29,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict:
 
 
 def loop(run: TrainingRun, loss: PolicyLoss, steps: int) -> dict:
-    """Steps until `steps` are done, from wherever the run stands; returns the summary."""
+    """Runs the remaining of `steps` steps; returns the summary."""
     run.evaluate(run.progress.step, last=steps)
     with run.console.progress("train", steps, run.progress.step) as show:
         for step in range(run.progress.step + 1, steps + 1):
@@ -40,7 +40,7 @@ def loop(run: TrainingRun, loss: PolicyLoss, steps: int) -> dict:
 
 
 def train_step(step: int, run: TrainingRun, rollouts: Rollouts, policy: Policy, loss: PolicyLoss) -> str:
-    """One step: sample and score groups, update in mini-batches. Returns the numbers that matter most."""
+    """One step: sample and score groups, update in mini-batches. Returns the console line."""
     run.begin_step()
     lr = policy.set_step(step - 1)
     with run.before_update("draw"):
