@@ -54,13 +54,13 @@ def fresh_accelerator():
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """`model_folder(family)`: a folder with a tiny model of the family."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(family: str = "qwen3_vl") -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            new_model(made[family], family=family, corpus=CORPUS, shape=SMALL)
-        return made[family]
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            new_model(folders[family], family=family, corpus=CORPUS, shape=SMALL)
+        return folders[family]
 
     return make
 
@@ -76,11 +76,11 @@ def encoder(vlm) -> Encoder:
 
 
 def picture(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:
-    """A drawn picture that differs by number."""
+    """A synthetic image that differs by number."""
     image = Image.new("RGB", size, (240, 240, 240))
-    draw = ImageDraw.Draw(image)
+    pen = ImageDraw.Draw(image)
     for index in range(number + 1):
-        draw.rectangle(
+        pen.rectangle(
             (5 * index, 3 * index, 5 * index + 9, 3 * index + 12), fill=(40 * index % 255, 90, 200)
         )
     return image
@@ -119,7 +119,7 @@ class Rows:
 
 @pytest.fixture
 def rows(encoder) -> Rows:
-    """Four prompts with 0 to 2 pictures and responses of unequal length."""
+    """Four prompts with 0 to 2 images and responses of unequal length."""
     prompts = [encoder(example(number, pictures=count)) for number, count in enumerate((1, 2, 0, 1))]
     lengths = (5, 1, 9, 3)
     generator = torch.Generator().manual_seed(1)
