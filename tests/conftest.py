@@ -80,9 +80,7 @@ def picture(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:
     image = Image.new("RGB", size, (240, 240, 240))
     pen = ImageDraw.Draw(image)
     for index in range(number + 1):
-        pen.rectangle(
-            (5 * index, 3 * index, 5 * index + 9, 3 * index + 12), fill=(40 * index % 255, 90, 200)
-        )
+        pen.rectangle((5 * index, 3 * index, 5 * index + 9, 3 * index + 12), fill=(40 * index % 255, 90, 200))
     return image
 
 

@@ -219,9 +219,7 @@ def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, promp
             expected(vlm, prompts[:2])
         )
         servers[0].version = "finished-run-40"
-        with pytest.raises(
-            RolloutError, match="finished-run-40, which a training run sent it.*restart it"
-        ):
+        with pytest.raises(RolloutError, match="finished-run-40, which a training run sent it.*restart it"):
             engine.generate(as_contexts(prompts[:2]), SAMPLING)
 
 
