@@ -27,8 +27,8 @@ WORKLOADS = {
     "cpu": {
         "4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8 --steps 3",
         "2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8 --steps 3",
-        "2 prompts of two pictures 1024 x 1024, G 16, 1 to 64 tokens": (
-            "--side 1024 --prompts 2 --group 16 --pictures 2 --unequal --steps 1"
+        "2 prompts of two images 1024 x 1024, G 16, 1 to 64 tokens": (
+            "--side 1024 --prompts 2 --group 16 --images 2 --unequal --steps 1"
         ),
     },
     "cuda": {

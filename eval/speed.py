@@ -34,7 +34,7 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
     from vlm_sapo.config.schema import TrainConfig
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
-    sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "images": args.pictures}
+    sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "images": args.images}
     return TrainConfig.model_validate(
         {
             "run": {"dir": folder},
@@ -92,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)

@@ -36,8 +36,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
         {
             "prompt": [{"role": "user", "content": "how many circles are there? " * 3}],
             "images": [
-                Image.fromarray(generator.integers(0, 255, shape, dtype=np.uint8))
-                for _ in range(args.pictures)
+                Image.fromarray(generator.integers(0, 255, shape, dtype=np.uint8)) for _ in range(args.images)
             ],
         }
         for _ in range(2 * args.prompts * (args.steps + 2))
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("model")
     for name, default in {
         "side": 512,
-        "pictures": 1,
+        "images": 1,
         "group": 8,
         "prompts": 4,
         "tokens": 64,

@@ -314,18 +314,18 @@ def main() -> int:
                 side.work.mkdir()
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(SCENARIOS[scenario], sides))
-            found = Comparison(arguments.numbers, arguments.tolerance)
-            found.folders(*sides)
-            verdict = f"{len(found.differences)} differences" if found.differences else "identical"
-            if found.largest and not found.differences:
-                verdict = f"within {found.largest:.1e}"
+            comparison = Comparison(arguments.numbers, arguments.tolerance)
+            comparison.folders(*sides)
+            verdict = f"{len(comparison.differences)} differences" if comparison.differences else "identical"
+            if comparison.largest and not comparison.differences:
+                verdict = f"within {comparison.largest:.1e}"
             codes = [
                 json.loads(f.read_text())["exit code"] for f in sorted(sides[0].work.glob("*.exit.json"))
             ]
             print(f"{scenario:10} {verdict}, exit codes {codes}", flush=True)
-            for line in found.differences[: arguments.show]:
+            for line in comparison.differences[: arguments.show]:
                 print(f"    {line}", flush=True)
-            failed |= bool(found.differences)
+            failed |= bool(comparison.differences)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)

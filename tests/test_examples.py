@@ -41,7 +41,7 @@ def test_an_example_trains(name, model_folder, tmp_path):
     assert all("reward/mean" in json.loads(line) for line in lines)
 
 
-def test_the_reward_looks_at_the_picture():
+def test_the_reward_reads_the_image():
     from PIL import Image, ImageDraw
 
     from docs.examples.reward import main_colour
@@ -124,7 +124,7 @@ def test_another_type_takes_no_fields_of_the_first():
         vlm_sapo.load_config("quickstart", "algo.objective.type=own")
 
 
-def test_a_script_without_a_guard_is_told_so(tmp_path):
+def test_a_script_without_a_main_guard_gets_an_error(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(
         "from vlm_sapo.rewards.pool import RewardPool\nfrom vlm_sapo.types import Example, ResponseText\n"

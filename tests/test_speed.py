@@ -19,7 +19,7 @@ def load(name):
 KEYS = {"seconds_per_rollout_batch", "generation", "old_logprobs", "update", "peak_rss_gb", "first_step"}
 
 
-@pytest.mark.parametrize("options", ["", "--plain", "--unequal --pictures 2 --frozen-vision --checkpointing"])
+@pytest.mark.parametrize("options", ["", "--plain", "--unequal --images 2 --frozen-vision --checkpointing"])
 def test_a_measurement(options, model_folder, monkeypatch, capsys):
     sizes = "--side 64 --group 4 --prompts 2 --tokens 8 --steps 1 --budget 300"
     monkeypatch.setattr(sys, "argv", ["speed.py", str(model_folder()), *sizes.split(), *options.split()])

@@ -129,41 +129,41 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_folder):
-    made = Runs(tmp_path_factory.mktemp("processes"), model_folder(), model_folder("qwen3_vl_moe"))
+    runs = Runs(tmp_path_factory.mktemp("processes"), model_folder(), model_folder("qwen3_vl_moe"))
     two = []
     for name, overrides in RUNS.items():
-        made.here(made.run(name, *overrides))
-        two += [made.run(f"{name}-copies", *overrides), made.run(f"{name}-sharded", *overrides, *SHARDED)]
-    made.here(made.run("sft", verb="sft"))
-    made.here(made.run("plain-alone", *SHARDED))
-    made.resumed_from("plain-one-then-two", "plain-alone", 1)
+        runs.here(runs.run(name, *overrides))
+        two += [runs.run(f"{name}-copies", *overrides), runs.run(f"{name}-sharded", *overrides, *SHARDED)]
+    runs.here(runs.run("sft", verb="sft"))
+    runs.here(runs.run("plain-alone", *SHARDED))
+    runs.resumed_from("plain-one-then-two", "plain-alone", 1)
     server = ModelServer(model_folder())
     engine = f"rollout.engine={{{{type: vllm_server, servers: ['{server.url}'], patience: 20}}}}"
     served = ("data.max_prompt_tokens=256", engine, "rollout.ahead=1", "algo.correction=truncated")
-    made.here(made.run("served", *served))
-    made.in_several(
+    runs.here(runs.run("served", *served))
+    runs.in_several(
         *two,
-        made.run("served-copies", *served),
-        made.run("served-sharded", *served, *SHARDED),
-        made.run("plain-offloaded", *HALF),
-        made.run("sft-copies", verb="sft"),
-        made.run("sft-sharded", *SHARDED, verb="sft"),
-        made.run("plain-one-then-two", *SHARDED),
-        made.run("bad", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}"),
-        made.run(
+        runs.run("served-copies", *served),
+        runs.run("served-sharded", *served, *SHARDED),
+        runs.run("plain-offloaded", *HALF),
+        runs.run("sft-copies", verb="sft"),
+        runs.run("sft-sharded", *SHARDED, verb="sft"),
+        runs.run("plain-one-then-two", *SHARDED),
+        runs.run("bad", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}"),
+        runs.run(
             "bad-evaluation",
             "eval.data.source={folder}/rows.py:one_bad",
             "eval.data.args={{size: 8}}",
             *SHARDED,
         ),
-        made.run(
+        runs.run(
             "skipping", "data.source={folder}/rows.py:one_bad", "data.args={{size: 8}}", "data.on_error=skip"
         ),
     )
-    made.resumed_from("served-two-then-one", "served-copies", 2)
-    made.here(made.run("served-two-then-one", *served))
+    runs.resumed_from("served-two-then-one", "served-copies", 2)
+    runs.here(runs.run("served-two-then-one", *served))
     server.close()
-    return made
+    return runs
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound: float = 1e-5) -> bool:
@@ -172,20 +172,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound:
     )
 
 
-@pytest.mark.parametrize("held", ["copies", "sharded"])
+@pytest.mark.parametrize("parallelism", ["copies", "sharded"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_what_one_does(runs, name, held):
-    """Parameters after three steps of two updates; metrics; and which responses were drawn."""
-    one, two = runs.final(name), runs.final(f"{name}-{held}")
+def test_two_processes_train_what_one_does(runs, name, parallelism):
+    """Parameters after three steps of two updates; metrics; and which responses were sampled."""
+    one, two = runs.final(name), runs.final(f"{name}-{parallelism}")
     assert same(one, two)
     before = runs.metrics(name)
     assert len(before) == 3
-    for first, second in zip(before, runs.metrics(f"{name}-{held}"), strict=True):
+    for first, second in zip(before, runs.metrics(f"{name}-{parallelism}"), strict=True):
         assert first.keys() == second.keys()
         off = {key: (first[key], second[key]) for key in first if abs(first[key] - second[key]) > 1e-4}
         assert not off
-    drawn = [(runs.folder / n / "rollouts.jsonl").read_text() for n in (name, f"{name}-{held}")]
-    assert drawn[0] == drawn[1]
+    responses = [(runs.folder / n / "rollouts.jsonl").read_text() for n in (name, f"{name}-{parallelism}")]
+    assert responses[0] == responses[1]
 
 
 def test_training_moves_far_more_than_that(runs):
@@ -208,12 +208,12 @@ def test_host_memory_holds_the_same(runs):
     assert same(runs.final("plain"), runs.final("plain-offloaded"))
 
 
-@pytest.mark.parametrize("held", ["copies", "sharded"])
-def test_supervised_learning_too(runs, held):
-    assert same(runs.final("sft"), runs.final(f"sft-{held}"))
+@pytest.mark.parametrize("parallelism", ["copies", "sharded"])
+def test_supervised_learning_too(runs, parallelism):
+    assert same(runs.final("sft"), runs.final(f"sft-{parallelism}"))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(runs):
+def test_a_run_resumes_with_another_number_of_processes(runs):
     """One step in one process, the others in two that share a copy; and the other way round."""
     assert same(runs.final("plain"), runs.final("plain-one-then-two"))
     runs.resumed_from("plain-two-then-one", "plain-sharded", 2)
@@ -236,7 +236,7 @@ def test_a_row_that_fails_in_one_process_ends_both_with_its_name(runs, name):
     assert sum("ElsewhereError" in failure for failure in failures) == 1
 
 
-def test_a_row_that_one_process_leaves_out_keeps_them_together(runs):
+def test_a_row_that_one_process_skips_does_not_separate_them(runs):
     assert json.loads((runs.folder / "skipping/summary.json").read_text())["rows_skipped"] >= 1
 
 
@@ -248,15 +248,15 @@ def test_adapters_are_written_once_and_whole(runs):
     assert same(one, two)
 
 
-@pytest.mark.parametrize("held", ["copies", "sharded"])
-def test_all_processes_draw_from_servers_that_one_brings_weights(runs, held):
+@pytest.mark.parametrize("parallelism", ["copies", "sharded"])
+def test_all_processes_sample_from_servers_and_one_sends_weights(runs, parallelism):
     """A step ahead, with groups that are passed on by checkpoints; parity is compared in each process."""
-    assert same(runs.final("served"), runs.final(f"served-{held}"), bound=1e-4)
-    behind = [row["rollout/updates_behind"] for row in runs.metrics(f"served-{held}")]
+    assert same(runs.final("served"), runs.final(f"served-{parallelism}"), bound=1e-4)
+    behind = [row["rollout/updates_behind"] for row in runs.metrics(f"served-{parallelism}")]
     assert behind == [0, 2, 2]
 
 
-def test_groups_drawn_ahead_are_passed_on_to_another_number_of_processes(runs):
+def test_prefetched_groups_are_resumed_with_another_number_of_processes(runs):
     assert same(runs.final("served"), runs.final("served-two-then-one"), bound=1e-4)
 
 

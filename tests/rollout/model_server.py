@@ -69,14 +69,14 @@ class ModelServer:
     def answer(self, handler, body) -> None:
         route = handler.path.strip("/").partition("?")[0]
         self.requests.append((route, body))
-        made = self.fault(route, body)
-        if made is HANG_UP:
+        answer = self.fault(route, body)
+        if answer is HANG_UP:
             handler.connection.close()
             return
-        status = made if isinstance(made, int) else 200
-        if made is None:
-            made = self.act(route, body)
-        text = json.dumps(made if status == 200 else {"error": {"message": "made by the test"}}).encode()
+        status = answer if isinstance(answer, int) else 200
+        if answer is None:
+            answer = self.act(route, body)
+        text = json.dumps(answer if status == 200 else {"error": {"message": "made by the test"}}).encode()
         try:
             handler.send_response(status)
             handler.send_header("Content-Length", str(len(text)))
@@ -148,8 +148,8 @@ class ModelServer:
         return Prompt(example(), text, "", ids, positions, tuple(images), encoded.get("pixel_values"), grid)
 
     def bare(self, ids: list[int]) -> torch.Tensor:
-        kept = torch.tensor(ids)
-        return kept[kept != self.vlm.model.config.image_token_id]
+        tokens = torch.tensor(ids)
+        return tokens[tokens != self.vlm.model.config.image_token_id]
 
 
 def encoded(experts: torch.Tensor) -> str:

@@ -144,8 +144,8 @@ def test_fresh_and_continued_ones_go_together(setting):
             assert int(item.mask.sum()) == len(first) + len(second) == len(item.ids) - len(ANSWER)
     for layout in (Plain(), SharedPrefix()) if setting.vlm.attends_fully else (Plain(),):
         for context, responses in zip(contexts, groups, strict=True):
-            found = setting.logprobs(layout, context.prompt, responses)
-            for logprobs, item in zip(found, responses, strict=True):
+            rows_of_logprobs = setting.logprobs(layout, context.prompt, responses)
+            for logprobs, item in zip(rows_of_logprobs, responses, strict=True):
                 assert (logprobs - item.logprobs).abs().max() < EXACT
     if setting.experts:
         check_experts(setting.vlm, contexts, groups)
@@ -161,9 +161,9 @@ def check_experts(vlm, contexts, groups) -> None:
     routed = vlm.routers.watch(inputs, None, gradient=False)
     Pass(vlm)(inputs, routed)
     own = routed.experts().view(len(rows), -1, *routed.experts().shape[1:])
-    for chosen, (prompt, item) in zip(own, rows, strict=True):
+    for experts, (prompt, item) in zip(own, rows, strict=True):
         assert len(item.experts) == len(prompt.ids) + len(item.ids) - 1
-        assert torch.equal(item.experts.sort(-1).values, chosen[: len(item.experts)].sort(-1).values)
+        assert torch.equal(item.experts.sort(-1).values, experts[: len(item.experts)].sort(-1).values)
     routes = ExpertRoutes.reported([(prompt, item.experts) for prompt, item in rows])
     assert float(routed.usage(routes).changed.sum()) == 0.0
 
@@ -232,8 +232,8 @@ def test_servers_continue_as_the_embedded_engine_does(model_folder, family):
             assert torch.equal(item.mask[:shorter], other.mask[:shorter])
             texts = setting.vlm.tokenizer.batch_decode(item.turns, skip_special_tokens=True)
             assert item.text == context.prompt.opening + "\n".join(texts)
-        found = setting.logprobs(Plain(), context.prompt, responses)
-        for logprobs, item in zip(found, responses, strict=True):
+        rows_of_logprobs = setting.logprobs(Plain(), context.prompt, responses)
+        for logprobs, item in zip(rows_of_logprobs, responses, strict=True):
             assert (logprobs - item.logprobs).abs().max() < EXACT
     if setting.experts:
         check_experts(setting.vlm, contexts, served)

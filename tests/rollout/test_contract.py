@@ -277,15 +277,15 @@ def test_the_coldest_sample_is_greedy(setting):
         assert not responses[0].logprobs.any()
 
 
-def test_evaluation_may_cut_the_distribution_off(setting):
+def test_evaluation_may_truncate_the_distribution(setting):
     _, cold = setting.sample(temperature=0.0)
     for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         _, groups = setting.sample(temperature=1.5, **cut)
         assert ids_of(groups) == ids_of(cold), cut
 
 
-def test_new_weights_and_old_pictures(setting):
-    """The pictures and prompts are those of before, so anything kept from the old weights would show."""
+def test_new_weights_with_the_same_images(setting):
+    """Images and prompts are the same, so anything cached from the old weights would show."""
     before = ids_of(setting.sample()[1])
     saved = {name: parameter.detach().clone() for name, parameter in setting.vlm.named_parameters()}
     generator = torch.Generator().manual_seed(0)

@@ -23,14 +23,14 @@ SAMPLING = Sampling(3, 8, 1.0, seed=2)
 
 @pytest.fixture
 def servers(model_folder):
-    made = [ModelServer(model_folder()) for _ in range(2)]
-    yield made
-    for server in made:
+    started = [ModelServer(model_folder()) for _ in range(2)]
+    yield started
+    for server in started:
         server.close()
 
 
 class Warnings:
-    """What the user is warned of."""
+    """The warnings that the user gets."""
 
     def __init__(self):
         self.lines = []
@@ -75,7 +75,7 @@ def expected(vlm, prompts):
     ]
 
 
-def test_prompts_are_spread_and_come_back_in_order(vlm, servers, prompts, tmp_path):
+def test_prompts_are_distributed_and_answers_keep_their_order(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
         assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
@@ -107,7 +107,7 @@ def test_weights_go_to_each_server_once_for_each_version(vlm, servers, prompts, 
     [503, HANG_UP, "late", "fewer", "cut", "aborted", "no logprobs"],
     ids=lambda value: str(value)[:12],
 )
-def test_what_a_server_fails_at_is_asked_again(vlm, servers, prompts, tmp_path, fault):
+def test_failed_requests_are_retried(vlm, servers, prompts, tmp_path, fault):
     """Once for each prompt that the first server gets."""
     warned, failed = Warnings(), set()
 
@@ -139,7 +139,7 @@ def test_what_a_server_fails_at_is_asked_again(vlm, servers, prompts, tmp_path, 
     assert failed and servers[0].url in warned.lines[0]
 
 
-def test_a_server_that_dies_leaves_its_work_to_the_others(vlm, servers, prompts, tmp_path):
+def test_the_prompts_of_a_dead_server_go_to_the_others(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
         servers[0].close()
@@ -150,8 +150,8 @@ def test_a_server_that_dies_leaves_its_work_to_the_others(vlm, servers, prompts,
         servers[0].open(servers[0].port)
 
 
-def test_a_server_that_starts_anew_gets_the_present_weights(vlm, servers, prompts, tmp_path):
-    """Its answers with the checkpoint's weights are thrown away."""
+def test_a_restarted_server_gets_the_current_weights(vlm, servers, prompts, tmp_path):
+    """Its answers with the checkpoint's weights are discarded."""
     with torch.no_grad():
         for parameter in vlm.parameters():
             parameter += 0.05
@@ -193,7 +193,7 @@ def test_an_answer_that_does_not_name_its_weights_is_not_used(vlm, servers, prom
             engine.generate(as_contexts(prompts[:1]), SAMPLING)
 
 
-def test_while_weights_are_loaded_no_response_bears_a_whole_name(vlm, servers, prompts, tmp_path):
+def test_responses_during_a_weight_load_are_marked(vlm, servers, prompts, tmp_path):
     seen = []
 
     def watch(route, body):
@@ -219,13 +219,11 @@ def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, promp
             expected(vlm, prompts[:2])
         )
         servers[0].version = "finished-run-40"
-        with pytest.raises(
-            RolloutError, match="finished-run-40, which a training run gave it.*start it anew"
-        ):
+        with pytest.raises(RolloutError, match="finished-run-40, which a training run sent it.*restart it"):
             engine.generate(as_contexts(prompts[:2]), SAMPLING)
 
 
-def test_no_server_at_all_is_a_sentence(vlm, servers, tmp_path):
+def test_the_error_without_any_server_says_what_to_do(vlm, servers, tmp_path):
     for server in servers:
         server.close()
     with pytest.raises(RolloutError, match=r"no server of http.* within 1 s.*vlm-sapo serve"):
@@ -243,7 +241,7 @@ def test_servers_that_die_while_sampling_stop_the_run_with_the_row(vlm, servers,
             engine.generate(as_contexts(prompts), SAMPLING)
 
 
-def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp_path):
+def test_errors_that_a_retry_cannot_fix_stop_at_once(vlm, servers, prompts, tmp_path):
     with closing(build(vlm, servers[:1], tmp_path, patience=60.0)) as engine:
         engine.sync(vlm)
         for status, words in (
@@ -257,8 +255,8 @@ def test_what_another_try_will_not_mend_stops_at_once(vlm, servers, prompts, tmp
                 engine.generate(as_contexts(prompts[1:2]), SAMPLING)
 
 
-def test_a_server_that_reads_other_prompts_is_caught(vlm, servers, prompts, tmp_path):
-    """As one does that resizes pictures itself."""
+def test_a_server_that_reads_other_prompts_is_detected(vlm, servers, prompts, tmp_path):
+    """As with a server that resizes images itself."""
 
     def resized(route, body):
         if route != "inference/v1/generate":
@@ -296,15 +294,15 @@ def test_a_short_context_is_refused_at_the_start(vlm, model_folder, tmp_path):
     server.close()
 
 
-def test_pictures_over_the_limit_name_the_row(vlm, servers, prompts, tmp_path, monkeypatch):
+def test_images_over_the_size_limit_name_the_row(vlm, servers, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm_sapo.rollout.vllm_client.MOST_BYTES", 100)
     with closing(build(vlm, servers, tmp_path)) as engine:
         engine.sync(vlm)
-        with pytest.raises(RowError, match=r"row e1.*pictures \(48x48\).*lower model.max_pixels"):
+        with pytest.raises(RowError, match=r"row e1.*images \(48x48\).*lower model.max_pixels"):
             engine.generate(as_contexts(prompts[:2]), SAMPLING)
 
 
-def test_closing_breaks_off_what_is_being_sampled(vlm, servers, prompts, tmp_path):
+def test_closing_cancels_requests_under_way(vlm, servers, prompts, tmp_path):
     engine = build(vlm, servers, tmp_path, timeout=60.0)
     engine.sync(vlm)
     for server in servers:

@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def command(*words, check=True):
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "vlm_sapo.cli", *map(str, words)],
         cwd=ROOT,
         env=ENVIRONMENT,
@@ -30,8 +30,8 @@ def command(*words, check=True):
         text=True,
         timeout=400,
     )
-    assert not check or found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    return found
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def rows(path):
@@ -89,16 +89,16 @@ def test_check_prints_its_table_and_agrees():
     assert "engine and trainer agree" in said
 
 
-def test_check_finds_an_engine_at_another_type():
-    found = command(
+def test_check_detects_an_engine_with_another_dtype():
+    done = command(
         "check",
         "quickstart",
         "rollout.engine={type: vllm, dtype: bfloat16}",
         "rollout.tolerance=1e-4",
         check=False,
     )
-    assert found.returncode == 1
-    assert "FAILS" in found.stdout and "dtype: " in found.stdout
+    assert done.returncode == 1
+    assert "FAILS" in done.stdout and "dtype: " in done.stdout
 
 
 def test_eval_with_vllm_is_eval_with_hf(tmp_path):
@@ -150,9 +150,9 @@ def test_a_server_is_killed_in_the_middle(tmp_path):
     finally:
         for process in servers:
             kill(process)
-    found = rows(tmp_path / "run/metrics.jsonl")
-    assert [row["step"] for row in found] == list(range(1, 13))
-    assert found[-1]["reward/mean"] > 0.85
+    logged = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in logged] == list(range(1, 13))
+    assert logged[-1]["reward/mean"] > 0.85
     ids = [row["id"] for row in rows(tmp_path / "run/rollouts.jsonl")][::8]
     assert len(set(ids)) == len(ids), "a row was used twice"
 
@@ -176,7 +176,7 @@ def kill(process):
         process.wait(30)
 
 
-def test_servers_stop_when_they_are_told_to(tmp_path):
+def test_serve_ends_its_server_on_a_signal(tmp_path):
     port = free_port()
     process = start_server(COLD_START, port, tmp_path / "server.log")
     own = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

@@ -28,9 +28,9 @@ BOTH = [pytest.param(0, marks=pytest.mark.slow), 1]
 
 @pytest.fixture
 def server(model_folder):
-    made = ModelServer(model_folder())
-    yield made
-    made.close()
+    model_server = ModelServer(model_folder())
+    yield model_server
+    model_server.close()
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def numbers(folder) -> list[dict]:
 
 def asked(folder) -> list[list[str]]:
     """The rows of each step."""
-    found = rows(folder, "rollouts.jsonl")
-    return [[row["id"] for row in found if row["step"] == step] for step in range(1, STEPS + 1)]
+    logged = rows(folder, "rollouts.jsonl")
+    return [[row["id"] for row in logged if row["step"] == step] for step in range(1, STEPS + 1)]
 
 
 @pytest.mark.slow
-def test_ahead_keeps_the_order_of_the_data_and_counts_how_old_its_weights_are(settings, tmp_path):
+def test_prefetching_keeps_the_order_of_the_data_and_logs_the_staleness(settings, tmp_path):
     train(settings("ahead"))
     train(settings("same", "rollout.ahead=0"))
     assert asked(tmp_path / "ahead") == asked(tmp_path / "same")
@@ -86,12 +86,12 @@ def test_ahead_keeps_the_order_of_the_data_and_counts_how_old_its_weights_are(se
     assert ahead[0] == same[0] and ahead[1] != same[1]
 
 
-def test_what_ahead_draws_is_from_the_weights_a_step_before(settings, tmp_path, server):
+def test_prefetched_responses_are_of_the_weights_a_step_before(settings, tmp_path, server):
     """The server saw its requests and new weights in this order."""
     train(settings("run", "eval.every=0"))
     routes = [route for route, _ in server.requests if route in ("collective_rpc", "inference/v1/generate")]
     order = "".join("W" if route == "collective_rpc" else "g" for route in routes)
-    one = "W" + "gggg" + "gggg" + "Wgg"  # drawn, the next drawn, changed weights tried
+    one = "W" + "gggg" + "gggg" + "Wgg"  # a step sampled, the next prefetched, changed weights tried
     two = "W" + "gggg" + "gg"  # new weights, the next drawn, a few for the comparison
     assert order == one + two + "W" + "gggg" + "W"
 
@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_the_whole_one(settings, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path, server, ahead, capsys):
+def test_a_dead_server_leaves_a_checkpoint_to_resume_from(settings, tmp_path, server, ahead, capsys):
     """It dies in step 3, after which no checkpoint is due, and comes back with its first weights."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0")
     train(settings("whole", *options))
@@ -158,7 +158,7 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(settings, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server, ahead, capsys):
+def test_an_engine_that_fails_a_later_comparison_loses_no_row(settings, tmp_path, server, ahead, capsys):
     """From step 3 on its log-probs are nonsense. Its responses of that step are not trained on."""
     options = (f"rollout.ahead={ahead}", "checkpoint.every=0", "rollout.check_every=1")
     train(settings("whole", *options))
@@ -185,7 +185,7 @@ def test_an_engine_that_goes_wrong_later_costs_no_row(settings, tmp_path, server
 
 @pytest.mark.slow
 def test_an_outage_in_a_comparison_changes_nothing(settings, tmp_path, server):
-    """A comparison asks for two responses, a step for four. What the step drew is in the checkpoint."""
+    """A comparison asks for two responses, a step for four. What the step sampled is in the checkpoint."""
     train(settings("whole", "checkpoint.every=0"))
     steps = tmp_path / "broken/metrics.jsonl"
 
@@ -217,19 +217,19 @@ def test_each_of_many_servers_is_compared(settings, model_folder, server):
 
     more[1].fault = off
     urls = ", ".join(f"'{item.url}'" for item in (server, *more))
-    with pytest.raises(ParityError, match=f"of {more[1].url} alone the mean is 2"):
+    with pytest.raises(ParityError, match=f"on {more[1].url} alone the mean is 2"):
         train(settings("run", f"rollout.engine.servers=[{urls}]"))
     for item in more:
         item.close()
 
 
-def test_uncorrected_staleness_is_told(settings, capsys):
+def test_uncorrected_staleness_gives_a_warning(settings, capsys):
     train(settings("run", "train.old_logprobs=recompute", "train.steps=1"))
-    assert "nothing in the loss knows that older weights drew" in capsys.readouterr().out
+    assert "the loss does not correct for the older weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["masked", pytest.param("truncated", marks=pytest.mark.slow)])
-def test_correction_weighs_what_older_weights_drew(settings, tmp_path, kind):
+def test_correction_weights_responses_of_older_weights(settings, tmp_path, kind):
     low = ", low: 0.5" if kind == "masked" else ""
     correction = f"algo.correction={{type: {kind}, level: token, high: 1.05{low}}}"
     train(settings("run", correction))
@@ -276,7 +276,7 @@ FURTHER = ("rollout.ahead=3", "train.old_logprobs=rollout", "train.steps=7", "tr
 
 @pytest.fixture
 def further(model_folder, tmp_path):
-    """A run of the policy's own draws, three steps ahead."""
+    """A run that samples from the policy itself, three steps ahead."""
 
     def make(name, *overrides):
         (tmp_path / name).mkdir(exist_ok=True)

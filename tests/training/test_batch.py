@@ -120,7 +120,7 @@ def test_on_policy_all_objectives_have_one_gradient(model_folder, encoder, reduc
         assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_groups_without_variance_cost_nothing_and_still_count(model_folder, encoder):
+def test_zero_variance_groups_need_no_pass_and_are_in_the_denominator(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = sample_groups(policy, encoder, REWARDS)
     batch = scored(policy, groups)
@@ -198,15 +198,15 @@ def test_tokens_of_an_environment_have_no_loss(model_folder, encoder):
 
     groups = [replace(group, responses=tuple(map(answered, group.responses))) for group in groups]
     plain = make_policy(model_folder(), layout=Plain())
-    found = {}
+    gradients = {}
     for policy in (shared, plain):
         batch = off_policy(policy, groups)
         assert batch.num_tokens == sum(int(item.mask.sum()) for group in groups for item in group.responses)
-        _, found[policy], micros = gradient(policy, batch, loss_of())
+        _, gradients[policy], micros = gradient(policy, batch, loss_of())
         for micro in micros:
             logprobs = policy.forward(micro)[0].logprobs
             assert not logprobs[~micro.mask].any() and logprobs[micro.mask].all()
-    assert (found[shared] - found[plain]).norm() < 1e-5 * found[plain].norm()
+    assert (gradients[shared] - gradients[plain]).norm() < 1e-5 * gradients[plain].norm()
 
 
 def test_kl_pulls_towards_the_reference(model_folder, encoder):
@@ -266,8 +266,8 @@ class SmallDevice:
 
 
 @pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=["shared", "plain"])
-def test_a_pass_that_runs_out_of_memory_is_made_in_parts(model_folder, encoder, layout, capsys):
-    """Mini-batches that come after it begin small; gradients are those of a device with room."""
+def test_a_pass_that_runs_out_of_memory_is_split_and_retried(model_folder, encoder, layout, capsys):
+    """Later mini-batches start with the smaller size; gradients are those of a device with enough memory."""
 
     def train(limit: int) -> tuple[list, Policy, SmallDevice]:
         policy = make_policy(model_folder(), layout=layout)
@@ -290,7 +290,7 @@ def test_a_pass_that_runs_out_of_memory_is_made_in_parts(model_folder, encoder, 
     assert "set train.tokens_per_microbatch=" in capsys.readouterr().out
 
 
-def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
+def test_a_response_too_large_for_the_device_is_named(model_folder, encoder):
     policy = make_policy(model_folder())
     groups = sample_groups(policy, encoder, REWARDS)
     SmallDevice(policy.forward_pass, 10)
@@ -300,7 +300,7 @@ def test_a_response_that_fits_no_device_is_named(model_folder, encoder):
         policy.update(scored(policy, groups), loss_of())
 
 
-def test_it_is_the_pass_that_failed_which_is_made_smaller(model_folder, encoder):
+def test_the_pass_that_failed_is_the_one_that_shrinks(model_folder, encoder):
     """In the plain layout a long response alone has fewer tokens than eight short ones with a long prompt."""
     policy = make_policy(model_folder(), layout=Plain())
     lone, wide = encoder(example(0, images=0)), encoder(example(1, images=2))
@@ -319,13 +319,13 @@ def test_it_is_the_pass_that_failed_which_is_made_smaller(model_folder, encoder)
     assert len(stats.rows) == 16 and limit in device.lengths
 
 
-def test_a_sharded_model_is_not_run_in_parts():
+def test_a_sharded_model_stops_when_out_of_memory():
     with pytest.raises(SystemExit, match="set train.tokens_per_microbatch=50"):
         MemoryBudget(1000, Console(), can_shrink=False).shrink(100, "no room")
 
 
-def test_what_no_pass_reaches_has_a_gradient_of_zero(model_folder, encoder):
-    """As it has in several processes, of which another one may look at an image: AdamW goes on with it."""
+def test_parameters_without_a_pass_have_a_gradient_of_zero(model_folder, encoder):
+    """As with several processes, one of which may have an image: AdamW updates them too."""
     policy = make_policy(model_folder(), weight_decay=0.1)
     tower = [parameter for name, parameter in policy.named.items() if "visual." in name]
     before = [parameter.detach().clone() for parameter in tower]
@@ -359,7 +359,7 @@ class FarthestLeftOut:
 
 
 @pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=lambda layout: layout.name)
-def test_what_is_prepared_for_a_minibatch_depends_on_no_budget(model_folder, encoder, layout, tmp_path):
+def test_prepared_tensors_do_not_depend_on_the_token_budget(model_folder, encoder, layout, tmp_path):
     own = {"type": "own", "function": "tests.training.test_batch:FarthestLeftOut", "args": {"share": 0.3}}
     loss = build_loss(AlgoConfig(objective=own), max_tokens=16)
     changes = []

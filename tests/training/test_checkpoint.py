@@ -27,7 +27,7 @@ NOTHING = ("eval.data=null", "checkpoint.every=1")
 @pytest.mark.parametrize(
     "damage", ["no manifest", "cut manifest", "empty manifest", "odd manifest", "cut", "other bytes", "gone"]
 )
-def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, tmp_path, capsys, damage):
+def test_a_torn_checkpoint_is_named_and_an_older_one_used(whole, tmp_path, capsys, damage):
     newest = tmp_path / "checkpoints/step_000004"
     shutil.copytree(whole / "checkpoints", newest.parent)
     file = newest / "model.safetensors"
@@ -43,14 +43,14 @@ def test_a_torn_checkpoint_is_named_and_an_older_one_taken(whole, tmp_path, caps
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     else:
         file.unlink()
-    made = Checkpoints(RunFolder(tmp_path), console=Console(), world=World())
-    assert made.newest() == newest.parent / "step_000003" and made.newest_step == 3
+    checkpoints = Checkpoints(RunFolder(tmp_path), console=Console(), world=World())
+    assert checkpoints.newest() == newest.parent / "step_000003" and checkpoints.newest_step == 3
     said = capsys.readouterr().out
-    assert f"{newest} is torn" in said and "an older one is taken" in said
+    assert f"{newest} is torn" in said and "using an older one" in said
     assert (newest.parent / "torn_step_000004").is_dir()  # and doesn't count among those that stay
 
 
-def test_where_all_are_torn_nothing_is_trained_anew(whole, settings, tmp_path):
+def test_if_all_checkpoints_are_torn_the_run_stops(whole, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
@@ -63,7 +63,7 @@ def test_where_all_are_torn_nothing_is_trained_anew(whole, settings, tmp_path):
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_what_a_killed_process_left_half_written_is_dropped(whole, settings, tmp_path):
+def test_half_written_files_of_a_killed_process_are_dropped(whole, settings, tmp_path):
     """Half a character, too."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -84,7 +84,7 @@ def test_what_a_killed_process_left_half_written_is_dropped(whole, settings, tmp
         ("train.steps=6", "is finished and left no checkpoint"),
     ],
 )
-def test_a_finished_run_is_not_trained_anew(settings, tmp_path, change, sentence):
+def test_a_finished_run_is_not_repeated(settings, tmp_path, change, sentence):
     options = ("eval.data=null", "checkpoint.every=0")
     train(settings(*options))
     before = (tmp_path / "run/metrics.jsonl").read_text()
@@ -94,7 +94,7 @@ def test_a_finished_run_is_not_trained_anew(settings, tmp_path, change, sentence
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
-def test_overwriting_wants_a_run(settings, tmp_path):
+def test_only_a_runs_folder_can_be_overwritten(settings, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be empty or hold a run"):
@@ -102,7 +102,7 @@ def test_overwriting_wants_a_run(settings, tmp_path):
     assert (tmp_path / "run/checkpoints/mine.txt").is_file()
 
 
-def test_a_run_goes_on_from_the_newest_whole_one(whole, settings, tmp_path):
+def test_a_run_resumes_from_the_newest_complete_checkpoint(whole, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
@@ -112,24 +112,24 @@ def test_a_run_goes_on_from_the_newest_whole_one(whole, settings, tmp_path):
     checkpoint.check(run / "checkpoints/step_000004")
 
 
-def test_a_full_disk_leaves_the_ones_before_whole_and_the_run_going(
+def test_a_full_disk_leaves_earlier_checkpoints_intact_and_the_run_continues(
     whole, settings, tmp_path, capsys, monkeypatch
 ):
     _full_at(monkeypatch, 3)
     train(settings(*NOTHING, "checkpoint.keep_last=5"))
     said = capsys.readouterr().out
-    assert "could not be written ([Errno 28] No space left on device)" in said and "goes on" in said
-    assert kept(tmp_path / "run") == [1, 2, 4]
+    assert "could not be written ([Errno 28] No space left on device)" in said and "continues" in said
+    assert checkpoint_steps(tmp_path / "run") == [1, 2, 4]
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_where_that_is_wanted(whole, settings, tmp_path, monkeypatch):
+def test_a_full_disk_stops_the_run_if_configured(whole, settings, tmp_path, monkeypatch):
     with monkeypatch.context() as disk:
         _full_at(disk, 3)
         with pytest.raises(ValueError, match=r"No space left.*step_.*|make room, then start the same comm"):
             train(settings(*NOTHING, "checkpoint.on_error=stop"))
-    assert kept(tmp_path / "run") == [1, 2]
+    assert checkpoint_steps(tmp_path / "run") == [1, 2]
     train(settings(*NOTHING, "checkpoint.on_error=stop"))
     assert metrics(tmp_path / "run") == metrics(whole)
 
@@ -162,9 +162,9 @@ def test_a_result_that_cannot_be_written_is_written_later(whole, settings, tmp_p
     options = ("eval.data=null", "checkpoint.every=3")
     with monkeypatch.context() as disk:
         disk.setattr(Policy, "export", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(ValueError, match="all 4 steps .* No space left.* is of step 4: make room"):
+        with pytest.raises(ValueError, match="all 4 steps .* No space left.* is of step 4: free disk space"):
             train(settings(*options))
-    assert kept(tmp_path / "run") == [3, 4]
+    assert checkpoint_steps(tmp_path / "run") == [3, 4]
     train(settings(*options))
     assert metrics(tmp_path / "run") == metrics(whole)
     final = [folder / "final/model.safetensors" for folder in (tmp_path / "run", whole)]
@@ -183,8 +183,8 @@ def _full_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(checkpoint, "_seal", full)
 
 
-def kept(run) -> list[int]:
-    """The checkpoints that a run left, each of them whole; nothing else lies beside them."""
+def checkpoint_steps(run) -> list[int]:
+    """Steps of a run's checkpoints, after checking that each is complete and nothing else is there."""
     folders = sorted((run / "checkpoints").iterdir())
     for folder in folders:
         checkpoint.check(folder)
@@ -203,20 +203,20 @@ def test_writing_in_the_background_changes_nothing(settings, tmp_path, kind):
 
 def manifests(run) -> list[dict]:
     """Sizes and hashes of all checkpoints' files but the seconds that passed."""
-    found = []
+    listed = []
     for folder in sorted((run / "checkpoints").iterdir()):
         files = json.loads((folder / checkpoint.MANIFEST).read_text())
         files.pop("progress.json")
-        found.append(files)
-    return found
+        listed.append(files)
+    return listed
 
 
 @pytest.mark.slow
-def test_the_best_and_the_last_stay(settings, tmp_path, monkeypatch):
+def test_the_best_and_the_last_checkpoints_stay(settings, tmp_path, monkeypatch):
     train(settings("checkpoint.every=1", "eval.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=1"))
     records = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").read_text().splitlines()]
     best = max(records[1:], key=lambda record: (record["pass@1"], record["step"]))["step"]
-    assert set(kept(tmp_path / "run")) in ({best, 4}, {4})
+    assert set(checkpoint_steps(tmp_path / "run")) in ({best, 4}, {4})
 
 
 def test_best_needs_evaluations_at_checkpoints(settings):
@@ -227,7 +227,7 @@ def test_best_needs_evaluations_at_checkpoints(settings):
 @pytest.mark.parametrize(
     ("number", "phase"), [(signal.SIGTERM, "sample"), (signal.SIGINT, "update"), (signal.SIGTERM, "sampled")]
 )
-def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
+def test_a_signal_writes_a_checkpoint_and_the_run_can_resume(
     whole, settings, tmp_path, monkeypatch, number, phase
 ):
     """During sampling it ends at once, and where that is just done too, during an update after it; nothing is
@@ -244,45 +244,45 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
         calls.append(1)
         if len(calls) != call:
             return inner(self, *args, **kwargs)
-        made = inner(self, *args, **kwargs) if phase == "sampled" else None
+        rollout = inner(self, *args, **kwargs) if phase == "sampled" else None
         signal.raise_signal(number)
-        return made or inner(self, *args, **kwargs)
+        return rollout or inner(self, *args, **kwargs)
 
     with monkeypatch.context() as context:
         context.setattr(owner, name, interrupted)
         with pytest.raises(Interrupted):
             train(settings("eval.data=null", "checkpoint.every=0"))
-    assert len(kept(tmp_path / "run")) == 1
+    assert len(checkpoint_steps(tmp_path / "run")) == 1
     assert signal.getsignal(number) == before
     train(settings("eval.data=null", "checkpoint.every=0"))
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
 def test_a_second_signal_ends_the_process(monkeypatch):
-    asked = Interruption(World())
-    with asked.handling_signals():
+    interruption = Interruption(World())
+    with interruption.handling_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a launcher's, of the same request
         monkeypatch.setattr(training_run, "SAME_SIGNAL", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted), asked.interruptible():
+    with pytest.raises(Interrupted), interruption.interruptible():
         pass
 
 
 def test_a_signal_after_an_alarm_is_the_first(monkeypatch):
-    asked = Interruption(World())
+    interruption = Interruption(World())
     monkeypatch.setattr(training_run, "SAME_SIGNAL", 0.0)
-    with asked.handling_signals():
-        asked.request_stop("the reward has fallen", alarm=True)
+    with interruption.handling_signals():
+        interruption.request_stop("the reward has fallen", alarm=True)
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="the reward has fallen") as raised, asked.interruptible():
+    with pytest.raises(Interrupted, match="the reward has fallen") as raised, interruption.interruptible():
         pass
     assert raised.value.alarm
 
 
 def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, monkeypatch):
-    asked, lines = Interruption(World()), Lines(tmp_path / "log")
+    interruption, lines = Interruption(World()), Lines(tmp_path / "log")
     stat = Path.stat
 
     def signalled(self, **options):
@@ -290,9 +290,9 @@ def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, mon
         return stat(self, **options)
 
     with (
-        asked.handling_signals(),
+        interruption.handling_signals(),
         pytest.raises(Interrupted),
-        asked.interruptible(),
+        interruption.interruptible(),
         monkeypatch.context() as context,
     ):
         lines.add("1\n")
@@ -303,28 +303,28 @@ def test_a_signal_while_a_line_is_written_leaves_it_whole_and_once(tmp_path, mon
 
 def test_a_signal_while_the_disk_is_full_stops_no_later_line(tmp_path, monkeypatch):
     """The line waits, the request too: it ends the next block between two steps and nothing before."""
-    asked, lines = Interruption(World()), Lines(tmp_path / "log")
+    interruption, lines = Interruption(World()), Lines(tmp_path / "log")
 
     def full(self, **options):
         signal.raise_signal(signal.SIGTERM)
         raise OSError(28, "No space left on device")
 
-    with asked.handling_signals():
-        with asked.interruptible(), monkeypatch.context() as context:
+    with interruption.handling_signals():
+        with interruption.interruptible(), monkeypatch.context() as context:
             context.setattr(Path, "stat", full)
             context.setattr(Path, "is_file", lambda self: True)
             lines.add("1\n")
         lines.add("2\n")  # of an update, which a signal must not end
-        with pytest.raises(Interrupted), asked.interruptible():
+        with pytest.raises(Interrupted), interruption.interruptible():
             pass
     assert (tmp_path / "log").read_text() == "1\n2\n"
 
 
-def test_half_a_character_is_written(tmp_path):
+def test_a_lone_surrogate_is_written(tmp_path):
     lines = Lines(tmp_path / "log")
     lines.add('"\ud83d"\n')
     assert json.loads((tmp_path / "log").read_text()) == "\ud83d"
 
 
-def test_the_newest_of_nothing(tmp_path):
+def test_without_checkpoints_there_is_no_newest(tmp_path):
     assert Checkpoints(RunFolder(tmp_path / "none"), console=Console(), world=World()).newest() is None

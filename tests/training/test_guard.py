@@ -1,4 +1,4 @@
-"""Updates that are not finite: skipped, counted, kept, and too many of them an end."""
+"""Non-finite updates are skipped, counted and saved; too many of them stop the run."""
 
 import json
 
@@ -46,7 +46,7 @@ def update(policy, encoder, *, loss=None, old=None) -> float:
 
 
 @pytest.mark.parametrize("wrong", ["ratio", "loss", "gradient"])
-def test_an_update_that_would_spoil_the_weights_is_left_out(policy, encoder, tmp_path, capsys, wrong):
+def test_a_non_finite_update_is_skipped(policy, encoder, tmp_path, capsys, wrong):
     ways = {
         "ratio": {"old": -1000.0},
         "loss": {"loss": InfiniteLoss()},
@@ -61,14 +61,14 @@ def test_an_update_that_would_spoil_the_weights_is_left_out(policy, encoder, tmp
     printed = capsys.readouterr().out
     assert "step 7: an update is skipped" in printed and wrong in printed
     if wrong != "gradient":
-        kept = torch.load(tmp_path / "bad/step_000007_process_0.pt", weights_only=True)
-        assert len(kept["rows"]) == len(kept["prompts"]) == len(kept["responses"]) == 2
-        assert wrong in kept["wrong"] and kept["logprobs"].shape == kept["mask"].shape
+        saved = torch.load(tmp_path / "bad/step_000007_process_0.pt", weights_only=True)
+        assert len(saved["rows"]) == len(saved["prompts"]) == len(saved["responses"]) == 2
+        assert wrong in saved["wrong"] and saved["logprobs"].shape == saved["mask"].shape
     assert update(policy, encoder) > 0
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
 
 
-def test_too_many_in_a_row_are_an_end(policy, encoder):
+def test_too_many_skipped_in_a_row_stop_the_run(policy, encoder):
     update(policy, encoder, old=-1000.0)
     update(policy, encoder)
     update(policy, encoder, old=-1000.0)
@@ -77,7 +77,7 @@ def test_too_many_in_a_row_are_an_end(policy, encoder):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_one(settings, tmp_path, monkeypatch):
+def test_a_run_continues_after_a_skipped_update(settings, tmp_path, monkeypatch):
     inner, calls = PolicyLoss.__call__, []
 
     def sometimes(self, *args):

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends as the one that nothing happened to."""
+"""A run that is killed at random moments and restarted gives the results of an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -42,19 +42,19 @@ PHASES = {
 def run(folder: str, model: str, options: tuple[str, ...], phase) -> None:
     """In a process of its own, which says what it does."""
     torch.set_num_threads(1)
-    threading.Thread(target=tell, args=(phase,), daemon=True).start()
+    threading.Thread(target=watch, args=(phase,), daemon=True).start()
     train(short_run(Path(folder), Path(model), *options))
 
 
-def tell(phase) -> None:
-    """Writes down all the time what any thread of this process does."""
+def watch(phase) -> None:
+    """Records repeatedly which phase any thread of this process is in."""
     while True:
-        found = set()
+        running = set()
         for frame in sys._current_frames().values():
             while frame is not None:
-                found.add(frame.f_code.co_qualname)
+                running.add(frame.f_code.co_qualname)
                 frame = frame.f_back
-        phase.value = next((name for place, name in PHASES.items() if place in found), "").encode()
+        phase.value = next((name for function, name in PHASES.items() if function in running), "").encode()
         time.sleep(0.003)
 
 
@@ -68,10 +68,10 @@ def started(folder: Path, model: Path, options: tuple[str, ...]):
     return process, phase
 
 
-def killed(process, phase, run: Path, wanted: str, step: int, delay: float) -> str:
-    """Kills the process a moment after it is first seen doing what is wanted, with so many steps done.
-    Returns what it was doing then; nothing where it ended before."""
-    while process.is_alive() and (phase.value.decode() != wanted or steps_of(run) < step):
+def killed(process, phase, run: Path, target: str, step: int, delay: float) -> str:
+    """Kills the process shortly after it is first seen in the target phase, with `step` steps done.
+    Returns its phase at that time; empty if it ended before."""
+    while process.is_alive() and (phase.value.decode() != target or steps_of(run) < step):
         time.sleep(0.003)
     time.sleep(delay)
     last = phase.value.decode() or "between"
@@ -102,17 +102,19 @@ def test_killed_at_random_moments(tmp_path_factory, capsys):
     kills, number = [], 0
     while len(kills) < KILLS:
         number += 1
-        place = folder / f"run{number}"
-        place.mkdir()
+        parent = folder / f"run{number}"
+        parent.mkdir()
         options = OPTIONS + (BACKGROUND if number % 2 else ())
-        wanted = dice.sample(sorted(PHASES.values()), 4)
-        for phase, step in zip(wanted, sorted(dice.randrange(STEPS) for _ in wanted), strict=True):
-            process, doing = started(place, folder / "model", options)
-            kills += filter(None, [killed(process, doing, place / "run", phase, step, dice.uniform(0, 0.02))])
-        process, _ = started(place, folder / "model", options)
+        targets = dice.sample(sorted(PHASES.values()), 4)
+        for phase, step in zip(targets, sorted(dice.randrange(STEPS) for _ in targets), strict=True):
+            process, doing = started(parent, folder / "model", options)
+            kills += filter(
+                None, [killed(process, doing, parent / "run", phase, step, dice.uniform(0, 0.02))]
+            )
+        process, _ = started(parent, folder / "model", options)
         process.join()
         assert process.exitcode == 0
-        same(folder / "whole/run", place / "run")
+        same(folder / "whole/run", parent / "run")
     with capsys.disabled():
         print(f"\n{len(kills)} kills in {number} runs: {', '.join(kills)}")
     assert all(any(kill.startswith(phase) for kill in kills) for phase in PHASES.values())

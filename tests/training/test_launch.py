@@ -1,4 +1,4 @@
-"""What a number of processes allows, and what is said where it doesn't."""
+"""Which configs fit a number of processes, and the messages for those that don't."""
 
 import json
 
@@ -55,15 +55,15 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
         ),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_loaded(overrides, size, message, tmp_path):
+def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         check_processes(load(*overrides, tmp_path=tmp_path), size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_what_fits_passes(size, tmp_path):
-    for wanted, shard in (("1", 1), ("all", size)):
-        options = ("rollout.engine=vllm_server", f"train.shard={wanted}")
+def test_a_config_that_fits_passes(size, tmp_path):
+    for value, shard in (("1", 1), ("all", size)):
+        options = ("rollout.engine=vllm_server", f"train.shard={value}")
         assert check_processes(load(*options, tmp_path=tmp_path), size) == shard
 
 
@@ -146,7 +146,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(run):
     assert last["minibatch0/kl_reference"] > 1e-6
 
 
-def test_an_adapter_is_gone_on_from(run):
+def test_training_continues_from_an_adapter(run):
     first = run("first", "model.lora.rank=4")
     second = run("second", f"model.lora.adapter={first / 'final/adapter'}", "train.lr=1e-9")
     one, two = (load_file(folder / "final/model.safetensors") for folder in (first, second))

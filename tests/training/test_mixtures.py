@@ -1,4 +1,4 @@
-"""Mixtures of experts in training: replay between mini-batches, the balance loss, what is logged."""
+"""MoE models in training: replay between mini-batches, the balance loss, what is logged."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def weights(policy):
 def test_an_update_depends_on_neither_budget_nor_layout(folder, groups, replay, other):
     """Weights after two mini-batches with the balance loss on, of which the second is off policy."""
     loss = replace(loss_of(), balance=0.5)
-    found = []
+    moves = []
     usual = moe_policy(folder).layout
     if isinstance(other[0], SharedPrefix) and isinstance(usual, Plain):
         pytest.skip("linear attention has no shared prefix")
@@ -69,8 +69,8 @@ def test_an_update_depends_on_neither_budget_nor_layout(folder, groups, replay, 
         policy.optimizer = torch.optim.SGD(policy.vlm.parameters(), lr=0.05)  # Adam magnifies rounding
         start = weights(policy)
         update(policy, groups, loss)
-        found.append(weights(policy) - start)
-    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+        moves.append(weights(policy) - start)
+    assert (moves[0] - moves[1]).norm() < 1e-4 * moves[0].norm()
 
 
 def test_the_balance_loss_is_in_the_gradient_and_evens_the_load(folder, groups):
@@ -116,7 +116,7 @@ def test_the_second_minibatch_uses_the_experts_of_its_old_pass(folder, replay, p
 
 
 def test_the_engines_experts_are_replayed_in_the_old_pass_too(folder, groups):
-    """R3 with an engine of other weights: each pass follows what the completions tell."""
+    """R3 with an engine of other weights: each pass uses the experts that the responses carry."""
     policy = moe_policy(folder, replay=True, lr=FAR)
     engine = HfEngine(load_vlm(str(folder)), prompts_per_batch=8, experts=True)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_engines_experts_are_replayed_in_the_old_pass_too(folder, groups):
         assert (own.forward(micro)[0].logprobs - micro.sampled).abs().max() < 2e-5
 
 
-def test_what_cannot_be_known_is_not_logged(folder, groups, model_folder):
+def test_metrics_that_do_not_apply_are_not_logged(folder, groups, model_folder):
     policy = moe_policy(folder, reuse_sampled=True)
     _, metrics = update(policy, groups, loss_of())
     assert not [name for name in metrics if "experts_changed" in name]

@@ -1,4 +1,4 @@
-"""Engine against trainer: each of the usual faults, made on purpose, is caught and named."""
+"""Engine against trainer: each of the usual faults, injected on purpose, is detected and named."""
 
 import copy
 from dataclasses import replace
@@ -83,7 +83,7 @@ class Rollouts:
 
 
 class Run:
-    def __init__(self, model_folder, fault="", *, pictures=1, family="qwen3_vl", every=10):
+    def __init__(self, model_folder, fault="", *, images=1, family="qwen3_vl", every=10):
         self.policy = make_policy(model_folder(family), temperature=SAMPLING.temperature, budget=64)
         with torch.no_grad():  # a fresh tiny model hardly looks at anything
             generator = torch.Generator().manual_seed(1)
@@ -99,7 +99,7 @@ class Run:
             tolerance=1e-4,
             every=every,
         )
-        self.examples = [replace(example(n), images=(numbered_image(n),) * pictures) for n in range(3)]
+        self.examples = [replace(example(n), images=(numbered_image(n),) * images) for n in range(3)]
 
     def step(self, number):
         """What a step of the trainer does to the weights and the engine."""
@@ -111,12 +111,12 @@ class Run:
             for prompt, items in zip(prompts, responses, strict=True)
         ]
         rollout = RolloutBatch(tuple(groups), (0, 1, 2), self.policy.vlm.version, before={}, after={})
-        found = self.parity(number, rollout)
+        metrics = self.parity(number, rollout)
         with torch.no_grad():
             for parameter in self.policy.vlm.parameters():
                 parameter *= 1.1
         self.policy.vlm.version += 1
-        return found
+        return metrics
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
@@ -138,7 +138,7 @@ def test_an_engine_that_agrees(model_folder, capsys, family):
         ("no sync", "weights: new weights do not reach the engine"),
         ("raw", "temperature: "),
         ("unbanned", "banned mass: "),
-        ("other pixels", "pictures: rows without pictures agree"),
+        ("other pixels", "images: rows without images agree"),
         ("rounding", "dtype: "),
         ("nonsense", "none of the usual causes"),
     ],

@@ -73,7 +73,7 @@ def test_a_finished_run_is_reported_and_another_config_refused(settings, tmp_pat
     train(settings(*changes))  # a finished run goes on, in its own way
     assert [row["lr"] for row in metrics(tmp_path / "run")] == [1e-4] * 4
     said = capsys.readouterr().out
-    assert "goes on with changes: train.layout: shared -> plain; train.steps: 2 -> 4; train.tok" in said
+    assert "continues with changes: train.layout: shared -> plain; train.steps: 2 -> 4; train.tok" in said
     train(settings(*changes, "train.lr=2e-4", "train.steps=5", "run.accept_changes=true"))
     assert [row["lr"] for row in metrics(tmp_path / "run")] == [1e-4] * 4 + [2e-4]
     train(settings("train.lr=1e-4", "train.steps=2", "run.overwrite=true"))

@@ -1,4 +1,4 @@
-"""The self-check lets the fast ways pass when they are right, and drops them when they are not."""
+"""The self-check keeps shared layout and reused log-probs if they are right, and drops them if not."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ class Shifted(SharedPrefix):
 
 def check(policy, groups, budget=10**6):
     policy.memory.tokens = budget
-    check = SelfCheck(policy, Console(), choose=policy.reuse_sampled)
+    check = SelfCheck(policy, Console(), choose_old=policy.reuse_sampled)
     rollout = RolloutBatch(tuple(groups), (0,), policy.vlm.version, {}, {})
     assert check(1, rollout) == {}
 
@@ -36,12 +36,12 @@ def test_agreement_is_reported_and_nothing_changes(model_folder, encoder, capsys
     policy = make_policy(model_folder(), reuse_sampled=True)
     check(policy, sample_groups(policy, encoder, REWARDS))
     output = capsys.readouterr().out
-    assert "agrees with the plain pass" in output and "serve as old log-probs" in output
+    assert "shared-prefix and plain pass agree" in output and "reusing them as old log-probs" in output
     assert isinstance(policy.layout, SharedPrefix) and policy.reuse_sampled
     assert all(parameter.grad is None for parameter in policy.vlm.parameters())
 
 
-def test_a_layout_that_is_wrong_is_dropped_loudly(model_folder, encoder, capsys):
+def test_a_wrong_layout_is_replaced_with_a_warning(model_folder, encoder, capsys):
     policy = make_policy(model_folder(), layout=Shifted())
     check(policy, sample_groups(policy, encoder, REWARDS))
     output = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_logprobs_of_another_policy_are_recomputed(model_folder, encoder, capsys
         for parameter in policy.vlm.parameters():
             parameter.mul_(1.01)
     check(policy, groups)
-    assert not policy.reuse_sampled and "old log-probs are recomputed" in capsys.readouterr().out
+    assert not policy.reuse_sampled and "recomputing old log-probs" in capsys.readouterr().out
 
 
 def test_a_group_over_the_budget_is_checked_in_parts(model_folder, encoder, capsys):

@@ -1,4 +1,4 @@
-"""Evaluations during a run: before the first step, every so many steps, and after the last."""
+"""Evaluations during a run: before the first step, every few steps, and after the last."""
 
 from __future__ import annotations
 

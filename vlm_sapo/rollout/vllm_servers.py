@@ -104,7 +104,7 @@ class VllmServers:
         self.closed = True
         running = self.running
         if running is not None:
-            with suppress(RuntimeError):  # its loop may have ended meanwhile
+            with suppress(RuntimeError):  # its loop may have ended
                 running.get_loop().call_soon_threadsafe(running.cancel)
         if self.transfer is not None:
             self.transfer.close()
@@ -246,7 +246,7 @@ class VllmServers:
                     names = ", ".join(server.url for server in servers)
                     raise RolloutError(
                         f"no server of {names} answered {about} within {self.patience:g} s: {error}. "
-                        f"Look at its log; {START}, and the same command goes on from the last checkpoint"
+                        f"Look at its log; {START}, and the same command resumes from the last checkpoint"
                     ) from error
                 await asyncio.sleep(min(FIRST_PAUSE * 2 ** min(attempt, 10), BACK_OFF))
         raise AssertionError

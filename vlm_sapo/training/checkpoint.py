@@ -177,7 +177,7 @@ class Checkpoints:
         if torn:
             raise ValueError(
                 f"no checkpoint of this run is whole ({'; '.join(str(error) for _, error in torn)}); put one "
-                "back, or start anew with run.overwrite=true"
+                "back, or start over with run.overwrite=true"
             )
         return None
 

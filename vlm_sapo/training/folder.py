@@ -40,21 +40,21 @@ def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accep
     if refused and not accept_all:
         raise ValueError(
             f"run.dir ({folder.path}) holds a run with another config: {'; '.join(refused)}. Choose "
-            "another run.dir, start anew with run.overwrite=true, or go on all the same with "
+            "another run.dir, start over with run.overwrite=true, or continue anyway with "
             "run.accept_changes=true"
         )
     steps = next((change for change in changes if change.field == "train.steps"), None)
     if steps is not None and steps.after < (done := folder.steps()):
         raise ValueError(
             f"train.steps ({steps.after}) must be {done} or more: the run in {folder.path} has done so "
-            "many; choose another run.dir, or start anew with run.overwrite=true"
+            "many; choose another run.dir, or start over with run.overwrite=true"
         )
-    console.warn(f"this run goes on with changes: {'; '.join(map(str, changes))}")
+    console.warn(f"this run continues with changes: {'; '.join(map(str, changes))}")
     if folder.summary() is not None and (steps is not None or refused):
         if not (folder.path / "checkpoints").is_dir():
             raise ValueError(
-                f"the run in {folder.path} is finished and left no checkpoint to go on from "
-                "(checkpoint.every=0); choose another run.dir, or start anew with run.overwrite=true"
+                f"the run in {folder.path} is finished and left no checkpoint to resume from "
+                "(checkpoint.every=0); choose another run.dir, or start over with run.overwrite=true"
             )
         folder.unfinish()
 

@@ -31,7 +31,7 @@ from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import RolloutBatch
 
-FINISHED = "this run is finished; start it anew with run.overwrite=true, or choose another run.dir"
+FINISHED = "this run is finished; start it over with run.overwrite=true, or choose another run.dir"
 SAME_SIGNAL = 2.0
 """Seconds within which repeated signals count as one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
