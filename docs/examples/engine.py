@@ -27,7 +27,7 @@ class CountingEngine(HfEngine):
 
 
 def counting(needs, path):
-    """`needs` is what an engine is built for (vlm_sapo/rollout/build.py)."""
+    """`needs` is what an engine is built for (vlm_sapo/rollout/engine.py)."""
     engine = CountingEngine(
         needs.vlm,
         prompts_per_batch=needs.prompts_per_batch,

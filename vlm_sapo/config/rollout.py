@@ -42,7 +42,7 @@ class OwnEngineConfig(_Engine):
     type: Literal["own"]
     function: str
     """`path/to/file.py:name` of a function or class that takes what an engine is built for
-    (rollout/build.py, EngineNeeds) and returns an engine (rollout/engine.py)."""
+    (EngineNeeds) and returns an engine; both are in rollout/engine.py."""
     args: dict[str, Any] = {}
     """Keyword arguments of the function."""
     policy_modules: bool = False
