@@ -162,9 +162,10 @@ class HfEngine:
                 if not running.any():
                     break
                 remaining = state.compact(running)
-                branch, running, tokens, position, start, index = (
-                    values[remaining] for values in (branch, running, tokens, position, start, index)
-                )
+                if len(remaining) < len(running):
+                    branch, running, tokens, position, start, index = (
+                        values[remaining] for values in (branch, running, tokens, position, start, index)
+                    )
             with recorder.decode(branch, index):
                 logits = state.step(tokens, position + step)
         return ids.cpu(), logprobs.cpu()
