@@ -81,7 +81,7 @@ class RewardPartConfig(Section):
         return value
 
 
-RESERVED = {"mean", "zero_variance"}
+RESERVED = {"mean", "zero_variance", "environment"}
 """Names under `reward/` in the logs that are no part's."""
 
 

@@ -103,6 +103,7 @@ def build_episodes(
     make = resolve(environment.function, field=field)
     check_call(make, name=environment.function, field=field, args=environment.args)
     make = partial(make, **environment.args)
+    encode.user_turn("")  # or a template without further turns would end every episode at its first
     return Episodes(engine, encode, make, max_turns=environment.max_turns, world=world)
 
 
