@@ -85,13 +85,36 @@ def test_mistakes_are_sentences(load, override, sentence):
 
 
 @pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "algo.advantage=zscor",
+            "algo.advantage ('zscor') is not valid: input should be 'zscore', 'centred' or 'leave_one_out'",
+        ),
+        ("algo.advantage={type: own}", "algo.advantage.function is missing; add it to the config file"),
+        ("algo.advantage={function: f.py:f}", "algo.advantage.type is missing"),
+        (
+            "algo.reduction={type: own, function: f.py:f, agrs: 1}",
+            "algo.reduction.agrs is not a field; did you mean algo.reduction.args? Fields there: type, function",
+        ),
+        ("algo.objective={type: dppo, low: -1}", "algo.objective.low (-1) is not valid"),
+        ("algo.objective={type: vespo, k_pso: 1}", "did you mean algo.objective.k_pos?"),
+    ],
+)
+def test_mistakes_about_functions_are_one_sentence(load, override, sentence):
+    with pytest.raises(ValueError) as error:
+        load([override])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
         (["rollout.top_p=0.9"], "top_p (0.9) cuts the distribution off"),
         (["rollout.top_k=20"], "set eval.top_k for evaluations"),
         (["rollout.min_p=0.1"], "remove it"),
         (["rollout.ahead=-1"], "rollout.ahead (-1) is not valid"),
-        (["rollout.engine=vlm"], "must be one of hf, vllm, vllm_server; did you mean vllm?"),
+        (["rollout.engine=vlm"], "must be one of hf, vllm, vllm_server, own; did you mean vllm?"),
         (
             ["rollout.engine={type: vllm_server, servers: [localhost:8000]}"],
             "must be an address such as http",

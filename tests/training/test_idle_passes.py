@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.training.test_batch import REWARDS, loss_of, make_policy, sample_groups, scored
+from tests.training.test_batch import REWARDS, loss_of, make_policy, sample_groups
 from vlm_sapo.algo.advantages import zscore
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.training.batch import collate

@@ -37,8 +37,10 @@ HARMLESS = (
     "train.offload",
 )
 """Beginnings of fields that change how a run is carried out, and no result of it."""
-VARIANTS = ("sapo", "grpo", "gspo", "cispo", "own", "hf", "vllm", "vllm_server")
+VARIANTS = ("sapo", "grpo", "gspo", "cispo", "dppo", "vespo", "own", "hf", "vllm", "vllm_server")
 """Values of `type`, which pydantic puts between a section and its fields."""
+NAME_OR_SECTION = ("OwnFunctionConfig", "literal[")
+"""How pydantic calls the two forms of a field that is a name or a section."""
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
@@ -57,7 +59,8 @@ def check(kind: type[T], values: dict) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from error
+        items = [item for item in error.errors() if not _is_other_form(item)]
+        raise ValueError("\n".join(_explain(kind, item) for item in items)) from error
 
 
 def dump(config: Section) -> str:
@@ -134,9 +137,18 @@ def _item(values: list, index: str, override: str) -> Any:
     return values[int(index)]
 
 
+def _is_other_form(item: dict) -> bool:
+    """Whether an error is about the form that a value, a name or a section, does not have."""
+    if not item["loc"] or not str(item["loc"][-1]).startswith(NAME_OR_SECTION):
+        return False
+    return (item["type"] == "literal_error") == isinstance(item["input"], dict)
+
+
 def _explain(kind: type[Section], item: dict) -> str:
     """One sentence for one of pydantic's errors."""
-    location = [part for part in item["loc"] if part not in VARIANTS]
+    location = [
+        part for part in item["loc"] if part not in VARIANTS and not str(part).startswith(NAME_OR_SECTION)
+    ]
     field = ".".join(map(str, location)) or "config"
     if item["type"] == "extra_forbidden":
         valid = _fields_at(kind, item["loc"][:-1])
@@ -160,7 +172,7 @@ def _fields_at(kind: type[Section], location: tuple) -> list[str]:
     """The field names of the section that a path of an error leads to."""
     current: Any = [kind]
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or str(part).startswith(NAME_OR_SECTION):
             continue
         named = [section.model_fields[part].annotation for section in current if part in section.model_fields]
         tagged = [section for section in current if part in _tags(section)]
