@@ -164,3 +164,91 @@ def test_what_an_environment_must_not_return(kind, sentence, model_folder):
     vlm = eager(load_vlm(str(model_folder())))
     with pytest.raises(RolloutError, match=sentence):
         sample(vlm, episodes(vlm, kind))
+
+
+class Faulty(AskTwice):
+    def step(self, response):
+        raise KeyError("score")
+
+
+class Unlucky(AskTwice):
+    def reset(self, example):
+        raise OSError("no simulator")
+
+
+class Endless(AskTwice):
+    def step(self, response):
+        return Observation("again", reward=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Faulty, r"row e0: rollout.environment.function raised KeyError\('score'\)"),
+        (Unlucky, r"row e0: rollout.environment.function raised OSError\('no simulator'\)"),
+        (Endless, "row e0: the reward of an Observation must be a finite number"),
+    ],
+)
+def test_an_environment_that_fails_is_named_with_its_row(kind, sentence, model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    with pytest.raises(RolloutError, match=sentence):
+        sample(vlm, episodes(vlm, kind))
+
+
+class Tensors(AskTwice):
+    def step(self, response):
+        return replace(super().step(response), reward=torch.tensor(0.5))
+
+
+def test_rewards_are_plain_numbers(model_folder):
+    """Of whatever kind an environment returns: checkpoints and logs hold no others."""
+    vlm = eager(load_vlm(str(model_folder())))
+    _, groups = sample(vlm, episodes(vlm, Tensors))
+    assert {type(item.reward) for items in groups for item in items} == {float}
+
+
+class Listener(AskTwice):
+    heard: tuple[str, ...] = ()
+
+    def step(self, response):
+        Listener.heard += (response,)
+        return super().step(response)
+
+
+def test_every_turn_begins_as_the_template_opens_it(model_folder):
+    """A template that opens the thinking of each turn: the environment and the reward read it each time."""
+    vlm = eager(load_vlm(str(model_folder())))
+    engine = episodes(vlm, Listener)
+    prompts = [replace(Encoder(vlm)(example()), opening="<think>\n")]
+    [responses] = engine.generate(as_contexts(prompts), Sampling(4, 120, 1.0, seed=1))
+    assert max(len(item.turns) for item in responses) > 1
+    assert all(text.startswith("<think>\n") for text in Listener.heard)
+    for item in responses:
+        assert item.text.count("<think>\n") == len(item.turns)
+
+
+def test_a_template_whose_turns_end_otherwise_is_refused(model_folder):
+    """Or every episode would end at its first turn, and nothing say so."""
+    vlm = load_vlm(str(model_folder()))
+    vlm.tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(ValueError, match="the tokenizer's eos_token"):
+        Encoder(vlm).user_turn("more")
+
+
+class OtherWorld(World):
+    """One process that records what it says of its failures."""
+
+    def __init__(self):
+        super().__init__()
+        self.failures = []
+
+    def fail_everywhere(self, error):
+        self.failures.append(error)
+
+
+def test_a_failure_is_told_in_the_world_that_the_others_wait_in(model_folder):
+    vlm, world = eager(load_vlm(str(model_folder()))), OtherWorld()
+    engine = Episodes(HfEngine(vlm, prompts_per_batch=8), Encoder(vlm), Faulty, max_turns=2, world=world)
+    with pytest.raises(RolloutError) as caught:
+        sample(vlm, engine)
+    assert world.failures == [caught.value]

@@ -108,7 +108,7 @@ class RewardPartConfig(Section):
         return value
 
 
-RESERVED = {"mean", "zero_variance"}
+RESERVED = {"mean", "zero_variance", "environment"}
 """Metrics under `reward/` that are not of a part."""
 
 

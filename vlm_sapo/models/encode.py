@@ -102,14 +102,15 @@ class Encoder:
         rendered = self.vlm.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        rest = rendered.rpartition(ASSISTANT_MARK)[2].removeprefix(self.vlm.tokenizer.eos_token)
+        rest, stop = rendered.rpartition(ASSISTANT_MARK)[2], self.vlm.tokenizer.eos_token
         before, mark, after = rest.partition(USER_MARK)
-        if not mark:
+        if not mark or not before.startswith(stop):
             raise ValueError(
-                "the chat template of model.path must support a user's turn after an assistant's, "
-                "which rollout.environment needs; use a template that does"
+                f"the chat template of model.path must write an assistant's turn, its end ({stop}, the "
+                "tokenizer's eos_token) and a user's turn after it, as rollout.environment needs; use a "
+                "template and a tokenizer that do"
             )
-        return before, after
+        return before.removeprefix(stop), after
 
     def ends_turn(self, response: Response) -> bool:
         """Whether the response ends with the token that ends a turn in the chat template."""

@@ -72,6 +72,7 @@ def build_episodes(
     function = resolve(environment.function, field=field)
     check_call(function, name=environment.function, field=field, args=environment.args)
     new_environment = partial(function, **environment.args)
+    encode.user_turn("")  # fails here if the template has no further turns
     return Episodes(engine, encode, new_environment, max_turns=environment.max_turns, world=world)
 
 

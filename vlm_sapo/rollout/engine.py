@@ -81,7 +81,7 @@ def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: 
         return later
     whole = so_far.continued(later)
     texts = vlm.tokenizer.batch_decode(whole.turns, skip_special_tokens=True)
-    return replace(whole, text=prompt.opening + "\n".join(texts))
+    return replace(whole, text="\n".join(prompt.opening + text for text in texts))
 
 
 def as_contexts(prompts: Sequence[Prompt]) -> list[Context]:

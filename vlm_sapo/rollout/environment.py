@@ -5,7 +5,10 @@ The environment's tokens have no loss; tokens of the policy are never decoded an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -101,9 +104,17 @@ class Episodes:
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine; contexts must have no responses so far."""
+        try:
+            return self._generate(contexts, sampling)
+        except Exception as error:  # the others wait in `world`, which need not be the caller's
+            self.world.fail_everywhere(error)
+            raise
+
+    def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         groups = [
             [self._begin(context.prompt, number) for number in range(sampling.group)] for context in contexts
         ]
+        self.world.barrier()  # a failure in one process must not leave the others in a model that all share
         first = self.engine.generate(contexts, sampling)
         for episodes, responses in zip(groups, first, strict=True):
             for episode, response in zip(episodes, responses, strict=True):
@@ -113,8 +124,9 @@ class Episodes:
         return [[episode.response for episode in episodes] for episodes in groups]
 
     def _begin(self, prompt: Prompt, number: int) -> Episode:
-        environment = self.new_environment()
-        environment.reset(prompt.example)
+        with _naming_row(prompt):
+            environment = self.new_environment()
+            environment.reset(prompt.example)
         return Episode(prompt, number, environment)
 
     def _continue(self, groups: Sequence[Sequence[Episode]], sampling: Sampling) -> None:
@@ -138,8 +150,9 @@ class Episodes:
     def _answer(self, episode: Episode, response: Response, max_tokens: int) -> None:
         """Passes the last turn to the environment and appends its answer."""
         episode.response, episode.turns = response, episode.turns + 1
-        turn = self.encode.decode(response.turns[-1])
-        observation = episode.environment.step(episode.prompt.opening + turn if episode.turns == 1 else turn)
+        turn = episode.prompt.opening + self.encode.decode(response.turns[-1])
+        with _naming_row(episode.prompt):
+            observation = episode.environment.step(turn)
         if not isinstance(observation, Observation):
             raise RolloutError(
                 f"{episode.prompt.example.label}: step of rollout.environment.function must return an "
@@ -151,7 +164,12 @@ class Episodes:
                 "yet; return text"
             )
         if observation.reward is not None:
-            episode.reward = (episode.reward or 0.0) + observation.reward
+            if not math.isfinite(reward := float(observation.reward)):
+                raise RolloutError(
+                    f"{episode.prompt.example.label}: the reward of an Observation must be a finite number; "
+                    f"the environment returned {reward}"
+                )
+            episode.reward = (episode.reward or 0.0) + reward
         if observation.done or response.finish == "length" or not self.encode.ends_turn(response):
             episode.end(response.finish)
             return
@@ -163,6 +181,18 @@ class Episodes:
             episode.end("length")
             return
         episode.response = response.continued(_environment_turn(response, ids))
+
+
+@contextmanager
+def _naming_row(prompt: Prompt) -> Iterator[None]:
+    """Names the row in an error of the user's environment."""
+    try:
+        yield
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        raise RolloutError(
+            f"{prompt.example.label}: rollout.environment.function raised {error!r}; fix it\n{trace}"
+        ) from error
 
 
 def _environment_turn(before: Response, ids: torch.Tensor) -> Response:

@@ -162,15 +162,15 @@ class Batch:
             return None if values is None else values[index][:, :width]
 
         own = self.on_policy is None or bool(self.on_policy[index].all())
-        advantages = torch.zeros_like(self.sampled)
-        if self.advantages is not None:
-            advantages = torch.where(self.mask, self.advantages, 0.0).float()
+        mask, sampled, advantages = cut(self.mask), cut(self.sampled), cut(self.advantages)
+        if advantages is None:
+            advantages = torch.zeros_like(sampled)
         return MicroBatch(
             groups=groups,
             rows=index,
-            mask=cut(self.mask),
-            advantages=cut(advantages),
-            sampled=cut(self.sampled),
+            mask=mask,
+            advantages=torch.where(mask, advantages, 0.0).float(),
+            sampled=sampled,
             old=None if own else cut(self.old),
             reference=cut(self.reference),
             prepared=cut(self.prepared),

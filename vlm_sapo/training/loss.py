@@ -229,6 +229,7 @@ class OwnAdvantage:
                 f"algo.advantage.function ({self.name}) must return a tensor [{rows}] or [{rows}, {width}], "
                 f"an advantage for each response or token; it returned {shape}"
             )
+        values = values.detach().cpu()
         values = values.double() if values.dim() == 2 else values.double()[:, None].expand(rows, width)
         if not torch.where(batch.mask, values, 0.0).isfinite().all():
             raise ValueError(f"algo.advantage.function ({self.name}) must return finite advantages")

@@ -347,20 +347,21 @@ class Policy:
 
     def _score(self, minibatch: Batch, *, on_policy: bool) -> Batch:
         recompute = not on_policy and not self.reuse_sampled
+        if not recompute and self.reference is None:
+            return _unscored(minibatch, on_policy=on_policy)
         while True:
             scored = _unscored(minibatch, on_policy=on_policy)
             routes: list[tuple[torch.Tensor, ExpertRoutes]] = []
             try:
                 for micro in self._micro_batches(minibatch):
                     with naming_micro_batch(micro):
-                        width = micro.mask.shape[1]
                         if recompute:
                             passed, used = self.forward(micro)
-                            scored.old[micro.rows, :width] = passed.logprobs.cpu()
+                            _write_rows(scored.old, micro, passed.logprobs)
                             routes += [] if used is None else [(micro.rows, used)]
                         if self.reference is not None:
                             scores = self.run(micro.groups, forward_pass=self.reference)
-                            scored.reference[micro.rows, :width] = scores.logprobs.cpu()
+                            _write_rows(scored.reference, micro, scores.logprobs)
                 return scored.replace(routes=ExpertRoutes.scatter(routes, minibatch.mask))
             except MemoryShortage as error:
                 shortage = error.micro, error.reason
@@ -403,7 +404,7 @@ class Policy:
                 for micro in self._micro_batches(minibatch):
                     with naming_micro_batch(micro):
                         passed, _ = self.forward(micro)
-                    logprobs[micro.rows, : micro.mask.shape[1]] = passed.logprobs.cpu()
+                    _write_rows(logprobs, micro, passed.logprobs)
                 return minibatch.replace(prepared=loss.prepare(logprobs, minibatch))
             except MemoryShortage as error:
                 shortage = error.micro, error.reason
@@ -502,6 +503,12 @@ def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
     rows = torch.full((len(minibatch.mask),), on_policy)
     nothing = torch.zeros_like(minibatch.sampled)
     return minibatch.replace(on_policy=rows, old=minibatch.sampled.clone(), reference=nothing, routes=None)
+
+
+def _write_rows(target: torch.Tensor, micro: MicroBatch, values: torch.Tensor) -> None:
+    """Writes a micro-batch's values [n, t] to their rows of a mini-batch [N, T]; idle rows have none."""
+    real = micro.rows >= 0
+    target[micro.rows[real], : micro.mask.shape[1]] = values.cpu()[real]
 
 
 def _all_on_policy(minibatch: Batch) -> bool:
