@@ -83,7 +83,13 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             experts=needs.experts,
         )
     if isinstance(engine, OwnEngineConfig):
-        return resolve_call(engine.function, needs, field="rollout.engine.function", args=engine.args)
+        built = resolve_call(engine.function, needs, field="rollout.engine.function", args=engine.args)
+        if not isinstance(built, RolloutEngine):
+            raise ValueError(
+                f"rollout.engine.function ({engine.function}) must return an engine with the attributes and "
+                f"methods of vlm_sapo.rollout.engine.RolloutEngine; it returned a {type(built).__name__}"
+            )
+        return built
     return HfEngine(
         needs.vlm,
         prompts_per_batch=needs.prompts_per_batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from vlm_sapo.types import Context, Prompt, Response, Sampling
 
@@ -16,6 +16,7 @@ class RolloutError(ValueError):
     """An engine that can't go on. The message says what happened and what to do."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples responses from the policy as it was at the last `sync`.
 
