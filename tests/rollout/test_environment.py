@@ -8,7 +8,7 @@ import torch
 from tests.conftest import FAMILIES, example
 from tests.training.test_batch import loss_of, make_policy, scored
 from vlm_sapo.algo.objectives import k3
-from vlm_sapo.distributed import World
+from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
@@ -193,6 +193,17 @@ def test_an_environment_that_fails_is_named_with_its_row(kind, sentence, model_f
     vlm = eager(load_vlm(str(model_folder())))
     with pytest.raises(RolloutError, match=sentence):
         sample(vlm, episodes(vlm, kind))
+
+
+class Stopped(AskTwice):
+    def step(self, response):
+        raise Interrupted("SIGTERM")
+
+
+def test_a_signal_during_a_turn_is_no_fault_of_the_environment(model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    with pytest.raises(Interrupted, match="stopped: SIGTERM"):
+        sample(vlm, episodes(vlm, Stopped))
 
 
 class Tensors(AskTwice):

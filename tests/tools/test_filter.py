@@ -122,3 +122,28 @@ def test_kept_rows_give_the_paths_of_their_images(settings, tmp_path):
     [line] = [line for line in result.output.splitlines() if line.startswith("train on them")]
     loaded = configfile.load(cfg.TrainConfig, config, line.rpartition(": ")[2].split())
     assert [len(example.images) for example in build_examples(loaded.data)] == [1] * 4
+
+
+ENVIRONMENT = """
+from vlm_sapo.rollout.environment import Observation
+
+class Once:
+    def reset(self, example):
+        pass
+
+    def step(self, response):
+        return Observation(done=True, reward=1.0)
+
+class Broken:
+    def reset(self, example):
+        raise KeyError("no such level")
+"""
+
+
+def test_rows_are_sampled_in_the_environment_that_trains_on_them(settings, tmp_path):
+    (tmp_path / "world.py").write_text(ENVIRONMENT)
+    environment = f"rollout.environment.function={tmp_path}/world.py:Broken"
+    command = ["filter", settings(), environment, "--samples", "2", "--out", str(tmp_path / "kept")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0
+    assert "no such level" in result.output + str(result.exception)

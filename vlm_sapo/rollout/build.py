@@ -47,6 +47,11 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
     if isinstance(engine, OwnEngineConfig):
         field = "rollout.engine.function"
         built = resolve_call(engine.function, needs, field=field, args=engine.args)
+        if not isinstance(built, RolloutEngine):
+            raise ValueError(
+                f"{field} ({engine.function}) must return an engine with the attributes and methods of "
+                f"vlm_sapo.rollout.engine.RolloutEngine; it returned a {type(built).__name__}"
+            )
         if built.shares_weights != engine.policy_modules:
             raise ValueError(
                 f"rollout.engine.policy_modules ({str(engine.policy_modules).lower()}) must be what "

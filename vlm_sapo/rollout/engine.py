@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from vlm_sapo.distributed import World
 from vlm_sapo.types import Context, Prompt, Response, Sampling
@@ -21,6 +21,7 @@ class RolloutError(ValueError):
     """An engine can't continue. The message says what happened and what to do."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples responses from the policy as it was at the last `sync`.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from vlm_sapo.distributed import World
+from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutEngine, RolloutError
@@ -188,6 +188,8 @@ def _naming_row(prompt: Prompt) -> Iterator[None]:
     """Names the row in an error of the user's environment."""
     try:
         yield
+    except Interrupted:  # a signal's, and no fault of the environment
+        raise
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
         raise RolloutError(

@@ -15,12 +15,13 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.images import decode
 from vlm_sapo.data.rows import ExampleSet, holds_image
 from vlm_sapo.data.sources import build_examples
+from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.build import open_model
+from vlm_sapo.rollout.build import build_episodes, open_model
 from vlm_sapo.training.build_policy import build_encoder
 from vlm_sapo.training.build_rollouts import build_reward
 from vlm_sapo.types import Sampling
@@ -41,6 +42,8 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
         warn=console.warn,
     )
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
+    if rollout.environment is not None:
+        engine = build_episodes(rollout.environment, engine, encode, World())
     sampling = Sampling(samples, config.rollout.max_tokens, config.rollout.temperature, config.run.seed)
     measure = Measure(config.eval.part or config.reward.measured)
     claim(out, config, samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -251,7 +251,7 @@ def build_loss(algo: AlgoConfig, *, max_tokens: int) -> PolicyLoss:
     section = algo.objective
     parameters = section.model_dump(exclude={"type"})
     objective, preparation = (
-        _own_objective(section.function, section.args)
+        _own_objective(section.function, section.args, has_reference=algo.kl > 0)
         if section.type == "own"
         else (Objective(OBJECTIVES[section.type], **parameters), None)
     )
@@ -267,8 +267,11 @@ def build_loss(algo: AlgoConfig, *, max_tokens: int) -> PolicyLoss:
     )
 
 
-def _own_objective(name: str, args: Mapping[str, Any]) -> tuple[Objective, Prepares | None]:
-    """A function of the user's, or an object of a class whose `__call__` is one."""
+def _own_objective(
+    name: str, args: Mapping[str, Any], *, has_reference: bool
+) -> tuple[Objective, Prepares | None]:
+    """A function of the user's, or an object of a class whose `__call__` is one. Raises ValueError where it
+    asks for tensors that there will not be."""
     field = "algo.objective.function"
     function = resolve(name, field=field)
     if isinstance(function, type):
@@ -283,6 +286,15 @@ def _own_objective(name: str, args: Mapping[str, Any]) -> tuple[Objective, Prepa
         )
     except ValueError as error:
         raise ValueError(f"{error}; an objective can ask for {', '.join(TOKEN_TENSORS)} by name") from error
+    absent = {} if has_reference else {"reference": "set algo.kl above 0"}
+    absent |= {} if preparation else {"prepared": "write a class with a method prepare"}
+    parameters = signature(objective.function).parameters
+    for tensor in absent.keys() & parameters.keys():
+        if parameters[tensor].default is Parameter.empty:
+            raise ValueError(
+                f"{field} ({name}) must not ask for {tensor}, which is None here; {absent[tensor]}, or give "
+                "the parameter a default"
+            )
     return objective, preparation
 
 

@@ -1,0 +1,58 @@
+"""Functions of the user's that ask for what there is not, or return something else."""
+
+import pytest
+import torch
+
+from vlm_sapo.config.rollout import OwnEngineConfig
+from vlm_sapo.config.schema import AlgoConfig
+from vlm_sapo.rollout.build import build_engine
+from vlm_sapo.training.loss import OwnAdvantage, build_loss
+
+HERE = "tests.training.test_own_functions"
+
+
+def towards_reference(log_ratio, advantage, reference):
+    return -log_ratio.exp() * advantage + reference
+
+
+def with_prepared(log_ratio, prepared):
+    return log_ratio * prepared
+
+
+def either(log_ratio, advantage, reference=None):
+    return -log_ratio.exp() * advantage
+
+
+def no_engine(needs):
+    return object()
+
+
+def loss_of(name: str, **fields):
+    return build_loss(
+        AlgoConfig(objective={"type": "own", "function": f"{HERE}:{name}"}, **fields), max_tokens=8
+    )
+
+
+def test_an_objective_is_told_what_it_would_not_get():
+    with pytest.raises(ValueError, match=r"must not ask for reference, .* set algo.kl above 0"):
+        loss_of("towards_reference")
+    with pytest.raises(ValueError, match=r"must not ask for prepared, .* a method prepare"):
+        loss_of("with_prepared")
+    assert "reference" in loss_of("towards_reference", kl=0.1).objective.names
+    assert "reference" in loss_of("either").objective.names
+
+
+def test_an_engine_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"no_engine\) must return an engine .* it returned a object"):
+        build_engine(OwnEngineConfig(type="own", function=f"{HERE}:no_engine"), None)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.bool])
+def test_own_advantages_may_have_any_type(kind):
+    class TwoResponses:
+        mask = torch.tensor([[True, True], [True, False]])
+
+    weights = torch.ones(2, requires_grad=True)
+    values = OwnAdvantage(lambda batch: torch.tensor([1, 0]).to(kind), "f")(TwoResponses())
+    assert values.dtype == torch.float64 and values.tolist() == [[1, 1], [0, 0]]
+    assert not OwnAdvantage(lambda batch: weights * 2, "f")(TwoResponses()).requires_grad
