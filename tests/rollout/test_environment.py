@@ -12,10 +12,12 @@ from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
+from vlm_sapo.reporting.metrics import traces
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.environment import Episodes, Observation
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import with_environment
+from vlm_sapo.training.policy import collect_stats
 from vlm_sapo.types import Group, Reward, Sampling
 
 QUESTION = "Are you sure? <|im_end|>"
@@ -121,7 +123,10 @@ def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm):
             passed, _ = policy.forward(micro)
             (slope,) = torch.autograd.grad(loss_of()(passed, micro, batch), passed.logprobs)
             assert not slope[~micro.mask].any() and slope[micro.mask].any()
-        policy._accumulate(batch, loss_of())
+        for trace in traces(
+            collect_stats(policy._accumulate(batch, loss_of()), 1.0, reused=False), loss_of()
+        ).values():
+            assert not trace.effective[trace.entropy == 0].any() and trace.effective.any()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trained if p.grad is not None]))
         policy.optimizer.zero_grad()
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()

@@ -93,7 +93,7 @@ def traces(stats: UpdateStats, loss: Diagnosed) -> dict[int, Trace]:
     if stats.skipped or not len(stats.rows):
         return {}
     log_ratio = torch.where(stats.mask, stats.logprobs - stats.old, 0.0)
-    effective = loss.effective(stats)
+    effective = torch.where(stats.mask, loss.effective(stats), 0.0)
     return {
         int(row): Trace(log_ratio[index], effective[index], stats.entropies[index])
         for index, row in enumerate(stats.rows)
