@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlm_sapo.algo.objectives import TokenTensors
 from vlm_sapo.config.rollout import OwnEngineConfig
 from vlm_sapo.config.schema import AlgoConfig
 from vlm_sapo.rollout.build import build_engine
@@ -23,6 +24,22 @@ def either(log_ratio, advantage, reference=None):
     return -log_ratio.exp() * advantage
 
 
+def one_number(log_ratio, advantage):
+    return -(log_ratio.exp() * advantage).mean()
+
+
+def one_token_more(log_ratio):
+    return torch.nn.functional.pad(log_ratio, (0, 1))
+
+
+def no_tensor(log_ratio):
+    return log_ratio.tolist()
+
+
+def without_gradient(log_ratio):
+    return log_ratio.detach()
+
+
 def no_engine(needs):
     return object()
 
@@ -40,6 +57,22 @@ def test_an_objective_is_told_what_it_would_not_get():
         loss_of("with_prepared")
     assert "reference" in loss_of("towards_reference", kl=0.1).objective.names
     assert "reference" in loss_of("either").objective.names
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("one_number", r"must return a tensor \[2, 3\], the loss of each token; it returned one \[\]"),
+        ("one_token_more", r"it returned one \[2, 4\]"),
+        ("no_tensor", "it returned list"),
+        ("without_gradient", "must return losses that depend on logprobs"),
+    ],
+)
+def test_what_an_objective_must_not_return(name, sentence):
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    tensors = TokenTensors(logprobs, torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=sentence):
+        loss_of(name).objective(tensors)
 
 
 def test_an_engine_that_is_none_is_named():

@@ -45,6 +45,23 @@ class Objective:
         return self.function(**tensors.named(self.names), **self.parameters)
 
 
+class OwnObjective(Objective):
+    """A function of the user's. Raises ValueError if its losses have another shape or no gradient."""
+
+    def __call__(self, tensors: TokenTensors) -> torch.Tensor:
+        """The losses [N, T]."""
+        losses, shape = super().__call__(tensors), list(tensors.logprobs.shape)
+        if not isinstance(losses, torch.Tensor) or list(losses.shape) != shape:
+            kind = f"one {list(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
+            raise ValueError(
+                f"algo.objective.function must return a tensor {shape}, the loss of each token; "
+                f"it returned {kind}"
+            )
+        if tensors.logprobs.requires_grad and not losses.requires_grad:
+            raise ValueError("algo.objective.function must return losses that depend on logprobs or ratio")
+        return losses
+
+
 @runtime_checkable
 class Prepares(Protocol):
     """An objective with a computation over the whole mini-batch, before it is split into micro-batches."""
@@ -276,10 +293,10 @@ def _own_objective(
     function = resolve(name, field=field)
     if isinstance(function, type):
         instance = resolve_call(name, field=field, args=args)
-        objective, args = Objective(instance), {}
+        objective, args = OwnObjective(instance), {}
         preparation = instance if isinstance(instance, Prepares) else None
     else:
-        objective, preparation = Objective(function, **args), None
+        objective, preparation = OwnObjective(function, **args), None
     try:
         check_call(
             objective.function, name=name, field=field, args=dict.fromkeys(objective.names) | dict(args)
