@@ -194,7 +194,7 @@ def test_the_noisy_reward_flips_a_fixed_share_of_verdicts():
 
 
 REWARD = """
-from vlm_sapo.training.guard import NumbersError
+from vlm_sapo.training.policy import NumbersError
 
 def broken(log_ratio, advantage):
     raise NumbersError("no number")

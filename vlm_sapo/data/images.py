@@ -1,4 +1,4 @@
-"""Decodes the images of rows: paths, bytes, data URLs and PIL images."""
+"""Decodes the images of rows: paths, bytes, data URLs and PIL images. models/encode.py resizes them."""
 
 from __future__ import annotations
 
