@@ -31,7 +31,7 @@ from vlm_sapo.types import Example
 
 PREFIX = re.compile(
     r"^(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?"
-    r"|(?:正确)?(?:答案|选项)(?:是|为|选)?|[故应]?选择?)\s*:?\s*(?=\S)",
+    r"|(?:正[确確])?(?:答案|[选選][项項])(?:是|为|為|选|選)?|[故应應]?[选選][择擇]?)\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
 SEPARATOR = r"(?:,|;|/|&|、|(?<![A-Za-z])and(?![A-Za-z])|[和与及])"
@@ -41,10 +41,11 @@ DENIAL = re.compile(r"\b(?:not|wrong|incorrect|false)\b|n't|[不错]", re.IGNORE
 ARTICLE = re.compile(r"[AI]\s+(?!(?:is|was|are|am|and|or|nor|but|not|also|seems|fits)\b)[a-z]")
 """`A` or `I` before a word, as a sentence's first."""
 LEADING_LETTER = re.compile(
-    r"^(?:option|choice|answer)?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)", re.IGNORECASE
+    r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
 )
 BARE_LETTER = re.compile(r"\W?[A-J]\W?")
 LONGEST_VALUE = 60
+LIST_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
@@ -110,14 +111,13 @@ def gold_options(example: Example) -> frozenset[int]:
 @lru_cache(maxsize=4096)
 def _gold_names(answer: str, options: tuple[str, ...]) -> frozenset[int] | None:
     """Indices of the options that a gold answer or a JSON list of them names; None where it names none."""
+    if (named := named_options(answer, options)) is not None or not answer.startswith("["):
+        return named
     try:
-        items = json.loads(answer) if answer.startswith("[") else None
+        items = [named_options(str(item), options) for item in json.loads(answer)]
     except ValueError:
-        items = None
-    if not isinstance(items, list):
-        return named_options(answer, options)
-    named = [named_options(str(item), options) for item in items]
-    return frozenset().union(*named) if named and all(named) else None
+        return None
+    return frozenset().union(*items) if items and all(items) else None
 
 
 def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -129,6 +129,9 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
         return frozenset({keys.index(_key(text))})
     text = re.sub(r"[\"'`*{}\[\]]", "", normalize(text, "latex")).strip(" .?。")
     text = PREFIX.sub("", text)
+    lettered = LETTERED.fullmatch(text)
+    if lettered and _key(lettered[2]) in keys[_index(lettered[1]) :][:1]:  # its own words, were they letters
+        return frozenset({_index(lettered[1])})
     if LETTERS_TOGETHER.fullmatch(text) and list(text) == sorted(set(text)):
         text = ",".join(text)
     if LETTERS.fullmatch(text):
@@ -140,20 +143,21 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     ]
     if (letters_only := normalize(text, "letters")) in lettered_options:
         return frozenset({lettered_options.index(letters_only)})
-    if (match := LETTERED.fullmatch(text)) and match[2]:
-        index = _index(match[1])
-        if not options or (index < len(options) and not _contradicts(match[2], options, index)):
-            return frozenset({index})
+    if lettered and lettered[2] and ((index := _index(lettered[1])) < len(options) or not options):
+        return None if options and _contradicts(lettered[2], options, index) else frozenset({index})
     return _option_of_equal_value(text, options) or _several_options(text, options)
 
 
 def _several_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
-    """The options that the parts of a list name, one each; None where a part names none."""
+    """The options that the parts of a list of texts name, one each; None where a part names none."""
     parts = re.split(SEPARATOR, text)
     if not 1 < len(parts) <= len(options):
         return None
     named = [named_options(part, options) if part.strip() else None for part in parts]
-    return frozenset().union(*named) if all(named) else None
+    letters = {
+        bool(re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII)) for part in parts
+    }  # a letter beside a text isn't a list
+    return frozenset().union(*named) if all(named) and len(letters) == 1 else None
 
 
 def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -177,7 +181,7 @@ def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] 
 def _contradicts(rest: str, options: Sequence[str], index: int) -> bool:
     """Whether what follows a letter names another option, by its letter or its text, or denies. The option's
     own words never do."""
-    rest = rest.strip(" .,:;)-\"'`*}]。")
+    rest = rest.strip(" .,:;)-\"'`*}]。、")
     others = set(string.ascii_uppercase[: len(options) or None]) - {string.ascii_uppercase[index]}
     if options:
         keys, own = [_key(option) for option in options], options[index]
@@ -190,7 +194,7 @@ def _contradicts(rest: str, options: Sequence[str], index: int) -> bool:
         mentioned = _mentioned_options(rest, options)
         if mentioned and index not in mentioned:
             return True
-        others -= set(own.split())
+        others -= set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", ARTICLE.sub(" ", own)))
         if ARTICLE.match(rest) and set(own_words) & set(words[1:]):
             rest = rest[1:]
         rest = re.sub(re.escape(own), " ", rest, flags=re.IGNORECASE)
@@ -218,6 +222,8 @@ def _answered_options(response: str, options: list[str], finding: Finding) -> fr
         )
         if named is not None:
             return named
+    if last_line != whole and LIST_ITEM.match(last_line):  # the end of a list of options, not of a thought
+        return concluded or _leading_option(whole, options)
     return concluded or _leading_option(whole, options) or _mentioned_option(last_line, options)
 
 

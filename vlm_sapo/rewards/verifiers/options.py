@@ -34,9 +34,9 @@ MARK = re.compile(
     rf"{FONT}(?:(?<![A-Za-z])(?:\((?P<round>[A-Z])\)|\[(?P<square>[A-Z])\])|(?P<bare>[A-Z])\s?(?P<stop>[.:、)]))"
     r"[ ]?[.:、]?(?:\*\*|\})?"
 )
-BEFORE_A_MARK = re.compile(r"(?:^|[\s,;、。?!:)}*$_])$")
-BEFORE_A_LINE = re.compile(r"(?:^|\n)[ \t>*•-]*(?i:option |choice |选项 ?)?$")
-BEFORE_BARE_LETTERS = re.compile(r"(?:^|[?!.:;)_。]|(?i:options|choices|选项))\s*$")
+BEFORE_A_MARK = re.compile(r"(?:^|[\s,;、。?!:)}*$_]|(?<![A-Z])\.)$")
+BEFORE_A_LINE = re.compile(r"(?:^|\n)[ \t>*•-]*(?i:option |choice |[选選][项項] ?)?$")
+BEFORE_BARE_LETTERS = re.compile(r"(?:^|[?!.:;)_。]|(?i:options|choices|[选選][项項]))\s*$")
 SPACING = r"(?:\\q?quad(?![A-Za-z])|\\[ ,;!\\]|~|\s)"
 FEWEST_WITHOUT_GOLD = 3
 """Options that a problem must list for its list to count when the gold answer is none of them."""
@@ -235,7 +235,7 @@ def options_in_text(text: str) -> tuple[str, ...]:
     plain = text.translate(WIDE)
     by_style: dict[str, list[re.Match]] = {}
     for mark in MARK.finditer(plain):
-        before = plain[max(mark.start() - 1, 0) : mark.start()]
+        before = plain[max(mark.start() - 2, 0) : mark.start()]
         if not mark["bare"] or BEFORE_A_MARK.search(before) or _opens_line(plain, mark):
             by_style.setdefault(mark["stop"] or ("(" if mark["round"] else "["), []).append(mark)
     lists = [
@@ -281,7 +281,7 @@ def _may_open(plain: str, mark: re.Match) -> bool:
 def _clean(text: str) -> str:
     """An option's text without spacing around it and what belongs to the next mark."""
     text = re.sub(rf"^(?:{SPACING}|\*\*)+|(?:{SPACING}|[.;,；，。]|\*\*|\n[ \t>*•-]*)+$", "", text)
-    text = re.sub(r"\n[ \t]*(?i:option|choice|选项)$", "", text)
+    text = re.sub(r"\n[ \t]*(?i:option|choice|[选選][项項])$", "", text)
     return text.replace("$", "").strip() if text.count("$") == 1 else text
 
 
