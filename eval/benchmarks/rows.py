@@ -89,6 +89,7 @@ def mmmu_pro(row: dict) -> dict:
             "<image>Write out the multiple-choice question in the image and then solve it.",
             [row["image"]],
         )
+        row = row | {"options_in_image": True}
     else:
         problem, images = _marks_and_images(str(row["question"]), row, options)
         problem += _option_lines(options)

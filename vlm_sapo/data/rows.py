@@ -16,6 +16,7 @@ from PIL.Image import Image
 from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RowError
 
 Row = Mapping[str, Any]
@@ -174,8 +175,9 @@ class ExampleSet(Sequence):
                     f"{label}: field {columns[field]} is empty; give it a value or filter the row out"
                 )
         _check_text(label, {columns["problem"]: problem, columns["answer"]: answer, "id": key})
+        problem, answer = multiple_choice(str(problem), answer, row, label=label)
         images = self._images(row, label)
-        marks = str(problem).count(IMAGE_PLACEHOLDER)
+        marks = problem.count(IMAGE_PLACEHOLDER)
         if marks not in (0, len(images)):
             raise RowError(
                 f"{label}: field {columns['problem']} has {marks} {IMAGE_PLACEHOLDER} marks "
@@ -190,7 +192,7 @@ class ExampleSet(Sequence):
         text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
         return Example(
             id=key,
-            problem=str(problem),
+            problem=problem,
             answer=text,
             images=images,
             columns=others,

@@ -21,7 +21,7 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.pool import RewardPool, without_pixels
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
-from vlm_sapo.rewards.verifiers.choice import named_options, option_column, read_options
+from vlm_sapo.rewards.verifiers.choice import gold_options, is_multiple_choice, read_options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import gold_texts
@@ -230,9 +230,8 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized
 
 def _gold_options(example: Example) -> frozenset[int] | None:
     """Indices of the options that the gold answer names; None if the row isn't multiple choice."""
-    options = read_options(example)
-    if options or option_column(example.columns) or example.columns.get("question_type") == "multi_choice":
-        return named_options(example.answer, options)
+    if is_multiple_choice(example) or example.columns.get("question_type") == "multi_choice":
+        return gold_options(example)
     return None
 
 

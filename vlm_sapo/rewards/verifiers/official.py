@@ -13,7 +13,7 @@ import string
 from rapidfuzz.distance import Levenshtein
 
 from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer
-from vlm_sapo.rewards.verifiers.choice import read_options
+from vlm_sapo.rewards.verifiers.choice import column_texts
 from vlm_sapo.rewards.verifiers.math import real_value
 from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.rewards.verifiers.text import gold_texts, short
@@ -26,7 +26,7 @@ def mathvision(response: str, example: Example) -> float:
     boxes = boxed(response)
     rest = re.split("the answer is", response, flags=re.IGNORECASE)[-1]
     answer = normalize(boxes[-1] if boxes else rest, "mathvision")
-    options, gold = read_options(example), example.answer.strip()
+    options, gold = column_texts(example), example.answer.strip()
     accepted = {normalize(gold, "mathvision")}
     if options and gold in string.ascii_uppercase and string.ascii_uppercase.index(gold) < len(options):
         accepted.add(normalize(options[string.ascii_uppercase.index(gold)], "mathvision"))
@@ -37,7 +37,7 @@ def mathvista(response: str, example: Example) -> float:
     """Options: a letter's text, else the option with the least edit distance. Integers: cut to one. Floats:
     rounded to the row's precision. Lists: as texts."""
     answer, gold = find_answer(response, "stated").strip(), example.answer.strip()
-    kind, options = str(example.columns.get("answer_type") or ""), read_options(example)
+    kind, options = str(example.columns.get("answer_type") or ""), column_texts(example)
     if options:
         index = string.ascii_uppercase.find(gold) if len(gold) == 1 else -1
         by_letter = gold not in options and 0 <= index < len(options)
@@ -87,7 +87,7 @@ def we_math(response: str, example: Example) -> float:
 def mmmu(response: str, example: Example, *, shapes: tuple[str, ...] = ("({})", " {} ")) -> float:
     """Options: the last one named as `(A)`, else as ` A `, else by its text. Others: a gold text in the
     answer, or a gold number to two decimals."""
-    options = read_options(example)
+    options = column_texts(example)
     if not options:
         return short(response, example, finding="stated")
     for character in ",.!?;:'":

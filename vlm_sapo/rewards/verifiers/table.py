@@ -15,7 +15,7 @@ from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards.verifiers import boxes, text
 from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer
 from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
-from vlm_sapo.rewards.verifiers.choice import choice, option_column
+from vlm_sapo.rewards.verifiers.choice import choice, is_multiple_choice
 from vlm_sapo.rewards.verifiers.judge import judge
 from vlm_sapo.rewards.verifiers.lists import is_ordered
 from vlm_sapo.rewards.verifiers.math import list_items, math
@@ -29,9 +29,10 @@ TEXTS = {"string", "str"}
 
 
 def auto(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """The verifier that the row's recipe names. Without one the row's columns decide: `choice` if it has
-    options or its `question_type` says multiple choice, `anls` if its `metric` does, `number`, `list`,
-    `exact` or `short` by its `answer_type`, and `math` for the others.
+    """The verifier that the row's recipe names. Without one the row decides: `choice` if its columns hold
+    options, its problem lists options of which the gold answer is one, or its `question_type` says multiple
+    choice; `anls` if its `metric` does, `number`, `list`, `exact` or `short` by its `answer_type`, and `math`
+    for the others.
     """
     if example.verifier:
         name, args = example.verifier
@@ -40,7 +41,7 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
         return function(response, replace(example, verifier=None), **defaults | dict(args))
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
-    if option_column(columns) or kind.startswith("multi"):
+    if kind.startswith("multi") or is_multiple_choice(example):
         return choice(response, example, finding=finding)
     if str(columns.get("metric") or "").lower() == "anls":
         threshold = _number_in(columns, "threshold")
