@@ -14,8 +14,9 @@ from vlm_sapo.rewards.verifiers.answers import (
     NoAnswer,
     boxed,
     find_answer,
+    is_degenerate,
+    reads_answers,
     stated_answer,
-    statement,
 )
 from vlm_sapo.rewards.verifiers.lists import (
     gold_items,
@@ -65,6 +66,7 @@ NOT_ONE_NUMBER = re.compile(
 ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, ]{1,20}\))?\s*=\s*([^=]+)$")
 
 
+@reads_answers
 def math(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer equals the gold one as text, as a number, or as an expression, set, interval,
     equation, matrix or list (math-verify, after spelling and units are normalized). A gold answer that is a
@@ -81,7 +83,9 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
     if not response.strip():
         raise NoAnswer
     response = response[-TAIL:]
-    answer, boxes = _stated_sentence(response), boxed(response)
+    answer, boxes = stated_answer(response), boxed(response)
+    if is_degenerate(answer or response):
+        raise NoAnswer
     if answer and answers_match(answer, gold):
         return 1.0
     if answer and not PROSE.search(normalize(answer, "expression")):  # only a sentence has a second chance
@@ -89,6 +93,7 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
     return float(expressions_match(response, gold))
 
 
+@reads_answers
 def list_items(
     response: str, example: Example, *, ordered: bool = False, finding: Finding = "marked"
 ) -> float:
@@ -124,16 +129,6 @@ def _items_match(item: str, gold: str) -> bool:
         return answers_match(item, gold)
     except BadGold:
         return False
-
-
-def _stated_sentence(response: str) -> str:
-    """The stated answer up to the end of its sentence; a number that is stated after the last box instead of
-    that box."""
-    later = SENTENCE_END.split(statement(response.rpartition("boxed{")[2]))[0]
-    if amount(later)[0] is not None:
-        return later
-    answer = stated_answer(response) or ""
-    return answer if answer in boxed(response) else SENTENCE_END.split(answer)[0]
 
 
 def answers_match(answer: str, gold: str) -> bool:

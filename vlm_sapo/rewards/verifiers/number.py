@@ -6,7 +6,7 @@ import math
 import re
 import string
 
-from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, find_answer, reads_answers
 from vlm_sapo.rewards.verifiers.normalize import DECIMAL_COMMA, normalize, with_decimal_point
 from vlm_sapo.types import Example
 
@@ -96,6 +96,7 @@ def read_sentence(text: str, *, percent: bool = True) -> float | None:
     return read_number(text.lstrip()[lead.end() :], percent=percent) if lead else value
 
 
+@reads_answers
 def number(
     response: str,
     example: Example,
@@ -135,6 +136,7 @@ def _only_number(text: str, *, percent: bool) -> float | None:
     return _value(numbers[0], percent) if len(numbers) == 1 and not DENIAL.search(text) else None
 
 
+@reads_answers
 def count(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer is the gold integer, in digits or as a word up to ninety-nine, alone or in a
     sentence that says no more: `There are 10 objects.`"""

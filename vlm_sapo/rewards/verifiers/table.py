@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards.verifiers import boxes, text
-from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer
+from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer, readable
 from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice, is_multiple_choice
 from vlm_sapo.rewards.verifiers.judge import judge
@@ -39,6 +39,7 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
         function = resolve(name, field="verifier.name", builtin=VERIFIERS)
         defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
         return function(response, replace(example, verifier=None), **defaults | dict(args))
+    response, example = readable(response, example)
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
     if kind.startswith("multi") or is_multiple_choice(example):

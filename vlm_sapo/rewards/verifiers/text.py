@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
 
-from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.answers import (
+    BadGold,
+    Finding,
+    NoAnswer,
+    fenced_json,
+    find_answer,
+    reads_answers,
+)
 from vlm_sapo.rewards.verifiers.lists import parse_list
 from vlm_sapo.rewards.verifiers.normalize import Level, normalize
 from vlm_sapo.rewards.verifiers.number import read_number
@@ -39,6 +46,7 @@ def readings(answer: str) -> list[str]:
     return [answer] if bare == answer else [answer, bare]
 
 
+@reads_answers
 def exact(response: str, example: Example, *, case: bool = False, finding: Finding = "marked") -> float:
     """1.0 where the answer is one of the gold texts, by Unicode form, spaces (in a list all of them) and
     (unless `case`) case; a full stop at the end and quotation marks around it don't count."""
@@ -56,6 +64,7 @@ def _undressed(text: str) -> str:
     return quoted[2] if quoted else text
 
 
+@reads_answers
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer is one of the gold texts with at most filler words around it, or contains the gold
     number to two decimals and no other number. Numbers count from the last side of an equation; a gold text
@@ -113,6 +122,7 @@ def _split_words(text: str) -> list[str]:
     return re.findall(r"[^\s,;:!?()\"'*$]+", normalize(text, "unicode").rstrip("."))
 
 
+@reads_answers
 def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Finding = "marked") -> float:
     """Average normalised Levenshtein similarity (Biten et al., 2019): the best over the gold texts of
     1 - distance / longer length, lower-cased and with single spaces; 0 where that distance is `threshold` or
@@ -125,6 +135,7 @@ def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Fi
     return best
 
 
+@reads_answers
 def edit_distance(
     response: str,
     example: Example,
@@ -146,6 +157,7 @@ def edit_distance(
     return best
 
 
+@reads_answers
 def json_fields(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """The share of the gold JSON object's fields that the answer's object has with the same value; texts are
     compared without case and doubled spaces, numbers by value. The answer may be in a code fence; of a
