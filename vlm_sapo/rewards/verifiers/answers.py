@@ -251,15 +251,9 @@ def _marks(text: str) -> list[Mark]:
 def _last_statement(response: str, start: int, *, after_mark: bool) -> str:
     """What the last statement after `start` says; empty if there is none. After a marked answer only a short
     one counts, and none that speaks about that answer."""
-    statements = sorted(
-        (
-            match
-            for form in (STATEMENT, CHINESE_STATEMENT, HEADING)
-            for match in form.finditer(response, start)
-        ),
-        key=lambda match: match.end(),
-    )
-    for match in reversed(statements):
+    forms = (STATEMENT, CHINESE_STATEMENT, HEADING)
+    statements = [match for form in forms for match in form.finditer(response, start)]
+    for match in sorted(statements, key=lambda match: match.end(), reverse=True):
         text = _to_sentence_end(response[match.end() :])
         if not text or COMMENT.match(text.lstrip(" *_")):
             continue
