@@ -38,8 +38,11 @@ PREFIX = re.compile(
 SEPARATOR = r"(?:,|;|/|&|、|(?<![A-Za-z])and(?![A-Za-z])|[和与及])"
 LETTERS = re.compile(rf"\(?[A-Za-z]\)?(?:\s*(?:{SEPARATOR}|\s)\s*\(?[A-Za-z]\)?)*")
 LETTERS_TOGETHER = re.compile(r"[A-H]{2,8}")
-DENIAL = re.compile(r"\b(?:not|wrong|incorrect|false)\b|n't|[不错]", re.IGNORECASE)
-ARTICLE = re.compile(r"[AI]\s+(?!(?:is|was|are|am|and|or|nor|but|not|also|seems|fits)\b)[a-z]")
+DENIAL = re.compile(r"^\W*or\b|\b(?:not|wrong|incorrect|false)\b|n't|[不错錯或]", re.IGNORECASE)
+ARTICLE = re.compile(
+    r"[AI]\s+(?!(?:is|was|are|am|and|or|nor|but|not|also|because|has|does|can|could|may|might|must|should"
+    r"|would|fits|looks|matches|seems|appears|works)\b)[a-z]"
+)
 """`A` or `I` before a word, as a sentence's first."""
 LEADING_LETTER = re.compile(
     r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
@@ -132,8 +135,9 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     text = re.sub(r"[\"'`*{}\[\]]", "", normalize(text, "latex")).strip(" .?。")
     text = PREFIX.sub("", text)
     lettered = LETTERED.fullmatch(text)
-    if lettered and _key(lettered[2]) in keys[_index(lettered[1]) :][:1]:  # its own words, were they letters
-        return frozenset({_index(lettered[1])})
+    in_range = lettered and lettered[2] and _in_range({_index(lettered[1])}, options)
+    if in_range and not (options and _contradicts(lettered[2], options, *in_range)):
+        return in_range
     if LETTERS_TOGETHER.fullmatch(text) and list(text) == sorted(set(text)):
         text = ",".join(text)
     if LETTERS.fullmatch(text):
@@ -145,8 +149,8 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     ]
     if (letters_only := normalize(text, "letters")) in lettered_options:
         return frozenset({lettered_options.index(letters_only)})
-    if lettered and lettered[2] and ((index := _index(lettered[1])) < len(options) or not options):
-        return None if options and _contradicts(lettered[2], options, index) else frozenset({index})
+    if in_range:
+        return _several_options(text, options)
     return _option_of_equal_value(text, options) or _several_options(text, options)
 
 
@@ -156,10 +160,8 @@ def _several_options(text: str, options: Sequence[str]) -> frozenset[int] | None
     if not 1 < len(parts) <= len(options):
         return None
     named = [named_options(part, options) if part.strip() else None for part in parts]
-    letters = {
-        bool(re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII)) for part in parts
-    }  # a letter beside a text isn't a list
-    return frozenset().union(*named) if all(named) and len(letters) == 1 else None
+    bare = {re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII) is not None for part in parts}
+    return frozenset().union(*named) if all(named) and len(bare) == 1 else None  # no letter beside a text
 
 
 def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -182,26 +184,29 @@ def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] 
 
 def _contradicts(rest: str, options: Sequence[str], index: int) -> bool:
     """Whether what follows a letter names another option, by its letter or its text, or denies. The option's
-    own words never do."""
+    own words, and the letters in them, never do."""
     rest = rest.strip(" .,:;)-\"'`*}]。、")
-    others = set(string.ascii_uppercase[: len(options) or None]) - {string.ascii_uppercase[index]}
-    if options:
-        keys, own = [_key(option) for option in options], options[index]
-        if _key(rest) == keys[index]:
-            return False
-        number, own_number = read_number(rest), read_number(own)
-        if _key(rest) in keys or not (number is None or own_number is None or number == own_number):
-            return True
-        words, own_words = normalize(rest, "words").split(), normalize(own, "words").split()
-        mentioned = _mentioned_options(rest, options)
-        if mentioned and index not in mentioned:
-            return True
-        others -= set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", ARTICLE.sub(" ", own)))
-        if ARTICLE.match(rest) and set(own_words) & set(words[1:]):
-            rest = rest[1:]
-        rest = re.sub(re.escape(own), " ", rest, flags=re.IGNORECASE)
-    named = re.search(rf"(?<![A-Za-z])[{''.join(others)}](?![A-Za-z'])", rest) if others else None
-    return named is not None or DENIAL.search(rest) is not None
+    letters = set(string.ascii_uppercase[: len(options) or None]) - {string.ascii_uppercase[index]}
+    if not options:
+        return bool(_letters_in(rest) & letters) or DENIAL.search(rest) is not None
+    keys, own = [_key(option) for option in options], options[index]
+    if _key(rest) == keys[index]:
+        return False
+    number, own_number = read_number(rest), read_number(own)
+    if _key(rest) in keys or not (number is None or own_number is None or number == own_number):
+        return True
+    mentioned = _mentioned_options(rest, options)
+    if mentioned and index not in mentioned:
+        return True
+    others = re.sub(re.escape(own), " ", rest, flags=re.IGNORECASE)
+    named = bool(_letters_in(others) & letters) and _letters_in(rest) != _letters_in(own)
+    return named or DENIAL.search(others) is not None
+
+
+def _letters_in(text: str) -> set[str]:
+    """The capitals that stand alone in a text, without the article that it may begin with."""
+    text = text.strip()[1:] if ARTICLE.match(text.strip()) else text
+    return set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z'])", text))
 
 
 def _answered_options(response: str, options: list[str], finding: Finding) -> frozenset[int] | None:
