@@ -21,9 +21,9 @@ def mathvision(row: dict) -> dict:
 
 
 def mathvista(row: dict) -> dict:
-    """`query` has the hint, the question, its unit and the choices."""
+    """`query` has the hint, the question, its unit and the choices; the order of a list counts."""
     kind = "multi_choice" if row.get("choices") else "free_form"
-    return row | {"problem": row["query"], "question_type": kind}
+    return row | {"problem": row["query"], "question_type": kind, "ordered": True}
 
 
 def mathverse(row: dict) -> dict:

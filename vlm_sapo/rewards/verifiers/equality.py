@@ -32,6 +32,8 @@ from sympy import (
     Tuple,
     UnevaluatedExpr,
     Union,
+    exp,
+    factorial,
 )
 from sympy.core.relational import Relational
 from sympy.polys.polyerrors import BasePolynomialError
@@ -42,6 +44,9 @@ EXACT, ROUNDED = 1e-20, 1e-5
 """How far equal values may be apart, relative to the larger one: exact ones, and where one is a decimal."""
 LARGEST_POWER, MOST_OPERATIONS = 12, 100
 """Limits of the polynomials that are multiplied out."""
+LARGEST_EXPONENT, LARGEST_EXPANSION = 1_000_000, 60
+"""Largest exponent, and number before a factorial sign, of a number that is computed; largest power of a sum
+with variables."""
 UNKNOWN = (
     ArithmeticError,
     AttributeError,
@@ -59,6 +64,8 @@ def equal(answer: Basic | str, gold: Basic | str) -> bool:
     to a factor, `x > 3` for the interval (3, oo), and anything else as math-verify has it."""
     if isinstance(answer, str) or isinstance(gold, str):
         return verify([gold], [answer], timeout_seconds=None)
+    if _is_huge(answer) or _is_huge(gold):
+        return bool(answer == gold)
     if isinstance(answer, Eq) and isinstance(gold, Eq):
         if isinstance(gold.lhs, Symbol) and answer.lhs == gold.lhs:
             return equal(answer.rhs, gold.rhs)
@@ -69,6 +76,20 @@ def equal(answer: Basic | str, gold: Basic | str) -> bool:
     if (verdict := _same_constant(answer, gold)) is not None:
         return verdict
     return verify([gold], [answer], timeout_seconds=None) and not _differ_in_size(answer, gold)
+
+
+def _is_huge(expression: Basic) -> bool:
+    """Whether an expression has a part that would take minutes to compute, such as a tower of powers."""
+    powers = sorted(expression.atoms(Pow, exp, factorial), key=lambda power: power.count_ops())
+    for power in powers:  # inner ones first, so that none is computed that is huge
+        size = power.exp if isinstance(power, Pow) else power.args[0]
+        is_sum = isinstance(power, Pow) and power.base.is_Add and power.free_symbols
+        try:
+            if size.is_number and abs(size.evalf(5)) > (LARGEST_EXPANSION if is_sum else LARGEST_EXPONENT):
+                return True
+        except UNKNOWN:
+            continue
+    return False
 
 
 def _same_constant(answer: Basic, gold: Basic) -> bool | None:

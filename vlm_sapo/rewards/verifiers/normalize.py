@@ -36,6 +36,7 @@ POWER = r"\.?(?:\s*\^\s*\{?\s*-?[1-3](?!\d)\s*\}?)?"
 UNIT_WORDS = re.compile(
     rf"(?<![A-Za-z\\])(?:m/s(?:\^\{{?2\}}?)?|(?:{UNITS})(?![A-Za-z]){POWER}"
     rf"(?:\s*(?:/|per)\s*(?:{UNITS}|{LETTERS}){POWER})?)(?![A-Za-z])"
+    r"|(?<=[A-Za-z])(?:平方|立方)?(?:[毫厘分千]?米|[毫千]?克|毫?升|公[里斤分])(?![\u4e00-\u9fff])"
 )
 DEGREES = r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z])|°"
 ONE_UNIT = rf"(?:(?:{UNITS}|{LETTERS})(?![A-Za-z]){POWER}|(?:{DEGREES})\s*[CF]?)"
@@ -109,7 +110,7 @@ def _without_latex_dressing(text: str) -> str:
     if emphasized := EMPHASIS.fullmatch(text.strip()):
         text = emphasized[2] + emphasized[3]
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
-    text = re.sub(r"\\[,;:]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
+    text = re.sub(r"\\[,;:]|\\ |~|\\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
     text = re.sub(r" ?\{ ?, ?\} ?", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
@@ -170,7 +171,7 @@ def with_decimal_point(text: str) -> str:
 
 def _all_commas_separate_thousands(text: str) -> bool:
     """Whether every comma of the text separates thousands."""
-    return re.fullmatch(r"[^,]*?\b\d{1,3}(?:,\d{3})+(?:\.\d+)?\b[^,]*", text) is not None
+    return re.fullmatch(r"[^,]*?\b[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?\b[^,]*", text) is not None
 
 
 def write_roots(text: str) -> str:

@@ -40,8 +40,11 @@ SCALES = {
 SCALE = re.compile(r"\s*\b(?i:dozen|hundred|thousand|million|billion|trillion)\b|k\b")
 MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)")
 UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=\bm))(?:\^\{?[23]\}?)")
+LEADING_WORD = re.compile(
+    "(" + "|".join(sorted(NUMBER_WORDS, key=len, reverse=True)) + r")\b(?!\s+of\b)", re.I
+)
 LEAD = re.compile(
-    r"(?:(?:there|they|these|it|this|that|is|are|was|were|a|an|the|total|of|number|count|final|answer"
+    r"^(?:(?:there|they|these|it|this|that|is|are|was|were|a|an|the|total|of|number|count|final|answer"
     r"|about|approximately|roughly)\s+)+",
     re.IGNORECASE,
 )
@@ -92,8 +95,12 @@ def _is_unit(text: str) -> bool:
 def read_sentence(text: str, *, percent: bool = True) -> float | None:
     """The value of a text that is one number, or says no more than that: `There are 10 objects.`"""
     value = read_number(text, percent=percent)
-    lead = LEAD.match(text.lstrip()) if value is None else None
-    return read_number(text.lstrip()[lead.end() :], percent=percent) if lead else value
+    if value is not None:
+        return value
+    text = LEAD.sub("", normalize(text, "latex"), count=1)
+    if (word := LEADING_WORD.match(text)) and _is_unit(text[word.end() :].rstrip(".")):
+        return NUMBER_WORDS[word[1].casefold()]
+    return read_number(text, percent=percent)
 
 
 @reads_answers
