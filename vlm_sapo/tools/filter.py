@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.data.formats import holds_image
 from vlm_sapo.data.images import decode
-from vlm_sapo.data.rows import ExampleSet, holds_image
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
