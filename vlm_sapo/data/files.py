@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "val", "dev", "test", "testmini")
 """Names under which a JSON file may hold its list of rows, or several lists."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 NULLS = ("", "null", "NULL")
-"""Cells of a table that are empty. `None`, `N/A` and `nan` are text there, as a person may have written them."""
+"""Cells of a table that are empty. `None` and `N/A` are text there, as a person may have written them."""
 WHOLE_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,17})")
 LONGEST_INDEX = 64
 """Characters of a cell of images that is the index of another row instead (VLMEvalKit)."""
@@ -99,8 +99,8 @@ def _read_json(path: Path, text: str) -> list[Row] | dict[str, list[Row]]:
         return [value]
     if value and all(isinstance(item, list | dict) for item in value.values()):
         raise ValueError(
-            f"data.source ({path}) must be a list of rows; it is an object of columns; write it as a list, or as "
-            "JSON lines"
+            f"data.source ({path}) must be a list of rows; it is an object of columns; write it as a "
+            "list, or as JSON lines"
         )
     return [value]
 
@@ -168,8 +168,8 @@ def _read_table(path: Path, text: str) -> list[Row]:
         for cells in reader:
             if len(cells) != len(names) and cells:
                 raise RowError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote cells "
-                    "that hold a separator or a line break"
+                    f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote "
+                    "cells that hold a separator or a line break"
                 )
             if cells:
                 rows.append({n: None if c in NULLS else c for n, c in zip(names, cells, strict=True)})

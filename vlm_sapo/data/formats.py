@@ -10,8 +10,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from vlm_sapo.data.images import KEYS
 from vlm_sapo.types import IMAGE_PLACEHOLDER, one_line
 
 Row = Mapping[str, Any]
@@ -38,9 +39,17 @@ ANSWERS = (
     ("response", "output", "completion"),
 )
 """Columns that hold the answer; the first group that the rows have counts."""
+CHAT_COLUMNS = (*CONVERSATIONS, "query", "instruction")
+"""Columns next to which `system` is the system prompt."""
+UNREAD = ("history", "tools")
+"""Columns next to them that a model would have to read."""
+OPTION_TABLE = {"index", "question", "A", "B"}
+"""The columns of VLMEvalKit's tables."""
 IMAGES = ("images", "image")
+IMAGE_PATHS = ("image_path", "image_paths")
+"""Columns for rows whose `image` is empty."""
 OTHER_IMAGES = (
-    *("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path"),
+    *(*IMAGE_PATHS, "image_file", "image_url", "image_urls", "img", "img_path"),
     *("picture", "pictures", "photo", "photos", "file_name", "file_names"),
 )
 """Columns that hold images where there is neither `images` nor `image`; the first counts."""
@@ -53,14 +62,14 @@ ROLES = {
 }
 TEXT_PARTS = ("text", "input_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-IMAGE_KEYS = ("bytes", "path", "url", "image_url", "image", "base64", "data", "source")
-"""Keys under which a mapping may hold its image; the first that has a value counts."""
 QWEN_IMAGE = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?")
 FOREIGN_IMAGE = re.compile(r"<img>.*?</img>", re.DOTALL)
+OBJECT_MARK = re.compile(r"<(?:ref-object|bbox)>")
 MEDIA_MARK = re.compile(r"<(?:video|audio)>|<\|(?:video|audio)_pad\|>")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
 MISSING_TEXTS = {"", "nan", "<na>", "nat", "[]"}
 """Spellings of a missing value; `None` and `null` may be answers."""
+LONGEST_MISSING = 9
 IMAGE_FILE = re.compile(r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 NO_MEDIA = "isn't supported yet; filter these rows out, or set data.on_error=skip"
 TURNS_EXAMPLE = '[{"role": "user", "content": "..."}]'
@@ -97,18 +106,9 @@ class Layout:
 
     def read(self, row: Row) -> Content:
         """The content of a row. Raises ValueError naming the field."""
-        for name in MEDIA:
-            if not is_missing(row.get(name)) and row[name] is not False:
-                raise ValueError(f"field {name} holds {name.rstrip('s')}, which {NO_MEDIA}")
         chat = self._chat(row)
         problem = QWEN_IMAGE.sub(IMAGE_PLACEHOLDER, chat.problem)
-        if mark := MEDIA_MARK.search(problem):
-            raise ValueError(f"field {self.problem} has a {mark[0]} mark, which {NO_MEDIA}")
-        if mark := FOREIGN_IMAGE.search(problem):
-            raise ValueError(
-                f"field {self.problem} has {one_line(mark[0])}; put the path into a column `images` and "
-                f"{IMAGE_PLACEHOLDER} into the text"
-            )
+        self._refuse(row, problem)
         answer = self._answer(row, chat)
         for field, text in ((self.problem, problem), (self.answer, answer)):
             if not text.strip():
@@ -117,8 +117,8 @@ class Layout:
         marks = problem.count(IMAGE_PLACEHOLDER)
         if marks not in (0, len(images)):
             raise ValueError(
-                f"field {self.problem} has {marks} {IMAGE_PLACEHOLDER} marks and the row {len(images)} images "
-                f"(field {field}); give one mark per image, or none to put the images first"
+                f"field {self.problem} has {marks} {IMAGE_PLACEHOLDER} marks and the row {len(images)} "
+                f"images (field {field}); give one mark per image, or none to put the images first"
             )
         return Content(problem, answer, chat.system, images, field, chat.reply)
 
@@ -145,19 +145,50 @@ class Layout:
             parts.append("system prompt from the conversation")
         return f"{self.name}: {', '.join(parts)}"
 
+    def _refuse(self, row: Row, problem: str) -> None:
+        """Raises ValueError for what a row has beside text and images: no part of it is dropped silently."""
+        for name in MEDIA:
+            if not is_missing(row.get(name)) and row[name] is not False:
+                raise ValueError(f"field {name} holds {name.rstrip('s')}, which {NO_MEDIA}")
+        if mark := MEDIA_MARK.search(problem):
+            raise ValueError(f"field {self.problem} has a {mark[0]} mark, which {NO_MEDIA}")
+        if mark := FOREIGN_IMAGE.search(problem):
+            raise ValueError(
+                f"field {self.problem} has {one_line(mark[0])}; put the path into a column `images` and "
+                f"{IMAGE_PLACEHOLDER} into the text"
+            )
+        if (mark := OBJECT_MARK.search(problem)) and not is_missing(row.get("objects")):
+            raise ValueError(
+                f"field {self.problem} has a {mark[0]} mark for the column objects, which isn't read; write "
+                "the boxes and names into the text with data.transform"
+            )
+        for name in UNREAD:
+            if self.problem in CHAT_COLUMNS and not is_missing(row.get(name)):
+                raise ValueError(
+                    f"field {name} isn't read, the prompt is one user's turn; write what the model shall "
+                    f"read into {self.problem}, or remove {name}, with data.transform"
+                )
+
     def _chat(self, row: Row) -> _Chat:
         value = lookup(row, self.problem)
         turns = as_turns(value)
-        if turns is None:
-            return _Chat(read_text(value, self.problem), None, (), None)
         try:
-            chat = read_turns(turns)
+            chat = _Chat(self._text(row, value), None, (), None) if turns is None else read_turns(turns)
+            if chat.system is None and self.problem in CHAT_COLUMNS:
+                chat = replace(chat, system=_checked_system(read_text(row.get("system"), "system"), ()))
         except ValueError as error:
-            raise ValueError(f"field {self.problem}: {error}") from error
-        system = row.get("system")
-        if chat.system is None and isinstance(system, str) and system.strip():
-            return _Chat(chat.problem, system, chat.images, chat.reply)
+            raise ValueError(f"field {self.problem}: {error}" if turns else str(error)) from error
         return chat
+
+    def _text(self, row: Row, value: Any) -> str:
+        """A problem that is text, with what belongs to it in another column."""
+        text = read_text(value, self.problem)
+        pieces = [text]
+        if text and self.problem == "instruction":
+            pieces = [text, read_text(row.get("input"), "input")]
+        elif text and self.problem == "question" and row.keys() >= OPTION_TABLE:
+            pieces = [read_text(row.get("hint"), "hint"), text]
+        return "\n".join(piece for piece in pieces if piece)
 
     def _answer(self, row: Row, chat: _Chat) -> str:
         if self.answer is None:
@@ -178,15 +209,15 @@ class Layout:
     def _images(self, row: Row, chat: _Chat) -> tuple[str, tuple[Any, ...]]:
         """The field of the images and their values: from their column, or from the parts of the turns."""
         column = next((name for name in self.images if not is_missing(row.get(name))), None)
-        values = [] if column is None else _listed(row[column])
+        values = [] if column is None else listed(row[column])
         if not chat.images:
             return column or self.images[0], tuple(values)
         empty = sum(value is None for value in chat.images)
         if empty != len(values):
             raise ValueError(
                 f"field {self.problem} has {len(chat.images)} image parts, {empty} of them without an image, "
-                f"and field {column or self.images[0]} {len(values)} images; give each part its image, or the "
-                "column one per part"
+                f"and field {column or self.images[0]} {len(values)} images; give each part its image, or "
+                "the column one per part"
             )
         rest = iter(values)
         images = tuple(next(rest) if value is None else value for value in chat.images)
@@ -196,37 +227,33 @@ class Layout:
 def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -> Layout:
     """The layout of rows with the columns and values of `row`, some of its columns named by the user.
 
-    Raises ValueError where a name isn't a column, or where several columns could be the problem or the answer.
+    Raises ValueError where a name isn't a column, or where several columns could be the problem or the
+    answer.
     """
-    problem, answer, images = (
-        _by_user(field, names, row, source) for field in ("problem", "answer", "images")
-    )
+    problem, answer, _ = (_by_user(field, names, row, source) for field in ("problem", "answer", "images"))
     if problem is None:
         chats = [name for name in CONVERSATIONS if _is_list(row.get(name))]
         problem = _usual("problem", (("problem",), chats, *PROBLEMS), row, source)
     chat = as_turns(lookup(row, problem))
     if answer is None:
         tiers = ((GROUND_TRUTH,), *ANSWERS) if problem == "prompt" and chat else ANSWERS
-        replies = chat and any(_role(turn) == "assistant" for turn in chat)
-        if not (replies and not any(has_column(row, name) for tier in tiers for name in tier)):
+        supervised = chat and not any(has_column(row, name) for tier in tiers for name in tier)
+        if not (supervised and any(_is_reply(turn) for turn in chat)):
             answer = _usual("answer", tiers, row, source)
-    names_of_images = names.get("images")
-    if images is not None:
-        columns = (names_of_images,) if isinstance(names_of_images, str) else tuple(names_of_images)
-    else:
-        columns = _image_columns(row, chat, source)
-    return Layout(_whose(row, problem, answer, chat), problem, answer, columns)
+    images = names["images"] if "images" in names else _image_columns(row, source)
+    images = (images,) if isinstance(images, str) else tuple(images)
+    return Layout(_whose(row, problem, answer, chat), problem, answer, images)
 
 
-def _image_columns(row: Row, chat: Sequence[Row] | None, source: str) -> tuple[str, ...]:
+def _image_columns(row: Row, source: str) -> tuple[str, ...]:
     if any(name in row for name in IMAGES):
-        return IMAGES
+        return (*IMAGES, *(name for name in IMAGE_PATHS if name in row))
     other = next((name for name in OTHER_IMAGES if name in row), None)
     unknown = [name for name, value in row.items() if holds_image(value) and as_turns(value) is None]
     if other is None and unknown:
         raise ValueError(
-            f"data.columns.images is not set, and rows of {source} hold images in {', '.join(unknown)}; set it "
-            "to that column, or remove the column with data.transform"
+            f"data.columns.images is not set, and rows of {source} hold images in {', '.join(unknown)}; "
+            "set it to that column, or remove the column with data.transform"
         )
     return IMAGES if other is None else (other,)
 
@@ -265,7 +292,7 @@ def _whose(row: Row, problem: str, answer: str | None, chat: Sequence[Row] | Non
         return "ms-swift rows" if answer == "solution" else "chat rows"
     if (problem, answer) == ("query", "response"):
         return "ms-swift rows"
-    if {"index", "question", "A", "B"} <= row.keys():
+    if row.keys() >= OPTION_TABLE:
         return "VLMEvalKit rows"
     return "R1-V rows" if answer == "solution" else "plain rows"
 
@@ -296,7 +323,8 @@ def check_column(column: str, row: Row, field: str, source: str) -> None:
 def is_missing(value: Any) -> bool:
     """Whether a value says that there is none: None, NaN, nothing, or a list of such."""
     if isinstance(value, str):
-        return value.strip().casefold() in MISSING_TEXTS
+        text = value.strip()  # of an image in base64 maybe, which isn't worth lowering
+        return len(text) < LONGEST_MISSING and text.casefold() in MISSING_TEXTS
     if isinstance(value, list | tuple | np.ndarray):
         return all(is_missing(item) for item in value)
     if isinstance(value, float | np.floating):
@@ -345,11 +373,12 @@ def _type_name(value: Any) -> str:
 
 
 def holds_image(value: Any) -> bool:
-    """Whether a column's value is or contains an image, as an object or as bytes."""
-    if isinstance(value, Mapping):
-        return "bytes" in value or any(holds_image(item) for item in value.values())
+    """Whether a column's value is an image or a list of them, as objects or as bytes, or turns with such."""
     if isinstance(value, list | tuple):
         return any(holds_image(item) for item in value)
+    if isinstance(value, Mapping):
+        inner = (value[key] for key in ("content", *KEYS) if key in value)
+        return "bytes" in value or any(holds_image(item) for item in inner)
     return isinstance(value, Image | bytes)
 
 
@@ -358,7 +387,7 @@ def _is_image_file(value: Any) -> bool:
     return isinstance(first, str) and len(first) < 300 and IMAGE_FILE.fullmatch(first) is not None
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     """The images of a column: a list, one image, or a list that is written as text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_list(value) or value
@@ -413,8 +442,8 @@ def read_turns(turns: Sequence[Row]) -> _Chat:
     rest = roles[1:] if system else roles
     if rest[:1] != ["user"] or any(role != "assistant" for role in rest[1:]):
         raise ValueError(
-            f"the turns are {one_line(', '.join(roles))}; one user's turn is read, with a system turn before it "
-            "and assistant's turns behind it; split the conversation into rows, or rewrite it with "
+            f"the turns are {one_line(', '.join(roles))}; one user's turn is read, with a system turn before "
+            "it and assistant's turns behind it; split the conversation into rows, or rewrite it with "
             "data.transform"
         )
     problem, images = _content(turns[1 if system else 0])
@@ -427,18 +456,25 @@ def _role(turn: Row) -> str:
     role = ROLES.get(str(name).casefold())
     if role is None:
         raise ValueError(
-            f"a turn has the role {one_line(name)}; it must be system, user (human) or assistant (gpt); rename "
-            "it or rewrite the row with data.transform"
+            f"a turn has the role {one_line(name)}; it must be system, user (human) or assistant (gpt); "
+            "rename it or rewrite the row with data.transform"
         )
     return role
 
 
+def _is_reply(turn: Row) -> bool:
+    return ROLES.get(str(_first_value(turn, ("role", "from"))).casefold()) == "assistant"
+
+
 def _system(turn: Row) -> str | None:
-    text, images = _content(turn)
+    return _checked_system(*_content(turn))
+
+
+def _checked_system(text: str, images: Sequence[Any]) -> str | None:
     token = SPECIAL_TOKEN.search(text)
     if images or token or IMAGE_PLACEHOLDER in text:
         what = token[0] if token else "an image"
-        raise ValueError(f"the system turn has {what}; it must be text without special tokens")
+        raise ValueError(f"the system prompt has {what}; it must be text without special tokens")
     return text if text.strip() else None
 
 
@@ -467,7 +503,7 @@ def _part(part: Any) -> tuple[str, Any]:
     if not isinstance(part, Mapping):
         raise ValueError(f"a part is {_type_name(part)}; it must be text or a mapping with a type")
     kind = str(part.get("type") or ("text" if part.get("text") is not None else "image"))
-    text, image = _first_value(part, ("text", "content")), _first_value(part, IMAGE_KEYS)
+    text, image = _first_value(part, ("text", "content")), _first_value(part, KEYS)
     if kind in TEXT_PARTS and isinstance(text, str):
         return "text", text
     if kind in IMAGE_PARTS and (image is not None or "type" in part):
@@ -475,9 +511,26 @@ def _part(part: Any) -> tuple[str, Any]:
     if any(name in kind for name in ("video", "audio")) or any(part.get(name) for name in MEDIA):
         raise ValueError(f"a part of type {one_line(kind)} {NO_MEDIA}")
     raise ValueError(
-        f"a part ({one_line(part)}) must be {{type: text, text: ...}} or {{type: image, image: ...}}; rewrite it "
-        "with data.transform"
+        f"a part ({one_line(part)}) must be {{type: text, text: ...}} or {{type: image, image: ...}}; "
+        "rewrite it with data.transform"
     )
+
+
+def with_images(turns: Sequence[Row], replace_image: Callable[[Any], Any]) -> list[Row]:
+    """The turns with each image of their parts replaced; parts whose image stands in a column stay."""
+    changed = []
+    for turn in turns:
+        key = "content" if turn.get("content") is not None else "value"
+        parts = [turn[key]] if isinstance(turn[key], Mapping) else turn[key]
+        if isinstance(parts, list | tuple | np.ndarray):
+            parts = [_with_image(part, replace_image) for part in parts]
+        changed.append({**turn, key: parts})
+    return changed
+
+
+def _with_image(part: Any, replace_image: Callable[[Any], Any]) -> Any:
+    kind, value = ("text", part) if isinstance(part, str) else _part(part)
+    return {"type": "image", "image": replace_image(value)} if kind == "image" and value is not None else part
 
 
 def _first_value(mapping: Row, keys: Iterable[str]) -> Any:

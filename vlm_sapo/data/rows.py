@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.data.files import TEXT_FILES, kind, read_file
-from vlm_sapo.data.formats import Content, Row, check_column, holds_image, is_missing, recognize
+from vlm_sapo.data.formats import IMAGES, Content, Row, check_column, holds_image, is_missing, recognize
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.types import Example, RowError, one_line
@@ -32,8 +32,8 @@ def open_rows(
 ) -> Sequence[Row]:
     """The rows of a source, none of its images decoded yet.
 
-    `source` is a JSON, JSON lines, CSV, TSV or parquet file, a folder written by `datasets` or laid out as on the hub, a hub id,
-    or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
+    `source` is a JSON, JSON lines, CSV, TSV or parquet file, a folder written by `datasets` or laid out as on
+    the hub, a hub id, or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
     """
     if ":" in source and not Path(source).exists():
         return _call(source, args or {})
@@ -45,8 +45,8 @@ def open_rows(
         return rows if isinstance(rows, list) else _pick_split(rows, split, source)
     if path.is_file() and path.suffix not in (".parquet", ".arrow"):
         raise ValueError(
-            f"data.source ({source}) must be a JSON, JSON lines, CSV, TSV, parquet or Arrow file; {path.suffix} "
-            "files aren't read; convert it, or read it with a function: data.source=file.py:function"
+            f"data.source ({source}) must be a JSON, JSON lines, CSV, TSV, parquet or Arrow file; "
+            f"{path.suffix} files aren't read; convert it, or set data.source=file.py:function to read it"
         )
     import datasets
 
@@ -131,6 +131,7 @@ class ExampleSet(Sequence):
         path = locate(self.name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
         columns = dict(section.columns)
+        self.response_column = columns.get("response")
         self.id_column = columns.get("id", "id")
         conditions = dict(section.filter)
         column = _first(columns.pop("split", "split"), rows[0] if len(rows) else {})
@@ -168,8 +169,10 @@ class ExampleSet(Sequence):
         others = {
             name: value
             for name, value in row.items()
-            if name not in self.image_columns and not holds_image(value)
+            if name not in (*IMAGES, content.image_field) and not holds_image(value)
         }
+        if content.reply is not None and self.response_column == layout.problem:
+            others[layout.problem] = content.reply
         return Example(
             id=key,
             problem=content.problem,
