@@ -70,7 +70,7 @@ def _is_whole(text: str) -> bool:
         value = json.loads(text)
     except json.JSONDecodeError:
         return not _is_json(text.lstrip().split("\n", 1)[0])  # the error shall name the line that is wrong
-    return "\n" in text.strip() or bool(_splits(value)) or _is_by_id(value)
+    return "\n" in text.strip() or bool(_splits(value)) or _is_by_id(value) or _is_by_column(value)
 
 
 def _is_json(text: str) -> bool:
@@ -93,15 +93,13 @@ def _read_json(path: Path, text: str) -> list[Row] | dict[str, list[Row]]:
     if splits := _splits(value):
         rows = {name: _checked(path, items) for name, items in splits.items()}
         return next(iter(rows.values())) if len(rows) == 1 else rows
-    if _is_by_id(value):
-        return [{"id": name} | row for name, row in value.items()]
-    if any(isinstance(item, list) and item and isinstance(item[0], Mapping) for item in value.values()):
-        return [value]
-    if value and all(isinstance(item, list | dict) for item in value.values()):
+    if _is_by_column(value):
         raise ValueError(
             f"data.source ({path}) must be a list of rows; it is an object of columns; write it as a "
             "list, or as JSON lines"
         )
+    if _is_by_id(value):
+        return [{"id": name} | row for name, row in value.items()]
     return [value]
 
 
@@ -120,6 +118,15 @@ def _splits(value: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _is_by_id(value: Mapping[str, Any]) -> bool:
     """Whether an object holds rows by their id."""
     return len(value) > 1 and all(isinstance(item, Mapping) for item in value.values())
+
+
+def _is_by_column(value: Mapping[str, Any]) -> bool:
+    """Whether an object holds columns instead of rows, as lists or by the rows' numbers (pandas)."""
+    return len(value) > 1 and all(
+        (isinstance(item, list) and not any(isinstance(entry, Mapping) for entry in item))
+        or (isinstance(item, Mapping) and "0" in item)
+        for item in value.values()
+    )
 
 
 def _checked(path: Path, items: Sequence[Any]) -> list[Row]:

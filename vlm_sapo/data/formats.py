@@ -240,16 +240,16 @@ def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -
         supervised = chat and not any(has_column(row, name) for tier in tiers for name in tier)
         if not (supervised and any(_is_reply(turn) for turn in chat)):
             answer = _usual("answer", tiers, row, source)
-    images = names["images"] if "images" in names else _image_columns(row, source)
+    images = names["images"] if "images" in names else _image_columns(row, source, {problem, answer})
     images = (images,) if isinstance(images, str) else tuple(images)
     return Layout(_whose(row, problem, answer, chat), problem, answer, images)
 
 
-def _image_columns(row: Row, source: str) -> tuple[str, ...]:
+def _image_columns(row: Row, source: str, texts: set[str | None]) -> tuple[str, ...]:
     if any(name in row for name in IMAGES):
         return (*IMAGES, *(name for name in IMAGE_PATHS if name in row))
     other = next((name for name in OTHER_IMAGES if name in row), None)
-    unknown = [name for name, value in row.items() if holds_image(value) and as_turns(value) is None]
+    unknown = [name for name, value in row.items() if name not in texts and holds_image(value)]
     if other is None and unknown:
         raise ValueError(
             f"data.columns.images is not set, and rows of {source} hold images in {', '.join(unknown)}; "
@@ -287,8 +287,8 @@ def _whose(row: Row, problem: str, answer: str | None, chat: Sequence[Row] | Non
     if chat:
         if "from" in chat[0]:
             return "ShareGPT rows"
-        if answer == GROUND_TRUTH:
-            return "verl rows"
+        if problem == "prompt":
+            return "verl rows" if answer == GROUND_TRUTH else "TRL rows"
         return "ms-swift rows" if answer == "solution" else "chat rows"
     if (problem, answer) == ("query", "response"):
         return "ms-swift rows"

@@ -23,7 +23,7 @@ MAX_PIXELS = 90_000_000
 """Pixels of the largest image that is decoded: 270 MB as RGB."""
 KEYS = ("bytes", "path", "url", "image_url", "image", "base64", "data", "source")
 """Keys under which a mapping may hold its image; the first that has a value counts."""
-BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 SHORTEST_BASE64 = 60
 BASE64_HEADER = 32
 """Characters of base64 that hold the first bytes of an image."""

@@ -155,7 +155,7 @@ def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
             columns[name] = with_images(turns, as_file)
         elif name in examples.image_columns or holds_image(value):
             paths = [as_file(item) for item in listed(value) if item is not None]
-            columns[name] = paths if isinstance(value, list) else (paths or [None])[0]
+            columns[name] = paths if isinstance(value, list) or len(paths) > 1 else (paths or [None])[0]
         else:
             columns[name] = value
     return columns
