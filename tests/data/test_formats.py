@@ -607,3 +607,17 @@ def test_recognition_looks_past_empty_values(folder):
     assert rows.layout.problem == "messages" and rows[1].answer == "5"
     with pytest.raises(RowError, match="row 0 of .*field messages is empty"):
         rows[0]
+
+
+def test_class_labels_are_read_by_name(folder):
+    features = datasets.Features(
+        question=datasets.Value("string"),
+        label=datasets.ClassLabel(names=["cat", "dog"]),
+        kind=datasets.ClassLabel(names=["x", "y"]),
+    )
+    rows = [{"question": "p", "label": 1, "kind": 1}, {"question": "q", "label": None, "kind": 0}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder / "set"))
+    examples = opened(folder / "set", filter={"kind": 1})
+    assert [example.answer for example in examples] == ["dog"]
+    with pytest.raises(RowError, match="field answer is empty|field label is empty"):
+        opened(folder / "set")[1]

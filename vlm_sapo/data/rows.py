@@ -14,7 +14,16 @@ from PIL.Image import Image
 
 from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.data.files import TEXT_FILES, kind, read_file
-from vlm_sapo.data.formats import IMAGES, Content, Row, check_column, holds_image, is_missing, recognize
+from vlm_sapo.data.formats import (
+    ANSWERS,
+    IMAGES,
+    Content,
+    Row,
+    check_column,
+    holds_image,
+    is_missing,
+    recognize,
+)
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
 from vlm_sapo.types import Example, RowError, one_line
@@ -91,9 +100,14 @@ def _pick_split(rows: Any, split: str | None, source: str) -> Any:
 
 def _undecoded(rows: Any) -> Any:
     """Leaves images as bytes, at any depth: a broken one is an error of its row and not of the whole set,
-    and no column opens files or addresses by itself."""
+    and no column opens files or addresses by itself. Answers that are class labels become the names."""
+    import datasets
+
     for name, feature in rows.features.items():
-        if (raw := _raw(feature)) != feature:
+        if isinstance(feature, datasets.ClassLabel) and any(name in names for names in ANSWERS):
+            labels = [None if label is None else feature.int2str(label) for label in rows[name]]
+            rows = rows.remove_columns(name).add_column(name, labels)
+        elif (raw := _raw(feature)) != feature:
             rows = rows.cast_column(name, raw)
     return rows
 
