@@ -19,8 +19,19 @@ IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a problem's text."""
 
 
+LONGEST_IN_MESSAGE = 100
+"""Characters of a row's value in a message."""
+
+
 class RowError(ValueError):
     """A row that cannot be used. The message names the row, its file, the field and the remedy."""
+
+
+def one_line(value: object, limit: int = LONGEST_IN_MESSAGE) -> str:
+    """A value of a row for a message: one line, cut where it is long. An image may have megabytes of text."""
+    text = str(value)
+    line = " ".join(text[: 2 * limit].split())
+    return line if len(text) <= 2 * limit and len(line) <= limit else f"{line[:limit]}..."
 
 
 @dataclass(frozen=True)

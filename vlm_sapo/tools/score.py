@@ -80,7 +80,7 @@ class ResponseFile:
         text = next((str(row[name]) for name in self.responses if row.get(name) not in (None, "")), "")
         tokens, source = row.get("tokens"), f"{self.path}, line {line}"
         problem = str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), ""))
-        problem, answer = multiple_choice(problem, self._answer(row), row, label=source)
+        problem, answer = multiple_choice(problem, self._answer(row), row)
         example = Example(
             id=str(row.get("id", line)),
             problem=problem,

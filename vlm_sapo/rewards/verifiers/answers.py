@@ -50,6 +50,8 @@ CHINESE_STATEMENT = re.compile(
     r"|[故应應]?(?:因此|所以|应该|应当)?[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
     r"|(?:^|\n|[。；])\s*答\s*[:：])\s*[:：]?"
 )
+UNCLOSED_TAG = re.compile(r"<answer>", re.IGNORECASE)
+"""An answer tag that was cut off, behind the last complete one."""
 HEADING = re.compile(
     r"^[ \t#>*_|]*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|(?:最终|最后|正确)?答案)[ \t]*(?:[:：][ \t]*)?"
     r"(?:(?:\*\*|__|\|)[ \t]*[:：]?[ \t]*|$)",
@@ -251,7 +253,7 @@ def _marks(text: str) -> list[Mark]:
 def _last_statement(response: str, start: int, *, after_mark: bool) -> str:
     """What the last statement after `start` says; empty if there is none. After a marked answer only a short
     one counts, and none that speaks about that answer."""
-    forms = (STATEMENT, CHINESE_STATEMENT, HEADING)
+    forms = (STATEMENT, CHINESE_STATEMENT, HEADING, UNCLOSED_TAG)
     statements = [match for form in forms for match in form.finditer(response, start)]
     for match in sorted(statements, key=lambda match: match.end(), reverse=True):
         text = _to_sentence_end(response[match.end() :])
@@ -281,5 +283,5 @@ def _conclusion(response: str) -> str | None:
         return None
     if "=" in sentence:
         return sentence
-    parts = re.split(rf"\s{VERB}\s+", sentence, flags=re.IGNORECASE)
+    parts = re.split(rf"\s{VERB}\s+|[是为為]|等于", sentence, flags=re.IGNORECASE)
     return parts[-1].strip() if len(parts) > 1 else None

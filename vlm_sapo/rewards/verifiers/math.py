@@ -63,6 +63,8 @@ NOT_ONE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 """What an answer that is one number can't contain: other relations, alternatives, ratios, several numbers."""
+LONGEST_PROSE = 3000
+"""Characters at a response's end in which math-verify looks for a stated answer; it takes seconds for long ones."""
 ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, ]{1,20}\))?\s*=\s*([^=]+)$")
 
 
@@ -90,7 +92,7 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
         return 1.0
     if answer and not PROSE.search(normalize(answer, "expression")):  # only a sentence has a second chance
         return float(len(boxes) > 1 and answers_match(", ".join(boxes), gold))
-    return float(expressions_match(response, gold))
+    return float(expressions_match(response[-LONGEST_PROSE:], gold))
 
 
 @reads_answers

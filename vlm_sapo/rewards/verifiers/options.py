@@ -14,7 +14,6 @@ from typing import Any
 
 from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.rewards.verifiers.number import read_number
-from vlm_sapo.types import RowError
 
 OPTION_COLUMNS = ("choices", "options", "option", "multi-choice options")
 LETTER_COLUMN = re.compile(r"(?i:options?|choices?)[ _]?([A-Za-z])|([A-Z])")
@@ -73,10 +72,10 @@ class Options:
         return string.ascii_uppercase[index]
 
 
-def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any], *, label: str) -> tuple[str, Any]:
+def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any]) -> tuple[str, Any]:
     """The problem with the options of the row's columns below it, as lines `A. text`, unless it lists them or
     the image does; and the gold answer as a letter where it is an index or a label of the row's own. Other
-    rows as they are. `label` names the row in errors; raises RowError for options that are no texts."""
+    rows as they are. Raises ValueError for options that are no texts."""
     try:
         options = column_options(row, answer)
         if isinstance(answer, list | tuple):
@@ -85,7 +84,7 @@ def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any], *, label:
         else:
             answer = options.letter(answer) or answer
     except ValueError as error:
-        raise RowError(f"{label}: options: {error}") from error
+        raise ValueError(f"options: {error}") from error
     if not options.texts or row.get(IMAGE_OPTIONS_COLUMN) or lists_options(problem, options.texts):
         return problem, answer
     lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options.texts, strict=False)]
