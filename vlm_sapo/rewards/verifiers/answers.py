@@ -46,7 +46,7 @@ STATEMENT = re.compile(
     re.IGNORECASE,
 )
 CHINESE_STATEMENT = re.compile(
-    r"(?:(?:[正准]确|最终|最后|标准|本题)?(?:的)?(?:答案|选项|選項)(?:应该|应当|应|就)?(?:[是为為選选]|[:：])+"
+    r"(?:(?:[正准]确|最终|最后|标准|本题)?(?:的)?(?:答案|选项|選項)(?:应该|应当|应|就)?(?:[是为為]|[:：])+"
     r"|[故应應]?(?:因此|所以|应该|应当)?[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
     r"|(?:^|\n|[。；])\s*答\s*[:：])\s*[:：]?"
 )
@@ -70,6 +70,7 @@ SENTENCE_END = re.compile(
     r"(?<![A-Z])(?<!\b[A-Z][a-z])(?<!\b[A-Z][a-z]{2})[.!?;]\s+(?=[A-Z\u4e00-\u9fff])|[。！？；]"
 )
 """The end of a sentence; not the full stop of `B. green`, `St. Louis` or `No. 5`."""
+BOLD_END = re.compile(r"(?:\*\*|__)([.,;:!?。]?)$")
 COMMENT = re.compile(
     r"(?:correct|right|wrong|incorrect|obtained|given|found|based|as\s|because|since|not\b|the\s+same|also\b"
     r"|in\s+(?:the\s+)?(?:box|form)|derived|reasonable|consistent|verified|clear|therefore\s+(?:correct|right)"
@@ -270,7 +271,7 @@ def _to_sentence_end(text: str) -> str:
     if match := DISPLAY.match(text):
         return match[2].strip()
     line = text.partition("\n")[0]
-    return SENTENCE_END.split(line)[0].strip(" \t*_|")
+    return BOLD_END.sub(r"\1", SENTENCE_END.split(line)[0].strip(" \t*_|"))
 
 
 def _conclusion(response: str) -> str | None:

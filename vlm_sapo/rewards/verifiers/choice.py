@@ -218,13 +218,13 @@ def _answered_options(response: str, options: list[str], finding: Finding) -> fr
     if finding == "marked":
         return None
     whole = response.strip()[-TAIL:]
-    if (named := named_options(whole, options)) is not None:
-        return named
     last_line = whole.splitlines()[-1] if whole else ""
     letters = set(BRACKETED.findall(last_line))
     concluded = _in_range({_index(*letters)}, options) if len(letters) == 1 else None
     stated_last = stated is not None and stated != whole and (stated in last_line or concluded is None)
     if stated_last and (named := _stated_option(stated, options)) is not None:
+        return named
+    if (named := named_options(whole, options)) is not None:
         return named
     if last_line != whole and LIST_ITEM.match(last_line):  # the end of a list of options, not of a thought
         return concluded or _leading_option(whole, options)

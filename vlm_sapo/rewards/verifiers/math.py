@@ -64,7 +64,7 @@ NOT_ONE_NUMBER = re.compile(
 )
 """What an answer that is one number can't contain: other relations, alternatives, ratios, several numbers."""
 LONGEST_PROSE = 3000
-"""Characters at a response's end in which math-verify looks for a stated answer; it takes seconds for long ones."""
+"""Characters at a response's end in which math-verify looks for an answer; longer ones take it seconds."""
 ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, ]{1,20}\))?\s*=\s*([^=]+)$")
 
 
