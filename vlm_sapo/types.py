@@ -221,6 +221,12 @@ class ResponseText(str):
         response.tokens, response.resized = tokens, resized
         return response
 
+    def with_text(self, text: str) -> ResponseText:
+        """Another text with the same facts, such as a part of this one."""
+        other = ResponseText(text)
+        vars(other).update(vars(self))
+        return other
+
     @classmethod
     def of(cls, prompt: Prompt, response: Response) -> ResponseText:
         """From a sampled response; its length counts the policy's tokens only."""

@@ -94,7 +94,8 @@ TOKEN_TENSORS = (
 
 
 def gate(ratio: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
-    """SAPO's f(r) = (4 / tau) sigmoid(tau (r - 1)) (arXiv 2511.20347, eq. 5); for figures and tests, the loss is `sapo`."""
+    """SAPO's f(r) = (4 / tau) sigmoid(tau (r - 1)) (arXiv 2511.20347, eq. 5), for figures and tests; training
+    uses `sapo`."""
     return 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
 
 

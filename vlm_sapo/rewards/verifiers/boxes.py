@@ -8,7 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.answers import (
+    BadGold,
+    Finding,
+    NoAnswer,
+    fenced_json,
+    find_answer,
+    reads_answers,
+)
 from vlm_sapo.types import Example, ResponseText
 
 Box = tuple[float, float, float, float]
@@ -89,6 +96,7 @@ class BoxFormat:
         return left, top, right, bottom
 
 
+@reads_answers
 def box(
     response: ResponseText,
     example: Example,
@@ -128,6 +136,7 @@ def box(
     return total / max(len(boxes), len(golds))
 
 
+@reads_answers
 def point_in_box(
     response: ResponseText,
     example: Example,

@@ -15,6 +15,7 @@ from vlm_sapo.rewards.verifiers.answers import (
     Finding,
     NoAnswer,
     marked_answer,
+    reads_answers,
     stated_answer,
 )
 from vlm_sapo.rewards.verifiers.math import answers_match
@@ -52,6 +53,7 @@ LIST_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
+@reads_answers
 def choice(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer names the gold option or options, by letter, by letter and text, by text, or by
     value.
@@ -208,8 +210,11 @@ def _letters_in(text: str) -> set[str]:
 
 
 def _answered_options(response: str, options: list[str], finding: Finding) -> frozenset[int] | None:
-    if (marked := marked_answer(response)) is not None:
-        return named_options(marked, options) or _leading_option(marked, options, alone=True)
+    marked = marked_answer(response)
+    stated = stated_answer(response) if finding == "stated" else marked
+    if marked is not None:
+        later = None if stated == marked else _stated_option(stated, options)
+        return later or named_options(marked, options) or _leading_option(marked, options, alone=True)
     if finding == "marked":
         return None
     whole = response.strip()[-TAIL:]
@@ -218,18 +223,16 @@ def _answered_options(response: str, options: list[str], finding: Finding) -> fr
     last_line = whole.splitlines()[-1] if whole else ""
     letters = set(BRACKETED.findall(last_line))
     concluded = _in_range({_index(*letters)}, options) if len(letters) == 1 else None
-    stated = stated_answer(whole)
-    if stated is not None and stated != whole and (stated in last_line or concluded is None):
-        named = (
-            named_options(stated, options)
-            or _leading_option(stated, options)
-            or _mentioned_option(stated, options)
-        )
-        if named is not None:
-            return named
+    stated_last = stated is not None and stated != whole and (stated in last_line or concluded is None)
+    if stated_last and (named := _stated_option(stated, options)) is not None:
+        return named
     if last_line != whole and LIST_ITEM.match(last_line):  # the end of a list of options, not of a thought
         return concluded or _leading_option(whole, options)
     return concluded or _leading_option(whole, options) or _mentioned_option(last_line, options)
+
+
+def _stated_option(text: str, options: list[str]) -> frozenset[int] | None:
+    return named_options(text, options) or _leading_option(text, options) or _mentioned_option(text, options)
 
 
 def _leading_option(text: str, options: list[str], *, alone: bool = False) -> frozenset[int] | None:
