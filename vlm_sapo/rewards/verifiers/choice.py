@@ -14,6 +14,7 @@ from vlm_sapo.rewards.verifiers.answers import (
     BadGold,
     Finding,
     NoAnswer,
+    gold_answer,
     marked_answer,
     reads_answers,
     stated_answer,
@@ -94,7 +95,7 @@ def is_multiple_choice(example: Example) -> bool:
     if column_texts(example):
         return True
     options = tuple(read_options(example))
-    letter = BARE_LETTER.fullmatch(example.answer.strip())
+    letter = BARE_LETTER.fullmatch(gold_answer(example.answer).strip())
     return bool(options) and (letter or _gold_names(example.answer, options)) is not None
 
 
@@ -116,6 +117,7 @@ def gold_options(example: Example) -> frozenset[int]:
 @lru_cache(maxsize=4096)
 def _gold_names(answer: str, options: tuple[str, ...]) -> frozenset[int] | None:
     """Indices of the options that a gold answer or a JSON list of them names; None where it names none."""
+    answer = gold_answer(answer)
     if (named := named_options(answer, options)) is not None or not answer.startswith("["):
         return named
     try:

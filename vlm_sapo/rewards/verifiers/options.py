@@ -12,6 +12,7 @@ from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
+from vlm_sapo.rewards.verifiers.answers import gold_answer
 from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.rewards.verifiers.number import read_number
 
@@ -53,7 +54,7 @@ class Options:
         """The letter of the option that a gold answer names by label or by index, which counts from 0; None
         where it names one by itself, or none. Raises ValueError for an integer that may be both an index and
         an option's text."""
-        text = str(answer).strip()
+        text = gold_answer(str(answer)).strip()
         if text in self.labels:
             return string.ascii_uppercase[self.labels.index(text)]
         if self.labels or isinstance(answer, bool) or not re.fullmatch(r"\d{1,2}(?:\.0)?", text):
@@ -104,7 +105,7 @@ def column_options(columns: Mapping[str, Any], answer: Any) -> Options:
             by_letter.setdefault((match[1] or match[2]).upper(), value)
     if not {"A", "B"} <= by_letter.keys():
         return Options()
-    gold = str(answer).strip()
+    gold = gold_answer(str(answer)).strip()
     if not (re.fullmatch(r"\W*[A-Z](?:\W+[A-Z])*\W*|[A-Z]{2,}", gold) or LETTERED.fullmatch(gold)) and (
         gold.casefold() not in {str(value).strip().casefold() for value in by_letter.values()}
     ):
