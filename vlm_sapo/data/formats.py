@@ -81,7 +81,8 @@ class Content:
 
     problem: str
     """Text with `<image>` marks, or without any."""
-    answer: str
+    answer: Any
+    """The gold answer as the row holds it; `read_answer` makes it text."""
     system: str | None
     """The system turn of a conversation."""
     images: tuple[Any, ...]
@@ -110,16 +111,10 @@ class Layout:
         problem = QWEN_IMAGE.sub(IMAGE_PLACEHOLDER, chat.problem)
         self._refuse(row, problem)
         answer = self._answer(row, chat)
-        for field, text in ((self.problem, problem), (self.answer, answer)):
-            if not text.strip():
+        for field, value in ((self.problem, problem), (self.answer or self.problem, answer)):
+            if is_missing(value):
                 raise ValueError(f"field {field} is empty; give it a value or filter the row out")
         field, images = self._images(row, chat)
-        marks = problem.count(IMAGE_PLACEHOLDER)
-        if marks not in (0, len(images)):
-            raise ValueError(
-                f"field {self.problem} has {marks} {IMAGE_PLACEHOLDER} marks and the row {len(images)} "
-                f"images (field {field}); give one mark per image, or none to put the images first"
-            )
         return Content(problem, answer, chat.system, images, field, chat.reply)
 
     def describe(self, row: Row) -> str:
@@ -190,7 +185,7 @@ class Layout:
             pieces = [read_text(row.get("hint"), "hint"), text]
         return "\n".join(piece for piece in pieces if piece)
 
-    def _answer(self, row: Row, chat: _Chat) -> str:
+    def _answer(self, row: Row, chat: _Chat) -> Any:
         if self.answer is None:
             if not chat.reply:
                 raise ValueError(
@@ -204,7 +199,7 @@ class Layout:
                 return "".join(_content(turn)[0] for turn in turns if _role(turn) == "assistant")
             except ValueError as error:
                 raise ValueError(f"field {self.answer}: {error}") from error
-        return read_answer(value, self.answer)
+        return value
 
     def _images(self, row: Row, chat: _Chat) -> tuple[str, tuple[Any, ...]]:
         """The field of the images and their values: from their column, or from the parts of the turns."""
@@ -350,10 +345,18 @@ def read_text(value: Any, field: str) -> str:
     )
 
 
+def check_marks(problem: str, content: Content, field: str) -> None:
+    """Raises ValueError unless a problem has a mark for each image, or none."""
+    marks, count = problem.count(IMAGE_PLACEHOLDER), len(content.images)
+    if marks not in (0, count):
+        raise ValueError(
+            f"field {field} has {marks} {IMAGE_PLACEHOLDER} marks and the row {count} images (field "
+            f"{content.image_field}); give one mark per image, or none to put the images first"
+        )
+
+
 def read_answer(value: Any, field: str) -> str:
     """A gold answer as text; lists and mappings as JSON."""
-    if is_missing(value):
-        return ""
     value = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(value, list | tuple | dict):
         try:
