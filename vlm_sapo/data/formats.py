@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
@@ -53,8 +54,11 @@ OTHER_IMAGES = (
     *("picture", "pictures", "photo", "photos", "file_name", "file_names"),
 )
 """Columns that hold images where there is neither `images` nor `image`; the first counts."""
-MEDIA = ("video", "videos", "audio", "audios")
-"""Columns of media that no model here is trained with."""
+MEDIA = re.compile(r"(video|audio)s?(?:_(?:path|file|url)s?)?")
+"""Columns, and keys of parts, with media that no model here is trained with."""
+VIDEO_FILE = re.compile(r".*\.(?:mp4|avi|mov|mkv|webm|mpe?g)", re.IGNORECASE | re.DOTALL)
+IMAGE_NAME = re.compile(r"im(?:a)?g|photo|pict|figure", re.IGNORECASE)
+"""Part of a name of a column that holds images if its values are names of image files."""
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -142,9 +146,10 @@ class Layout:
 
     def _refuse(self, row: Row, problem: str) -> None:
         """Raises ValueError for what a row has beside text and images: no part of it is dropped silently."""
-        for name in MEDIA:
-            if not is_missing(row.get(name)) and row[name] is not False:
-                raise ValueError(f"field {name} holds {name.rstrip('s')}, which {NO_MEDIA}")
+        for name, value in row.items():
+            media = MEDIA.fullmatch(str(name))
+            if media and value is not False and not is_missing(value):
+                raise ValueError(f"field {name} holds {media[1]}, which {NO_MEDIA}")
         if mark := MEDIA_MARK.search(problem):
             raise ValueError(f"field {self.problem} has a {mark[0]} mark, which {NO_MEDIA}")
         if mark := FOREIGN_IMAGE.search(problem):
@@ -205,6 +210,9 @@ class Layout:
         """The field of the images and their values: from their column, or from the parts of the turns."""
         column = next((name for name in self.images if not is_missing(row.get(name))), None)
         values = [] if column is None else listed(row[column])
+        for value in values:
+            if isinstance(value, str) and VIDEO_FILE.fullmatch(value[-10:]):
+                raise ValueError(f"field {column} holds video ({one_line(value)}), which {NO_MEDIA}")
         if not chat.images:
             return column or self.images[0], tuple(values)
         empty = sum(value is None for value in chat.images)
@@ -244,11 +252,16 @@ def _image_columns(row: Row, source: str, texts: set[str | None]) -> tuple[str, 
     if any(name in row for name in IMAGES):
         return (*IMAGES, *(name for name in IMAGE_PATHS if name in row))
     other = next((name for name in OTHER_IMAGES if name in row), None)
-    unknown = [name for name, value in row.items() if name not in texts and holds_image(value)]
+    unknown = [
+        str(name)
+        for name, value in row.items()
+        if name not in texts
+        and (holds_image(value) or (IMAGE_NAME.search(str(name)) and _is_image_file(value)))
+    ]
     if other is None and unknown:
         raise ValueError(
             f"data.columns.images is not set, and rows of {source} hold images in {', '.join(unknown)}; "
-            "set it to that column, or remove the column with data.transform"
+            "set it to that column, or list or remove them with data.transform"
         )
     return IMAGES if other is None else (other,)
 
@@ -295,15 +308,21 @@ def _whose(row: Row, problem: str, answer: str | None, chat: Sequence[Row] | Non
 def has_column(row: Row, name: str) -> bool:
     """Whether a row has a column, or a mapping with this key: `reward_model.ground_truth`."""
     column, _, key = name.partition(".")
-    return name in row or (bool(key) and isinstance(row.get(column), Mapping) and key in row[column])
+    return name in row or (bool(key) and key in _mapping(row.get(column)))
 
 
 def lookup(row: Row, name: str) -> Any:
     """The value of a column, or of a key of the mapping in a column; None where there is none."""
     column, _, key = name.partition(".")
-    if name not in row and key and isinstance(row.get(column), Mapping):
-        return row[column].get(key)
-    return row.get(name)
+    return row.get(name) if name in row or not key else _mapping(row.get(column)).get(key)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, which may be written as JSON; an empty one for any other value."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, Mapping) else {}
 
 
 def check_column(column: str, row: Row, field: str, source: str) -> None:
@@ -417,6 +436,14 @@ def as_turns(value: Any) -> list[Row] | None:
     """The turns of a conversation, which may be written as text (in a CSV file); None for any other value."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = parse_list(value)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        columns = list(value.values())  # `datasets` has a list per key for some
+        lists = all(isinstance(column, list) for column in columns)
+        value = (
+            [dict(zip(value, turn, strict=False)) for turn in zip(*columns, strict=False)]
+            if lists
+            else [value]
+        )
     if not isinstance(value, list | tuple | np.ndarray) or not len(value):
         return None
     turns = list(value)
@@ -484,6 +511,8 @@ def _checked_system(text: str, images: Sequence[Any]) -> str | None:
 def _content(turn: Row) -> tuple[str, tuple[Any, ...]]:
     """The text of a turn, with a mark for each image part, and the values of these parts."""
     content = _first_value(turn, ("content", "value"))
+    if isinstance(content, str) and content.startswith('[{"type"'):
+        content = parse_list(content) or content
     if content is None or isinstance(content, str):
         return content or "", ()
     parts = [content] if isinstance(content, Mapping) else content
@@ -511,8 +540,9 @@ def _part(part: Any) -> tuple[str, Any]:
         return "text", text
     if kind in IMAGE_PARTS and (image is not None or "type" in part):
         return "image", image
-    if any(name in kind for name in ("video", "audio")) or any(part.get(name) for name in MEDIA):
-        raise ValueError(f"a part of type {one_line(kind)} {NO_MEDIA}")
+    media = [name for name in (kind, *part) if "video" in str(name) or "audio" in str(name)]
+    if media:
+        raise ValueError(f"a part of type {one_line(media[0])} {NO_MEDIA}")
     raise ValueError(
         f"a part ({one_line(part)}) must be {{type: text, text: ...}} or {{type: image, image: ...}}; "
         "rewrite it with data.transform"

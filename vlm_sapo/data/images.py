@@ -67,6 +67,8 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
 
 def _path(value: str | Path, folder: Path, anywhere: bool) -> Path:
     path = folder / value
+    if "\\" in str(value) and not os.path.exists(path):  # written on Windows
+        path = folder / str(value).replace("\\", "/")
     if not anywhere and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{one_line(value)} leads out of {folder}, the folder of the data file; set "
