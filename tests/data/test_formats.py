@@ -656,3 +656,8 @@ def test_class_labels_are_read_by_name(folder):
     assert [example.answer for example in examples] == ["dog"]
     with pytest.raises(RowError, match="field answer is empty|field label is empty"):
         opened(folder / "set")[1]
+
+
+def test_a_row_without_its_id_has_its_number(folder):
+    rows = lines(folder, *({"id": n, "problem": "p", "answer": "1"} for n in ("x", None, "", 0)))
+    assert [example.id for example in rows] == ["x", "1", "2", "0"]

@@ -211,7 +211,7 @@ class ExampleSet(Sequence):
 
     def _name(self, row: Row, index: int) -> str:
         column = _first(self.id_column, row)
-        return str(row[column]) if column else str(self.indices[index])
+        return str(self.indices[index]) if column is None or is_missing(row[column]) else str(row[column])
 
     def raw(self, index: int) -> Row:
         """A row as the source holds it."""
