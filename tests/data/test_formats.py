@@ -278,6 +278,10 @@ REFUSED = {
         {"query": "p", "response": "1", "history": [["q", "a"]]},
         "field history isn't read, the prompt is one user's turn",
     ),
+    "a rendered prompt": (
+        {"prompt": "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n", "answer": "1"},
+        "field prompt .* is the text of a chat template; give its turns",
+    ),
     "boxes of ms-swift": (
         {
             "messages": user("Where is <ref-object>?"),
@@ -579,6 +583,7 @@ def test_base64_without_a_header(folder, kind):
     "value",
     [
         "a.png",
+        "file://a.png",
         "sub\\c.png",
         ["a.png"],
         '["a.png"]',
@@ -656,6 +661,11 @@ def test_class_labels_are_read_by_name(folder):
     assert [example.answer for example in examples] == ["dog"]
     with pytest.raises(RowError, match="field answer is empty|field label is empty"):
         opened(folder / "set")[1]
+
+
+def test_a_special_token_within_a_problem_stays_text(folder):
+    problem = "What does <|im_start|>user begin?"
+    assert one(folder, {"problem": problem, "answer": "a turn"}).problem == problem
 
 
 def test_a_row_without_its_id_has_its_number(folder):

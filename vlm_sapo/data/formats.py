@@ -70,6 +70,7 @@ QWEN_IMAGE = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end
 FOREIGN_IMAGE = re.compile(r"<img>.*?</img>", re.DOTALL)
 OBJECT_MARK = re.compile(r"<(?:ref-object|bbox)>")
 MEDIA_MARK = re.compile(r"<(?:video|audio)>|<\|(?:video|audio)_pad\|>")
+RENDERED = re.compile(r"\s*<\|im_start\|>(?:system|user)\b")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
 MISSING_TEXTS = {"", "nan", "<na>", "nat", "[]"}
 """Spellings of a missing value; `None` and `null` may be answers."""
@@ -152,6 +153,11 @@ class Layout:
                 raise ValueError(f"field {name} holds {media[1]}, which {NO_MEDIA}")
         if mark := MEDIA_MARK.search(problem):
             raise ValueError(f"field {self.problem} has a {mark[0]} mark, which {NO_MEDIA}")
+        if RENDERED.match(problem):
+            raise ValueError(
+                f"field {self.problem} ({one_line(problem)}) is the text of a chat template; give its turns, "
+                f"{TURNS_EXAMPLE}, or the question alone"
+            )
         if mark := FOREIGN_IMAGE.search(problem):
             raise ValueError(
                 f"field {self.problem} has {one_line(mark[0])}; put the path into a column `images` and "
