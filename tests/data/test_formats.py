@@ -148,6 +148,22 @@ LAYOUTS = {
         {"problem": f"<|vision_start|><|image_pad|><|vision_end|>{PLAIN}", "answer": "5", "image": "a.png"},
         "images from image",
     ),
+    "one turn without a list": (
+        {"messages": user(QUESTION)[0], "solution": "5", "images": ["a.png"]},
+        "problem from messages",
+    ),
+    "a list per key": (
+        {"conversations": {"from": ["human"], "value": [QUESTION]}, "answer": "5", "image": "a.png"},
+        "ShareGPT rows",
+    ),
+    "parts written as text": (
+        {"messages": user(json.dumps(PARTS)), "solution": "5", "image": "a.png"},
+        "problem from messages",
+    ),
+    "a mapping written as text": (
+        {"prompt": user(QUESTION), "reward_model": '{"ground_truth": "5"}', "image": "a.png"},
+        "verl rows",
+    ),
     "turns written as text": (
         {"messages": json.dumps(user(QUESTION)), "solution": "5", "images": '["a.png"]'},
         "ms-swift rows",
@@ -262,6 +278,10 @@ REFUSED = {
         {"query": "p", "response": "1", "history": [["q", "a"]]},
         "field history isn't read, the prompt is one user's turn",
     ),
+    "a rendered prompt": (
+        {"prompt": "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n", "answer": "1"},
+        "field prompt .* is the text of a chat template; give its turns",
+    ),
     "boxes of ms-swift": (
         {
             "messages": user("Where is <ref-object>?"),
@@ -295,6 +315,18 @@ REFUSED = {
         "field videos holds video, which isn't",
     ),
     "a sound": ({"problem": "p", "answer": "1", "audio": {"path": "a.wav"}}, "field audio holds audio"),
+    "a video's path": (
+        {"problem": "p", "answer": "1", "video_path": "a.mp4"},
+        "field video_path holds video",
+    ),
+    "a video among the images": (
+        {"problem": "p", "answer": "1", "images": ["a.png", "b.MP4"]},
+        "field images holds video .b.MP4., which isn't",
+    ),
+    "a video's part without a type": (
+        {"messages": user([{"video": "a.mp4"}, {"text": "p"}]), "answer": "1"},
+        "a part of type video isn't supported yet",
+    ),
     "a video's mark": (
         {"problem": "<video>p", "answer": "1"},
         "has a <video> mark, which isn't supported yet",
@@ -344,6 +376,10 @@ def test_images_in_an_unknown_column_are_not_dropped(folder):
     with pytest.raises(ValueError, match="data.columns.images is not set, .* hold images in scan"):
         opened(folder / "rows.parquet")
     assert opened(folder / "rows.parquet", columns={"images": "scan"})[0].images
+    numbered = {"problem": "p", "answer": "1", "image_1": "a.png", "image_2": "b.png"}
+    with pytest.raises(ValueError, match="hold images in image_1, image_2; set it to that column, or list"):
+        lines(folder, numbered)
+    assert lines(folder, numbered | {"image_1": "yes", "image_2": "no"})[0].columns["image_1"] == "yes"
     hint = lines(folder, {"problem": "p", "answer": "1", "scan": "a.png"}).format
     assert "no image in the first row (scan looks like one; set data.columns.images=scan)" in hint
 
@@ -547,6 +583,8 @@ def test_base64_without_a_header(folder, kind):
     "value",
     [
         "a.png",
+        "file://a.png",
+        "sub\\c.png",
         ["a.png"],
         '["a.png"]',
         "['a.png']",
@@ -558,6 +596,8 @@ def test_base64_without_a_header(folder, kind):
     ],
 )
 def test_a_path_in_every_wrapping(folder, value):
+    (folder / "sub").mkdir()
+    (folder / "sub/c.png").write_bytes(png())
     assert one(folder, with_image(value)).images[0].tobytes() == numbered_image().tobytes()
 
 
@@ -621,3 +661,13 @@ def test_class_labels_are_read_by_name(folder):
     assert [example.answer for example in examples] == ["dog"]
     with pytest.raises(RowError, match="field answer is empty|field label is empty"):
         opened(folder / "set")[1]
+
+
+def test_a_special_token_within_a_problem_stays_text(folder):
+    problem = "What does <|im_start|>user begin?"
+    assert one(folder, {"problem": problem, "answer": "a turn"}).problem == problem
+
+
+def test_a_row_without_its_id_has_its_number(folder):
+    rows = lines(folder, *({"id": n, "problem": "p", "answer": "1"} for n in ("x", None, "", 0)))
+    assert [example.id for example in rows] == ["x", "1", "2", "0"]

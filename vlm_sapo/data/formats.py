@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
@@ -54,8 +55,11 @@ OTHER_IMAGES = (
     *("picture", "pictures", "photo", "photos", "file_name", "file_names"),
 )
 """Columns that hold images where there is neither `images` nor `image`; the first counts."""
-MEDIA = ("video", "videos", "audio", "audios")
-"""Columns of media that no model here is trained with."""
+MEDIA = re.compile(r"(video|audio)s?(?:_(?:path|file|url)s?)?")
+"""Columns, and keys of parts, with media that no model here is trained with."""
+VIDEO_FILE = re.compile(r".*\.(?:mp4|avi|mov|mkv|webm|mpe?g)", re.IGNORECASE | re.DOTALL)
+IMAGE_NAME = re.compile(r"im(?:a)?g|photo|pict|figure", re.IGNORECASE)
+"""Part of a name of a column that holds images if its values are names of image files."""
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -67,6 +71,7 @@ QWEN_IMAGE = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end
 FOREIGN_IMAGE = re.compile(r"<img>.*?</img>", re.DOTALL)
 OBJECT_MARK = re.compile(r"<(?:ref-object|bbox)>")
 MEDIA_MARK = re.compile(r"<(?:video|audio)>|<\|(?:video|audio)_pad\|>")
+RENDERED = re.compile(r"\s*<\|im_start\|>(?:system|user)\b")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
 MISSING_TEXTS = {"", "nan", "<na>", "nat", "[]"}
 """Spellings of a missing value; `None` and `null` may be answers."""
@@ -82,7 +87,8 @@ class Content:
 
     problem: str
     """Text with `<image>` marks, or without any."""
-    answer: str
+    answer: Any
+    """The gold answer as the row holds it; `read_answer` makes it text."""
     system: str | None
     """The system turn of a conversation."""
     images: tuple[Any, ...]
@@ -111,17 +117,11 @@ class Layout:
         problem = QWEN_IMAGE.sub(IMAGE_PLACEHOLDER, chat.problem)
         self._refuse(row, problem)
         answer = self._answer(row, chat)
-        for field, text in ((self.problem, problem), (self.answer, answer)):
-            if not text.strip():
+        for field, value in ((self.problem, problem), (self.answer or self.problem, answer)):
+            if is_missing(value):
                 raise ValueError(f"field {field} is empty; give it a value or filter the row out")
         problem, answer = self._with_options(row, problem, answer)
         field, images = self._images(row, chat)
-        marks = problem.count(IMAGE_PLACEHOLDER)
-        if marks not in (0, len(images)):
-            raise ValueError(
-                f"field {self.problem} has {marks} {IMAGE_PLACEHOLDER} marks and the row {len(images)} "
-                f"images (field {field}); give one mark per image, or none to put the images first"
-            )
         return Content(problem, answer, chat.system, images, field, chat.reply)
 
     def _with_options(self, row: Row, problem: str, answer: str) -> tuple[str, str]:
@@ -157,11 +157,17 @@ class Layout:
 
     def _refuse(self, row: Row, problem: str) -> None:
         """Raises ValueError for what a row has beside text and images: no part of it is dropped silently."""
-        for name in MEDIA:
-            if not is_missing(row.get(name)) and row[name] is not False:
-                raise ValueError(f"field {name} holds {name.rstrip('s')}, which {NO_MEDIA}")
+        for name, value in row.items():
+            media = MEDIA.fullmatch(str(name))
+            if media and value is not False and not is_missing(value):
+                raise ValueError(f"field {name} holds {media[1]}, which {NO_MEDIA}")
         if mark := MEDIA_MARK.search(problem):
             raise ValueError(f"field {self.problem} has a {mark[0]} mark, which {NO_MEDIA}")
+        if RENDERED.match(problem):
+            raise ValueError(
+                f"field {self.problem} ({one_line(problem)}) is the text of a chat template; give its turns, "
+                f"{TURNS_EXAMPLE}, or the question alone"
+            )
         if mark := FOREIGN_IMAGE.search(problem):
             raise ValueError(
                 f"field {self.problem} has {one_line(mark[0])}; put the path into a column `images` and "
@@ -200,7 +206,7 @@ class Layout:
             pieces = [read_text(row.get("hint"), "hint"), text]
         return "\n".join(piece for piece in pieces if piece)
 
-    def _answer(self, row: Row, chat: _Chat) -> str:
+    def _answer(self, row: Row, chat: _Chat) -> Any:
         if self.answer is None:
             if not chat.reply:
                 raise ValueError(
@@ -214,12 +220,15 @@ class Layout:
                 return "".join(_content(turn)[0] for turn in turns if _role(turn) == "assistant")
             except ValueError as error:
                 raise ValueError(f"field {self.answer}: {error}") from error
-        return read_answer(value, self.answer)
+        return value
 
     def _images(self, row: Row, chat: _Chat) -> tuple[str, tuple[Any, ...]]:
         """The field of the images and their values: from their column, or from the parts of the turns."""
         column = next((name for name in self.images if not is_missing(row.get(name))), None)
         values = [] if column is None else listed(row[column])
+        for value in values:
+            if isinstance(value, str) and VIDEO_FILE.fullmatch(value[-10:]):
+                raise ValueError(f"field {column} holds video ({one_line(value)}), which {NO_MEDIA}")
         if not chat.images:
             return column or self.images[0], tuple(values)
         empty = sum(value is None for value in chat.images)
@@ -259,11 +268,16 @@ def _image_columns(row: Row, source: str, texts: set[str | None]) -> tuple[str, 
     if any(name in row for name in IMAGES):
         return (*IMAGES, *(name for name in IMAGE_PATHS if name in row))
     other = next((name for name in OTHER_IMAGES if name in row), None)
-    unknown = [name for name, value in row.items() if name not in texts and holds_image(value)]
+    unknown = [
+        str(name)
+        for name, value in row.items()
+        if name not in texts
+        and (holds_image(value) or (IMAGE_NAME.search(str(name)) and _is_image_file(value)))
+    ]
     if other is None and unknown:
         raise ValueError(
             f"data.columns.images is not set, and rows of {source} hold images in {', '.join(unknown)}; "
-            "set it to that column, or remove the column with data.transform"
+            "set it to that column, or list or remove them with data.transform"
         )
     return IMAGES if other is None else (other,)
 
@@ -310,15 +324,21 @@ def _whose(row: Row, problem: str, answer: str | None, chat: Sequence[Row] | Non
 def has_column(row: Row, name: str) -> bool:
     """Whether a row has a column, or a mapping with this key: `reward_model.ground_truth`."""
     column, _, key = name.partition(".")
-    return name in row or (bool(key) and isinstance(row.get(column), Mapping) and key in row[column])
+    return name in row or (bool(key) and key in _mapping(row.get(column)))
 
 
 def lookup(row: Row, name: str) -> Any:
     """The value of a column, or of a key of the mapping in a column; None where there is none."""
     column, _, key = name.partition(".")
-    if name not in row and key and isinstance(row.get(column), Mapping):
-        return row[column].get(key)
-    return row.get(name)
+    return row.get(name) if name in row or not key else _mapping(row.get(column)).get(key)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, which may be written as JSON; an empty one for any other value."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, Mapping) else {}
 
 
 def check_column(column: str, row: Row, field: str, source: str) -> None:
@@ -360,10 +380,18 @@ def read_text(value: Any, field: str) -> str:
     )
 
 
+def check_marks(problem: str, content: Content, field: str) -> None:
+    """Raises ValueError unless a problem has a mark for each image, or none."""
+    marks, count = problem.count(IMAGE_PLACEHOLDER), len(content.images)
+    if marks not in (0, count):
+        raise ValueError(
+            f"field {field} has {marks} {IMAGE_PLACEHOLDER} marks and the row {count} images (field "
+            f"{content.image_field}); give one mark per image, or none to put the images first"
+        )
+
+
 def read_answer(value: Any, field: str) -> str:
     """A gold answer as text; lists and mappings as JSON."""
-    if is_missing(value):
-        return ""
     value = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(value, list | tuple | dict):
         try:
@@ -424,6 +452,14 @@ def as_turns(value: Any) -> list[Row] | None:
     """The turns of a conversation, which may be written as text (in a CSV file); None for any other value."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = parse_list(value)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        columns = list(value.values())  # `datasets` has a list per key for some
+        lists = all(isinstance(column, list) for column in columns)
+        value = (
+            [dict(zip(value, turn, strict=False)) for turn in zip(*columns, strict=False)]
+            if lists
+            else [value]
+        )
     if not isinstance(value, list | tuple | np.ndarray) or not len(value):
         return None
     turns = list(value)
@@ -491,6 +527,8 @@ def _checked_system(text: str, images: Sequence[Any]) -> str | None:
 def _content(turn: Row) -> tuple[str, tuple[Any, ...]]:
     """The text of a turn, with a mark for each image part, and the values of these parts."""
     content = _first_value(turn, ("content", "value"))
+    if isinstance(content, str) and content.startswith('[{"type"'):
+        content = parse_list(content) or content
     if content is None or isinstance(content, str):
         return content or "", ()
     parts = [content] if isinstance(content, Mapping) else content
@@ -518,8 +556,9 @@ def _part(part: Any) -> tuple[str, Any]:
         return "text", text
     if kind in IMAGE_PARTS and (image is not None or "type" in part):
         return "image", image
-    if any(name in kind for name in ("video", "audio")) or any(part.get(name) for name in MEDIA):
-        raise ValueError(f"a part of type {one_line(kind)} {NO_MEDIA}")
+    media = [name for name in (kind, *part) if "video" in str(name) or "audio" in str(name)]
+    if media:
+        raise ValueError(f"a part of type {one_line(media[0])} {NO_MEDIA}")
     raise ValueError(
         f"a part ({one_line(part)}) must be {{type: text, text: ...}} or {{type: image, image: ...}}; "
         "rewrite it with data.transform"

@@ -54,6 +54,8 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
         return _open(io.BytesIO(value), f"{len(value)} bytes")
     if isinstance(value, str) and value.startswith(("b'", 'b"')):  # bytes that were written by str()
         value = value[2:-1]
+    if isinstance(value, str):  # Qwen's way to write a path
+        value = value.removeprefix("file://")
     if isinstance(value, str) and DATA_URL.match(value):
         return _open(io.BytesIO(_data_url(value)), "the data URL")
     if isinstance(value, str) and "://" in value[:LONGEST_SCHEME]:
@@ -67,6 +69,8 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
 
 def _path(value: str | Path, folder: Path, anywhere: bool) -> Path:
     path = folder / value
+    if "\\" in str(value) and not os.path.exists(path):  # written on Windows
+        path = folder / str(value).replace("\\", "/")
     if not anywhere and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{one_line(value)} leads out of {folder}, the folder of the data file; set "

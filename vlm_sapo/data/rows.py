@@ -20,8 +20,10 @@ from vlm_sapo.data.formats import (
     Content,
     Row,
     check_column,
+    check_marks,
     holds_image,
     is_missing,
+    read_answer,
     recognize,
 )
 from vlm_sapo.data.images import decode
@@ -173,24 +175,26 @@ class ExampleSet(Sequence):
         row = self._row(index)
         key = self._name(row, index)
         label = f"row {one_line(key)} of {self.name}"
+        problem_field, answer_field = self.layout.problem, self.layout.answer or "answer"
         try:
             content = self.layout.read(row)
+            problem, answer = content.problem, read_answer(content.answer, answer_field)
+            check_marks(problem, content, problem_field)
         except ValueError as error:
             raise RowError(f"{label}: {error}") from error
-        layout = self.layout
-        texts = {layout.problem: content.problem, layout.answer or "answer": content.answer}
-        _check_text(label, texts | {"system": content.system or "", "id": key})
+        texts = {problem_field: problem, answer_field: answer, "system": content.system or "", "id": key}
+        _check_text(label, texts)
         others = {
             name: value
             for name, value in row.items()
             if name not in (*IMAGES, content.image_field) and not holds_image(value)
         }
-        if content.reply is not None and self.response_column == layout.problem:
-            others[layout.problem] = content.reply
+        if content.reply is not None and self.response_column == problem_field:
+            others[problem_field] = content.reply
         return Example(
             id=key,
-            problem=content.problem,
-            answer=content.answer,
+            problem=problem,
+            answer=answer,
             images=self._decode(content, label),
             columns=others,
             row=index,
@@ -207,7 +211,7 @@ class ExampleSet(Sequence):
 
     def _name(self, row: Row, index: int) -> str:
         column = _first(self.id_column, row)
-        return str(row[column]) if column else str(self.indices[index])
+        return str(self.indices[index]) if column is None or is_missing(row[column]) else str(row[column])
 
     def raw(self, index: int) -> Row:
         """A row as the source holds it."""
