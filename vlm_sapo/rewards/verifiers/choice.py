@@ -48,6 +48,8 @@ ARTICLE = re.compile(
 LEADING_LETTER = re.compile(
     r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
 )
+DENIED = re.compile(r"\W*(?:is|was|can|does)?\s*(?:n't|not\b|wrong|incorrect|false)", re.IGNORECASE)
+"""What makes a letter in front of it no answer."""
 BARE_LETTER = re.compile(r"\W?[A-J]\W?")
 LONGEST_VALUE, LONGEST_LIST = 60, 200
 """Characters of a text that may be an option's value, or a list of options."""
@@ -262,7 +264,11 @@ def _leading_option(text: str, options: list[str], *, alone: bool = False) -> fr
     if match[1] in "AI" and re.match(r"^\s+[a-z]", rest) and "(" not in match[0]:
         return None
     index = _index(match[1])
-    if (options and index >= len(options)) or (alone and _contradicts(rest, options, index)):
+    if (
+        (options and index >= len(options))
+        or DENIED.match(rest)
+        or (alone and _contradicts(rest, options, index))
+    ):
         return None
     letters = {match[1], *re.findall(r"^(?:\s*(?:,|and|&)\s*\(?([A-Z])\)?)(?![a-zA-Z])", rest)}
     return _in_range({_index(letter) for letter in letters}, options)
