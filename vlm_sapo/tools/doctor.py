@@ -23,6 +23,7 @@ from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
 
 IDS_PER_FINDING = 5
 """Rows that a finding names."""
@@ -217,9 +218,8 @@ def _states_answer(row: Inspected) -> bool:
 
 
 def _quotes_answer(row: Inspected) -> bool:
-    answer, columns = row.example.answer.strip(), row.example.columns
-    is_choice = CHOICE_LABEL.match(answer) or any(columns.get(name) for name in ("choices", "options"))
-    if len(answer) < 3 or is_choice:
+    answer = row.example.answer.strip()
+    if len(answer) < 3 or CHOICE_LABEL.match(answer) or is_multiple_choice(row.example):
         return False
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", row.example.problem) is not None
 

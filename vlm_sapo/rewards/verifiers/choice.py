@@ -36,8 +36,8 @@ PREFIX = re.compile(
     r"|(?:正[确確])?(?:答案|[选選][项項])(?:是|为|為|选|選)?|[故应應]?[选選][择擇]?)\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
-SEPARATOR = r"(?:,|;|/|&|、|(?<![A-Za-z])and(?![A-Za-z])|[和与及])"
-LETTERS = re.compile(rf"\(?[A-Za-z]\)?(?:\s*(?:{SEPARATOR}|\s)\s*\(?[A-Za-z]\)?)*")
+LIST_SEPARATOR = r"(?:,|;|&|、|(?<![A-Za-z])and(?![A-Za-z])|[和与及])"
+LETTERS = re.compile(rf"\(?[A-Za-z]\)?(?:\s*(?:{LIST_SEPARATOR}|/|\s)\s*\(?[A-Za-z]\)?)*")
 LETTERS_TOGETHER = re.compile(r"[A-H]{2,8}")
 DENIAL = re.compile(r"^\W*or\b|\b(?:not|wrong|incorrect|false)\b|n't|[不错錯或]", re.IGNORECASE)
 ARTICLE = re.compile(
@@ -48,8 +48,11 @@ ARTICLE = re.compile(
 LEADING_LETTER = re.compile(
     r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
 )
+DENIED = re.compile(r"\W*(?:is|was|can|does)?\s*(?:n't|not\b|wrong|incorrect|false)", re.IGNORECASE)
+"""What makes a letter in front of it no answer."""
 BARE_LETTER = re.compile(r"\W?[A-J]\W?")
-LONGEST_VALUE = 60
+LONGEST_VALUE, LONGEST_LIST = 60, 200
+"""Characters of a text that may be an option's value, or a list of options."""
 LIST_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 BRACKETED = re.compile(r"\(([A-Z])\)")
 
@@ -129,17 +132,30 @@ def _gold_names(answer: str, options: tuple[str, ...]) -> frozenset[int] | None:
 
 def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     """Indices of the options that a short text names, and nothing else; None where it names none."""
-    text = text.translate(WIDE)
+    if (named := _named_in_words(text, options)) is not None:
+        return named
+    text = _undressed(text)
+    if not _is_lettered(text, options) and (named := _option_of_equal_value(text, options)):
+        return named
+    parts = re.split(LIST_SEPARATOR, text) if len(text) <= LONGEST_LIST else []
+    if not 1 < len(parts) <= len(options):
+        return None
+    items = [_named_in_words(part, options) if part.strip() else None for part in parts]
+    bare = {re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII) is not None for part in parts}
+    return frozenset().union(*items) if all(items) and len(bare) == 1 else None  # no letter beside a text
+
+
+def _named_in_words(text: str, options: Sequence[str]) -> frozenset[int] | None:
+    """The options that a text names by letters, by one letter with its text, or by one text."""
     keys = [_key(option) for option in options]
-    letter = re.fullmatch(r"\(?([A-Z])\)?", text.strip())
+    letter = re.fullmatch(r"\(?([A-Z])\)?", text.translate(WIDE).strip())
     if _key(text) in keys and not (letter and _in_range({_index(letter[1])}, options)):
         return frozenset({keys.index(_key(text))})
-    text = re.sub(r"[\"'`*{}\[\]]", "", normalize(text, "latex")).strip(" .?。")
-    text = PREFIX.sub("", text)
+    text = _undressed(text)
     lettered = LETTERED.fullmatch(text)
-    in_range = lettered and lettered[2] and _in_range({_index(lettered[1])}, options)
-    if in_range and not (options and _contradicts(lettered[2], options, *in_range)):
-        return in_range
+    named = lettered and lettered[2] and _in_range({_index(lettered[1])}, options)
+    if named and not (options and _contradicts(lettered[2], options, *named)):
+        return named
     if LETTERS_TOGETHER.fullmatch(text) and list(text) == sorted(set(text)):
         text = ",".join(text)
     if LETTERS.fullmatch(text):
@@ -149,21 +165,20 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
         normalize(f"{letter} {option}", "letters")
         for letter, option in zip(string.ascii_lowercase, options, strict=False)
     ]
-    if (letters_only := normalize(text, "letters")) in lettered_options:
-        return frozenset({lettered_options.index(letters_only)})
-    if in_range:
-        return _several_options(text, options)
-    return _option_of_equal_value(text, options) or _several_options(text, options)
+    letters_only = normalize(text, "letters")
+    return frozenset({lettered_options.index(letters_only)}) if letters_only in lettered_options else None
 
 
-def _several_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
-    """The options that the parts of a list of texts name, one each; None where a part names none."""
-    parts = re.split(SEPARATOR, text)
-    if not 1 < len(parts) <= len(options):
-        return None
-    named = [named_options(part, options) if part.strip() else None for part in parts]
-    bare = {re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII) is not None for part in parts}
-    return frozenset().union(*named) if all(named) and len(bare) == 1 else None  # no letter beside a text
+def _undressed(text: str) -> str:
+    """A text without LaTeX, quotes, brackets, full-width signs and `the answer is` around it."""
+    text = normalize(text.translate(WIDE), "latex")
+    return PREFIX.sub("", re.sub(r"[\"'`*{}\[\]]", "", text).strip(" .?。"))
+
+
+def _is_lettered(text: str, options: Sequence[str]) -> bool:
+    """Whether a text has the letter of an option in front of other words."""
+    match = LETTERED.fullmatch(text)
+    return match is not None and bool(match[2]) and _index(match[1]) < len(options)
 
 
 def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -249,7 +264,11 @@ def _leading_option(text: str, options: list[str], *, alone: bool = False) -> fr
     if match[1] in "AI" and re.match(r"^\s+[a-z]", rest) and "(" not in match[0]:
         return None
     index = _index(match[1])
-    if (options and index >= len(options)) or (alone and _contradicts(rest, options, index)):
+    if (
+        (options and index >= len(options))
+        or DENIED.match(rest)
+        or (alone and _contradicts(rest, options, index))
+    ):
         return None
     letters = {match[1], *re.findall(r"^(?:\s*(?:,|and|&)\s*\(?([A-Z])\)?)(?![a-zA-Z])", rest)}
     return _in_range({_index(letter) for letter in letters}, options)
