@@ -21,7 +21,6 @@ import numpy as np
 from PIL.Image import Image
 
 from vlm_sapo.data.images import KEYS
-from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import IMAGE_PLACEHOLDER, one_line
 
 Row = Mapping[str, Any]
@@ -120,17 +119,8 @@ class Layout:
         for field, value in ((self.problem, problem), (self.answer or self.problem, answer)):
             if is_missing(value):
                 raise ValueError(f"field {field} is empty; give it a value or filter the row out")
-        problem, answer = self._with_options(row, problem, answer)
         field, images = self._images(row, chat)
         return Content(problem, answer, chat.system, images, field, chat.reply)
-
-    def _with_options(self, row: Row, problem: str, answer: str) -> tuple[str, str]:
-        """The problem with the options of the row's columns below it, and the answer as a letter where it is
-        an index of one."""
-        value = lookup(row, self.answer) if self.answer else answer
-        value = answer if as_turns(value) else value
-        problem, named = multiple_choice(problem, value, row)
-        return problem, answer if named is value else read_answer(named, "options")
 
     def describe(self, row: Row) -> str:
         """One sentence about the layout, with `row` as the example."""

@@ -28,6 +28,7 @@ from vlm_sapo.data.formats import (
 )
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import Example, RowError, one_line
 
 SAMPLED_ROWS = 20
@@ -178,7 +179,8 @@ class ExampleSet(Sequence):
         problem_field, answer_field = self.layout.problem, self.layout.answer or "answer"
         try:
             content = self.layout.read(row)
-            problem, answer = content.problem, read_answer(content.answer, answer_field)
+            problem, answer = multiple_choice(content.problem, content.answer, row)
+            answer = read_answer(answer, answer_field)
             check_marks(problem, content, problem_field)
         except ValueError as error:
             raise RowError(f"{label}: {error}") from error
