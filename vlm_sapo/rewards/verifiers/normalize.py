@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from decimal import Decimal
+from functools import lru_cache
 from typing import Literal
 
 Level = Literal[
@@ -107,6 +108,7 @@ def normalize(text: str, level: Level) -> str:
     raise AssertionError(level)
 
 
+@lru_cache(maxsize=256)  # an answer is read at several levels, a gold answer for every response
 def _without_latex_dressing(text: str) -> str:
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset").replace(r"\!", "")
     if emphasized := EMPHASIS.fullmatch(text.strip()):
