@@ -50,6 +50,10 @@ LIST = {"answer_type": "list"}
         ("auto", "[9, 4]", {"label": [9, 4]}, "4, 9", 1),  # the row itself holds a list
         ("auto", "[4, 9]", {}, "[4, 9]", 1),  # a text: an interval or a vector
         ("auto", "[4, 9]", {}, "[9, 4]", 0),
+        ("math", "4, 4, 9", {}, "4, 9, 4", 1),
+        ("math", "4, 4, 9", {}, "4, 9", 0),
+        ("math", "4, 4", {}, "4", 0),
+        ("math", r"\{4, 4, 9\}", {}, r"\{4, 9\}", 1),  # a set
         ("list", "['oak', 'elm']", {}, "elm; oak", 1),
         ("list", "['oak', 'elm']", {}, "elm", 0),
         ("list", "['oak', 'elm']", {}, "elm\noak", 1),

@@ -34,7 +34,7 @@ from vlm_sapo.rewards.verifiers.normalize import (
     with_decimal_point,
     write_roots,
 )
-from vlm_sapo.rewards.verifiers.number import NUMBER_WORDS
+from vlm_sapo.rewards.verifiers.number import NUMBER_WORDS, SCALES
 from vlm_sapo.rewards.verifiers.units import final_unit, units_conflict
 from vlm_sapo.types import Example
 
@@ -49,6 +49,7 @@ MATH_DELIMITERS = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|\\boxed\s*\{", re
 SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z])")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 DOTS = re.compile(r"\\(?:[lc]?dots[bcmio]?)(?![A-Za-z])|\.{3,}|[…⋯]")
+ITEM_MARK = re.compile(r",(?!\d{3}(?!\d))")
 SEQUENCE_MARK = re.compile(r"\s*[,;:+]\s*")
 SYMBOL_PRODUCT = re.compile(r"[abcxyz]+|[b-df-hj-np-tv-z]+|[A-DF-HJ-NP-TV-Z]{2}|[A-Za-z]")
 """Letters that are read as a product of symbols, or as a segment, in any order; others are a word."""
@@ -101,11 +102,16 @@ def list_items(
 ) -> float:
     """1.0 where the answer lists the gold list's items and no others, each as often as it does, compared as
     `math` compares; in any order unless `ordered`. One item of several scores 0."""
-    golds = list_readings(example.answer)
-    if not golds:
+    if not list_readings(example.answer):
         raise BadGold(f"the gold answer {example.answer!r} lists nothing")
-    answers = list_readings(find_answer(response, finding))
-    return float(any(_lists_match(items, gold, ordered) for items in answers for gold in golds))
+    return float(_list_is(find_answer(response, finding), example.answer, ordered=ordered))
+
+
+def _list_is(answer: str, gold: str, *, ordered: bool = False) -> bool:
+    """Whether two texts list the same, in one of the ways in which they can be read."""
+    golds = list_readings(gold)
+    golds = [items for items in golds if len(items) > 1] or golds
+    return any(_lists_match(items, gold, ordered) for items in list_readings(answer) for gold in golds)
 
 
 def _lists_match(items: list[str], golds: list[str], ordered: bool) -> bool:
@@ -141,6 +147,8 @@ def answers_match(answer: str, gold: str) -> bool:
         return True
     if DOTS.search(answer) or DOTS.search(gold):
         return _sequences_match(answer, gold)
+    if _repeats_items(gold):
+        return _list_is(answer, gold)
     (number, unit), (gold_number, gold_unit) = _amount(answer), _amount(gold)
     could_be_product = NUMBER_WITH_LETTER.search(normalize(gold, "latex"))  # such as 5N
     if gold_number is not None and not could_be_product:
@@ -158,9 +166,21 @@ def answers_match(answer: str, gold: str) -> bool:
 
 
 def _amount(text: str) -> tuple[Decimal | None, str]:
-    """The number and unit of a text that is nothing else, in digits or as a word."""
-    word = NUMBER_WORDS.get(normalize(text, "latex").casefold().rstrip(".! "))
-    return amount(text) if word is None else (Decimal(int(word)), "")
+    """The number and unit of a text that is nothing else, in digits or words: `seven`, `2 million`."""
+    words = normalize(text, "latex").casefold().rstrip(".! ")
+    word, _, scale = words.rpartition(" ")
+    if scale not in SCALES or len(scale) == 1:
+        word, scale = words, ""
+    number, unit = amount(word if scale else text)
+    if word in NUMBER_WORDS:
+        number, unit = Decimal(int(NUMBER_WORDS[word])), ""
+    return (None if number is None else number * int(SCALES.get(scale, 1)), unit)
+
+
+def _repeats_items(text: str) -> bool:
+    """Whether a text is a list, without braces, in which an item comes twice: 2, 2 is not 2."""
+    items = split_outside_brackets(normalize(text, "spaced_digits"), ITEM_MARK)
+    return len(set(items)) < len(items)
 
 
 def _decimals_match(answer: str, gold: str) -> bool:

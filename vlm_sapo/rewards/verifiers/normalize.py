@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from decimal import Decimal
+from functools import lru_cache
 from typing import Literal
 
 Level = Literal[
@@ -19,6 +20,8 @@ SIGNS = str.maketrans(
         "±": r"\pm ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "²": "^{2}", "³":
         "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ", "△": r"\triangle ", "∅": r"\emptyset ",
+        "㎜": "mm", "㎝": "cm", "㎞": "km", "㎎": "mg", "㎏": "kg", "㎖": "ml", "℃": "°C", "㎠": "cm^{2}",
+        "㎡": "m^{2}", "㎢": "km^{2}", "㎤": "cm^{3}", "㎥": "m^{3}",
         "。": ".", "、": ",", "\u2007": " ", "\u2008": " ", "\u200a": " ", "\u3000": " ",
     }
     | {chr(0xFF00 + code): chr(0x20 + code) for code in range(1, 0x5F)}
@@ -105,10 +108,12 @@ def normalize(text: str, level: Level) -> str:
     raise AssertionError(level)
 
 
+@lru_cache(maxsize=256)  # an answer is read at several levels, a gold answer for every response
 def _without_latex_dressing(text: str) -> str:
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset").replace(r"\!", "")
     if emphasized := EMPHASIS.fullmatch(text.strip()):
         text = emphasized[2] + emphasized[3]
+    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)  # a segment
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[,;:]|\\ |~|\\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
