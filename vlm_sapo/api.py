@@ -6,6 +6,7 @@ Results are plain values. Mistakes in a config or an option raise ValueError wit
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -80,7 +81,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging
+    # imported with peft wherever it is installed; it would tell of an optional package of its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

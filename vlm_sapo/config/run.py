@@ -19,11 +19,19 @@ class RunConfig(Section):
         str | None,
         Note.FREE_ON_RESUME,
         AlsoCalled(
-            "output_dir", "resume", "resume_from_checkpoint", "default_local_dir", "load_checkpoint_path"
+            "output_dir",
+            "resume",
+            "resume_from_checkpoint",
+            "default_local_dir",
+            "load_checkpoint_path",
+            "save_checkpoint_path",
+            "resume_mode",
+            "resume_from_path",
+            "find_last_checkpoint",
         ),
     ] = None
     """Folder for all output. If it has a checkpoint of the same config, the run is resumed from it."""
-    seed: Annotated[int, Note.IN_REPORT] = 0
+    seed: Annotated[int, Note.IN_REPORT, AlsoCalled("data_seed", "manual_seed")] = 0
     """Seed of data order and sampling."""
     accept_changes: Annotated[bool, Note.FREE_ON_RESUME] = False
     """Resume although the config has changed in ways that affect results."""
@@ -36,7 +44,7 @@ class RunConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Annotated[Count, AlsoCalled("save_steps", "save_freq", "save_interval")] = 50
+    every: Annotated[Count, AlsoCalled("save_steps", "save_freq", "save_interval", "save_strategy")] = 50
     """Save a checkpoint every N steps and after the last step; 0 for never."""
     keep_last: Annotated[Positive, AlsoCalled("save_total_limit", "save_limit")] = 2
     """Keep the N newest checkpoints."""
@@ -83,7 +91,12 @@ class AlarmsConfig(Section):
 
 
 class LogConfig(Section):
-    rollouts: Annotated[Count, AlsoCalled("num_completions_to_print", "log_completions")] = 2
+    rollouts: Annotated[
+        Count,
+        AlsoCalled(
+            "num_completions_to_print", "log_completions", "val_generations_to_log", "rollout_data_dir"
+        ),
+    ] = 2
     """Groups per step whose responses are written to `rollouts.jsonl` and shown in the report, the first and
     the last group of the step among them."""
     to: Annotated[
