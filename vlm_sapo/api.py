@@ -31,7 +31,7 @@ def load_sft_config(config: str | Path, *overrides: str) -> SftConfig:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains by reinforcement learning, or resumes the run in the config's folder. Returns the contents of
-    `summary.json`: `steps`, `seconds`, `eval_before`, `eval_after`, ..."""
+    `summary.json`: `steps`, `seconds`, `eval_before/NAME` and `eval_after/NAME` for each evaluation, ..."""
     silence_libraries()
     from vlm_sapo.training.trainer import train as run
 

@@ -85,6 +85,8 @@ class AlarmsConfig(Section):
     """Alarm when the gradient norm is this many times that of the first steps."""
     identical: Rate = 0.9
     """Alarm when more than this fraction of responses is identical to another response to the same prompt."""
+    signal: Positive = 5
+    """Alarm when this many steps in a row teach nothing: no group whose rewards differ, or no gradient."""
     stop: bool = False
     """Stop the run at an alarm, with a checkpoint and exit code 3; `checkpoint.keep_best` keeps the best one.
     The same command resumes; the same alarm is raised again only after it has cleared."""
