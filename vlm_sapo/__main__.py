@@ -1,6 +1,11 @@
 """`python -m vlm_sapo` is `vlm-sapo`."""
 
-from vlm_sapo.cli import main
+import sys
+
+from vlm_sapo.search_path import library_path
 
 if __name__ == "__main__":
+    sys.path[:] = library_path()
+    from vlm_sapo.cli import main
+
     main()

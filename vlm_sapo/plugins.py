@@ -93,6 +93,8 @@ def _from_file(target: str, field: str, name: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{field} ({name}) must name a Python file that exists; {path} does not")
     key = f"vlm_sapo_plugin_{path.stem}_{abs(hash(str(path)))}"
+    if str(path.parent) not in sys.path:  # its neighbours can be imported, after every library
+        sys.path.append(str(path.parent))
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         module = importlib.util.module_from_spec(spec)
