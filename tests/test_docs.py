@@ -55,7 +55,7 @@ def test_commands_are_valid(command, monkeypatch):
     if program in LAUNCHERS:
         words = shlex.split(command)
         monkeypatch.setattr(sys, "argv", words[:1])  # accelerate's help depends on it
-        start = words.index("vlm_sapo.cli")
+        start = words.index("vlm_sapo")
         help_text = LAUNCHERS[program]().format_help()
         options = [word for word in words[:start] if word.startswith("--")]
         assert all(option in help_text for option in options)

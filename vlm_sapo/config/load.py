@@ -336,6 +336,7 @@ def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
         raise ValueError(
             f"train.shard ({shard}) must divide the number of processes ({size}, one per GPU); use one of "
             f"{divisors}, or all"
+            + ("" if size > 1 else f"; `torchrun --nproc-per-node {shard} -m vlm_sapo ...` starts {shard}")
         )
     _check_combinations(config, size, shard)
     return shard

@@ -33,6 +33,10 @@ class RunConfig(Section):
     """Folder for all output. If it has a checkpoint of the same config, the run is resumed from it."""
     seed: Annotated[int, Note.IN_REPORT, AlsoCalled("data_seed", "manual_seed")] = 0
     """Seed of data order and sampling."""
+    deterministic: Annotated[bool | None, Note.FREE_ON_RESUME, AlsoCalled("full_determinism")] = None
+    """Use deterministic operations, so that the same run on the same machine with the same number of threads
+    gives the same numbers bit for bit. null is true on CPUs and leaves GPUs as they are; true also asks GPUs
+    for it, which is slower there, and an operation that has no such form ends the run with its name."""
     accept_changes: Annotated[bool, Note.FREE_ON_RESUME] = False
     """Resume although the config has changed in ways that affect results."""
     overwrite: Annotated[bool, AlsoCalled("overwrite_output_dir")] = False
