@@ -78,7 +78,14 @@ def check_call(
         signature.bind(*arguments, **args)
     except TypeError as error:
         section = field.rpartition(".")[0]
-        raise ValueError(f"{section}.args ({dict(args)}) must fit {name}{signature}; {error}") from error
+        unknown = [key for key in args if key not in signature.parameters]
+        close = [
+            match for key in unknown for match in difflib.get_close_matches(key, signature.parameters, n=1)
+        ]
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"{section}.args ({dict(args)}) must fit {name}{signature}; {error}{hint}"
+        ) from error
     return signature
 
 

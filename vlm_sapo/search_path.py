@@ -5,8 +5,8 @@ import sys
 
 
 def library_path() -> list[str]:
-    """`sys.path` with the folder that Python adds by itself, the script's or with `-m` the current one, at its
-    end: a user's `json.py` or `math_verify.py` there must not stand in for the module of this name."""
+    """`sys.path` with the folder that Python adds by itself, the script's or with `-m` the current one, at
+    its end: a user's `json.py` or `math_verify.py` there must not stand in for the module of this name."""
     main = vars(sys.modules["__main__"])
     script = main.get("__file__")
     if sys.flags.safe_path:

@@ -264,7 +264,8 @@ class RewardPool:
 
 class _Context(ForkServerContext):
     """Keeps the locks of a pool as long as it is there. pebble drops them, and so removes them from the
-    system, before it ends its workers; one that is just starting would not find them and print a traceback."""
+    system, before it ends its workers; one that is just starting would not find them and print a
+    traceback."""
 
     def __init__(self) -> None:
         self.locks: list[RLock] = []

@@ -73,17 +73,17 @@ def forgotten_launcher(config: cfg.TrainConfig | cfg.SftConfig, size: int, devic
     verb, shard = "sft" if isinstance(config, cfg.SftConfig) else "train", config.train.shard
     if size > 1 or (shard != "all" and devices <= 1) or (config.train.offload and devices <= 1):
         return ""
+    start = f"torchrun --nproc-per-node {devices if devices > 1 else 8} -m vlm_sapo {verb} ..."
     if devices > 1:
-        start = f"torchrun --nproc-per-node {devices} -m vlm_sapo {verb} ..."
+        shares = " and train.shard (all) has nothing to share" if shard == "all" else ""
         other = "set train.shard=1" if shard == "all" else "hide the others with CUDA_VISIBLE_DEVICES=0"
         return (
-            f"one process was started, so one GPU of {devices} would train"
-            f"{' and train.shard (all) has nothing to share' if shard == 'all' else ''}; start one process for "
+            f"one process was started, so one GPU of {devices} would train{shares}; start one process for "
             f"each, with `{start}`, or {other} to train on one"
         )
     return (
-        "train.shard (all) shares the model among all processes, and one was started; with several GPUs start "
-        f"one for each, with `torchrun --nproc-per-node 8 -m vlm_sapo {verb} ...`; with one set train.shard=1"
+        "train.shard (all) shares the model among all processes, and one was started; with several GPUs "
+        f"start one for each, with `{start}`; with one set train.shard=1"
     )
 
 
