@@ -1,11 +1,9 @@
 """`python -m vlm_sapo` is `vlm-sapo`."""
 
-import sys
-
-from vlm_sapo.search_path import library_path
+from vlm_sapo.search_path import use_library_path
 
 if __name__ == "__main__":
-    sys.path[:] = library_path()
+    use_library_path()
     from vlm_sapo.cli import main
 
     main()

@@ -126,16 +126,16 @@ class LearningSignal:
         lowest = all(record["reward/mean"] == self.last[0]["reward/mean"] for record in self.last)
         if not lowest:
             return (
-                "problems are always or never solved: keep those that are solved sometimes (vlm-sapo "
-                "filter), or raise rollout.group"
+                "problems are always or never solved: keep those that are solved sometimes "
+                "(vlm-sapo filter), or raise rollout.group"
             )
         names = {name for record in self.last for name in record if name.startswith("outcome/")}
         counts = ", ".join(f"{name.split('/')[-1]} {self._mean(name):.0f} per step" for name in sorted(names))
         return (
             f"every reward is {reward:.3g}{f' ({counts})' if counts else ''}: read responses and answers in "
             "rollouts.jsonl and try the reward with vlm-sapo doctor; data.template must ask for the form "
-            "that the verifier reads. If the problems are too hard, take easier ones (vlm-sapo filter) or a cold "
-            "start (vlm-sapo sft)"
+            "that the verifier reads. If the problems are too hard, take easier ones (vlm-sapo filter) or a "
+            "cold start (vlm-sapo sft)"
         )
 
     def conclusion(self) -> str:
