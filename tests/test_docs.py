@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
-from docs.build import config_page
+from docs.build import config_page, names_page
 from tests.conftest import ROOT, example
 from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
@@ -129,6 +129,7 @@ def test_links_lead_somewhere():
 def test_the_page_of_fields_is_that_of_the_classes():
     """`python docs/build.py` writes it anew."""
     assert (ROOT / "docs/config.md").read_text() == config_page()
+    assert (ROOT / "docs/coming-from.md").read_text() == names_page()
 
 
 def test_fields_that_the_documents_name_exist():
