@@ -41,8 +41,8 @@ def blocks(language: str) -> list[str]:
 
 SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log"
 FIELD = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)[`=]")
-OTHERS = {"data.columns.response", "model.language_model", "model.visual"}
-"""Names in the documents that are no fields: a column, and parts of a model."""
+OTHERS = {"rollout.name", "data.columns.response", "model.language_model", "model.visual"}
+"""Names in the documents that are no fields: another trainer's, a column, and parts of a model."""
 LINES = [line for block in blocks("bash") for line in block.splitlines()]
 LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
