@@ -13,15 +13,16 @@ from tests.conftest import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from vlm_sapo.rewards.pool import RewardPool
 
 class Slow:
-    '''Takes a while to arrive in a worker, as it does on a busy machine.'''
+    '''Takes a while to arrive in a worker, as on a busy machine, where the signal to end comes late.'''
     def __reduce__(self):
         return arrive, ()
 
 def arrive():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(0.7)
     return Slow()
 
