@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
-from docs.build import config_page
+from docs.build import config_page, names_page
 from tests.conftest import ROOT, example
 from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
@@ -41,8 +41,8 @@ def blocks(language: str) -> list[str]:
 
 SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log"
 FIELD = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)[`=]")
-OTHERS = {"data.columns.response", "model.language_model", "model.visual"}
-"""Names in the documents that are no fields: a column, and parts of a model."""
+OTHERS = {"rollout.name", "data.columns.response", "model.language_model", "model.visual"}
+"""Names in the documents that are no fields: another trainer's, a column, and parts of a model."""
 LINES = [line for block in blocks("bash") for line in block.splitlines()]
 LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
@@ -55,7 +55,7 @@ def test_commands_are_valid(command, monkeypatch):
     if program in LAUNCHERS:
         words = shlex.split(command)
         monkeypatch.setattr(sys, "argv", words[:1])  # accelerate's help depends on it
-        start = words.index("vlm_sapo.cli")
+        start = words.index("vlm_sapo")
         help_text = LAUNCHERS[program]().format_help()
         options = [word for word in words[:start] if word.startswith("--")]
         assert all(option in help_text for option in options)
@@ -129,6 +129,7 @@ def test_links_lead_somewhere():
 def test_the_page_of_fields_is_that_of_the_classes():
     """`python docs/build.py` writes it anew."""
     assert (ROOT / "docs/config.md").read_text() == config_page()
+    assert (ROOT / "docs/coming-from.md").read_text() == names_page()
 
 
 def test_fields_that_the_documents_name_exist():

@@ -4,12 +4,11 @@ The functions are those of `vlm_sapo.api`, imported on first use so that the com
 """
 
 from importlib import import_module
-from typing import Any
 
 __all__ = ["evaluate", "load_config", "load_sft_config", "sft", "train"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
         return getattr(import_module("vlm_sapo.api"), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

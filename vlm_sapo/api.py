@@ -6,6 +6,7 @@ Results are plain values. Mistakes in a config or an option raise ValueError wit
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def load_sft_config(config: str | Path, *overrides: str) -> SftConfig:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains by reinforcement learning, or resumes the run in the config's folder. Returns the contents of
-    `summary.json`: `steps`, `seconds`, `eval_before`, `eval_after`, ..."""
+    `summary.json`: `steps`, `seconds`, `eval_before/NAME` and `eval_after/NAME` for each evaluation, ..."""
     silence_libraries()
     from vlm_sapo.training.trainer import train as run
 
@@ -80,7 +81,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging
+    # imported with peft wherever it is installed; it would tell of an optional package of its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -285,9 +285,17 @@ def new_model(
 
 
 def _report(summary: dict) -> None:
-    before, after = summary.get("eval_before"), summary.get("eval_after")
-    if before and after and main_process():
-        typer.echo(f"held-out pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
+    """Prints each evaluation's result before and after, by its name, and whether nothing was learnt."""
+    if not main_process():
+        return
+    for key, before in summary.items():
+        when, _, name = key.partition("/")
+        after = summary.get(f"eval_after/{name}" if name else "eval_after")
+        if when == "eval_before" and after:  # older runs have the first one without a name
+            label = name or "held-out"
+            typer.echo(f"{label} pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
+    if conclusion := summary.get("learnt_nothing"):
+        typer.echo(f"warning: {conclusion}")
 
 
 ALARM = 3

@@ -78,7 +78,14 @@ def check_call(
         signature.bind(*arguments, **args)
     except TypeError as error:
         section = field.rpartition(".")[0]
-        raise ValueError(f"{section}.args ({dict(args)}) must fit {name}{signature}; {error}") from error
+        unknown = [key for key in args if key not in signature.parameters]
+        close = [
+            match for key in unknown for match in difflib.get_close_matches(key, signature.parameters, n=1)
+        ]
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"{section}.args ({dict(args)}) must fit {name}{signature}; {error}{hint}"
+        ) from error
     return signature
 
 
@@ -93,6 +100,8 @@ def _from_file(target: str, field: str, name: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{field} ({name}) must name a Python file that exists; {path} does not")
     key = f"vlm_sapo_plugin_{path.stem}_{abs(hash(str(path)))}"
+    if str(path.parent) not in sys.path:  # its neighbours can be imported, after every library
+        sys.path.append(str(path.parent))
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         module = importlib.util.module_from_spec(spec)

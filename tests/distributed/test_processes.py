@@ -57,7 +57,16 @@ RUNS: dict[str, tuple[str, ...]] = {
         "eval.data.args={{split: test, size: 1}}",
     ),
     "moe": ("model.path={moe}",),
+    "split": (
+        *MIXED,
+        "train.tokens_per_microbatch=70",
+        "train.old_logprobs=recompute",
+        "train.prompts_per_step=8",
+    ),
 }
+BOUNDS = {"split": 1e-4}
+"""Bounds of the difference, where sums of other parts round differently; 1e-5 for the others. What "split" is
+for gave 6e-3."""
 SHARDED = ("train.shard=all",)
 HALF = ("train.shard=all", "train.offload=true")
 
@@ -177,7 +186,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], bound:
 def test_two_processes_train_what_one_does(runs, name, parallelism):
     """Parameters after three steps of two updates; metrics; and which responses were sampled."""
     one, two = runs.final(name), runs.final(f"{name}-{parallelism}")
-    assert same(one, two)
+    assert same(one, two, BOUNDS.get(name, 1e-5))
     before = runs.metrics(name)
     assert len(before) == 3
     for first, second in zip(before, runs.metrics(f"{name}-{parallelism}"), strict=True):

@@ -46,7 +46,7 @@ def test_the_quick_start_learns_with_vllm_as_with_hf(tmp_path):
         options = ("train.steps=7", "eval.every=0", f"run.dir={folder}")
         said = command("train", "quickstart", f"rollout.engine={engine}", *options).stdout
         summary = json.loads((folder / "summary.json").read_text())
-        reached[engine] = summary["eval_before"]["pass@1"], summary["eval_after"]["pass@1"]
+        reached[engine] = summary["eval_before/held-out"]["pass@1"], summary["eval_after/held-out"]["pass@1"]
     assert "changed weights reach the engine" in said and "step 2: engine and trainer agree" in said
     for before, after in reached.values():
         assert before < 0.65 and after > 0.85

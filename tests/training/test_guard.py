@@ -72,7 +72,9 @@ def test_too_many_skipped_in_a_row_stop_the_run(policy, encoder):
     update(policy, encoder, old=-1000.0)
     update(policy, encoder)
     update(policy, encoder, old=-1000.0)
-    with pytest.raises(NumbersError, match=r"number 2 in a row \(train.bad_updates is 1\); lower train.lr"):
+    with pytest.raises(
+        NumbersError, match=r"makes 2 skipped updates in a row, and train.bad_updates allows 1; lower"
+    ):
         update(policy, encoder, old=-1000.0)
 
 

@@ -18,7 +18,9 @@ from tests.training.conftest import metrics, short_run
 from vlm_sapo.tools.new_model import new_model
 from vlm_sapo.training.trainer import train
 
-KILLS, STEPS = 20, 12
+KILLS = {1: 20, 2: 8}
+"""By number of CPU threads."""
+STEPS = 12
 OPTIONS = (
     f"train.steps={STEPS}",
     "eval.every=2",
@@ -39,9 +41,9 @@ PHASES = {
 """What a process does while it is in a function; the first that holds."""
 
 
-def run(folder: str, model: str, options: tuple[str, ...], phase) -> None:
+def run(folder: str, model: str, options: tuple[str, ...], phase, threads: int) -> None:
     """In a process of its own, which says what it does."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     threading.Thread(target=watch, args=(phase,), daemon=True).start()
     train(short_run(Path(folder), Path(model), *options))
 
@@ -58,12 +60,12 @@ def watch(phase) -> None:
         time.sleep(0.003)
 
 
-def started(folder: Path, model: Path, options: tuple[str, ...]):
+def started(folder: Path, model: Path, options: tuple[str, ...], threads: int):
     """A process that trains, and what it is doing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm_sapo.training.trainer"])
     phase = context.Array("c", 40, lock=False)
-    process = context.Process(target=run, args=(str(folder), str(model), options, phase))
+    process = context.Process(target=run, args=(str(folder), str(model), options, phase, threads))
     process.start()
     return process, phase
 
@@ -90,28 +92,29 @@ def lines_of(run: Path, name: str, *left_out: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path_factory, capsys):
+@pytest.mark.parametrize("threads", KILLS)
+def test_killed_at_random_moments(tmp_path_factory, capsys, threads):
     """Four times in each run, at a random step while it does each of four things; in every second run
     checkpoints are written in the background."""
     dice, folder = random.Random(1), tmp_path_factory.mktemp("kill")
     new_model(folder / "model", family="qwen3_vl", corpus=CORPUS, shape=SMALL)
     (folder / "whole").mkdir()
-    process, _ = started(folder / "whole", folder / "model", OPTIONS)
+    process, _ = started(folder / "whole", folder / "model", OPTIONS, threads)
     process.join()
     assert process.exitcode == 0
     kills, number = [], 0
-    while len(kills) < KILLS:
+    while len(kills) < KILLS[threads]:
         number += 1
         parent = folder / f"run{number}"
         parent.mkdir()
         options = OPTIONS + (BACKGROUND if number % 2 else ())
         targets = dice.sample(sorted(PHASES.values()), 4)
         for phase, step in zip(targets, sorted(dice.randrange(STEPS) for _ in targets), strict=True):
-            process, doing = started(parent, folder / "model", options)
+            process, doing = started(parent, folder / "model", options, threads)
             kills += filter(
                 None, [killed(process, doing, parent / "run", phase, step, dice.uniform(0, 0.02))]
             )
-        process, _ = started(parent, folder / "model", options)
+        process, _ = started(parent, folder / "model", options, threads)
         process.join()
         assert process.exitcode == 0
         same(folder / "whole/run", parent / "run")

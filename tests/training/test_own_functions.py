@@ -40,6 +40,28 @@ def without_gradient(log_ratio):
     return log_ratio.detach()
 
 
+def raises(log_ratio):
+    return log_ratio + {}["nothing"]
+
+
+def misspelt(log_ratio, advantges):
+    return log_ratio
+
+
+def out_of_memory(log_ratio):
+    raise torch.OutOfMemoryError("full")
+
+
+def raising_advantage(batch):
+    raise RuntimeError("not today")
+
+
+def shaped(losses, mask, *, num_tokens, shape=None):
+    """What an own reduction may and may not return."""
+    total = torch.where(mask, losses, 0.0).sum() / num_tokens
+    return {None: total, "rows": losses.sum(-1), "number": float(total), "cut": total.detach()}[shape]
+
+
 def no_engine(needs):
     return object()
 
@@ -73,6 +95,51 @@ def test_what_an_objective_must_not_return(name, sentence):
     tensors = TokenTensors(logprobs, torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=sentence):
         loss_of(name).objective(tensors)
+
+
+TENSORS = TokenTensors(
+    torch.zeros(2, 3, requires_grad=True),
+    torch.zeros(2, 3),
+    torch.ones(2, 3),
+    torch.ones(2, 3, dtype=torch.bool),
+)
+
+
+def test_what_an_own_function_raises_ends_with_its_field():
+    with pytest.raises(ValueError) as error:
+        loss_of("raises").objective(TENSORS)
+    first, *_, last = str(error.value).splitlines()
+    assert first.startswith("Traceback")
+    assert last == f"algo.objective.function ({HERE}:raises) failed: KeyError: 'nothing'"
+    with pytest.raises(ValueError, match=r"algo.advantage.function \(f\) failed: RuntimeError: not today$"):
+        OwnAdvantage(raising_advantage, "f")(None)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_function():
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_of("out_of_memory").objective(TENSORS)
+
+
+def test_a_misspelt_parameter_is_corrected():
+    with pytest.raises(ValueError, match=r"did you mean advantages\?"):
+        loss_of("misspelt")
+    section = {"type": "own", "function": f"{HERE}:shaped", "args": {"shap": "rows"}}
+    with pytest.raises(ValueError, match=r"did you mean shape\?"):
+        build_loss(AlgoConfig(reduction=section), max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [("rows", r"it returned one \[2\]"), ("number", "it returned float"), ("cut", "depends on losses")],
+)
+def test_what_a_reduction_must_not_return(shape, sentence):
+    losses, mask = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    section = {"type": "own", "function": f"{HERE}:shaped"}
+    right = build_loss(AlgoConfig(reduction=section), max_tokens=8).reduction
+    assert right(losses, mask, 2, 6).item() == 1.0
+    wrong = build_loss(AlgoConfig(reduction=section | {"args": {"shape": shape}}), max_tokens=8).reduction
+    with pytest.raises(ValueError, match=rf"algo.reduction.function \(.*shaped\) must return .*{sentence}"):
+        wrong(losses, mask, 2, 6)
 
 
 def test_an_engine_that_is_none_is_named():

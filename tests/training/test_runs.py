@@ -21,7 +21,7 @@ def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
     run = tmp_path / "run"
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["seconds"] > 0
-    for name in ("eval_before", "eval_after"):
+    for name in ("eval_before/held-out", "eval_after/held-out"):
         low, high = summary[name]["ci95"]
         assert low <= summary[name]["pass@1"] <= high and summary[name]["n"] == 6
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +128,7 @@ def test_sft_lowers_its_loss_and_its_result_trains_on(settings, tmp_path):
     summary = sft(settings("train.steps=30", "train.lr=1e-2", kind=cfg.SftConfig))
     rows = metrics(tmp_path / "run")
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-    assert summary["steps"] == 30 and "eval_after" in summary
+    assert summary["steps"] == 30 and "eval_after/held-out" in summary
     train(settings(f"model.path={tmp_path}/run/final", f"run.dir={tmp_path}/rl", "train.steps=1"))
 
 

@@ -37,4 +37,4 @@ def test_faults_at_random(tmp_path, capsys):
     running = [row for row in faulty["seen"][:-1] if row["steps"] >= 10]
     assert running[-1]["resident MB"] < 1.05 * running[0]["resident MB"]
     assert max(row["threads"] for row in running[len(running) // 2 :]) <= running[0]["threads"] + 2
-    assert faulty["eval_after"]["pass@1"] > usual["eval_after"]["ci95"][0] - 0.05
+    assert faulty["eval_after/held-out"]["pass@1"] > usual["eval_after/held-out"]["ci95"][0] - 0.05

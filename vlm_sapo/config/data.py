@@ -49,16 +49,25 @@ class SourceConfig(Section):
     `recipe` override it; `null` unsets one. The stored config holds the result."""
     name: str | None = None
     """Name of these rows in the logs; by default the recipe's or the source's name."""
-    source: Annotated[str | None, Note.IN_REPORT, AlsoCalled("path", "dataset", "train_files")] = None
+    source: Annotated[
+        str | None,
+        Note.IN_REPORT,
+        AlsoCalled(
+            "path", "dataset", "train_files", "train_file", "dataset_name", "train_dataset", "data_path"
+        ),
+    ] = None
     """Hugging Face dataset id, folder, JSON, JSON lines, CSV, TSV or parquet file, or
     `path/to/file.py:function` that returns the rows."""
-    subset: str | None = None
+    subset: Annotated[str | None, AlsoCalled("dataset_config", "dataset_config_name")] = None
     """Subset (configuration) of a dataset id that has several."""
-    split: str | None = None
+    split: Annotated[str | None, AlsoCalled("dataset_train_split", "train_split")] = None
     """Split of a dataset id, folder or JSON file that has several, or a value of the split column."""
     args: Annotated[PublicArgs, Note.IN_REPORT] = {}
     """Keyword arguments of a source that is a function."""
-    columns: dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]] = {}
+    columns: Annotated[
+        dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]],
+        AlsoCalled("prompt_key", "answer_key", "image_key", "input_key", "label_key", "response_key"),
+    ] = {}
     """Which columns of the source to read, for example `{problem: question}`; without it they are recognised
     by their usual names (docs/data.md). `a.b` is the key `b` of the mapping in column `a`. Of a list of names
     the first that the rows have counts. `response` is the demonstration that `sft` learns from."""
@@ -66,7 +75,7 @@ class SourceConfig(Section):
     """Keep only rows whose column has this value, or one of these values."""
     transform: str | None = None
     """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
-    limit: Annotated[Positive | None, AlsoCalled("max_samples", "num_samples")] = None
+    limit: Annotated[Positive | None, AlsoCalled("max_samples", "num_samples", "train_max_samples")] = None
     """Use only the first N rows."""
     pictures_anywhere: bool = False
     """Allow rows of a file to name images outside its folder. Rows of a Python function always may."""
@@ -151,10 +160,12 @@ class DataConfig(SourceConfig):
     mixture: list[TaskConfig] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is
     short for it; overrides name the entries `data.mixture.0`, `data.mixture.1`, ... either way."""
-    max_prompt_tokens: Annotated[Positive, AlsoCalled("max_prompt_length")] = 4096
+    max_prompt_tokens: Annotated[Positive, AlsoCalled("max_prompt_length", "prompt_length")] = 4096
     """Longest allowed prompt in tokens, image tokens included. A longer one is an error: prompts are never
     truncated."""
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: Annotated[
+        Literal["stop", "skip"], AlsoCalled("filter_overlong_prompts", "truncation", "truncation_strategy")
+    ] = "stop"
     """On a row that can't be used: `stop` the run, or `skip` the row and count it."""
 
     @model_validator(mode="before")

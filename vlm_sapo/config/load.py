@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -22,12 +22,15 @@ from vlm_sapo.config.fields import (
     walk,
 )
 from vlm_sapo.config.files import find, parse, read_mapping
+from vlm_sapo.config.names import without_field
 from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig, TrainerConfig, free_on_resume
 
 T = TypeVar("T", bound=Section)
 MAX_VALUE = 80
 """Characters of a value that a message shows."""
+MAX_FOREIGN = 20
+"""Fields of another trainer's section that a message lists."""
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
@@ -247,25 +250,68 @@ def _did_you_mean(word: str, options: Sequence[str]) -> str:
 
 def _unknown(kind: type[Section], problem: _Problem) -> str:
     """A field that doesn't exist, and the one that was probably meant: a neighbour of nearly this name, or
-    the field that other trainers call so."""
-    *above, name = problem.path
-    fields = {field: info for section in problem.parents for field, info in section.model_fields.items()}
-    nearby = [field for field, info in fields.items() if name in other_names(info)]
-    nearby += difflib.get_close_matches(str(name), fields, n=1, cutoff=0.75)
-    elsewhere = [path for path, info in walk(kind) if name in other_names(info)]
-    elsewhere += [path for path, _ in walk(kind) if path.rpartition(".")[2] == name]
-    similar = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
-    meant = [
-        *(kind.field_label([*above, field]) for field in nearby),
-        *elsewhere,
-        *(kind.field_label([*above, field]) for field in similar),
-    ]
+    the field that other trainers call so. Of another trainer's section, one line for each of its fields."""
+    *above, last = problem.path
     unknown = kind.field_label(problem.path)
+    value = problem.error["input"]
+    foreign = isinstance(value, Mapping) and value and not _is_misspelt(kind, unknown, value)
+    if foreign and not without_field(unknown):
+        fields = list(_fields_below(unknown, value))
+        lines = [f"unknown field `{name}`; {_instead(kind, name)}" for name in fields[:MAX_FOREIGN]]
+        rest = f"... and {len(fields) - MAX_FOREIGN} more below `{unknown}`; docs/coming-from.md lists names"
+        return "\n".join([*lines, *([rest] if len(fields) > MAX_FOREIGN else [])])
+    fields = {field: info for section in problem.parents for field, info in section.model_fields.items()}
+    nearby = [field for field, info in fields.items() if _called(unknown, info)]
+    nearby += difflib.get_close_matches(str(last), fields, n=1, cutoff=0.75)
+    similar = difflib.get_close_matches(str(last), fields, n=1, cutoff=0.5)
+    here, near = ([kind.field_label([*above, field]) for field in names] for names in (nearby, similar))
     if unknown in dict(walk(kind)):
         hint = "only another `type` has it."
     else:
-        hint = f"did you mean `{meant[0]}`?" if meant else "remove it, or check its name."
+        hint = _instead(kind, unknown, here, near)
     return f"unknown field `{unknown}`; {hint} Fields there: {', '.join(fields)}"
+
+
+def _is_misspelt(kind: type[Section], name: str, value: Mapping[str, Any]) -> bool:
+    """Whether an unknown section has nearly the name, and only fields, of one of ours."""
+    sections = {path: sections_in(info.annotation) for path, info in walk(kind)}
+    return any(
+        section.model_fields.keys() >= value.keys()
+        for path in difflib.get_close_matches(
+            name, [path for path in sections if sections[path]], cutoff=0.75
+        )
+        for section in sections[path]
+    )
+
+
+def _instead(kind: type[Section], name: str, first: Sequence[str] = (), last: Sequence[str] = ()) -> str:
+    """What to write instead of a field that doesn't exist, by its dotted name. `first` and `last` are guesses
+    that count more and less than names of other trainers."""
+    if not first and (sentence := without_field(name)):
+        return f"{sentence}."
+    elsewhere = [path for path, _ in walk(kind) if "." in path and name.endswith(f".{path}")]
+    elsewhere += [
+        path for dotted in (True, False) for path, info in walk(kind) if _called(name, info, dotted)
+    ]
+    elsewhere += [path for path, _ in walk(kind) if path.rpartition(".")[2] == name.rpartition(".")[2]]
+    meant = [*first, *elsewhere, *last]
+    return f"did you mean `{meant[0]}`?" if meant else "remove it, or check its name."
+
+
+def _called(name: str, field: FieldInfo, dotted: bool | None = None) -> bool:
+    """Whether other trainers call the field so, by the end of its dotted name; with `dotted` only by names
+    that have a dot, or only by those without."""
+    others = [other for other in other_names(field) if dotted in (None, "." in other)]
+    return any(f".{name}".endswith(f".{other}") for other in others)
+
+
+def _fields_below(name: str, value: Any) -> Iterator[str]:
+    """Dotted names of a section's fields; those that only one sentence stands for are not taken apart."""
+    if isinstance(value, Mapping) and value and not without_field(name):
+        for key, item in value.items():
+            yield from _fields_below(f"{name}.{key}", item)
+    else:
+        yield name
 
 
 def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
@@ -290,6 +336,7 @@ def check_processes(config: TrainConfig | SftConfig, size: int) -> int:
         raise ValueError(
             f"train.shard ({shard}) must divide the number of processes ({size}, one per GPU); use one of "
             f"{divisors}, or all"
+            + ("" if size > 1 else f"; `torchrun --nproc-per-node {shard} -m vlm_sapo ...` starts {shard}")
         )
     _check_combinations(config, size, shard)
     return shard

@@ -55,7 +55,10 @@ class OwnEngineConfig(_Engine):
 
 class VllmConfig(_Engine):
     type: Literal["vllm"]
-    tensor_parallel: Annotated[Positive, AlsoCalled("tensor_parallel_size", "tp")] = 1
+    tensor_parallel: Annotated[
+        Positive,
+        AlsoCalled("tensor_parallel_size", "tp", "tensor_model_parallel_size", "vllm_tensor_parallel_size"),
+    ] = 1
     """Tensor-parallel size: GPUs that share one copy of the engine's weights."""
     gpu_memory: Annotated[
         float,
@@ -67,7 +70,12 @@ class VllmConfig(_Engine):
     dtype: Precision = "auto"
     """Data type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
-    options: dict[str, Any] = {}
+    options: Annotated[
+        dict[str, Any],
+        AlsoCalled(
+            "enforce_eager", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "engine_kwargs"
+        ),
+    ] = {}
     """Further arguments of `vllm.LLM`, such as `enforce_eager` or `max_num_seqs`."""
 
     def weights_dtype(self, default: str) -> str:
@@ -80,7 +88,7 @@ class VllmServerConfig(_Engine):
         list[str],
         Field(min_length=1),
         Note.FREE_ON_RESUME,
-        AlsoCalled("url", "urls", "base_url", "vllm_server_host"),
+        AlsoCalled("url", "urls", "base_url", "vllm_server_host", "vllm_server_port", "vllm_server_base_url"),
     ] = ["http://127.0.0.1:8000"]
     """URLs of servers started with `vlm-sapo serve`, or with `vllm serve` and the same options."""
     weights: Literal["folder", "nccl"] = "folder"
@@ -131,22 +139,39 @@ class EnvironmentConfig(Section):
     `step(response)`, one object for each response (docs/rollouts.md)."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
-    max_turns: Positive = 8
+    max_turns: Annotated[
+        Positive, AlsoCalled("max_assistant_turns", "max_user_turns", "max_tool_calling_iterations")
+    ] = 8
     """Most turns of the policy in one response; it ends after them."""
 
 
 class RolloutConfig(Section):
-    engine: EngineConfig = HfConfig()
+    engine: Annotated[
+        EngineConfig, AlsoCalled("rollout.name", "use_vllm", "vllm_mode", "infer_backend", "rollout_backend")
+    ] = HfConfig()
     """What generates the responses: `hf` the policy itself with PyTorch, `vllm` an engine in this process,
     `vllm_server` separate servers, `own` a function or class of yours. `engine: NAME` is short for
     `engine: {type: NAME}`."""
-    environment: EnvironmentConfig | None = None
+    environment: Annotated[
+        EnvironmentConfig | None,
+        AlsoCalled("multi_turn", "multi_turn_scheduler", "environment_factory", "rollout_func", "tools"),
+    ] = None
     """Environment that answers the policy, for responses of several turns; null for one turn."""
     group: Annotated[
         int,
         Field(ge=2),
         Note.IN_REPORT,
-        AlsoCalled("n", "num_generations", "group_size", "num_samples", "samples_per_prompt"),
+        AlsoCalled(
+            "n",
+            "num_generations",
+            "group_size",
+            "num_samples",
+            "samples_per_prompt",
+            "rollout_n",
+            "n_samples_per_prompt",
+            "num_return_sequences",
+            "num_return_sequences_in_group",
+        ),
     ] = 8
     """Group size (num_generations): responses sampled per prompt."""
     max_tokens: Annotated[
@@ -163,12 +188,20 @@ class RolloutConfig(Section):
     """Maximum length of a response, in tokens."""
     temperature: Annotated[Rate, Note.IN_REPORT] = 1.0
     """Sampling temperature. All log-probs, the trainer's too, are of logits divided by it."""
-    prompts_per_batch: Annotated[
-        Positive, Note.FREE_ON_RESUME, AlsoCalled("generation_batch_size", "rollout_batch_size")
-    ] = 16
+    prompts_per_batch: Annotated[Positive, Note.FREE_ON_RESUME, AlsoCalled("generation_batch_size")] = 16
     """Generation batch size of `hf`: prompts that it generates for together. Lower it when generation runs
     out of memory."""
-    resample: Annotated[Count, AlsoCalled("dynamic_sampling", "filter_groups", "max_try_make_batch")] = 0
+    resample: Annotated[
+        Count,
+        AlsoCalled(
+            "dynamic_sampling",
+            "dynamic_sample",
+            "filter_groups",
+            "online_filtering",
+            "max_resample_times",
+            "max_try_make_batch",
+        ),
+    ] = 0
     """DAPO's dynamic sampling: up to N times, replace groups whose rewards are all equal by groups of further
     prompts of the same task. Such groups that are left after the last round stay."""
     check_every: Positive = 50
@@ -177,7 +210,7 @@ class RolloutConfig(Section):
     tolerance: Rate | None = None
     """Stop the run when the mean absolute difference of these log-probs is larger; null for 1e-4 where both
     sides compute in float32, else 0.05."""
-    ahead: Annotated[Count, AlsoCalled("max_async_level", "staleness", "max_staleness")] = 0
+    ahead: Annotated[Count, AlsoCalled("max_async_level", "staleness", "max_staleness", "async_generate")] = 0
     """Sample responses N steps ahead (off-policy by N steps). With 1, servers generate the next step while
     this one trains. More than 1, or another engine, is no faster: it is for studying staleness."""
 

@@ -19,12 +19,24 @@ class RunConfig(Section):
         str | None,
         Note.FREE_ON_RESUME,
         AlsoCalled(
-            "output_dir", "resume", "resume_from_checkpoint", "default_local_dir", "load_checkpoint_path"
+            "output_dir",
+            "resume",
+            "resume_from_checkpoint",
+            "default_local_dir",
+            "load_checkpoint_path",
+            "save_checkpoint_path",
+            "resume_mode",
+            "resume_from_path",
+            "find_last_checkpoint",
         ),
     ] = None
     """Folder for all output. If it has a checkpoint of the same config, the run is resumed from it."""
-    seed: Annotated[int, Note.IN_REPORT] = 0
+    seed: Annotated[int, Note.IN_REPORT, AlsoCalled("data_seed", "manual_seed")] = 0
     """Seed of data order and sampling."""
+    deterministic: Annotated[bool | None, Note.FREE_ON_RESUME, AlsoCalled("full_determinism")] = None
+    """Use deterministic operations, so that the same run on the same machine with the same number of threads
+    gives the same numbers bit for bit. null is true on CPUs and leaves GPUs as they are; true also asks GPUs
+    for it, which is slower there, and an operation that has no such form ends the run with its name."""
     accept_changes: Annotated[bool, Note.FREE_ON_RESUME] = False
     """Resume although the config has changed in ways that affect results."""
     overwrite: Annotated[bool, AlsoCalled("overwrite_output_dir")] = False
@@ -36,7 +48,7 @@ class RunConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Annotated[Count, AlsoCalled("save_steps", "save_freq", "save_interval")] = 50
+    every: Annotated[Count, AlsoCalled("save_steps", "save_freq", "save_interval", "save_strategy")] = 50
     """Save a checkpoint every N steps and after the last step; 0 for never."""
     keep_last: Annotated[Positive, AlsoCalled("save_total_limit", "save_limit")] = 2
     """Keep the N newest checkpoints."""
@@ -77,13 +89,20 @@ class AlarmsConfig(Section):
     """Alarm when the gradient norm is this many times that of the first steps."""
     identical: Rate = 0.9
     """Alarm when more than this fraction of responses is identical to another response to the same prompt."""
+    signal: Positive = 5
+    """Alarm when this many steps in a row teach nothing: no group whose rewards differ, or no gradient."""
     stop: bool = False
     """Stop the run at an alarm, with a checkpoint and exit code 3; `checkpoint.keep_best` keeps the best one.
     The same command resumes; the same alarm is raised again only after it has cleared."""
 
 
 class LogConfig(Section):
-    rollouts: Annotated[Count, AlsoCalled("num_completions_to_print", "log_completions")] = 2
+    rollouts: Annotated[
+        Count,
+        AlsoCalled(
+            "num_completions_to_print", "log_completions", "val_generations_to_log", "rollout_data_dir"
+        ),
+    ] = 2
     """Groups per step whose responses are written to `rollouts.jsonl` and shown in the report, the first and
     the last group of the step among them."""
     to: Annotated[

@@ -49,20 +49,31 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     example: ClassVar[str] = "{path: Qwen/Qwen2.5-VL-3B-Instruct}"
 
-    path: Annotated[str, Note.IN_REPORT, AlsoCalled("name", "model_name_or_path", "model_path", "model")]
+    path: Annotated[
+        str,
+        Note.IN_REPORT,
+        AlsoCalled("name", "model_name_or_path", "model_path", "model", "model_name", "model_id"),
+    ]
     """Folder or Hugging Face id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its
     processor."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], AlsoCalled("torch_dtype")] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], AlsoCalled("torch_dtype", "model_dtype", "params_dtype")
+    ] = "float32"
     """Data type of the trained weights. In bfloat16 small updates are rounded away; float32 with
     `train.precision: bf16` keeps them."""
     freeze: Annotated[
         list[Literal["vision", "merger", "language", "router"]],
-        AlsoCalled("freeze_vision_tower", "freeze_vision_modules"),
+        AlsoCalled(
+            "freeze_vision_tower", "freeze_vision_modules", "freeze_vit", "freeze_llm", "freeze_aligner"
+        ),
     ] = []
     """Parts that are not trained. With `vision` and `merger` frozen each image is encoded once per step, for
     rollout and updates together; with `vision` alone it is encoded in every pass. `router` is the part of an
     MoE model that selects experts; `language` doesn't include it."""
-    lora: LoraConfig | None = None
+    lora: Annotated[
+        LoraConfig | None,
+        AlsoCalled("peft_config", "use_peft", "use_lora", "train_type", "tuner_type", "finetuning_type"),
+    ] = None
     """Train low-rank adapters only. The reference model is then the model without adapters."""
     gradient_checkpointing: Annotated[
         bool, Note.FREE_ON_RESUME, AlsoCalled("enable_gradient_checkpointing", "activation_checkpointing")
@@ -117,7 +128,18 @@ class RewardConfig(Section):
     list_field: ClassVar[str] = "parts"
 
     parts: Annotated[
-        list[RewardPartConfig], Note.IN_REPORT, AlsoCalled("reward_funcs", "reward_function", "functions")
+        list[RewardPartConfig],
+        Note.IN_REPORT,
+        AlsoCalled(
+            "reward_funcs",
+            "reward_function",
+            "functions",
+            "custom_reward_function",
+            "custom_reward_function.path",
+            "custom_reward_function.name",
+            "reward_manager",
+            "external_plugins",
+        ),
     ] = []
     """The parts of the reward; their weighted sum is trained. `reward: NAME` is short for one part and
     `reward: [...]` for several."""
@@ -172,24 +194,30 @@ class SapoConfig(Section):
 
 class GrpoConfig(Section):
     type: Literal["grpo"]
-    low: Annotated[NotNegative, AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low")] = 0.2
+    low: Annotated[
+        NotNegative,
+        AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low", "eps_clip", "clip_range"),
+    ] = 0.2
     """Lower clip: for negative advantages, ratios below 1 - low are clipped."""
-    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high")] = 0.2
+    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high", "eps_clip_high")] = 0.2
     """Upper clip: for positive advantages, ratios above 1 + high are clipped (0.28 for DAPO's
     clip-higher)."""
 
 
 class GspoConfig(Section):
     type: Literal["gspo"]
-    low: Annotated[NotNegative, AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low")] = 3e-4
+    low: Annotated[
+        NotNegative,
+        AlsoCalled("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low", "eps_clip", "clip_range"),
+    ] = 3e-4
     """Lower clip: for negative advantages, sequence ratios below 1 - low are clipped."""
-    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high")] = 4e-4
+    high: Annotated[NotNegative, AlsoCalled("epsilon_high", "clip_ratio_high", "eps_clip_high")] = 4e-4
     """Upper clip: for positive advantages, sequence ratios above 1 + high are clipped."""
 
 
 class CispoConfig(Section):
     type: Literal["cispo"]
-    cap: Annotated[Rate, AlsoCalled("epsilon_high", "clip_ratio_high")] = 5.0
+    cap: Annotated[Rate, AlsoCalled("epsilon_high", "clip_ratio_high", "eps_clip_high")] = 5.0
     """Largest importance weight of a token: the ratio itself, not 1 + epsilon."""
 
 
@@ -253,7 +281,7 @@ class AlgoConfig(Section):
         SapoConfig | GrpoConfig | GspoConfig | CispoConfig | DppoConfig | VespoConfig | OwnFunctionConfig,
         Field(discriminator="type"),
         Note.IN_REPORT,
-        AlsoCalled("loss_type", "policy_loss", "loss"),
+        AlsoCalled("policy_loss", "loss", "loss_mode"),
     ] = SapoConfig()
     """Policy objective: how importance ratio and advantage become the loss of a token. `objective: NAME` is
     short for `objective: {type: NAME}`; docs/algorithm.md compares them."""
@@ -264,7 +292,7 @@ class AlgoConfig(Section):
     advantage: Annotated[
         Literal["zscore", "centred", "leave_one_out"] | OwnFunctionConfig,
         Note.IN_REPORT,
-        AlsoCalled("scale_rewards", "adv_estimator", "advantage_estimator"),
+        AlsoCalled("scale_rewards", "adv_estimator", "advantage_estimator", "norm_adv_by_std_in_grpo"),
     ] = "zscore"
     """Advantage of a response within its group: reward minus mean, divided by the standard deviation
     (`zscore`, GRPO); reward minus mean (`centred`, Dr. GRPO); or reward minus the mean of the others
@@ -279,7 +307,18 @@ class AlgoConfig(Section):
     kl: Annotated[
         NotNegative,
         Note.IN_REPORT,
-        AlsoCalled("beta", "kl_coef", "kl_loss_coef", "kl_penalty"),
+        AlsoCalled(
+            "beta",
+            "kl_coef",
+            "kl_loss_coef",
+            "kl_penalty",
+            "init_kl_coef",
+            "use_kl_loss",
+            "use_kl_in_reward",
+            "disable_kl",
+            "kl_in_reward",
+            "kl_ctrl",
+        ),
     ] = 0.0
     """KL penalty: weight of the k3 estimate of KL(policy, reference). The reference is the initial model."""
     correction: Annotated[
@@ -294,7 +333,9 @@ class AlgoConfig(Section):
     router weights the replayed experts and keeps its gradient (docs/moe.md)."""
     balance: Annotated[NotNegative, AlsoCalled("router_aux_loss_coef", "aux_loss_coef")] = 0.0
     """Weight of the load-balancing loss of MoE models, computed per response (docs/moe.md)."""
-    mask_truncated: Annotated[bool, AlsoCalled("mask_truncated_completions", "overlong_filtering")] = False
+    mask_truncated: Annotated[
+        bool, AlsoCalled("mask_truncated_completions", "overlong_filtering", "overlong_filter")
+    ] = False
     """Exclude responses that hit the length limit from the loss and its denominator."""
 
     @field_validator("objective", "correction", mode="before")
@@ -325,22 +366,37 @@ def _no_is_a_word(value: Any) -> Any:
 class OptimConfig(Section):
     example: ClassVar[str] = "{steps: 100}"
 
-    steps: Annotated[Positive, AlsoCalled("max_steps", "total_training_steps", "num_steps", "total_steps")]
+    steps: Annotated[
+        Positive,
+        AlsoCalled("max_steps", "total_training_steps", "num_steps", "total_steps", "max_train_steps"),
+    ]
     """Number of steps: rollout batches for `train`, updates for `sft`."""
     lr: Annotated[Rate, Note.IN_REPORT, AlsoCalled("learning_rate")] = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
-        AlsoCalled("lr_scheduler_type", "lr_scheduler"),
+        AlsoCalled("lr_scheduler_type", "lr_scheduler", "warmup_style"),
     ] = "constant"
     """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
-    warmup_steps: Annotated[Count, AlsoCalled("lr_warmup_steps", "warmup", "warmup_ratio")] = 0
+    warmup_steps: Annotated[
+        Count,
+        AlsoCalled(
+            "lr_warmup_steps",
+            "warmup",
+            "warmup_ratio",
+            "lr_warmup_ratio",
+            "lr_warmup_steps_ratio",
+            "num_warmup_steps",
+        ),
+    ] = 0
     """Steps of linear learning-rate warm-up."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
     betas: Annotated[tuple[Share, Share], AlsoCalled("adam_betas", "adam_beta1", "adam_beta2")] = (0.9, 0.999)
     """Betas of AdamW."""
-    max_grad_norm: Annotated[Rate, AlsoCalled("grad_clip", "clip_grad_norm", "max_norm")] = 1.0
+    max_grad_norm: Annotated[
+        Rate, AlsoCalled("grad_clip", "clip_grad", "clip_grad_norm", "max_norm", "gradient_clipping")
+    ] = 1.0
     """Gradients are clipped to this norm."""
     bad_updates: Annotated[Count, Note.FREE_ON_RESUME] = 3
     """Skip updates whose loss, gradient or importance ratio is NaN or infinite; stop the run after more than
@@ -357,11 +413,17 @@ class OptimConfig(Section):
     shard: Annotated[
         Positive | Literal["all"],
         Note.FREE_ON_RESUME,
-        AlsoCalled("fsdp", "fsdp_size", "zero_stage"),
+        AlsoCalled("fsdp", "fsdp_size", "fsdp_config", "zero_stage", "deepspeed"),
     ] = 1
     """FSDP group size: GPUs that share one copy of weights, gradients and optimizer state. It must divide the
     number of GPUs; `all` uses all of them, 1 is plain data parallelism."""
-    offload: Annotated[bool, Note.FREE_ON_RESUME, AlsoCalled("cpu_offload", "param_offload")] = False
+    offload: Annotated[
+        bool,
+        Note.FREE_ON_RESUME,
+        AlsoCalled(
+            "cpu_offload", "param_offload", "optimizer_offload", "offload_params", "offload_optimizer"
+        ),
+    ] = False
     """Store weights (except a frozen vision tower's), gradients and optimizer state in host memory and copy
     each layer to the GPU when it is needed: least GPU memory, slow."""
     tokens_per_microbatch: Annotated[
@@ -373,6 +435,10 @@ class OptimConfig(Section):
             "gradient_accumulation_steps",
             "ppo_max_token_len_per_gpu",
             "ppo_micro_batch_size_per_gpu",
+            "log_prob_micro_batch_size_per_gpu",
+            "micro_batch_size_per_device_for_update",
+            "micro_batch_size_per_device_for_experience",
+            "use_dynamic_bsz",
         ),
     ] = 16384
     """Most tokens, padding included, in one forward and backward pass. It changes memory and speed, never the
@@ -386,13 +452,25 @@ class TrainerConfig(OptimConfig):
     prompts_per_step: Annotated[
         Positive,
         Note.IN_REPORT,
-        AlsoCalled("batch_size", "train_batch_size", "prompts_per_batch", "generation_batch_size"),
+        AlsoCalled(
+            "batch_size",
+            "train_batch_size",
+            "prompts_per_batch",
+            "generation_batch_size",
+            "rollout_batch_size",
+        ),
     ] = 32
     """Prompts (groups) per step."""
     minibatches: Annotated[
         Positive,
         Note.IN_REPORT,
-        AlsoCalled("num_mini_batches", "num_iterations", "ppo_mini_batch_size"),
+        AlsoCalled(
+            "num_mini_batches",
+            "ppo_mini_batch_size",
+            "mini_batch_size",
+            "global_batch_size",
+            "steps_per_generation",
+        ),
     ] = 4
     """Optimizer updates per step, each on its own share of the prompts. With 1 all importance ratios are 1
     and all objectives are the same."""
@@ -419,22 +497,29 @@ class SftTrainerConfig(OptimConfig):
 
 
 class EvalConfig(Section):
-    data: Annotated[RowsConfig | None, AlsoCalled("val_files", "eval_dataset", "eval_data")] = None
+    data: Annotated[
+        RowsConfig | None,
+        AlsoCalled("val_files", "val_file", "val_dataset", "eval_dataset", "eval_data", "test_files"),
+    ] = None
     """Held-out rows. `system`, `template` and `verifier` are those of `data` unless set here. For several
     held-out sets use `eval.benchmarks`."""
     benchmarks: list[str] = []
     """Benchmarks to evaluate on as well: `NAME` (eval/README.md lists them), `NAME=FILE` with the benchmark's
     rows in a local file, or the path of a definition of your own. Responses may be as long as the definition
     says."""
-    limit: Positive | None = None
+    limit: Annotated[Positive | None, AlsoCalled("val_max_samples", "max_eval_samples")] = None
     """Evaluate only the first N problems of each benchmark."""
-    every: Annotated[Count, AlsoCalled("eval_steps", "test_freq", "val_freq", "eval_interval")] = 0
+    every: Annotated[
+        Count, AlsoCalled("eval_steps", "test_freq", "val_freq", "eval_interval", "eval_strategy")
+    ] = 0
     """Evaluate every N steps, in addition to before and after training; 0 for only these two."""
-    samples: Annotated[Positive, AlsoCalled("n", "num_generations", "num_generations_eval")] = 1
+    samples: Annotated[
+        Positive, AlsoCalled("n", "num_generations", "num_generations_eval", "val_kwargs.n")
+    ] = 1
     """Responses per problem; pass@1 is their mean score."""
-    temperature: NotNegative = 1.0
+    temperature: Annotated[NotNegative, AlsoCalled("val_kwargs.temperature")] = 1.0
     """Sampling temperature of the evaluation; 0 is greedy."""
-    top_p: TopP = 1.0
+    top_p: Annotated[TopP, AlsoCalled("val_kwargs.top_p")] = 1.0
     """Nucleus sampling: sample from the smallest set of most likely tokens whose probability sums to this."""
     top_k: Count = 0
     """Sample from the k most likely tokens; 0 for all."""

@@ -19,6 +19,8 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vlm_sapo.models.file_modes import use_umask
+
 NAME = "default"
 PREFIX = "base_model.model."
 """peft's prefix of module names in adapter files."""
@@ -136,6 +138,7 @@ def save(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor]) -> No
     """Writes the adapters in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: item.cpu().contiguous() for name, item in weights.items()}, folder / FILE)
+    use_umask(folder)
     model.peft_config[NAME].save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -71,6 +72,13 @@ class VLM(nn.Module):
         kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
         return set(kinds) == {"full_attention"}
 
+    @cached_property
+    def cache_argument(self) -> str:
+        """What this version of transformers calls the language model's cache. The old name is deprecated
+        from 5.24 on, and the only one before."""
+        forward = type(self.model.model.language_model).forward
+        return "cache" if "cache" in signature(forward).parameters else "past_key_values"
+
     @property
     def device(self) -> torch.device:
         """The device that passes run on."""
@@ -101,12 +109,12 @@ class VLM(nn.Module):
         """
         language = self.model.model.language_model
         embeds = language.get_input_embeddings()(ids)
-        extra = {}
+        extra = {self.cache_argument: cache}
         if features is not None:
             where = ids == self.model.config.image_token_id
             embeds = embeds.masked_scatter(where[..., None], features.tokens.to(embeds.dtype))
             if features.deep:
-                extra = {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
+                extra |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
             assert self.attends_fully, "linear attention supports neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
@@ -115,7 +123,6 @@ class VLM(nn.Module):
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
             **extra,
         ).last_hidden_state

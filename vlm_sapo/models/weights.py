@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import FAMILIES
+from vlm_sapo.models.file_modes import use_umask
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Makes a full tensor of a parameter that may be sharded."""
@@ -71,3 +72,4 @@ def save_model(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] 
     model.generation_config.save_pretrained(folder)
     weights = hf_state_dict(model) if weights is None else weights
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    use_umask(folder)

@@ -15,6 +15,16 @@ REWARD_DROP_ERRORS = 4.0
 """Standard errors by which the reward must have fallen."""
 HARMLESS_GRAD_NORM = 1.0
 """A gradient norm up to this is never an alarm."""
+SOLVED = "solved"
+"""Name of what is said, but is no alarm: every response gets the full reward."""
+SILENT_STEPS_SHOWN = 20
+"""Most steps without a learning signal whose cause is looked for."""
+SILENT_SHARE = 0.8
+"""Share of steps without a signal from which on a run has learnt nothing."""
+FULL_SHARE = 0.999
+"""Share of the full reward from which on rows are solved."""
+TRUNCATED_SHARE, IDENTICAL_SHARE = 0.5, 0.9
+"""Shares of truncated and of identical responses that explain a missing signal."""
 WATCHED_METRICS = (
     "policy/entropy",
     "response/tokens",
@@ -67,6 +77,74 @@ class MetricHistory:
         return sum(self.last) / len(self.last)
 
 
+@dataclass
+class LearningSignal:
+    """Steps that taught nothing: no group whose rewards differ, or no gradient."""
+
+    full_reward: float
+    """The most that verifiers give: the sum of their weights."""
+    rewards_decide: bool
+    """Whether equal rewards in a group mean no advantage."""
+    steps: int = 0
+    silent: int = 0
+    in_a_row: int = 0
+    last: deque[Record] = field(default_factory=lambda: deque(maxlen=SILENT_STEPS_SHOWN))
+    """The latest silent steps."""
+
+    def add(self, record: Record) -> None:
+        if "reward/zero_variance" not in record or record.get("policy/skipped_updates"):
+            return  # skipped updates have their own warning
+        self.steps += 1
+        equal = self.rewards_decide and record["reward/zero_variance"] == 1.0
+        if equal or not record.get("policy/grad_norm", 0.0):
+            self.silent, self.in_a_row = self.silent + 1, self.in_a_row + 1
+            self.last.append(record)
+        else:
+            self.in_a_row = 0
+
+    @property
+    def solved(self) -> bool:
+        """Whether every response of the latest silent steps got the full reward."""
+        return bool(self.last) and self._mean("reward/mean") >= self.full_reward * FULL_SHARE > 0
+
+    def _mean(self, name: str) -> float:
+        return sum(record.get(name, 0.0) for record in self.last) / len(self.last)
+
+    def cause(self) -> str:
+        """The likely cause in the latest silent steps, and what to do."""
+        reward = self._mean("reward/mean")
+        if self._mean("reward/zero_variance") < 1.0:
+            if self._mean("response/truncated") > TRUNCATED_SHARE:
+                return "responses are cut off: raise rollout.max_tokens, or set algo.mask_truncated=false"
+            return (
+                "rewards differ, but the gradient is 0: see algo.objective, algo.advantage and model.freeze"
+            )
+        if self.solved:
+            return f"every reward is {reward:.3g}: these rows are solved; take harder ones (vlm-sapo filter)"
+        if self._mean("response/identical") > IDENTICAL_SHARE:
+            return "the responses of a group are the same: raise rollout.temperature, or see rollouts.jsonl"
+        lowest = all(record["reward/mean"] == self.last[0]["reward/mean"] for record in self.last)
+        if not lowest:
+            return (
+                "problems are always or never solved: keep those that are solved sometimes "
+                "(vlm-sapo filter), or raise rollout.group"
+            )
+        names = {name for record in self.last for name in record if name.startswith("outcome/")}
+        counts = ", ".join(f"{name.split('/')[-1]} {self._mean(name):.0f} per step" for name in sorted(names))
+        return (
+            f"every reward is {reward:.3g}{f' ({counts})' if counts else ''}: read responses and answers in "
+            "rollouts.jsonl and try the reward with vlm-sapo doctor; data.template must ask for the form "
+            "that the verifier reads. If the problems are too hard, take easier ones (vlm-sapo filter) or a "
+            "cold start (vlm-sapo sft)"
+        )
+
+    def conclusion(self) -> str:
+        """A sentence for the end of a run that learnt nothing; empty for any other."""
+        if not self.steps or self.silent < SILENT_SHARE * self.steps or self.solved:
+            return ""
+        return f"nothing was learnt in {self.silent} of {self.steps} steps; {self.cause()}"
+
+
 class StopRun(Protocol):
     """Asks the run to stop after this step."""
 
@@ -86,10 +164,14 @@ class Alarms:
     reward: float
     grad_norm: float
     identical: float
+    signal: int
+    full_reward: float = 1.0
+    rewards_decide: bool = True
     stop: StopRun | None = None
 
     def __post_init__(self) -> None:
         self.histories = {name: MetricHistory(self.window) for name in WATCHED_METRICS}
+        self.learning = LearningSignal(self.full_reward, self.rewards_decide)
         self.steps = 0
         self.last_raised: dict[str, int] = {}
         """The value of `steps` when each alarm was last on."""
@@ -103,22 +185,26 @@ class Alarms:
     def __call__(self, record: Record) -> None:
         """Adds a step's metrics and warns about new alarms."""
         self._add(record)
-        for text in self._new_alarms():
+        for name, text in self._new_alarms().items():
+            if name == SOLVED:
+                self.console.say(f"step {record['step']}: {text}")
+                continue
             self.console.warn(f"step {record['step']}: {text}")
             if self.stop is not None:
                 self.stop(text)
 
-    def _new_alarms(self) -> list[str]:
-        """Texts of the alarms that were off for the last `window` steps."""
+    def _new_alarms(self) -> dict[str, str]:
+        """Texts of the alarms that were off for the last `window` steps, by name."""
         alarms = self._alarms()
         new = [
             name for name in alarms if self.steps - self.last_raised.get(name, -self.window) >= self.window
         ]
         self.last_raised |= dict.fromkeys(alarms, self.steps)
-        return [alarms[name] for name in new]
+        return {name: alarms[name] for name in new}
 
     def _add(self, record: Record) -> None:
         self.steps += 1
+        self.learning.add(record)
         for name, history in self.histories.items():
             if name in record:
                 history.add(record[name])
@@ -128,6 +214,9 @@ class Alarms:
         entropy, length, reward, norm, identical = self.histories.values()
         over = f"over the last {self.window} steps"
         alarms = {}
+        if self.learning.in_a_row >= self.signal:
+            name = SOLVED if self.learning.solved else "signal"
+            alarms[name] = f"{self.learning.in_a_row} steps in a row taught nothing; {self.learning.cause()}"
         if entropy.full and entropy.now < self.entropy * entropy.start:
             alarms["entropy"] = (
                 f"entropy has collapsed: {entropy.now:.3g} {over}, {entropy.start:.3g} at the start; lower "

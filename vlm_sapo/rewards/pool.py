@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
@@ -13,6 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 from pickle import PicklingError
 from tempfile import TemporaryDirectory
@@ -32,6 +37,7 @@ from vlm_sapo.rewards.parts import (
     combine,
     portable,
 )
+from vlm_sapo.search_path import library_path
 from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
 CHUNK_SIZE = 16
@@ -50,7 +56,8 @@ def _do_nothing() -> None:
     pass
 
 
-def _start_worker(specs: Sequence[Mapping[str, Any]], isolated: bool) -> None:
+def _start_worker(specs: Sequence[Mapping[str, Any]], isolated: bool, path: Sequence[str]) -> None:
+    sys.path[:] = path
     if isolated:
         leave_network()  # first: no process with threads can
     Thread(target=_end_with_parent, daemon=True).start()
@@ -116,14 +123,15 @@ class RewardPool:
         self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
         """Whether the workers, which parse what a model wrote, run without the network."""
         self._cache: dict[tuple, list[Verdict]] = {}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
+        path = library_path()
+        self._context = _start_server(path)
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
             initializer=_start_worker,
-            initargs=([portable(spec) for spec in specs], self.isolated),
-            context=context,
+            initargs=([portable(spec) for spec in specs], self.isolated, path),
+            context=self._context,
         )
+        atexit.register(self.close)  # before the interpreter takes the workers' locks away
         self._pool.schedule(_do_nothing)  # starts the workers, which takes seconds, in the background
 
     def __call__(self, items: Sequence[Item]) -> list[Reward]:
@@ -149,6 +157,7 @@ class RewardPool:
 
     def close(self) -> None:
         """Ends the workers."""
+        atexit.unregister(self.close)
         self._pool.stop()
         self._pool.join()
 
@@ -251,6 +260,40 @@ class RewardPool:
                 f"fix the function, or set reward.on_error=zero to score such responses 0\n{verdict.detail}"
             )
         return verdict
+
+
+class _Context(ForkServerContext):
+    """Keeps the locks of a pool as long as it is there. pebble drops them, and so removes them from the
+    system, before it ends its workers; one that is just starting would not find them and print a
+    traceback."""
+
+    def __init__(self) -> None:
+        self.locks: list[RLock] = []
+
+    def RLock(self) -> RLock:
+        lock = super().RLock()
+        self.locks.append(lock)
+        return lock
+
+
+def _start_server(path: Sequence[str]) -> _Context:
+    """Starts the process that workers are forked from, unless it runs, with `path` as its module path: files
+    in the current folder must not stand in for the modules of libraries that it imports."""
+    context = _Context()
+    context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    own, sys.path[:] = list(sys.path), path
+    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+    try:
+        forkserver.ensure_running()
+    finally:
+        sys.path[:] = own
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
 
 
 def _cache_key(item: Item) -> tuple:

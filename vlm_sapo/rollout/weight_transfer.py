@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlm_sapo.distributed import World
+from vlm_sapo.models.file_modes import use_umask
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.vllm_client import Server, Unavailable
 
@@ -57,6 +58,7 @@ class Folder:
         partial.mkdir(parents=True)
         copies = {name: weight.to("cpu", self.dtype) for name, weight in weights.items()}
         save_file(contiguous(copies), partial / "model.safetensors")
+        use_umask(partial)
         partial.rename(target)
         self._remove()
 

@@ -110,6 +110,12 @@ def build_alarms(
     """Builds the alarms, with the metrics of finished steps."""
     thresholds = config.alarms.model_dump(exclude={"stop"})
     stop = interruption.stop_at_alarm if config.alarms.stop else None
-    alarms = Alarms(console, **thresholds, stop=stop)
+    alarms = Alarms(
+        console,
+        **thresholds,
+        full_reward=sum(part.weight for part in config.reward.parts if part.weight > 0),
+        rewards_decide=isinstance(config.algo.advantage, str),
+        stop=stop,
+    )
     alarms.resume(folder.read("metrics.jsonl"))
     return alarms

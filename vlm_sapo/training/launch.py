@@ -43,6 +43,14 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard = check_processes(config, size)
     _check_installed(config)
+    _use_deterministic_operations(config.run.deterministic)
+    devices = torch.cuda.device_count()
+    if (
+        (forgotten := forgotten_launcher(config, size, devices))
+        and config.train.shard == "all"
+        and devices > 1
+    ):
+        raise ValueError(forgotten)
     if (size > 1 or config.train.offload) and not dist.is_initialized():
         _connect(size)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
@@ -53,8 +61,40 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
         )
     world = World()
     console = (console or Console()) if world.main else SilentConsole()
+    if forgotten:
+        console.warn(forgotten)
     local = max(size // len(set(world.all_gather(socket.gethostname()))), 1)
     return Processes(accelerator, world, console, shard, local)
+
+
+def forgotten_launcher(config: cfg.TrainConfig | cfg.SftConfig, size: int, devices: int) -> str:
+    """What to say where one process was started, and the config or the machine, with its number of GPUs, is
+    for several; empty where nothing was forgotten."""
+    verb, shard = "sft" if isinstance(config, cfg.SftConfig) else "train", config.train.shard
+    if size > 1 or (shard != "all" and devices <= 1) or (config.train.offload and devices <= 1):
+        return ""
+    start = f"torchrun --nproc-per-node {devices if devices > 1 else 8} -m vlm_sapo {verb} ..."
+    if devices > 1:
+        shares = " and train.shard (all) has nothing to share" if shard == "all" else ""
+        other = "set train.shard=1" if shard == "all" else "hide the others with CUDA_VISIBLE_DEVICES=0"
+        return (
+            f"one process was started, so one GPU of {devices} would train{shares}; start one process for "
+            f"each, with `{start}`, or {other} to train on one"
+        )
+    return (
+        "train.shard (all) shares the model among all processes, and one was started; with several GPUs "
+        f"start one for each, with `{start}`; with one set train.shard=1"
+    )
+
+
+def _use_deterministic_operations(choice: bool | None) -> None:
+    """Carries out run.deterministic."""
+    if choice is None and torch.cuda.is_available():
+        return
+    if choice is not False:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, and takes time
+    torch.use_deterministic_algorithms(choice is not False)
 
 
 def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:

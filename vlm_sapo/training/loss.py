@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Protocol, runtime_checkable
@@ -33,6 +36,19 @@ TRACED_SEQUENCES = 32
 """Most sequences of a mini-batch whose variance and gate deviation are logged."""
 
 
+@contextmanager
+def naming_function(field: str, name: str) -> Iterator[None]:
+    """Raises ValueError with the traceback, then the field, for what a user's function raises. That memory
+    ran out stays as it is: the pass is repeated with fewer tokens."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        lines = "".join(traceback.format_exception(error))
+        raise ValueError(f"{lines}{field} ({name}) failed: {type(error).__name__}: {error}") from error
+
+
 class Objective:
     """A function of tensors that it asks for by name (algo.objectives.TokenTensors), with its parameters."""
 
@@ -48,17 +64,25 @@ class Objective:
 class OwnObjective(Objective):
     """A function of the user's. Raises ValueError if its losses have another shape or no gradient."""
 
+    def __init__(self, function: Callable[..., torch.Tensor], name: str, **parameters: Any):
+        super().__init__(function, **parameters)
+        self.name = name
+
     def __call__(self, tensors: TokenTensors) -> torch.Tensor:
         """The losses [N, T]."""
-        losses, shape = super().__call__(tensors), list(tensors.logprobs.shape)
+        with naming_function("algo.objective.function", self.name):
+            losses = super().__call__(tensors)
+        shape = list(tensors.logprobs.shape)
         if not isinstance(losses, torch.Tensor) or list(losses.shape) != shape:
             kind = f"one {list(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise ValueError(
-                f"algo.objective.function must return a tensor {shape}, the loss of each token; "
-                f"it returned {kind}"
+                f"algo.objective.function ({self.name}) must return a tensor {shape}, the loss of each "
+                f"token; it returned {kind}"
             )
         if tensors.logprobs.requires_grad and not losses.requires_grad:
-            raise ValueError("algo.objective.function must return losses that depend on logprobs or ratio")
+            raise ValueError(
+                f"algo.objective.function ({self.name}) must return losses that depend on logprobs or ratio"
+            )
         return losses
 
 
@@ -197,6 +221,31 @@ class Reduction:
         return self.function(losses, mask, **denominators, **self.parameters)
 
 
+class OwnReduction(Reduction):
+    """A function of the user's. Raises ValueError if it returns anything but one loss with a gradient."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], name: str, max_tokens: int, **parameters: Any):
+        super().__init__(function, max_tokens, **parameters)
+        self.name = name
+
+    def __call__(
+        self, losses: torch.Tensor, mask: torch.Tensor, num_sequences: int, num_tokens: int
+    ) -> torch.Tensor:
+        with naming_function("algo.reduction.function", self.name):
+            loss = super().__call__(losses, mask, num_sequences, num_tokens)
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            kind = f"one {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(
+                f"algo.reduction.function ({self.name}) must return a tensor [], the micro-batch's share "
+                f"of the loss; it returned {kind}"
+            )
+        if losses.requires_grad and not loss.requires_grad:
+            raise ValueError(
+                f"algo.reduction.function ({self.name}) must return a loss that depends on losses"
+            )
+        return loss
+
+
 @dataclass(frozen=True)
 class Correction:
     """Importance weights from the engine's distribution to the policy's, bounded."""
@@ -238,7 +287,8 @@ class OwnAdvantage:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """[N, T] float64. Raises ValueError if the function returns anything else."""
-        values = self.function(batch, **self.parameters)
+        with naming_function("algo.advantage.function", self.name):
+            values = self.function(batch, **self.parameters)
         rows, width = batch.mask.shape
         if not isinstance(values, torch.Tensor) or values.shape not in ((rows,), (rows, width)):
             shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -293,16 +343,23 @@ def _own_objective(
     function = resolve(name, field=field)
     if isinstance(function, type):
         instance = resolve_call(name, field=field, args=args)
-        objective, args = OwnObjective(instance), {}
+        objective, args = OwnObjective(instance, name), {}
         preparation = instance if isinstance(instance, Prepares) else None
     else:
-        objective, preparation = OwnObjective(function, **args), None
+        objective, preparation = OwnObjective(function, name, **args), None
     try:
         check_call(
             objective.function, name=name, field=field, args=dict.fromkeys(objective.names) | dict(args)
         )
     except ValueError as error:
-        raise ValueError(f"{error}; an objective can ask for {', '.join(TOKEN_TENSORS)} by name") from error
+        asked = [
+            name for name in signature(objective.function).parameters if name not in {*TOKEN_TENSORS, *args}
+        ]
+        close = [match for name in asked for match in difflib.get_close_matches(name, TOKEN_TENSORS, n=1)]
+        hint = f"did you mean {close[0]}? An" if close else "an"
+        raise ValueError(
+            f"{error}; {hint} objective can ask for {', '.join(TOKEN_TENSORS)} by name"
+        ) from error
     absent = {} if has_reference else {"reference": "set algo.kl above 0"}
     absent |= {} if preparation else {"prepared": "write a class with a method prepare"}
     parameters = signature(objective.function).parameters
@@ -320,7 +377,7 @@ def _reduction(section: str | OwnFunctionConfig, max_tokens: int) -> Reduction:
         return Reduction(REDUCTIONS[section], max_tokens)
     field = "algo.reduction.function"
     function = resolve(section.function, field=field)
-    reduction = Reduction(function, max_tokens, **section.args)
+    reduction = OwnReduction(function, section.function, max_tokens, **section.args)
     args = dict.fromkeys(reduction.names) | dict(section.args)
     check_call(function, None, None, name=section.function, field=field, args=args)
     return reduction

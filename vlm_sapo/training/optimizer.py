@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vlm_sapo.models.file_modes import use_umask
 from vlm_sapo.models.weights import full_tensor, gather_and_drop, shard_like
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -87,6 +88,7 @@ def state_parts(
 
 def _write_state(tensors: dict[str, torch.Tensor], number: int, folder: Path) -> None:
     save_file(tensors, folder / FILES.replace("*", f"{number:05d}"))
+    use_umask(folder)
 
 
 def load_state(

@@ -170,8 +170,9 @@ class UpdateGuard:
         text = f"step {step}: an update is skipped: {fault}" + (f"; see {path}" if path else "")
         if self.skipped_in_a_row > self.limit:
             raise NumbersError(
-                f"{text}. It is number {self.skipped_in_a_row} in a row (train.bad_updates is {self.limit}); "
-                "lower train.lr, use model.dtype=float32, or look at the rows that it names"
+                f"{text}. That makes {self.skipped_in_a_row} skipped updates in a row, and train.bad_updates "
+                f"allows {self.limit}; lower train.lr, use model.dtype=float32, or look at the rows in "
+                "`bad_updates` in the run's folder"
             )
         self.console.warn(text)
         return True

@@ -215,11 +215,13 @@ class Run:
         evaluations = self.folder.read("evaluations.jsonl")
         plot_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
-        for name, step in (("eval_before", 0), ("eval_after", steps)):
-            records = [record for record in evaluations if record["step"] == step]
-            for index, record in enumerate(records):
-                short = {key: record[key] for key in ("pass@1", "ci95", "n")}
-                summary[f"{name}/{record['name']}" if index else name] = short
+        for record in evaluations:
+            for name, step in (("eval_before", 0), ("eval_after", steps)):
+                if record["step"] == step:
+                    short = {key: record[key] for key in ("pass@1", "ci95", "n")}
+                    summary[f"{name}/{record['name']}"] = short
+        if conclusion := self.conclusion():
+            summary["learnt_nothing"] = conclusion
         if self.stream.skipped:
             summary["rows_skipped"] = self.stream.skipped
             self.console.warn(
@@ -227,10 +229,16 @@ class Run:
                 "vlm-sapo doctor names them"
             )
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
-        self.console.say(
-            f"done: {steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"
-        )
+        done = f"{steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"
+        if conclusion:
+            self.console.warn(f"done, but {conclusion}. {done}")
+        else:
+            self.console.say(f"done: {done}")
         return summary
+
+    def conclusion(self) -> str:
+        """A sentence for the end of a run that learnt nothing; empty for any other."""
+        return ""
 
 
 @dataclass(kw_only=True)
@@ -244,6 +252,10 @@ class TrainingRun(Run):
     checks: Sequence[Check]
     advantage: Advantage
     report: StepReport
+
+    def conclusion(self) -> str:
+        """A sentence for the end of a run that learnt nothing; empty for any other."""
+        return self.report.alarms.learning.conclusion()
 
     def check(self, step: int, rollout: RolloutBatch) -> Metrics:
         """Runs all checks; returns their metrics."""
