@@ -216,7 +216,8 @@ def show(name: str, result: dict) -> None:
     """A table of ten rows, and the change from the second tenth to the last."""
     samples = [row for row in result["seen"] if row["steps"]]
     print(
-        f"\n{name}: {result['seconds']} s, held-out {result['eval_before/held-out']['pass@1']:.3f} before and "
+        f"\n{name}: {result['seconds']} s, held-out "
+        f"{result['eval_before/held-out']['pass@1']:.3f} before and "
         f"{result['eval_after/held-out']['pass@1']:.3f} after; {result['struck']}"
     )
     print("| " + " | ".join(samples[0]) + " |\n" + "|---" * len(samples[0]) + "|")
