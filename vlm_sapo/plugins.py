@@ -13,6 +13,21 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
+MOVED = {
+    f"vlm_sapo.rewards.{old}": f"vlm_sapo.rewards.verifiers.{new}"
+    for old, new in {
+        "answers": "answers",
+        "boxes": "boxes",
+        "choice": "choice",
+        "judge": "judge",
+        "mathematics": "math",
+        "numeric": "number",
+        "official": "official",
+        "text": "text",
+        "verifiers": "table",
+    }.items()
+}
+"""Modules with reward functions by their earlier names, which stored configs and commands give."""
 
 
 def shipped(relative: str | Path) -> Path:
@@ -116,7 +131,7 @@ def _from_file(target: str, field: str, name: str) -> Any:
 
 def _from_package(target: str, field: str, name: str) -> Any:
     try:
-        return importlib.import_module(target)
+        return importlib.import_module(MOVED.get(target, target))
     except ModuleNotFoundError as error:
         if error.name and not target.startswith(error.name):
             raise

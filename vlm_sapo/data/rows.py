@@ -28,6 +28,7 @@ from vlm_sapo.data.formats import (
 )
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
+from vlm_sapo.rewards.parts import resolve_reward
 from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import Example, RowError, one_line
 
@@ -139,6 +140,8 @@ class ExampleSet(Sequence):
         self.anywhere = section.pictures_anywhere or ".py:" in self.name
         self.transform = resolve(section.transform, field="data.transform") if section.transform else None
         verifier = section.verifier
+        if verifier:
+            resolve_reward(verifier.name, verifier.args, field="data.verifier")
         self.common = {
             "task": task or section.task,
             "template": section.template,

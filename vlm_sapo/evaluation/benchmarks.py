@@ -14,6 +14,7 @@ from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.results import METRICS, Measure
 from vlm_sapo.evaluation.samples import stamp
 from vlm_sapo.plugins import resolve
+from vlm_sapo.rewards.parts import resolve_reward
 from vlm_sapo.types import Example
 
 FOLDER = "eval/benchmarks"
@@ -73,6 +74,7 @@ def build_benchmark(name: str, *, limit: int | None = None) -> Benchmark:
     parts = [definition.verifier.model_dump() | {"label": VERDICT}]
     if definition.official:
         parts.append(definition.official.model_dump() | {"label": OFFICIAL})
+        resolve_reward(definition.official.name, definition.official.args, field=f"{title}: official")
     metric = definition.metric
     examples = build_examples(definition, task=title)
     file = name.partition("=")[2]

@@ -137,7 +137,7 @@ def _finite(item: Any, returned: Any) -> float:
     return number
 
 
-def _check_values(function: RewardFunction, args: Mapping[str, Any], number: int) -> None:
+def _check_values(function: RewardFunction, args: Mapping[str, Any], field: str) -> None:
     """Raises ValueError if an argument doesn't have the type of the verifier's parameter."""
     hints = get_type_hints(function)
     for name, value in args.items():
@@ -145,9 +145,26 @@ def _check_values(function: RewardFunction, args: Mapping[str, Any], number: int
             TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             [first, *_] = error.errors()
-            raise ValueError(
-                f"reward.parts.{number}.args.{name} ({value!r}) is not valid: {first['msg']}"
-            ) from error
+            raise ValueError(f"{field}.args.{name} ({value!r}) is not valid: {first['msg']}") from error
+
+
+def is_builtin(name: str) -> bool:
+    return name in VERIFIERS or name.startswith("vlm_sapo.rewards.")
+
+
+def resolve_reward(name: str, args: Mapping[str, Any], *, field: str) -> RewardFunction:
+    """The reward function called `name`. Raises ValueError naming `field` (such as `reward.parts.0`) if there
+    is none or it doesn't take the arguments."""
+    function = resolve(name, field=f"{field}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
+    try:
+        inspect.signature(function).bind("", None, **args)
+    except TypeError as error:
+        raise ValueError(
+            f"{field}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
+        ) from error
+    if is_builtin(name):
+        _check_values(function, args, field)
+    return function
 
 
 def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
@@ -156,17 +173,8 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     Raises ValueError naming the field if there is no such function or it doesn't take the arguments.
     """
     name, args = spec["name"], spec.get("args", {})
-    function = resolve(name, field=f"reward.parts.{number}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
+    function = resolve_reward(name, args, field=f"reward.parts.{number}")
     batched = spec.get("batched", False)
-    try:
-        inspect.signature(function).bind("", None, **args)
-    except TypeError as error:
-        raise ValueError(
-            f"reward.parts.{number}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
-        ) from error
-    builtin = name in VERIFIERS or name.startswith("vlm_sapo.rewards.")
-    if builtin:
-        _check_values(function, args, number)
     is_async = inspect.iscoroutinefunction(function)
     return Part(
         label=spec.get("label") or name.rpartition(":")[2],
@@ -175,7 +183,7 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
         weight=spec.get("weight", 1.0),
         gate=spec.get("gate"),
         kind="batched" if batched else "async" if is_async else "each",
-        builtin=builtin,
+        builtin=is_builtin(name),
     )
 
 

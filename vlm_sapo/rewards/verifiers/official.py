@@ -12,7 +12,7 @@ import string
 
 from rapidfuzz.distance import Levenshtein
 
-from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer, reads_answers
+from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, boxed, find_answer, reads_answers
 from vlm_sapo.rewards.verifiers.choice import column_texts
 from vlm_sapo.rewards.verifiers.math import real_value
 from vlm_sapo.rewards.verifiers.normalize import normalize
@@ -135,10 +135,10 @@ def letters(response: str, example: Example) -> float:
 
 
 @reads_answers
-def chartqa(response: str, example: Example) -> float:
+def chartqa(response: str, example: Example, *, finding: Finding = "stated") -> float:
     """Relaxed accuracy: numbers within 5 % of the gold one, per cent divided by 100; other texts the same but
     for case. A gold 0 is compared as a text."""
-    answer = find_answer(response, "stated").strip()
+    answer = find_answer(response, finding).strip()
     for gold in gold_texts(example):
         number, gold_number = _number(answer), _number(gold)
         if number is not None and gold_number:

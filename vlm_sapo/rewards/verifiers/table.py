@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any
 
 from vlm_sapo.plugins import resolve
-from vlm_sapo.rewards.verifiers import boxes, text
+from vlm_sapo.rewards.verifiers import boxes, official, text
 from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer, readable
 from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice, is_multiple_choice
@@ -36,7 +36,7 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
     """
     if example.verifier:
         name, args = example.verifier
-        function = resolve(name, field="verifier.name", builtin=VERIFIERS)
+        function = resolve(name, field="data.verifier.name", builtin=VERIFIERS)
         defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
         return function(response, replace(example, verifier=None), **defaults | dict(args))
     response, example = readable(response, example)
@@ -74,6 +74,7 @@ VERIFIERS = {
     "anls": text.anls,
     "auto": auto,
     "box": box,
+    "chartqa": official.chartqa,
     "choice": choice,
     "count": count,
     "edit_distance": text.edit_distance,
