@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -220,7 +221,17 @@ def _read_answer(
 
 
 def _box_text(response: str, finding: Finding) -> str:
-    return fenced_json(response) or find_answer(response, finding)
+    """The text with the boxes: fenced JSON, with `stated` a response that is JSON, else the answer; raises
+    NoAnswer."""
+    bare = response if finding == "stated" and _is_json_list_or_object(response) else None
+    return fenced_json(response) or bare or find_answer(response, finding)
+
+
+def _is_json_list_or_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _contains(box: Box, x: float, y: float) -> bool:
