@@ -65,3 +65,9 @@ def test_the_real_chat_templates_agree(name):
     assert (THOUGHT_TAGS[0] in template) == family.thinks
     calls = "xml" if "<function=" in template else "json" if "<tool_call>" in template else None
     assert calls == family.tool_calls
+
+
+def test_no_shipped_file_spells_out_what_the_family_says():
+    files = [path for name in ("configs", "data", "eval/benchmarks") for path in (ROOT / name).glob("*.yaml")]
+    spelled = [path.name for path in files if re.search(r"(?<!gold_)\bcoordinates:", path.read_text())]
+    assert len(files) > 20 and not spelled
