@@ -24,8 +24,19 @@ Coordinates = Literal["resized", "original", "thousand", "unit"]
 to side, or 0 to 1."""
 
 
+LONGEST_IN_MESSAGE = 100
+"""Characters of a row's value in a message."""
+
+
 class RowError(ValueError):
     """A row that cannot be used. The message names the row, its file, the field and the remedy."""
+
+
+def one_line(value: object, limit: int = LONGEST_IN_MESSAGE) -> str:
+    """A value of a row for a message: one line, cut where it is long. An image may have megabytes of text."""
+    text = str(value)
+    line = " ".join(text[: 2 * limit].split())
+    return line if len(text) <= 2 * limit and len(line) <= limit else f"{line[:limit]}..."
 
 
 @dataclass(frozen=True)
@@ -236,6 +247,12 @@ class ResponseText(str):
         response = super().__new__(cls, text)
         response.tokens, response.resized, response.coordinates = tokens, resized, coordinates
         return response
+
+    def with_text(self, text: str) -> ResponseText:
+        """Another text with the same facts, such as a part of this one."""
+        other = ResponseText(text)
+        vars(other).update(vars(self))
+        return other
 
     @classmethod
     def of(cls, prompt: Prompt, response: Response) -> ResponseText:

@@ -21,9 +21,9 @@ def mathvision(row: dict) -> dict:
 
 
 def mathvista(row: dict) -> dict:
-    """`query` has the hint, the question, its unit and the choices."""
+    """`query` has the hint, the question, its unit and the choices; the order of a list counts."""
     kind = "multi_choice" if row.get("choices") else "free_form"
-    return row | {"problem": row["query"], "question_type": kind}
+    return row | {"problem": row["query"], "question_type": kind, "ordered": True}
 
 
 def mathverse(row: dict) -> dict:
@@ -89,6 +89,7 @@ def mmmu_pro(row: dict) -> dict:
             "<image>Write out the multiple-choice question in the image and then solve it.",
             [row["image"]],
         )
+        row = row | {"options_in_image": True}
     else:
         problem, images = _marks_and_images(str(row["question"]), row, options)
         problem += _option_lines(options)

@@ -104,7 +104,15 @@ def test_the_exif_orientation_is_applied(tmp_path):
 
 @pytest.mark.parametrize(
     "value",
-    ["../secret.png", "a/../../secret.png", "/etc/passwd", "./../secret.png", {"path": "../secret.png"}],
+    [
+        *("../secret.png", "a/../../secret.png", "/etc/passwd", "./../secret.png", {"path": "../secret.png"}),
+        *(
+            "file://../secret.png",
+            "file:///etc/passwd",
+            "..\\secret.png",
+            {"image_url": {"url": "../secret.png"}},
+        ),
+    ],
 )
 def test_a_row_of_a_file_stays_in_its_folder(value, tmp_path):
     folder = tmp_path / "set"

@@ -116,13 +116,13 @@ def test_a_truncated_image_is_named(tmp_path):
 
 
 def test_unknown_columns_name_the_nearest(tmp_path):
-    path = write_jsonl(tmp_path, {"question": "p", "answer": "1"})
-    with pytest.raises(ValueError, match=r"data.columns.problem \(qestion\) .* did you mean question\?"):
-        examples(path, columns={"problem": "qestion"})
+    path = write_jsonl(tmp_path, {"riddle": "p", "answer": "1"})
+    with pytest.raises(ValueError, match=r"data.columns.problem \(ridle\) .* did you mean riddle\?"):
+        examples(path, columns={"problem": "ridle"})
     with pytest.raises(ValueError, match=r"data.columns.problem \(problem\) must be a column"):
         examples(path)
     with pytest.raises(ValueError, match=r"data.filter.kind \(kind\) must be a column"):
-        examples(path, columns={"problem": "question"}, filter={"kind": 1})
+        examples(path, columns={"problem": "riddle"}, filter={"kind": 1})
 
 
 def test_malformed_json_names_the_line(tmp_path):

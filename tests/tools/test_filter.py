@@ -1,5 +1,6 @@
 """Sampling the training rows, selecting those worth training on, and training on them."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,10 @@ from tests.conftest import numbered_image
 from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.data import RowsConfig
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
+from vlm_sapo.tools.filter import write_selected
 from vlm_sapo.training.trainer import train
 
 REWARD = """
@@ -147,3 +151,29 @@ def test_rows_are_sampled_in_the_environment_that_trains_on_them(settings, tmp_p
     result = CliRunner().invoke(app, command)
     assert result.exit_code != 0
     assert "no such level" in result.output + str(result.exception)
+
+
+def test_kept_conversations_keep_their_images(tmp_path):
+    """Of parts, in base64 and as a list that is text: as files, whatever folder the kept rows are in."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "kept").mkdir()
+    numbered_image().save(tmp_path / "set/p.png")
+    code = base64.b64encode((tmp_path / "set/p.png").read_bytes()).decode()
+    parts = [{"type": "image", "image": "p.png"}, {"type": "image_url", "image_url": {"url": code}}, "Same?"]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}], "solution": "yes"},
+        {
+            "messages": [{"role": "user", "content": "Same?"}],
+            "solution": "yes",
+            "images": '["p.png", "p.png"]',
+        },
+        {"messages": [{"role": "user", "content": "Same?"}], "solution": "yes", "images": [code, code]},
+    ]
+    section = RowsConfig(source=str(tmp_path / "set/rows.jsonl"))
+    records = [{"row": index, "scores": [0.5]} for index in range(3)]
+    target = tmp_path / "kept/kept.jsonl"
+    assert write_selected(target, ExampleSet(rows, section), records, (0, 1)) == 3
+    kept = build_examples(RowsConfig(source=str(target), pictures_anywhere=True))
+    assert [[image.tobytes() for image in example.images] for example in kept] == [
+        [numbered_image().tobytes()] * 2
+    ] * 3

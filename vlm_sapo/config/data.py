@@ -50,17 +50,18 @@ class SourceConfig(Section):
     name: str | None = None
     """Name of these rows in the logs; by default the recipe's or the source's name."""
     source: Annotated[str | None, Note.IN_REPORT, AlsoCalled("path", "dataset", "train_files")] = None
-    """Hugging Face dataset id, folder, JSONL or parquet file, or `path/to/file.py:function` that returns the
-    rows."""
+    """Hugging Face dataset id, folder, JSON, JSON lines, CSV, TSV or parquet file, or
+    `path/to/file.py:function` that returns the rows."""
     subset: str | None = None
     """Subset (configuration) of a dataset id that has several."""
     split: str | None = None
-    """Split of a dataset id or folder that has several, or a value of the split column of a JSONL file."""
+    """Split of a dataset id, folder or JSON file that has several, or a value of the split column."""
     args: Annotated[PublicArgs, Note.IN_REPORT] = {}
     """Keyword arguments of a source that is a function."""
     columns: dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]] = {}
-    """Which columns of the source to read, for example `{problem: question}`. Of a list of names the first
-    that the rows have counts. `response` is the demonstration that `sft` learns from."""
+    """Which columns of the source to read, for example `{problem: question}`; without it they are recognised
+    by their usual names (docs/data.md). `a.b` is the key `b` of the mapping in column `a`. Of a list of names
+    the first that the rows have counts. `response` is the demonstration that `sft` learns from."""
     filter: dict[str, Any] = {}
     """Keep only rows whose column has this value, or one of these values."""
     transform: str | None = None
@@ -70,7 +71,7 @@ class SourceConfig(Section):
     pictures_anywhere: bool = False
     """Allow rows of a file to name images outside its folder. Rows of a Python function always may."""
     system: Annotated[str | None, AlsoCalled("system_prompt")] = None
-    """System prompt; null leaves it to the chat template."""
+    """System prompt; null leaves it to the rows' system turns and the chat template."""
     template: Annotated[str, AlsoCalled("format_prompt", "prompt_template")] = "{problem}"
     """The user message; `{problem}` is replaced by the row's problem."""
     verifier: VerifierConfig | None = None

@@ -1,10 +1,9 @@
-"""Opens a source of rows (hub id, folder, JSONL, parquet, Python) and reads its rows as examples."""
+"""Opens a source of rows (hub id, folder, file, Python) and reads its rows as examples."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -14,11 +13,25 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from vlm_sapo.config.data import SourceConfig
+from vlm_sapo.data.files import TEXT_FILES, kind, read_file
+from vlm_sapo.data.formats import (
+    ANSWERS,
+    IMAGES,
+    Content,
+    Row,
+    check_column,
+    check_marks,
+    holds_image,
+    is_missing,
+    read_answer,
+    recognize,
+)
 from vlm_sapo.data.images import decode
 from vlm_sapo.plugins import locate, resolve
-from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RowError
+from vlm_sapo.types import Example, RowError, one_line
 
-Row = Mapping[str, Any]
+SAMPLED_ROWS = 20
+"""Rows whose values decide what the columns are."""
 
 
 def open_rows(
@@ -30,21 +43,29 @@ def open_rows(
 ) -> Sequence[Row]:
     """The rows of a source, none of its images decoded yet.
 
-    `source` is a JSONL or parquet file, a folder written by `datasets` or laid out as on the hub, a hub id,
-    or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
+    `source` is a JSON, JSON lines, CSV, TSV or parquet file, a folder written by `datasets` or laid out as on
+    the hub, a hub id, or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
     """
     if ":" in source and not Path(source).exists():
         return _call(source, args or {})
     if args:
         raise ValueError("data.args must be empty unless data.source is 'file.py:function'; remove it")
     path = locate(source)
-    if path.suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
+    if kind(path) in TEXT_FILES:
+        rows = read_file(path)
+        return rows if isinstance(rows, list) else _pick_split(rows, split, source)
+    if path.is_file() and path.suffix not in (".parquet", ".arrow"):
+        raise ValueError(
+            f"data.source ({source}) must be a JSON, JSON lines, CSV, TSV, parquet or Arrow file; "
+            f"{path.suffix} files aren't read; convert it, or set data.source=file.py:function to read it"
+        )
     import datasets
 
     try:
         if path.suffix == ".parquet":
             rows = datasets.Dataset.from_parquet(str(path))
+        elif path.suffix == ".arrow":
+            rows = datasets.Dataset.from_file(str(path))
         elif any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(str(path))
         else:
@@ -69,26 +90,6 @@ def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
         raise ValueError(f"data.args ({dict(args)}) must name a file that can be read; {error}") from error
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"data.source ({path}) must exist; there is no such file")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise RowError(
-                        f"{path}, line {number}: a JSON object is needed; this is {type(row).__name__}"
-                    )
-                rows.append(row)
-            except json.JSONDecodeError as error:
-                raise RowError(
-                    f"{path}, line {number}: not valid JSON ({error}); mend or remove that line"
-                ) from error
-    return rows
-
-
 def _pick_split(rows: Any, split: str | None, source: str) -> Any:
     if not isinstance(rows, Mapping):
         return rows
@@ -101,9 +102,14 @@ def _pick_split(rows: Any, split: str | None, source: str) -> Any:
 
 def _undecoded(rows: Any) -> Any:
     """Leaves images as bytes, at any depth: a broken one is an error of its row and not of the whole set,
-    and no column opens files or addresses by itself."""
+    and no column opens files or addresses by itself. Answers that are class labels become the names."""
+    import datasets
+
     for name, feature in rows.features.items():
-        if (raw := _raw(feature)) != feature:
+        if isinstance(feature, datasets.ClassLabel) and any(name in names for names in ANSWERS):
+            labels = [None if label is None else feature.int2str(label) for label in rows[name]]
+            rows = rows.remove_columns(name).add_column(name, labels)
+        elif (raw := _raw(feature)) != feature:
             rows = rows.cast_column(name, raw)
     return rows
 
@@ -140,7 +146,9 @@ class ExampleSet(Sequence):
         }
         path = locate(self.name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
-        columns = self.column_names = dict(section.columns)
+        columns = dict(section.columns)
+        self.response_column = columns.get("response")
+        self.id_column = columns.get("id", "id")
         conditions = dict(section.filter)
         column = _first(columns.pop("split", "split"), rows[0] if len(rows) else {})
         self.has_split = column is not None
@@ -151,52 +159,47 @@ class ExampleSet(Sequence):
             raise ValueError(
                 f"data.source ({self.name}) has no rows left; check data.split, data.filter and data.limit"
             )
-        first = self._row(0)
-        if isinstance(rows, list):  # of JSON lines, which need not have all columns
-            first = dict.fromkeys(name for row in rows for name in row) | dict(first)
-        names = columns.get("images", ["images", "image"])
-        self.image_columns = [names] if isinstance(names, str) else list(names)
+        self.layout = recognize(columns, self._sample(), self.name)
+        self.image_columns = list(self.layout.images)
         """Columns that may hold images: the first that a row has is used."""
-        self.columns = _complete(columns, first, self.name)
+
+    @property
+    def format(self) -> str:
+        """What the columns were recognised as, in one sentence."""
+        return self.layout.describe(self._row(0))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
-        columns = self.columns
         key = self._name(row, index)
-        label = f"row {key} of {self.name}"
-        problem, answer = row.get(columns["problem"]), row.get(columns["answer"])
-        for field, value in (("problem", problem), ("answer", answer)):
-            if value is None or not str(value).strip():
-                raise RowError(
-                    f"{label}: field {columns[field]} is empty; give it a value or filter the row out"
-                )
-        _check_text(label, {columns["problem"]: problem, columns["answer"]: answer, "id": key})
-        images = self._images(row, label)
-        marks = str(problem).count(IMAGE_PLACEHOLDER)
-        if marks not in (0, len(images)):
-            raise RowError(
-                f"{label}: field {columns['problem']} has {marks} {IMAGE_PLACEHOLDER} marks "
-                f"and the row {len(images)} images; "
-                "give one mark per image, or none to put the images first"
-            )
+        label = f"row {one_line(key)} of {self.name}"
+        problem_field, answer_field = self.layout.problem, self.layout.answer or "answer"
+        try:
+            content = self.layout.read(row)
+            problem, answer = content.problem, read_answer(content.answer, answer_field)
+            check_marks(problem, content, problem_field)
+        except ValueError as error:
+            raise RowError(f"{label}: {error}") from error
+        texts = {problem_field: problem, answer_field: answer, "system": content.system or "", "id": key}
+        _check_text(label, texts)
         others = {
             name: value
             for name, value in row.items()
-            if name not in self.image_columns and not holds_image(value)
+            if name not in (*IMAGES, content.image_field) and not holds_image(value)
         }
-        text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
+        if content.reply is not None and self.response_column == problem_field:
+            others[problem_field] = content.reply
         return Example(
             id=key,
-            problem=str(problem),
-            answer=text,
-            images=images,
+            problem=problem,
+            answer=answer,
+            images=self._decode(content, label),
             columns=others,
             row=index,
             source=self.name,
-            **self.common,
+            **self.common | {"system": self.common["system"] or content.system},
         )
 
     def key(self, index: int) -> str:
@@ -207,8 +210,8 @@ class ExampleSet(Sequence):
             return self._name(self.raw(index), index)
 
     def _name(self, row: Row, index: int) -> str:
-        column = _first(self.column_names.get("id", "id"), row)
-        return str(row[column]) if column else str(self.indices[index])
+        column = _first(self.id_column, row)
+        return str(self.indices[index]) if column is None or is_missing(row[column]) else str(row[column])
 
     def raw(self, index: int) -> Row:
         """A row as the source holds it."""
@@ -221,20 +224,29 @@ class ExampleSet(Sequence):
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             raise RowError(
                 f"row {self._name(row, index)} of {self.name}: data.transform cannot read it ({error!r}); "
-                f"its columns are {', '.join(map(str, row))}"
+                f"its columns are {one_line(', '.join(map(str, row)), 400)}"
             ) from error
 
-    def _images(self, row: Row, label: str) -> tuple:
-        column = next((name for name in self.image_columns if row.get(name) not in (None, [])), None)
-        value = row.get(column) if column else None
-        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    def _decode(self, content: Content, label: str) -> tuple[Image, ...]:
         images = []
-        for number, item in enumerate(values):
+        for number, value in enumerate(content.images, 1):
             try:
-                images.append(decode(item, self.folder, anywhere=self.anywhere))
+                images.append(decode(value, self.folder, anywhere=self.anywhere))
             except ValueError as error:
-                raise RowError(f"{label}: field {column}, image {number + 1}: {error}") from error
+                raise RowError(f"{label}: field {content.image_field}, image {number}: {error}") from error
         return tuple(images)
+
+    def _sample(self) -> Row:
+        """The columns of the rows, with the first values of each among the first rows."""
+        sample = dict(self._row(0))
+        if isinstance(self.rows, list):  # of JSON, whose rows need not have all columns
+            sample = dict.fromkeys(name for row in self.rows for name in row) | sample
+        for index in range(1, min(SAMPLED_ROWS, len(self))):
+            if not any(is_missing(value) for value in sample.values()):
+                break
+            with suppress(RowError):  # it is an error when the row is read
+                sample |= {n: v for n, v in self._row(index).items() if is_missing(sample.get(n))}
+        return sample
 
 
 def _matching(rows: Sequence[Row], conditions: Mapping[str, Any], name: str) -> list[int]:
@@ -242,19 +254,13 @@ def _matching(rows: Sequence[Row], conditions: Mapping[str, Any], name: str) -> 
     if not conditions:
         return list(range(len(rows)))
     for column in conditions:
-        _check_column(column, rows[0], f"data.filter.{column}", name)
+        check_column(column, rows[0], f"data.filter.{column}", name)
     allowed = {column: value if isinstance(value, list) else [value] for column, value in conditions.items()}
     return [
         index
         for index, row in enumerate(rows)
         if all(row.get(column) in values for column, values in allowed.items())
     ]
-
-
-def holds_image(value: Any) -> bool:
-    """Whether a column's value is an image or a list of them, as objects or as bytes."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(x, Image | bytes) or (isinstance(x, Mapping) and "bytes" in x) for x in items)
 
 
 def _check_text(label: str, values: Mapping[str, Any]) -> None:
@@ -271,25 +277,3 @@ def _check_text(label: str, values: Mapping[str, Any]) -> None:
 def _first(names: str | Sequence[str], row: Row) -> str | None:
     """The first of the names that the row has."""
     return next((name for name in ([names] if isinstance(names, str) else names) if name in row), None)
-
-
-def _complete(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -> dict[str, str]:
-    """The user's column names checked against a row, the others by their usual names."""
-    columns = {"problem": "problem", "answer": "answer", "id": "id"}
-    for field, options in names.items():
-        columns[field] = _first(options, row) or (options if isinstance(options, str) else options[0])
-        _check_column(columns[field], row, f"data.columns.{field}", source)
-    if "images" not in columns:
-        columns |= next(({"images": usual} for usual in ("images", "image") if usual in row), {})
-    for field in ("problem", "answer"):
-        _check_column(columns[field], row, f"data.columns.{field}", source)
-    return columns
-
-
-def _check_column(column: str, columns: Iterable[str], field: str, source: str) -> None:
-    if column not in columns:
-        close = difflib.get_close_matches(column, list(columns), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(
-            f"{field} ({column}) must be a column of {source}; {hint}it has {', '.join(map(str, columns))}"
-        )

@@ -22,7 +22,7 @@ from vlm_sapo.rewards.pool import RewardPool, without_pixels
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.box_text import Box
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, in_coordinates
-from vlm_sapo.rewards.verifiers.choice import named_options, option_column, read_options
+from vlm_sapo.rewards.verifiers.choice import gold_options, is_multiple_choice, read_options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import gold_texts
@@ -215,8 +215,8 @@ def gold_response(example: Example, name: str, args: Mapping[str, Any], model: R
     elif _compares_texts(example, name):
         answer = gold_texts(example)[0]
     elif name == "json_fields":
-        return _response(answer, model)
-    return _response(f"\\boxed{{{answer}}}", model)
+        return model.with_text(answer)
+    return model.with_text(f"\\boxed{{{answer}}}")
 
 
 def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
@@ -232,11 +232,7 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: 
         answer = next((letter for i, letter in enumerate(letters) if i not in gold_options), answer)
     elif number is not None and not _compares_texts(example, name):
         answer = f"{abs(number) * 2 + 7:g}"
-    return _response(f"\\boxed{{{answer}}}", model)
-
-
-def _response(text: str, model: ResponseText) -> ResponseText:
-    return ResponseText(text, resized=model.resized, coordinates=model.coordinates)
+    return model.with_text(f"\\boxed{{{answer}}}")
 
 
 def _written(boxes: Sequence[Box]) -> str:
@@ -245,9 +241,8 @@ def _written(boxes: Sequence[Box]) -> str:
 
 def _gold_options(example: Example) -> frozenset[int] | None:
     """Indices of the options that the gold answer names; None if the row isn't multiple choice."""
-    options = read_options(example)
-    if options or option_column(example.columns) or example.columns.get("question_type") == "multi_choice":
-        return named_options(example.answer, options)
+    if is_multiple_choice(example) or example.columns.get("question_type") == "multi_choice":
+        return gold_options(example)
     return None
 
 

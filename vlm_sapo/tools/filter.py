@@ -6,14 +6,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.data.images import decode
-from vlm_sapo.data.rows import ExampleSet, holds_image
+from vlm_sapo.data.formats import as_turns, holds_image, listed, with_images
+from vlm_sapo.data.images import decode, is_path
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
@@ -140,17 +142,20 @@ def histogram(
 
 def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
     """A row as JSON: images that are files by their path, others are written to files beside the rows."""
+    numbers = count()
+
+    def as_file(value: Any) -> str:
+        target = path.parent / f"{path.stem}_pictures" / f"{number}_{name}_{next(numbers)}.png"
+        return _image_path(value, examples.folder, target)
+
     columns = {}
     for name, value in examples.raw(number).items():
-        items = value if isinstance(value, list) else [value]
-        if name in examples.image_columns or holds_image(value):
-            target = path.parent / f"{path.stem}_pictures" / f"{number}_{name}"
-            paths = [
-                _image_path(item, examples.folder, target.with_name(f"{target.name}_{index}.png"))
-                for index, item in enumerate(items)
-                if item is not None
-            ]
-            columns[name] = paths if isinstance(value, list) else (paths or [None])[0]
+        turns = as_turns(value)
+        if turns:
+            columns[name] = with_images(turns, as_file)
+        elif name in examples.image_columns or holds_image(value):
+            paths = [as_file(item) for item in listed(value) if item is not None]
+            columns[name] = paths if isinstance(value, list) or len(paths) > 1 else (paths or [None])[0]
         else:
             columns[name] = value
     return columns
@@ -158,7 +163,7 @@ def _portable(number: int, examples: ExampleSet, path: Path) -> dict[str, Any]:
 
 def _image_path(value: Any, folder: Path, target: Path) -> str:
     """The path of an image's file; an image that is no file is written to `target`."""
-    if isinstance(value, str) and not value.startswith("data:"):
+    if is_path(value):
         return str((folder / value).resolve())
     target.parent.mkdir(exist_ok=True)
     decode(value, folder).save(target)

@@ -21,6 +21,7 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, missing_coordinates, needs_family
+from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText
 
@@ -76,25 +77,27 @@ class ResponseFile:
     def item(self, row: Mapping[str, Any], line: int, *, with_images: bool) -> Item:
         """A row as its response and example. Raises NoGold, or ValueError for an image that can't be read."""
         text = next((str(row[name]) for name in self.responses if row.get(name) not in (None, "")), "")
-        tokens = row.get("tokens")
+        tokens, source = row.get("tokens"), f"{self.path}, line {line}"
+        problem = str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), ""))
+        problem, answer = multiple_choice(problem, self._answer(row), row)
         example = Example(
             id=str(row.get("id", line)),
-            problem=str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), "")),
-            answer=self._answer(row),
+            problem=problem,
+            answer=answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
             images=self._images(row) if with_images else (),
             columns=row,
-            source=f"{self.path}, line {line}",
+            source=source,
         )
         resized = row.get("resized") or [image.size for image in example.images]
         sizes = tuple(map(tuple, resized))
         return ResponseText(text, tokens=tokens if isinstance(tokens, int) else None, resized=sizes), example
 
-    def _answer(self, row: Mapping[str, Any]) -> str:
+    def _answer(self, row: Mapping[str, Any]) -> Any:
         names = (self.gold,) if self.gold else GOLD_COLUMNS
         answer = next((row[name] for name in names if row.get(name) not in (None, "")), None)
         if answer in (None, []):
             raise NoGold(f"no gold answer in {' or '.join(names)}")
-        return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        return answer
 
     def _images(self, row: Mapping[str, Any]) -> tuple[Image, ...]:
         value = row.get("images") or row.get("image") or []

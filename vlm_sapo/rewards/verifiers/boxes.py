@@ -8,7 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.answers import (
+    BadGold,
+    Finding,
+    NoAnswer,
+    fenced_json,
+    find_answer,
+    reads_answers,
+)
 from vlm_sapo.rewards.verifiers.box_text import (
     Box,
     Layout,
@@ -144,6 +151,7 @@ def needs_family(name: str, args: Mapping[str, Any]) -> bool:
     return name in BOX_VERIFIERS and args.get("coordinates") is None
 
 
+@reads_answers
 def box(
     response: ResponseText,
     example: Example,
@@ -185,6 +193,7 @@ def box(
     return total / max(len(boxes), len(golds))
 
 
+@reads_answers
 def point_in_box(
     response: ResponseText,
     example: Example,

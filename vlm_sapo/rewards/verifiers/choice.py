@@ -2,110 +2,147 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 import string
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from textwrap import shorten
 
 from vlm_sapo.rewards.verifiers.answers import (
     TAIL,
     BadGold,
     Finding,
     NoAnswer,
+    gold_answer,
     marked_answer,
+    reads_answers,
     stated_answer,
 )
 from vlm_sapo.rewards.verifiers.math import answers_match
 from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.rewards.verifiers.number import read_number
+from vlm_sapo.rewards.verifiers.options import (
+    FEWEST_WITHOUT_GOLD,
+    LETTERED,
+    WIDE,
+    column_options,
+    options_in_text,
+)
 from vlm_sapo.types import Example
 
-OPTION_COLUMNS = ("choices", "options", "option")
-LETTERED = re.compile(r"^\(?([A-Za-z])\s*(?:[.:)\]]|\)\s*[.:]?)\s*(.*)$", re.DOTALL)
 PREFIX = re.compile(
-    r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s*(?=\S)", re.IGNORECASE
+    r"^(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?"
+    r"|(?:正[确確])?(?:答案|[选選][项項])(?:是|为|為|选|選)?|[故应應]?[选選][择擇]?)\s*:?\s*(?=\S)",
+    re.IGNORECASE,
 )
+SEPARATOR = r"(?:,|;|/|&|、|(?<![A-Za-z])and(?![A-Za-z])|[和与及])"
+LETTERS = re.compile(rf"\(?[A-Za-z]\)?(?:\s*(?:{SEPARATOR}|\s)\s*\(?[A-Za-z]\)?)*")
 LETTERS_TOGETHER = re.compile(r"[A-H]{2,8}")
-DENIAL = re.compile(r"\b(?:not|wrong|incorrect|false)\b|n't", re.IGNORECASE)
-EMPTY_VALUES = {"", "null", "nan", "none"}
-LEADING_LETTER = re.compile(r"^(?:option|choice|answer)?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|$)")
+DENIAL = re.compile(r"^\W*or\b|\b(?:not|wrong|incorrect|false)\b|n't|[不错錯或]", re.IGNORECASE)
+ARTICLE = re.compile(
+    r"[AI]\s+(?!(?:is|was|are|am|and|or|nor|but|not|also|because|has|does|can|could|may|might|must|should"
+    r"|would|fits|looks|matches|seems|appears|works)\b)[a-z]"
+)
+"""`A` or `I` before a word, as a sentence's first."""
+LEADING_LETTER = re.compile(
+    r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
+)
+BARE_LETTER = re.compile(r"\W?[A-J]\W?")
 LONGEST_VALUE = 60
+LIST_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
+@reads_answers
 def choice(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """1.0 where the answer names the gold option or options, by letter, by letter and text, or by text.
+    """1.0 where the answer names the gold option or options, by letter, by letter and text, by text, or by
+    value.
 
-    Options come from the row's `choices` or `options`; without them only letters are compared. A response
-    that names no option, or a letter with another option's text, has no answer; it is never guessed. A letter
-    that is also the text of another option is read as the letter.
+    Options come from the row's columns, else from its problem; without any only letters are compared. A
+    response that names no option, or a letter with another option's text, has no answer; it is never guessed.
+    A letter that is also the text of another option is read as the letter.
     """
     options = read_options(example)
-    gold = named_options(example.answer, options)
-    if gold is None:
-        raise BadGold(f"the gold answer {example.answer!r} is none of the options {options or 'A to Z'}")
+    gold = gold_options(example)
     answer = _answered_options(response, options, finding)
     if answer is None:
         raise NoAnswer
     return float(answer == gold)
 
 
+def column_texts(example: Example) -> list[str]:
+    """The options in the row's columns, or an empty list. Raises BadGold for options that are no texts."""
+    try:
+        return list(column_options(example.columns, example.answer).texts)
+    except ValueError as error:
+        raise BadGold(str(error)) from error
+
+
 def read_options(example: Example) -> list[str]:
-    """The row's options without their letters; empty where it has none."""
-    listed = _as_list(option_column(example.columns)) or _options_in_problem(example.problem)
-    texts = [str(option).strip() for option in listed]
-    lettered = [LETTERED.match(text) for text in texts]
-    in_order = all(
-        match and match[1].upper() == letter
-        for match, letter in zip(lettered, string.ascii_uppercase, strict=False)
-    )
-    return [match[2] for match in lettered] if texts and in_order else texts
+    """The row's options without their letters, from its columns, else from its problem; empty where it has
+    none. Two in a problem count only where the gold answer names one."""
+    if options := column_texts(example):
+        return options
+    listed = options_in_text(example.problem)
+    counts = len(listed) >= FEWEST_WITHOUT_GOLD or (listed and _gold_names(example.answer, listed))
+    return list(listed) if counts else []
 
 
-def _options_in_problem(problem: str) -> list[str]:
-    """The options that a problem lists as `(A) one (B) two`; empty unless the letters are in order."""
-    marks = list(re.finditer(r"\(([A-Z])\)\s*", problem))
-    if len(marks) < 2 or [mark[1] for mark in marks] != list(string.ascii_uppercase[: len(marks)]):
-        return []
-    ends = [*(mark.start() for mark in marks[1:]), len(problem)]
-    options = [problem[mark.end() : end].strip(" \n.;,") for mark, end in zip(marks, ends, strict=True)]
-    return options if all(options) else []
+def is_multiple_choice(example: Example) -> bool:
+    """Whether a row has options in its columns, or in its problem with a gold answer that is a letter or
+    names one of them."""
+    if column_texts(example):
+        return True
+    options = tuple(read_options(example))
+    letter = BARE_LETTER.fullmatch(gold_answer(example.answer).strip())
+    return bool(options) and (letter or _gold_names(example.answer, options)) is not None
 
 
-def option_column(columns: Mapping[str, Any]) -> list | tuple | str | None:
-    """The value of the row's column of options, a list or a text that lists them; None if there is none."""
-    values = (columns.get(name) for name in OPTION_COLUMNS)
-    return next((value for value in values if _as_list(value)), None)
+def gold_options(example: Example) -> frozenset[int]:
+    """Indices of the options that the gold answer names, by letter, text, value, the row's own label, or
+    index from 0. Raises BadGold where it names none of the row's."""
+    options = read_options(example)
+    answer = example.answer.strip()
+    if named := _gold_names(column_options(example.columns, answer).letter(answer) or answer, tuple(options)):
+        return named
+    text = repr(shorten(answer, 80))
+    if not options:
+        raise BadGold(f"the gold answer {text} must name a letter A to Z where the row has no options")
+    last = string.ascii_uppercase[len(options) - 1]
+    listed = shorten(", ".join(options), 120, placeholder=" ...")
+    raise BadGold(f"the gold answer {text} is none of the options A to {last}: {listed}; mend the row")
 
 
-def _as_list(value: Any) -> list:
-    """The options that a column's value lists, as a list or as text; empty where it lists none."""
-    if isinstance(value, str):
-        if value.strip().casefold() in EMPTY_VALUES:
-            return []
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            parts = [part for part in re.split(r";\s*|\n", value) if part.strip()]
-            return parts if len(parts) > 1 else []
-    if isinstance(value, Mapping) and list(value) == list(string.ascii_uppercase[: len(value)]):
-        value = list(value.values())
-    return list(value) if isinstance(value, list | tuple) else []
+@lru_cache(maxsize=4096)
+def _gold_names(answer: str, options: tuple[str, ...]) -> frozenset[int] | None:
+    """Indices of the options that a gold answer or a JSON list of them names; None where it names none."""
+    answer = gold_answer(answer)
+    if (named := named_options(answer, options)) is not None or not answer.startswith("["):
+        return named
+    try:
+        items = [named_options(str(item), options) for item in json.loads(answer)]
+    except ValueError:
+        return None
+    return frozenset().union(*items) if items and all(items) else None
 
 
 def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     """Indices of the options that a short text names, and nothing else; None where it names none."""
+    text = text.translate(WIDE)
     keys = [_key(option) for option in options]
     letter = re.fullmatch(r"\(?([A-Z])\)?", text.strip())
     if _key(text) in keys and not (letter and _in_range({_index(letter[1])}, options)):
         return frozenset({keys.index(_key(text))})
-    text = re.sub(r"[\"'`*{}\[\]]", "", normalize(text, "latex")).strip(" .?")
+    text = re.sub(r"[\"'`*{}\[\]]", "", normalize(text, "latex")).strip(" .?。")
     text = PREFIX.sub("", text)
+    lettered = LETTERED.fullmatch(text)
+    in_range = lettered and lettered[2] and _in_range({_index(lettered[1])}, options)
+    if in_range and not (options and _contradicts(lettered[2], options, *in_range)):
+        return in_range
     if LETTERS_TOGETHER.fullmatch(text) and list(text) == sorted(set(text)):
         text = ",".join(text)
-    letters = re.fullmatch(r"\(?([A-Za-z])\)?(?:(?:\s*(?:,|;|&|and)\s*|\s+)\(?([A-Za-z])\)?)*", text)
-    if letters and all(len(word) == 1 for word in re.findall(r"[A-Za-z]+", text.replace("and", " "))):
+    if LETTERS.fullmatch(text):
         return _in_range({_index(c) for c in re.findall("[A-Za-z]", text.replace("and", ""))}, options)
     # spaces and punctuation between letter and text may be lost, as in `bfe\frac{1}{8}`
     lettered_options = [
@@ -114,11 +151,19 @@ def named_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
     ]
     if (letters_only := normalize(text, "letters")) in lettered_options:
         return frozenset({lettered_options.index(letters_only)})
-    if (match := LETTERED.match(text)) and match[2]:
-        index = _index(match[1])
-        if not options or (index < len(options) and not _contradicts(match[2], options, index)):
-            return frozenset({index})
-    return _option_of_equal_value(text, options)
+    if in_range:
+        return _several_options(text, options)
+    return _option_of_equal_value(text, options) or _several_options(text, options)
+
+
+def _several_options(text: str, options: Sequence[str]) -> frozenset[int] | None:
+    """The options that the parts of a list of texts name, one each; None where a part names none."""
+    parts = re.split(SEPARATOR, text)
+    if not 1 < len(parts) <= len(options):
+        return None
+    named = [named_options(part, options) if part.strip() else None for part in parts]
+    bare = {re.fullmatch(r"\W*[A-Za-z]\W*", part, re.ASCII) is not None for part in parts}
+    return frozenset().union(*named) if all(named) and len(bare) == 1 else None  # no letter beside a text
 
 
 def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -139,46 +184,57 @@ def _option_of_equal_value(text: str, options: Sequence[str]) -> frozenset[int] 
     return frozenset(equal) if len(equal) == 1 else None
 
 
-def _agrees(text: str, options: Sequence[str], index: int) -> bool:
-    """Whether the text after a letter isn't another option's, and no other number than its own option's."""
-    keys = [_key(option) for option in options]
-    if _key(text) in keys:
-        return keys.index(_key(text)) == index
-    stated, own = read_number(text), read_number(options[index])
-    return stated is None or own is None or stated == own
-
-
 def _contradicts(rest: str, options: Sequence[str], index: int) -> bool:
-    """Whether what follows a letter names another option, by its letter or its text, or denies."""
-    others = string.ascii_uppercase[: len(options) or None].replace(string.ascii_uppercase[index], "")
-    rest = rest.strip(" .,:;)-\"'`*}]")
-    if re.search(rf"(?<![A-Za-z])[{others}](?![A-Za-z'])", rest) or DENIAL.search(rest):
+    """Whether what follows a letter names another option, by its letter or its text, or denies. The option's
+    own words, and the letters in them, never do."""
+    rest = rest.strip(" .,:;)-\"'`*}]。、")
+    letters = set(string.ascii_uppercase[: len(options) or None]) - {string.ascii_uppercase[index]}
+    if not options:
+        return bool(_letters_in(rest) & letters) or DENIAL.search(rest) is not None
+    keys, own = [_key(option) for option in options], options[index]
+    if _key(rest) == keys[index]:
+        return False
+    number, own_number = read_number(rest), read_number(own)
+    if _key(rest) in keys or not (number is None or own_number is None or number == own_number):
         return True
-    mentioned = _mentioned_option(rest, options)
-    return bool(options) and not (_agrees(rest, options, index) and mentioned in (None, frozenset({index})))
+    mentioned = _mentioned_options(rest, options)
+    if mentioned and index not in mentioned:
+        return True
+    others = re.sub(re.escape(own), " ", rest, flags=re.IGNORECASE)
+    named = bool(_letters_in(others) & letters) and _letters_in(rest) != _letters_in(own)
+    return named or DENIAL.search(others) is not None
+
+
+def _letters_in(text: str) -> set[str]:
+    """The capitals that stand alone in a text, without the article that it may begin with."""
+    text = text.strip()[1:] if ARTICLE.match(text.strip()) else text
+    return set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z'])", text))
 
 
 def _answered_options(response: str, options: list[str], finding: Finding) -> frozenset[int] | None:
-    if (marked := marked_answer(response)) is not None:
-        return named_options(marked, options) or _leading_option(marked, options, alone=True)
+    marked = marked_answer(response)
+    stated = stated_answer(response) if finding == "stated" else marked
+    if marked is not None:
+        later = None if stated == marked else _stated_option(stated, options)
+        return later or named_options(marked, options) or _leading_option(marked, options, alone=True)
     if finding == "marked":
         return None
     whole = response.strip()[-TAIL:]
-    if (named := named_options(whole, options)) is not None:
-        return named
     last_line = whole.splitlines()[-1] if whole else ""
     letters = set(BRACKETED.findall(last_line))
     concluded = _in_range({_index(*letters)}, options) if len(letters) == 1 else None
-    stated = stated_answer(whole)
-    if stated is not None and stated != whole and (stated in last_line or concluded is None):
-        named = (
-            named_options(stated, options)
-            or _leading_option(stated, options)
-            or _mentioned_option(stated, options)
-        )
-        if named is not None:
-            return named
+    stated_last = stated is not None and stated != whole and (stated in last_line or concluded is None)
+    if stated_last and (named := _stated_option(stated, options)) is not None:
+        return named
+    if (named := named_options(whole, options)) is not None:
+        return named
+    if last_line != whole and LIST_ITEM.match(last_line):  # the end of a list of options, not of a thought
+        return concluded or _leading_option(whole, options)
     return concluded or _leading_option(whole, options) or _mentioned_option(last_line, options)
+
+
+def _stated_option(text: str, options: list[str]) -> frozenset[int] | None:
+    return named_options(text, options) or _leading_option(text, options) or _mentioned_option(text, options)
 
 
 def _leading_option(text: str, options: list[str], *, alone: bool = False) -> frozenset[int] | None:
@@ -200,8 +256,14 @@ def _leading_option(text: str, options: list[str], *, alone: bool = False) -> fr
 
 
 def _mentioned_option(text: str, options: Sequence[str]) -> frozenset[int] | None:
-    """The one option whose words the text contains; None where it contains none or several. Longer options
-    are looked for first and removed, so that one inside another doesn't count twice."""
+    """The one option whose words the text contains; None where it contains none or several."""
+    mentioned = _mentioned_options(text, options)
+    return frozenset(mentioned) if len(mentioned) == 1 else None
+
+
+def _mentioned_options(text: str, options: Sequence[str]) -> set[int]:
+    """The options whose words the text contains. Longer ones are looked for first and removed, so that one
+    inside another doesn't count twice."""
     text = " " + normalize(text, "words") + " "
     mentioned = set()
     for _, index in sorted((-len(option), index) for index, option in enumerate(options)):
@@ -209,7 +271,7 @@ def _mentioned_option(text: str, options: Sequence[str]) -> frozenset[int] | Non
         if words and f" {words} " in text:
             mentioned.add(index)
             text = text.replace(f" {words} ", "  ")
-    return frozenset(mentioned) if len(mentioned) == 1 else None
+    return mentioned
 
 
 def _in_range(indices: set[int], options: Sequence[str]) -> frozenset[int] | None:
@@ -223,4 +285,4 @@ def _index(letter: str) -> int:
 
 def _key(text: str) -> str:
     """What of an option or an answer is compared: no spaces, no punctuation around it, no upper case."""
-    return normalize(text, "compact").strip(".,;:()*\"'")
+    return normalize(text.translate(WIDE), "compact").strip(".,;:()*\"'。")

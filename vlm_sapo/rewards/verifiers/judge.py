@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, find_answer
+from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, find_answer, readable
 from vlm_sapo.types import Example
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ async def judge(
     requests are tried again with growing pauses; a request that fails for good raises. Needs the `judge`
     extra.
     """
+    response, example = readable(response, example)
     answer = find_answer(response, finding)
     content = prompt.format(problem=example.problem, answer=example.answer, given=answer)
     reply = await _Endpoint(url, model, key_variable, retries).ask(content)

@@ -14,10 +14,28 @@ from vlm_sapo.rewards.verifiers.answers import (
     NoAnswer,
     boxed,
     find_answer,
+    is_degenerate,
+    reads_answers,
     stated_answer,
-    statement,
 )
-from vlm_sapo.rewards.verifiers.normalize import NUMBER_WITH_LETTER, SIGNS, amount, normalize, write_roots
+from vlm_sapo.rewards.verifiers.lists import (
+    gold_items,
+    is_ordered,
+    list_readings,
+    split_outside_brackets,
+    without_brackets,
+)
+from vlm_sapo.rewards.verifiers.normalize import (
+    DECIMAL_COMMA,
+    NUMBER_WITH_LETTER,
+    SIGNS,
+    amount,
+    normalize,
+    with_decimal_point,
+    write_roots,
+)
+from vlm_sapo.rewards.verifiers.number import NUMBER_WORDS
+from vlm_sapo.rewards.verifiers.units import final_unit, units_conflict
 from vlm_sapo.types import Example
 
 
@@ -30,8 +48,8 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 MATH_DELIMITERS = re.compile(r"(?<!\\)\$.+?(?<!\\)\$|\\\(|\\\[|\\boxed\s*\{", re.DOTALL)
 SENTENCE_END = re.compile(r"[.;]\s+(?=[A-Z])")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-METRIC_UNITS = {"mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ml", "l", "s", "min", "h"}
-"""Units of which two that differ make two answers differ."""
+DOTS = re.compile(r"\\(?:[lc]?dots[bcmio]?)(?![A-Za-z])|\.{3,}|[…⋯]")
+SEQUENCE_MARK = re.compile(r"\s*[,;:+]\s*")
 SYMBOL_PRODUCT = re.compile(r"[abcxyz]+|[b-df-hj-np-tv-z]+|[A-DF-HJ-NP-TV-Z]{2}|[A-Za-z]")
 """Letters that are read as a product of symbols, or as a segment, in any order; others are a word."""
 MATH_NAMES = re.compile(
@@ -45,36 +63,74 @@ NOT_ONE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 """What an answer that is one number can't contain: other relations, alternatives, ratios, several numbers."""
+LONGEST_PROSE = 3000
+"""Characters at a response's end in which math-verify looks for an answer; longer ones take it seconds."""
 ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, ]{1,20}\))?\s*=\s*([^=]+)$")
 
 
+@reads_answers
 def math(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer equals the gold one as text, as a number, or as an expression, set, interval,
-    equation, matrix or list (math-verify, after spelling and units are normalized)."""
+    equation, matrix or list (math-verify, after spelling and units are normalized). A gold answer that is a
+    list of texts is compared as one."""
     gold = example.answer.strip()
     if not gold:
         raise BadGold("the gold answer is empty")
+    golds = gold_items(example)
+    if len(golds) > 1:
+        return list_items(response, example, ordered=is_ordered(example), finding=finding)
+    gold = golds[0] if golds else gold
     if finding == "marked":
         return float(answers_match(find_answer(response), gold))
     if not response.strip():
         raise NoAnswer
     response = response[-TAIL:]
-    answer, boxes = _stated_sentence(response), boxed(response)
+    answer, boxes = stated_answer(response), boxed(response)
+    if is_degenerate(answer or response):
+        raise NoAnswer
     if answer and answers_match(answer, gold):
         return 1.0
     if answer and not PROSE.search(normalize(answer, "expression")):  # only a sentence has a second chance
         return float(len(boxes) > 1 and answers_match(", ".join(boxes), gold))
-    return float(expressions_match(response, gold))
+    return float(expressions_match(response[-LONGEST_PROSE:], gold))
 
 
-def _stated_sentence(response: str) -> str:
-    """The stated answer up to the end of its sentence; a number that is stated after the last box instead of
-    that box."""
-    later = SENTENCE_END.split(statement(response.rpartition("boxed{")[2]))[0]
-    if amount(later)[0] is not None:
-        return later
-    answer = stated_answer(response) or ""
-    return answer if answer in boxed(response) else SENTENCE_END.split(answer)[0]
+@reads_answers
+def list_items(
+    response: str, example: Example, *, ordered: bool = False, finding: Finding = "marked"
+) -> float:
+    """1.0 where the answer lists the gold list's items and no others, each as often as it does, compared as
+    `math` compares; in any order unless `ordered`. One item of several scores 0."""
+    golds = list_readings(example.answer)
+    if not golds:
+        raise BadGold(f"the gold answer {example.answer!r} lists nothing")
+    answers = list_readings(find_answer(response, finding))
+    return float(any(_lists_match(items, gold, ordered) for items in answers for gold in golds))
+
+
+def _lists_match(items: list[str], golds: list[str], ordered: bool) -> bool:
+    """Whether two lists have equal items, each as often, or at the same index."""
+    if len(items) != len(golds):
+        return False
+    if ordered:
+        return all(_items_match(item, gold) for item, gold in zip(items, golds, strict=True))
+    keys, gold_keys = ([normalize(item, "spaced_digits") for item in side] for side in (items, golds))
+    if sorted(keys) == sorted(gold_keys):
+        return True
+    rest = list(items)
+    for gold in golds:
+        match = next((index for index, item in enumerate(rest) if _items_match(item, gold)), None)
+        if match is None:
+            return False
+        del rest[match]
+    return True
+
+
+def _items_match(item: str, gold: str) -> bool:
+    try:
+        return answers_match(item, gold)
+    except BadGold:
+        return False
 
 
 def answers_match(answer: str, gold: str) -> bool:
@@ -83,17 +139,52 @@ def answers_match(answer: str, gold: str) -> bool:
     gold = boxes[0] if len(boxes) == 1 else gold
     if normalize(answer, "spaced_digits") == normalize(gold, "spaced_digits"):
         return True
-    (number, unit), (gold_number, gold_unit) = amount(answer), amount(gold)
+    if DOTS.search(answer) or DOTS.search(gold):
+        return _sequences_match(answer, gold)
+    (number, unit), (gold_number, gold_unit) = _amount(answer), _amount(gold)
     could_be_product = NUMBER_WITH_LETTER.search(normalize(gold, "latex"))  # such as 5N
     if gold_number is not None and not could_be_product:
         if number is not None:
-            return numbers_match(number, gold_number) and not _units_conflict(unit, gold_unit)
+            return numbers_match(number, gold_number) and not units_conflict(unit, gold_unit)
         if not _may_state_number(answer, gold_number):
             return False
+    if gold_number is None and DECIMAL_COMMA.search(gold) and _decimals_match(answer, gold):
+        return True
     (name, side), (gold_name, gold_side) = _split_assignment(answer), _split_assignment(gold)
-    if bool(name) != bool(gold_name):  # `x = 3` where 3 is expected, or 3 where `x = 3` is
-        answer, gold = side, gold_side
-    return expressions_match(answer, gold)
+    if bool(name) != bool(gold_name) and not ("=" in answer and "=" in gold):
+        return answers_match(side, gold_side)  # `x = 3` where 3 is expected, or 3 where `x = 3` is
+    units = (final_unit(normalize(text, "latex")) for text in (answer, gold))
+    return not units_conflict(*units) and expressions_match(answer, gold)
+
+
+def _amount(text: str) -> tuple[Decimal | None, str]:
+    """The number and unit of a text that is nothing else, in digits or as a word."""
+    word = NUMBER_WORDS.get(normalize(text, "latex").casefold().rstrip(".! "))
+    return amount(text) if word is None else (Decimal(int(word)), "")
+
+
+def _decimals_match(answer: str, gold: str) -> bool:
+    """Whether the texts are equal numbers when the gold one's comma is read as a decimal comma."""
+    (number, unit), (gold_number, gold_unit) = amount(answer), amount(with_decimal_point(gold))
+    if number is None:
+        number, unit = amount(with_decimal_point(answer))
+    if number is None or gold_number is None:
+        return False
+    return numbers_match(number, gold_number) and not units_conflict(unit, gold_unit)
+
+
+def _sequences_match(answer: str, gold: str) -> bool:
+    """Whether two texts of which one has an ellipsis are equal item by item. One at the end of an answer
+    that is no sequence is left out."""
+    answer, gold = (without_brackets(DOTS.sub("…", normalize(text, "latex"))) for text in (answer, gold))
+    if "…" not in gold:
+        answer = re.sub(r"(?<=[\w)}])…$", "", answer)
+        return "…" not in answer and answers_match(answer, gold)
+    items, golds = (split_outside_brackets(text, SEQUENCE_MARK) for text in (answer, gold))
+    return len(items) == len(golds) and all(
+        item == gold if "…" in item + gold else _items_match(item, gold)
+        for item, gold in zip(items, golds, strict=True)
+    )
 
 
 def expressions_match(text: str, gold: str) -> bool:
@@ -103,9 +194,10 @@ def expressions_match(text: str, gold: str) -> bool:
     gold_expressions = parse_expressions(gold)
     if not gold_expressions:
         raise BadGold(f"the gold answer {gold!r} cannot be read as mathematics")
-    from math_verify import verify  # seconds to import: sympy
+    from vlm_sapo.rewards.verifiers.equality import equal  # seconds to import: sympy
 
-    return verify(list(gold_expressions), list(parse_expressions(text)), timeout_seconds=None)
+    answers = parse_expressions(text)
+    return any(equal(answer, expression) for expression in gold_expressions for answer in answers)
 
 
 def real_value(text: str) -> float | None:
@@ -145,13 +237,6 @@ def parse_expressions(text: str) -> tuple:
     return tuple(parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None))
 
 
-def _units_conflict(unit: str, gold_unit: str) -> bool:
-    """Whether both are metric units, and not the same."""
-    names, gold_names = (re.findall(r"[a-z]+", text.casefold()) for text in (unit, gold_unit))
-    both = bool(names and gold_names)
-    return both and names != gold_names and METRIC_UNITS.issuperset(names + gold_names)
-
-
 def _may_state_number(answer: str, gold: Decimal) -> bool:
     """Whether an answer states one number: no other relation, no side of an equation that is another number
     (sides may be rounded)."""
@@ -175,7 +260,7 @@ def _is_words(text: str) -> bool:
 def _words_match(text: str, gold: str) -> bool:
     """Whether the texts list the same words; the letters of an angle may be reversed."""
     words, gold_words = (
-        re.sub(rf"{ANGLE.pattern}|[\"()]", "", normalize(item, "spaced_digits"))
+        re.sub(rf"{ANGLE.pattern}|[\"()!]", "", normalize(item, "spaced_digits"))
         for item in (_split_assignment(text)[1], gold)
     )
     if ANGLE.match(normalize(gold, "latex")) and words == gold_words[::-1]:

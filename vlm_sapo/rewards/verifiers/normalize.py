@@ -13,17 +13,20 @@ Level = Literal[
 ]  # fmt: skip
 SIGNS = str.maketrans(
     {
-        "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "∕": "/", "：": ":", "，": ",", "（": "(",
-        "）": ")", "＝": "=", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "º": "°",
+        "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "∕": "/", "\u00a0": " ", "\u2009": " ",
+        "\u202f": " ", "′": "'", "º": "°",
         "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "±": r"\pm ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "θ": r"\theta ", "²": "^{2}", "³":
         "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ", "△": r"\triangle ",
+        "¾": r"\frac{3}{4}", "∈": r"\in ", "∠": r"\angle ", "△": r"\triangle ", "∅": r"\emptyset ",
+        "。": ".", "、": ",", "\u2007": " ", "\u2008": " ", "\u200a": " ", "\u3000": " ",
     }
+    | {chr(0xFF00 + code): chr(0x20 + code) for code in range(1, 0x5F)}
 )  # fmt: skip
+"""Signs in ASCII or LaTeX; the last line is the full-width forms of ASCII."""
 UNITS = (
-    "square|sq|cubic|millimeters?|centimeters?|meters?|metres?|kilometers?|inches|inch|feet|foot|ft|yards?|miles?"
-    "|mm|cm|dm|km|kg|mg|ml|mL|mph|grams?|liters?|litres?|degrees?|deg|units?|seconds?|minutes?|hours?"
+    "square|sq|cubic|(?:milli|centi|deci|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s?|inches|inch|feet|foot|ft"
+    "|yards?|miles?|mm|cm|dm|km|kg|mg|ml|mL|mph|degrees?|deg|radians?|units?|seconds?|minutes?|hours?"
     "|days?|weeks?|years?|dollars?|cents?|points?|people|cups?|[\u4e00-\u9fff]+"
 )
 LETTERS = "m|s|g|h|hr|min|l|L|N|J|kJ|W|kW|V|A|K|Pa|kPa|Hz|kHz|MHz|eV|mol|rad"
@@ -33,15 +36,19 @@ POWER = r"\.?(?:\s*\^\s*\{?\s*-?[1-3](?!\d)\s*\}?)?"
 UNIT_WORDS = re.compile(
     rf"(?<![A-Za-z\\])(?:m/s(?:\^\{{?2\}}?)?|(?:{UNITS})(?![A-Za-z]){POWER}"
     rf"(?:\s*(?:/|per)\s*(?:{UNITS}|{LETTERS}){POWER})?)(?![A-Za-z])"
+    r"|(?<=[A-Za-z])(?:平方|立方)?(?:[毫厘分千]?米|[毫千]?克|毫?升|公[里斤分])(?![\u4e00-\u9fff])"
 )
 DEGREES = r"\^\s*\{?\s*(?:\\circ|°)\s*\}?|\\degree(?![A-Za-z])|\\circ(?![A-Za-z])|°"
 ONE_UNIT = rf"(?:(?:{UNITS}|{LETTERS})(?![A-Za-z]){POWER}|(?:{DEGREES})\s*[CF]?)"
+TIMES_TEN = r"\s*(?:\\times|\\cdot|[*xX])\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})(?!\d)\s*\}?"
 AMOUNT = re.compile(
-    r"([-+]?)\s*[$€£¥]?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+,\d\d"
-    r"|\d+(?:\.\d*)?|\.\d+)"
+    r"([-+]?)\s*[$€£¥]?\s*([1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+,\d\d"
+    rf"|\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{{1,4}})|{TIMES_TEN})?"
     rf"\s*({ONE_UNIT}(?:(?:\s*(?:/|\\cdot|\*|per\s)\s*|\s+){ONE_UNIT})*)?"
 )
-"""A number and its unit; a decimal comma only before two decimals: `1,5` may be a list."""
+"""A number, its power of ten and its unit; a decimal comma only before two decimals: `1,5` may be a list."""
+DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+|\d+),(\d+)(?![\d.,])")
+EMPHASIS = re.compile(r"(\*{1,3}|`)(?![\s*`])([^*`]+)(?<!\s)\1([.!]?)")
 TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
 )
@@ -99,20 +106,26 @@ def normalize(text: str, level: Level) -> str:
 
 
 def _without_latex_dressing(text: str) -> str:
-    text = text.translate(SIGNS)
+    text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset").replace(r"\!", "")
+    if emphasized := EMPHASIS.fullmatch(text.strip()):
+        text = emphasized[2] + emphasized[3]
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![A-Za-z])", "", text)
-    text = re.sub(r"\\[,;:!]|\\ |~|\\(?:quad|qquad)(?![A-Za-z])", " ", text)
+    text = re.sub(r"\\[,;:]|\\ |~|\\(?:q?quad|(?:thin|med|thick|en)space)(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text.replace(r"\$", "＄"))
     text = re.sub(r" ?\{ ?, ?\} ?", ",", text)
     text = re.sub(r"\\[()\[\]]", "", text.replace("$", "") if text.count("$") > 1 else text)
     text = re.sub(r"\\([%&#])", r"\1", text.replace("＄", "$"))
     while (shorter := TEXT_COMMAND.sub(r" \1 ", text)) != text:
         text = shorter
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return r"\emptyset" if re.fullmatch(r"\\?\{ ?\\?\}", text) else text
 
 
 def _to_expression(text: str) -> str:
     text = re.sub(rf"{DEGREES}|[{CURRENCY}]\s*(?=[\d.])", "", text)
+    text = re.sub(r"\{ +| +\}", lambda match: match[0].strip(), text)
+    text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # math-verify sees an imaginary unit only as a word
+    text = re.sub(r"(?<=\d)[eE]([-+]?\d{1,4})(?![\d.])", r" \\cdot 10^{\1}", text)
     text = re.sub(r"(?<![\d.,/^_}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
@@ -130,6 +143,8 @@ def _to_number(text: str) -> str:
     text = text.strip("*").rstrip(".").strip()
     text = ASSIGNMENT.sub("", text)
     text = re.sub(r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text).strip()
+    text = re.sub(rf"(?<=\d){TIMES_TEN}", r"e\1", text)
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/]| /)", lambda match: match[0].replace(" ", ""), text)
     text = re.sub(r"(?<=\d)\s*(?:%|per\s?cent\b)", "%", text, flags=re.IGNORECASE)
     return re.sub(rf"^([-+]?)\s*[{CURRENCY}]?\s*", r"\1", text)
 
@@ -144,14 +159,19 @@ def amount(text: str) -> tuple[Decimal | None, str]:
     match = AMOUNT.fullmatch(normalize(text, "latex").strip("{} ").rstrip(".,; "))
     if not match:
         return None, ""
-    sign, number, unit = match.groups(default="")
+    sign, number, exponent, power_of_ten, unit = match.groups(default="")
     number = re.sub(r"[ ,](?=\d{3}(?!\d))", "", number)
-    return Decimal(sign + number.replace(",", ".")), unit
+    return Decimal(f"{sign}{number.replace(',', '.')}e{exponent or power_of_ten or 0}"), unit
+
+
+def with_decimal_point(text: str) -> str:
+    """`3,5` as 3.5 and `1.234,56` as 1234.56: for texts whose commas are known to be decimal ones."""
+    return DECIMAL_COMMA.sub(lambda match: f"{match[1].replace('.', '')}.{match[2]}", text)
 
 
 def _all_commas_separate_thousands(text: str) -> bool:
     """Whether every comma of the text separates thousands."""
-    return re.fullmatch(r"[^,]*?\b\d{1,3}(?:,\d{3})+(?:\.\d+)?\b[^,]*", text) is not None
+    return re.fullmatch(r"[^,]*?\b[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?\b[^,]*", text) is not None
 
 
 def write_roots(text: str) -> str:

@@ -12,32 +12,34 @@ import string
 
 from rapidfuzz.distance import Levenshtein
 
-from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer
-from vlm_sapo.rewards.verifiers.choice import read_options
+from vlm_sapo.rewards.verifiers.answers import NoAnswer, boxed, find_answer, reads_answers
+from vlm_sapo.rewards.verifiers.choice import column_texts
 from vlm_sapo.rewards.verifiers.math import real_value
 from vlm_sapo.rewards.verifiers.normalize import normalize
 from vlm_sapo.rewards.verifiers.text import gold_texts, short
 from vlm_sapo.types import Example
 
 
+@reads_answers
 def mathvision(response: str, example: Example) -> float:
     """The last box, what follows "the answer is", or all of it: the gold letter or its option's text, or both
     numbers or tuples of them that are equal when rounded to two decimals."""
     boxes = boxed(response)
     rest = re.split("the answer is", response, flags=re.IGNORECASE)[-1]
     answer = normalize(boxes[-1] if boxes else rest, "mathvision")
-    options, gold = read_options(example), example.answer.strip()
+    options, gold = column_texts(example), example.answer.strip()
     accepted = {normalize(gold, "mathvision")}
     if options and gold in string.ascii_uppercase and string.ascii_uppercase.index(gold) < len(options):
         accepted.add(normalize(options[string.ascii_uppercase.index(gold)], "mathvision"))
     return float(answer in accepted or any(_equal_when_rounded(answer, text) for text in accepted))
 
 
+@reads_answers
 def mathvista(response: str, example: Example) -> float:
     """Options: a letter's text, else the option with the least edit distance. Integers: cut to one. Floats:
     rounded to the row's precision. Lists: as texts."""
     answer, gold = find_answer(response, "stated").strip(), example.answer.strip()
-    kind, options = str(example.columns.get("answer_type") or ""), read_options(example)
+    kind, options = str(example.columns.get("answer_type") or ""), column_texts(example)
     if options:
         index = string.ascii_uppercase.find(gold) if len(gold) == 1 else -1
         by_letter = gold not in options and 0 <= index < len(options)
@@ -61,6 +63,7 @@ def _nearest_option(answer: str, options: list[str]) -> str:
     return options[distances.index(min(distances))]
 
 
+@reads_answers
 def dynamath(response: str, example: Example) -> float:
     """The field `short answer` of the response's JSON: floats within .001, the same letter, or a text that
     is part of the gold one."""
@@ -77,6 +80,7 @@ def dynamath(response: str, example: Example) -> float:
     return float(answer.lower() in gold.lower())
 
 
+@reads_answers
 def we_math(response: str, example: Example) -> float:
     """The first letter from A to H after the last "Answer"."""
     rest = response.rpartition("Answer")[2] if "Answer" in response else response
@@ -84,10 +88,11 @@ def we_math(response: str, example: Example) -> float:
     return float(rest[:1] in set("ABCDEFGH") and rest[:1] == example.answer.strip())
 
 
+@reads_answers
 def mmmu(response: str, example: Example, *, shapes: tuple[str, ...] = ("({})", " {} ")) -> float:
     """Options: the last one named as `(A)`, else as ` A `, else by its text. Others: a gold text in the
     answer, or a gold number to two decimals."""
-    options = read_options(example)
+    options = column_texts(example)
     if not options:
         return short(response, example, finding="stated")
     for character in ",.!?;:'":
@@ -110,6 +115,7 @@ def _last_named(text: str, spellings: dict[str, str]) -> str | None:
     return max(positions, key=positions.get) if max(positions.values()) >= 0 else None
 
 
+@reads_answers
 def mmmu_pro(response: str, example: Example) -> float:
     """The letter after the last "Answer:", else as for MMMU, where `A.` names an option too."""
     letters = re.findall(r"Answer:[\s*$(]*(?:\\text\{)?\(?([A-J])\b", response)
@@ -118,6 +124,7 @@ def mmmu_pro(response: str, example: Example) -> float:
     return mmmu(response, example, shapes=("({})", " {} ", "{}."))
 
 
+@reads_answers
 def letters(response: str, example: Example) -> float:
     """LogicVista, VisuLogic: the same letters, in any order."""
     named = re.findall(r"(?<![A-Za-z])([A-Ha-h])(?![A-Za-z])", find_answer(response, "stated"))
@@ -127,6 +134,7 @@ def letters(response: str, example: Example) -> float:
     return float(sorted(map(str.lower, named)) == sorted(map(str.lower, gold)))
 
 
+@reads_answers
 def chartqa(response: str, example: Example) -> float:
     """Relaxed accuracy: numbers within 5 % of the gold one, per cent divided by 100; other texts the same but
     for case. A gold 0 is compared as a text."""

@@ -13,33 +13,36 @@ from typing import Any
 
 from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards.verifiers import boxes, text
-from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer
+from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer, readable
 from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
-from vlm_sapo.rewards.verifiers.choice import choice, option_column
+from vlm_sapo.rewards.verifiers.choice import choice, is_multiple_choice
 from vlm_sapo.rewards.verifiers.judge import judge
-from vlm_sapo.rewards.verifiers.math import math
+from vlm_sapo.rewards.verifiers.lists import is_ordered
+from vlm_sapo.rewards.verifiers.math import list_items, math
 from vlm_sapo.rewards.verifiers.number import count, number, read_number
 from vlm_sapo.types import Example
 
 __all__ = ["VERIFIERS", "auto", "boxes", "choice", "marked_answer", "math"]
 
 NUMBERS = {"integer", "float", "integer_number", "decimal_number", "int", "numerical"}
-TEXTS = {"list", "string", "str"}
+TEXTS = {"string", "str"}
 
 
 def auto(response: str, example: Example, *, finding: Finding = "marked") -> float:
-    """The verifier that the row's recipe names. Without one the row's columns decide: `choice` if it has
-    options or its `question_type` says multiple choice, `anls` if its `metric` does, `number`, `exact` or
-    `short` by its `answer_type`, and `math` for the others.
+    """The verifier that the row's recipe names. Without one the row decides: `choice` if its columns hold
+    options, its problem lists options of which the gold answer is one, or its `question_type` says multiple
+    choice; `anls` if its `metric` does, `number`, `list`, `exact` or `short` by its `answer_type`, and `math`
+    for the others.
     """
     if example.verifier:
         name, args = example.verifier
         function = resolve(name, field="verifier.name", builtin=VERIFIERS)
         defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
         return function(response, replace(example, verifier=None), **defaults | dict(args))
+    response, example = readable(response, example)
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
-    if option_column(columns) or kind.startswith("multi"):
+    if kind.startswith("multi") or is_multiple_choice(example):
         return choice(response, example, finding=finding)
     if str(columns.get("metric") or "").lower() == "anls":
         threshold = _number_in(columns, "threshold")
@@ -49,6 +52,8 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
         precision = _number_in(columns, "precision")
         decimals = None if precision is None else int(precision)
         return number(response, example, precision=decimals, finding=finding)
+    if answer == "list":
+        return list_items(response, example, ordered=is_ordered(example), finding=finding)
     if answer == "short" or kind == "open":
         return text.short(response, example, finding=finding)
     if answer in TEXTS:
@@ -78,6 +83,7 @@ VERIFIERS = {
     "judge": judge,
     "language": text.language,
     "length": text.length,
+    "list": list_items,
     "math": math,
     "number": number,
     "point_in_box": point_in_box,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import unicodedata
@@ -10,7 +9,15 @@ from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
 
-from vlm_sapo.rewards.verifiers.answers import BadGold, Finding, NoAnswer, fenced_json, find_answer
+from vlm_sapo.rewards.verifiers.answers import (
+    BadGold,
+    Finding,
+    NoAnswer,
+    fenced_json,
+    find_answer,
+    reads_answers,
+)
+from vlm_sapo.rewards.verifiers.lists import parse_list
 from vlm_sapo.rewards.verifiers.normalize import Level, normalize
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.types import Example, ResponseText
@@ -25,10 +32,9 @@ HEDGES = re.compile(r"\b(?:not|no|nor|neither|never|and|or)\b|n't", re.IGNORECAS
 def gold_texts(example: Example) -> list[str]:
     """The accepted answers: the texts of a JSON list, or the answer itself. Raises BadGold when empty."""
     text = example.answer.strip()
-    if text.startswith("["):
-        items = _parse_list(text)
-        if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
-            return items
+    items = parse_list(text)
+    if items and all(isinstance(item, str) for item in items):
+        return items
     if not text:
         raise BadGold("the gold answer is empty")
     return [text]
@@ -40,26 +46,25 @@ def readings(answer: str) -> list[str]:
     return [answer] if bare == answer else [answer, bare]
 
 
-def _parse_list(text: str) -> Any:
-    """The value of a JSON list, or of a Python list in a text, as MMMU stores one."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, RecursionError):
-            continue
-    return None
-
-
+@reads_answers
 def exact(response: str, example: Example, *, case: bool = False, finding: Finding = "marked") -> float:
     """1.0 where the answer is one of the gold texts, by Unicode form, spaces (in a list all of them) and
-    (unless `case`) case."""
+    (unless `case`) case; a full stop at the end and quotation marks around it don't count."""
     level: Level = "text" if case else "folded"
-    answers = [normalize(reading, level) for reading in readings(find_answer(response, finding))]
-    golds = [normalize(gold, level) for gold in gold_texts(example)]
+    answers = {_undressed(normalize(reading, level)) for reading in readings(find_answer(response, finding))}
+    golds = {_undressed(normalize(gold, level)) for gold in gold_texts(example)}
     gold_lists = {gold.replace(" ", "") for gold in golds if gold.startswith("[")}
     return float(any(answer in golds or answer.replace(" ", "") in gold_lists for answer in answers))
 
 
+def _undressed(text: str) -> str:
+    """A text without the full stop that ends it as a sentence, and without quotation marks around it."""
+    text = text.removesuffix(".")
+    quoted = re.fullmatch(r"([\"'“‘])([^\"'“”‘’]+)[\"'”’]", text)
+    return quoted[2] if quoted else text
+
+
+@reads_answers
 def short(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """1.0 where the answer is one of the gold texts with at most filler words around it, or contains the gold
     number to two decimals and no other number. Numbers count from the last side of an equation; a gold text
@@ -117,6 +122,7 @@ def _split_words(text: str) -> list[str]:
     return re.findall(r"[^\s,;:!?()\"'*$]+", normalize(text, "unicode").rstrip("."))
 
 
+@reads_answers
 def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Finding = "marked") -> float:
     """Average normalised Levenshtein similarity (Biten et al., 2019): the best over the gold texts of
     1 - distance / longer length, lower-cased and with single spaces; 0 where that distance is `threshold` or
@@ -129,6 +135,7 @@ def anls(response: str, example: Example, *, threshold: float = 0.5, finding: Fi
     return best
 
 
+@reads_answers
 def edit_distance(
     response: str,
     example: Example,
@@ -150,6 +157,7 @@ def edit_distance(
     return best
 
 
+@reads_answers
 def json_fields(response: str, example: Example, *, finding: Finding = "marked") -> float:
     """The share of the gold JSON object's fields that the answer's object has with the same value; texts are
     compared without case and doubled spaces, numbers by value. The answer may be in a code fence; of a
