@@ -83,7 +83,7 @@ def images(text: str) -> None:
         return
 
 
-ARGS = {name: {"gold_coordinates": "thousand"} for name in ("box", "point_in_box")}
+ARGS = {name: {"gold_coordinates": "thousand", "coordinates": "resized"} for name in ("box", "point_in_box")}
 TARGETS: dict[str, Callable[[str], None]] = {
     **{name: verifier(name, **ARGS.get(name, {})) for name in VERIFIERS if name not in ("judge", "length")},
     "config": config,

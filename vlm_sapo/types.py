@@ -19,6 +19,11 @@ IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a problem's text."""
 
 
+Coordinates = Literal["resized", "original", "thousand", "unit"]
+"""Of a box or point: pixels of the image as the model sees it, pixels of the row's image, 0 to 1000 from side
+to side, or 0 to 1."""
+
+
 LONGEST_IN_MESSAGE = 100
 """Characters of a row's value in a message."""
 
@@ -85,6 +90,8 @@ class Prompt:
     """[N, D] float32, or None without images."""
     grid: torch.Tensor | None
     """[I, 3] int64, patches per image (time, height, width), or None without images."""
+    coordinates: Coordinates | None = None
+    """Those that the model's family writes; None if no model is known."""
 
 
 @dataclass(frozen=True)
@@ -220,16 +227,25 @@ class Context:
 
 
 class ResponseText(str):
-    """What a reward reads: the text of a response, with its length and image sizes."""
+    """What a reward reads: the text of a response, with its length, image sizes and coordinates."""
 
     tokens: int | None
     """Its length in tokens; None if it is from a file that doesn't say."""
     resized: tuple[tuple[int, int], ...]
     """Width and height of the resized images."""
+    coordinates: Coordinates | None
+    """Those that the family of its model writes; None if its model is not known."""
 
-    def __new__(cls, text: str, *, tokens: int | None = None, resized: tuple[tuple[int, int], ...] = ()):
+    def __new__(
+        cls,
+        text: str,
+        *,
+        tokens: int | None = None,
+        resized: tuple[tuple[int, int], ...] = (),
+        coordinates: Coordinates | None = None,
+    ):
         response = super().__new__(cls, text)
-        response.tokens, response.resized = tokens, resized
+        response.tokens, response.resized, response.coordinates = tokens, resized, coordinates
         return response
 
     def with_text(self, text: str) -> ResponseText:
@@ -242,7 +258,12 @@ class ResponseText(str):
     def of(cls, prompt: Prompt, response: Response) -> ResponseText:
         """From a sampled response; its length counts the policy's tokens only."""
         sizes = tuple(image.size for image in prompt.images)
-        return cls(response.text, tokens=int(response.mask.sum()), resized=sizes)
+        return cls(
+            response.text,
+            tokens=int(response.mask.sum()),
+            resized=sizes,
+            coordinates=prompt.coordinates,
+        )
 
 
 @dataclass(frozen=True)

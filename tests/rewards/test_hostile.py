@@ -10,7 +10,7 @@ from vlm_sapo.types import Example, ResponseText
 
 ARGS = {name: {} for name in VERIFIERS if name != "judge"} | {"length": {"allowed": 10, "buffer": 5}}
 for boxed in ("box", "point_in_box"):
-    ARGS[boxed] = {"gold_coordinates": "thousand"}
+    ARGS[boxed] = {"gold_coordinates": "thousand", "coordinates": "resized"}
 GOLDS = {
     "box": "[1, 2, 3, 4]",
     "point_in_box": "[1, 2, 3, 4]",

@@ -336,7 +336,8 @@ def test_point_in_box():
     row = Example(id="r", problem="p", answer=BOX, images=(IMAGE,))
     inside = ResponseText("<answer>(20, 15)</answer>", resized=((100, 50),))
     outside = ResponseText("<answer>(40, 15)</answer>", resized=((100, 50),))
-    assert (point_in_box(inside, row), point_in_box(outside, row)) == (1, 0)
+    scores = [point_in_box(response, row, coordinates="resized") for response in (inside, outside)]
+    assert scores == [1, 0]
 
 
 @pytest.mark.parametrize(("tokens", "penalty"), [(10, 0), (100, 0), (110, -0.5), (120, -1), (500, -1)])

@@ -207,3 +207,26 @@ def test_transparent_images_get_a_white_background(tmp_path):
         and image.getpixel((7, 7)) == (0, 0, 0)
     )
     assert decode(numbered_image(), tmp_path).mode == "RGB"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_gold_boxes_are_checked_in_the_familys_coordinates(tmp_path, model_folder, family):
+    rows = Case(tmp_path, model_folder(family))
+    for number in range(4):
+        rows.add(number, answer=str([10 + number, 20, 70, 90]))
+    reward = {"parts": [{"name": "box"}], "workers": 1}
+    result, _, findings = rows.run(reward=reward)
+    assert result.exit_code == 0 and ("train.jsonl", "gold answers rejected") not in findings
+    rows.add(4, answer="[60, 10, 20, 70]")
+    rows.add(5, answer=str({"x": 60, "y": 10, "width": 20}))
+    result, _, findings = rows.run(reward=reward)
+    finding = findings["train.jsonl", "gold answers rejected"]
+    assert result.exit_code == 1 and finding["rows"] == ["r4", "r5"] and finding["level"] == "breaks"
+    assert "with gold_layout=xywh it would be" in finding["text"]
+
+
+def test_gold_boxes_in_pixels_of_several_images_are_a_finding(case):
+    case.rows[0] |= {"image": ["0.png", "1.png"], "answer": "[10, 20, 70, 90]"}
+    case.rows[1:] = []
+    result, _, findings = case.run(reward={"parts": [{"name": "box"}], "workers": 1})
+    assert "has 2 images; use thousand or unit" in findings["train.jsonl", "gold answers rejected"]["text"]

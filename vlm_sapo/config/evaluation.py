@@ -68,7 +68,8 @@ class EvalOptions(Options):
     model: Text | None = None
     """Folder or Hugging Face id of the model."""
     responses: Text | None = None
-    """Grade this file of recorded responses (JSON lines with id and response) instead of running a model."""
+    """Grade this file of recorded responses (JSON lines with id and response) instead of running a model;
+    with --model they are read as that model's: boxes in its coordinates, images in its size."""
     data: Text | None = None
     """Local file with the rows of the benchmark, if it is only one."""
     samples: Positive = 1
@@ -106,7 +107,7 @@ class EvalOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if (self.model is None) == (self.responses is None):
+        if self.model is None and self.responses is None:
             raise ValueError("give --model, or --responses with recorded ones")
         if self.data and len(self.benchmark) > 1:
             raise ValueError(

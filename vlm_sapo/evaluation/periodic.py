@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
-from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.evaluation.results import OUTSIDE, Measure
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
@@ -106,4 +106,6 @@ class Evaluator:
                 f"{result['truncated']:.0%} of these responses were truncated at the length limit, "
                 f"{result['no_answer']:.0%} have no answer"
             )
+        if result.get("outside", 0.0) > WARNING_SHARE:
+            self.console.warn(OUTSIDE.format(result["outside"]))
         self.console.samples(records[:3])

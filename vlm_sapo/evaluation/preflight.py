@@ -20,17 +20,20 @@ from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.pool import RewardPool, without_pixels
 from vlm_sapo.rewards.verifiers.answers import Ungraded
-from vlm_sapo.rewards.verifiers.boxes import gold_boxes, in_coordinates
+from vlm_sapo.rewards.verifiers.box_text import Box
+from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, in_coordinates
 from vlm_sapo.rewards.verifiers.choice import gold_options, is_multiple_choice, read_options
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import gold_texts
-from vlm_sapo.types import Example, ResponseText, Reward, RowError
+from vlm_sapo.types import Coordinates, Example, ResponseText, Reward, RowError
 
 THUMBNAIL_SIDE = 32
 """Pixels of the grey thumbnail that confirms near-duplicates."""
 ROWS_AHEAD = 64
 """Rows that are read ahead of the current one."""
+WRONG_BOX_SHIFT = 2.0
+"""Images by which a box is moved that must score 0."""
 ROWS_PER_GRADING = 256
 """Rows whose gold answers are graded at once; their images are in memory if a user's function grades."""
 
@@ -62,6 +65,8 @@ class Inspected:
     image_tokens: int = 0
     resized: tuple[tuple[int, int], ...] = ()
     """Width and height of the images as the model sees them."""
+    coordinates: Coordinates | None = None
+    """How the model writes boxes."""
     prints: tuple[Fingerprint, ...] = ()
     gold: str = ""
     """What is wrong with the gold answer; empty if it scores 1."""
@@ -114,8 +119,17 @@ def _inspect(
         encode.check_length(example, tokens, image_tokens)
     except RowError as problem:
         error = str(problem)
-    sizes = tuple(image.size for image in prompt.images)
-    return Inspected(index, key, light, error, tokens, image_tokens, sizes, prints)
+    return Inspected(
+        index,
+        key,
+        light,
+        error,
+        tokens,
+        image_tokens,
+        resized=tuple(image.size for image in prompt.images),
+        coordinates=prompt.coordinates,
+        prints=prints,
+    )
 
 
 def fingerprint(image: Image.Image) -> Fingerprint:
@@ -140,92 +154,89 @@ def check_golds(
     """The rows with `gold` and `wrong` filled in: how the reward's part `spec` grades the gold answer and a
     wrong one. A user's functions get the images."""
     label, name, args = spec["label"], spec["name"], spec["args"]
-    readable = [row for row in rows if row.example is not None]
-    probes = {row.index: _probe(row, name, args) for row in readable}
+    probes = {row.index: _probe(row, name, args) for row in rows if row.tokens}
+    unreadable = {index: probe for index, probe in probes.items() if isinstance(probe, str)}
+    readable = [row for row in rows if row.index in probes.keys() - unreadable.keys()]
     needs_images = not all(part.builtin for part in reward.parts)
     rewards: list[Reward] = []
     for start in range(0, len(readable), ROWS_PER_GRADING):
         items = []
         for row in readable[start : start + ROWS_PER_GRADING]:
             example = examples[row.index] if needs_images else row.example
-            probe = probes[row.index]
-            items += [(probe.gold, example), (probe.wrong, example)]
+            items += [(response, example) for response in probes[row.index]]
         rewards += reward(items)
     checked = {
         row.index: _checked(row, probes[row.index], gold, wrong, label)
         for row, gold, wrong in zip(readable, rewards[::2], rewards[1::2], strict=True)
     }
-    return [checked.get(row.index, row) for row in rows]
+    return [
+        replace(row, gold=unreadable[row.index]) if row.index in unreadable else checked.get(row.index, row)
+        for row in rows
+    ]
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Two responses that show whether a row's gold answer can be graded."""
-
-    gold: ResponseText
-    wrong: ResponseText
-    problem: str = ""
-    """Why there are none; then both are empty."""
-
-
-def _probe(row: Inspected, name: str, args: Mapping[str, Any]) -> _Probe:
+def _probe(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[ResponseText, ResponseText] | str:
+    """A right and a wrong response, which show whether the row's gold answer can be graded; or why there are
+    none."""
+    model = ResponseText("", resized=row.resized, coordinates=row.coordinates)
     try:
-        return _Probe(
-            gold_response(row.example, name, args, row.resized),
-            wrong_response(row.example, name, args, row.resized),
-        )
+        return gold_response(row.example, name, args, model), wrong_response(row.example, name, args, model)
     except Ungraded as error:
-        return _Probe(ResponseText(""), ResponseText(""), str(error) or error.outcome)
+        return str(error) or error.outcome
+    except ValueError as error:  # boxes in pixels of several images
+        return str(error)
 
 
-def _checked(row: Inspected, probe: _Probe, gold: Reward, wrong: Reward, label: str) -> Inspected:
+def _checked(
+    row: Inspected, probe: tuple[ResponseText, ResponseText], gold: Reward, wrong: Reward, label: str
+) -> Inspected:
     """The row with what the part `label` said of both responses."""
-    answer = row.example.answer[:60]
-    problem, value, outcome = probe.problem, gold.parts[label], gold.outcomes[label]
-    if not problem and value < 1:
+    right, other = probe
+    answer, problem = row.example.answer[:60], ""
+    value, outcome = gold.parts[label], gold.outcomes[label]
+    if value < 1:
         why = f"scores {value:g}" if outcome == "graded" else gold.details[label] or outcome
-        problem = f"the gold answer {answer!r}, given as {str(probe.gold)[:80]!r}: {why}"
-    accepted = f"{str(probe.wrong)[:60]!r} scores {wrong.parts[label]:g} for the gold {answer!r}"
+        problem = f"the gold answer {answer!r}, given as {str(right)[:80]!r}: {why}"
+    accepted = f"{str(other)[:60]!r} scores {wrong.parts[label]:g} for the gold {answer!r}"
     return replace(row, gold=problem, wrong=accepted if wrong.parts[label] > 0 and not problem else "")
 
 
-BOX_VERIFIERS = ("box", "point_in_box")
 TEXT_VERIFIERS = ("anls", "chartqa", "edit_distance", "exact", "short")
 """Verifiers whose gold answer may be a list of accepted texts."""
 
 
-def gold_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> ResponseText:
-    """The gold answer as a response that the verifier `name` must score 1; `resized` are the images' sizes as
-    the model sees them."""
+def gold_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
+    """The gold answer as a response that the verifier `name` must score 1; `model` has the images' sizes as
+    the model sees them, and its coordinates. Raises BadGold."""
     name, args = own_verifier(example, name, args)
     answer = example.answer
     if name in BOX_VERIFIERS:
-        boxes = in_coordinates(gold_boxes(example), example, resized, args)
-        answer = json.dumps([[round(side, 6) for side in box] for box in boxes])
+        answer = _written(in_coordinates(model, example, args))
     elif _compares_texts(example, name):
         answer = gold_texts(example)[0]
     elif name == "json_fields":
-        return ResponseText(answer, resized=resized)
-    return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
+        return model.with_text(answer)
+    return model.with_text(f"\\boxed{{{answer}}}")
 
 
-def wrong_response(example: Example, name: str, args: Mapping[str, Any], resized: tuple = ()) -> ResponseText:
-    """A response that the verifier `name` must score 0."""
+def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
+    """A response that the verifier `name` must score 0. Raises BadGold."""
     name, args = own_verifier(example, name, args)
     answer = "nothing of the kind"
     number = read_number(example.answer)
     gold_options = _gold_options(example) if name in ("auto", "choice") else None
     if name in BOX_VERIFIERS:
-        boxes = [
-            (right + 1, bottom + 1, right + 2, bottom + 2) for _, _, right, bottom in gold_boxes(example)
-        ]
-        answer = json.dumps([list(box) for box in boxes])
+        answer = _written(in_coordinates(model, example, args, shift=WRONG_BOX_SHIFT))
     elif gold_options:
         letters = string.ascii_uppercase[: len(read_options(example)) or None]
         answer = next((letter for i, letter in enumerate(letters) if i not in gold_options), answer)
     elif number is not None and not _compares_texts(example, name):
         answer = f"{abs(number) * 2 + 7:g}"
-    return ResponseText(f"\\boxed{{{answer}}}", resized=resized)
+    return model.with_text(f"\\boxed{{{answer}}}")
+
+
+def _written(boxes: Sequence[Box]) -> str:
+    return json.dumps([[round(side, 6) for side in box] for box in boxes])
 
 
 def _gold_options(example: Example) -> frozenset[int] | None:

@@ -15,6 +15,11 @@ from vlm_sapo.rewards.verifiers.normalize import normalize
 RESAMPLES = 2000
 PASS_SCORE = 0.5
 """A response with at least this score counts as correct in pass@k."""
+OUTSIDE = (
+    "the boxes of {:.0%} of the responses lie outside their image, so they may be in other coordinates than "
+    "the model's family writes; set verifier.args.coordinates"
+)
+"""The warning where many boxes do."""
 
 
 class Metric(Protocol):
@@ -60,6 +65,8 @@ def summarize(records: list[dict], measure: Measure) -> dict:
         result["metric"] = measure.metric(records, "official" if measure.official else "scores")
     outcomes = [outcome for record in records for outcome in record["outcomes"]]
     result["no_answer"] = outcomes.count("no_answer") / len(outcomes)
+    if "outside" in outcomes:
+        result["outside"] = outcomes.count("outside") / len(outcomes)
     if any(n for record in records for n in record["tokens"]):  # recorded responses have none
         result["response_tokens"] = float(np.mean([n for record in records for n in record["tokens"]]))
         result["truncated"] = float(np.mean([cut for record in records for cut in record["truncated"]]))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from qwen_vl_utils import fetch_image
 
+from vlm_sapo.models.families import THOUGHT_TAGS
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RowError
 
@@ -66,6 +67,7 @@ class Encoder:
             images=images,
             pixels=encoded.get("pixel_values"),
             grid=grid,
+            coordinates=self.vlm.family.coordinates,
         )
 
     def respond(self, prompt: Prompt, text: str) -> Response:
@@ -227,5 +229,6 @@ def _opening(processor) -> str:
     closed = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
     prompted = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     added = prompted[len(closed) :]
-    start = added.rfind("<think>")
-    return added[start:] if start >= 0 and "</think>" not in added[start:] else ""
+    first, last = THOUGHT_TAGS
+    start = added.rfind(first)
+    return added[start:] if start >= 0 and last not in added[start:] else ""

@@ -13,6 +13,7 @@ from torch import nn
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
+from vlm_sapo.models.families import FAMILIES, Family
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import full_tensor, gather_and_drop, hf_state_dict, save_model
 from vlm_sapo.types import Prompt
@@ -56,6 +57,10 @@ class VLM(nn.Module):
     @property
     def tokenizer(self):
         return self.processor.tokenizer
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.config.model_type]
 
     @property
     def vocabulary(self) -> int:

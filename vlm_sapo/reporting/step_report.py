@@ -24,7 +24,7 @@ from vlm_sapo.reporting.metrics import (
     update_record,
 )
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.rewards.verifiers.boxes import Box, shown
+from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.types import Group, ResponseText, RolloutBatch
 
@@ -141,7 +141,7 @@ class StepReport:
         names = save_images(self.folder.path, group.prompt.images)
         example = group.prompt.example
         verifiers = [own_verifier(example, name, args) for name, args in self.parts]
-        args = next((args for name, args in verifiers if name in ("box", "point_in_box")), None)
+        args = next((args for name, args in verifiers if name in BOX_VERIFIERS), None)
         boxes: list[Boxes] = [([], [])] * len(group.responses)
         if args is not None:
             texts = [ResponseText.of(group.prompt, response) for response in group.responses]

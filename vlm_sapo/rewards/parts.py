@@ -45,7 +45,7 @@ class Verdict:
 
     value: float
     outcome: str = GRADED
-    """`graded`, or why not: `no_answer`, `bad_gold`, `timeout`, `crash`, `error`; these score 0."""
+    """`graded`, or what scores 0: `no_answer`, `outside`, `bad_gold`, `timeout`, `crash`, `error`."""
     components: Mapping[str, float] = field(default_factory=dict)
     """The values by name, where the function returned several; `value` is their sum."""
     detail: str = ""

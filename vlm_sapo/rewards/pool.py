@@ -44,7 +44,7 @@ CHUNK_SIZE = 16
 """Responses that a worker grades with built-in verifiers in one task."""
 CACHE_SIZE = 10_000
 """Verdicts that are cached."""
-CACHED_OUTCOMES = ("graded", "no_answer", "bad_gold")
+CACHED_OUTCOMES = ("graded", "no_answer", "outside", "bad_gold")
 """Outcomes that another try would not change."""
 _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""
@@ -300,7 +300,7 @@ def _cache_key(item: Item) -> tuple:
     """What a verdict depends on; rows of several splits may share source and id."""
     response, example = item
     row = (example.source, example.task, example.id, example.problem, example.answer)
-    return *row, str(response), response.tokens, response.resized
+    return *row, str(response), response.tokens, response.resized, response.coordinates
 
 
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000

@@ -17,13 +17,16 @@ from vlm_sapo.config.rollout import EngineConfig
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.preflight import check_golds, inspect
+from vlm_sapo.evaluation.results import OUTSIDE
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rewards.verifiers.boxes import missing_coordinates, needs_family
 from vlm_sapo.rollout.build import open_model
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Context, Example, Prompt, Response, RowError, Sampling
@@ -108,6 +111,7 @@ def _run(
         min_p=options.min_p,
     )
     if isinstance(source.engine, Recorded):
+        source.engine.check_coordinates(benchmark)
         known = {benchmark.examples.key(row) for row in range(len(benchmark.examples))}
         if len(known) < len(benchmark.examples):
             raise ValueError(
@@ -153,6 +157,8 @@ def cautions(result: dict, options: EvalOptions, max_tokens: int) -> list[str]:
         lines.append(f"{share} of the responses were truncated at {max_tokens} tokens; raise --max-tokens")
     if result["no_answer"] > WARNING_SHARE:
         lines.append(f"no answer was found in {result['no_answer']:.0%} of the responses")
+    if result.get("outside", 0.0) > WARNING_SHARE:
+        lines.append(OUTSIDE.format(result["outside"]))
     return lines
 
 
@@ -227,7 +233,13 @@ def _metric_text(metric: dict) -> str:
 
 def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, console: Console) -> Source:
     if options.responses:
-        recorded = Recorded(Path(options.responses))
+        encoder = None
+        if options.model:
+            vlm = load_outline(str(locate(options.model)))
+            encoder = Encoder(
+                vlm, min_pixels=options.min_pixels, max_pixels=options.max_pixels, max_tokens=float("inf")
+            )
+        recorded = Recorded(Path(options.responses), encoder)
         return Source(recorded, recorded.encoder_for, recorded.samples, options.batch)
     longest = None if engine.shares_weights else max_tokens + MAX_PROMPT_TOKENS
     vlm, rollout_engine = open_model(
@@ -291,14 +303,15 @@ def _claim(folder: RunFolder, benchmark: Benchmark, options: EvalOptions) -> Non
 
 class Recorded:
     """An engine that returns recorded responses by row id, from JSON lines `id, response` (or `responses`, a
-    list). Its prompts are the examples alone, and its responses have no tokens."""
+    list). Its prompts are those of the model that wrote them, by its encoder, or the examples alone; its
+    responses have no tokens."""
 
     in_background = False
     shares_weights = True
     problems_at_once = 1
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, encoder: Encoder | None = None):
+        self.path, self.encoder = path, encoder
         if not path.is_file():
             raise ValueError(f"--responses ({path}) must be a file of JSON lines; there is none")
         self.responses: dict[str, list[str]] = {}
@@ -326,8 +339,19 @@ class Recorded:
                 f"{example.label}: {self.path} has no response with this id; add it, or skip such rows with "
                 "--on-error skip"
             )
+        if self.encoder:
+            return self.encoder(example)
         empty = torch.zeros(0, dtype=torch.int64)
         return Prompt(example, "", "", empty, empty.expand(3, 0), example.images, None, None)
+
+    def check_coordinates(self, benchmark: Benchmark) -> None:
+        """Raises ValueError where boxes are graded and neither model nor benchmark says their coordinates."""
+        if self.encoder is None and any(needs_family(part["name"], part["args"]) for part in benchmark.parts):
+            raise ValueError(
+                f"--responses ({self.path}) are boxes: give --model with the model that wrote them, of which "
+                "only config and processor are read; or "
+                + missing_coordinates(f"a copy of {benchmark.name}.yaml, in verifier.args,")
+            )
 
     def sync(self, vlm: VLM) -> None:
         """Recorded responses need no weights."""

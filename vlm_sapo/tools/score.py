@@ -20,6 +20,7 @@ from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, missing_coordinates, needs_family
 from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText
@@ -28,8 +29,6 @@ ROWS_PER_WRITE = 512
 """Rows that are graded before they are written."""
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("gold", "answer")
-IMAGE_VERIFIERS = ("box", "point_in_box")
-"""Built-in verifiers that need a row's images; users' functions always get them."""
 VERDICT_TOLERANCE = 0.01
 """Verdicts that are numbers agree with scores within this much."""
 
@@ -186,6 +185,8 @@ def score_command(path: Path, options: ScoreOptions) -> None:
     function = resolve(options.reward, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)
     if "finding" in signature(function).parameters:
         arguments.setdefault("finding", "stated")
+    if needs_family(options.reward, arguments):
+        raise ValueError(missing_coordinates(f"--args ({options.args})"))
     part = {"name": options.reward, "args": arguments}
     console = Console()
     with closing(RewardPool([part], on_error=options.on_error, timeout=options.timeout)) as reward:
@@ -224,7 +225,7 @@ def _grade(chunk: Sequence[tuple[int, str]], reward: RewardPool, file: ResponseF
     """The rows of a chunk of lines with `score` and `outcome`."""
     rows: list[dict] = []
     items: dict[int, Item] = {}
-    with_images = any(not part.builtin or part.label in IMAGE_VERIFIERS for part in reward.parts)
+    with_images = any(not part.builtin or part.label in BOX_VERIFIERS for part in reward.parts)
     for line, text in chunk:
         row, outcome = _read(text)
         if outcome is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vlm_sapo.rewards.verifiers.answers import (
@@ -16,24 +16,27 @@ from vlm_sapo.rewards.verifiers.answers import (
     find_answer,
     reads_answers,
 )
-from vlm_sapo.types import Example, ResponseText
-
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom, as shares of the image's width and height."""
-Coordinates = Literal["resized", "original", "thousand", "unit"]
-"""Pixels of the image as the model sees it (Qwen2.5-VL), pixels of the row's image, 0 to 1000 (Qwen3-VL), or
-0 to 1."""
-Layout = Literal["xyxy", "xywh"]
-NUMBER = r"[-+]?\d+(?:\.\d+)?"
-FOUR_NUMBERS = re.compile(
-    rf"[\[(]\s*({NUMBER})\s*,\s*({NUMBER})\s*\)?\s*,\s*\(?\s*({NUMBER})\s*,\s*({NUMBER})\s*[\])]"
+from vlm_sapo.rewards.verifiers.box_text import (
+    Box,
+    Layout,
+    UnclearKeys,
+    has_area,
+    read_boxes,
+    read_point,
 )
-NUMBER_PAIR = re.compile(rf"[\[(]\s*({NUMBER})\s*[,\s]\s*({NUMBER})\s*[\])]")
-NUMBER_OUTSIDE_WORDS = re.compile(rf"(?<![\w.]){NUMBER}")
+from vlm_sapo.types import Coordinates, Example, ResponseText
+
+BOX_VERIFIERS = ("box", "point_in_box")
 OUTSIDE_MARGIN = 0.1
 """How far outside the image, in shares of its sides, a box may reach."""
 POINT_BOX_AREA = 4.0
 """How many times the gold box's area a box may have that stands for a point."""
+
+
+class Outside(NoAnswer):
+    """The answer lies outside the image; where most do, they are in other coordinates."""
+
+    outcome = "outside"
 
 
 @dataclass(frozen=True)
@@ -41,30 +44,49 @@ class BoxFormat:
     """How four numbers say where a box is."""
 
     layout: Layout
-    coordinates: Coordinates
+    coordinates: Coordinates | None
+    """None for those that the model's family writes."""
 
     @classmethod
     def of_answer(cls, args: Mapping[str, Any]) -> BoxFormat:
         """The format of responses, by the arguments of `box`."""
-        return cls(args.get("layout", "xyxy"), args.get("coordinates", "resized"))
+        return cls(args.get("layout", "xyxy"), args.get("coordinates"))
 
     @classmethod
     def of_gold(cls, args: Mapping[str, Any]) -> BoxFormat:
         """The format of gold answers, by the arguments of `box`."""
         return cls(args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original"))
 
-    def read(self, boxes: Sequence[Sequence[float]], response: ResponseText, example: Example) -> list[Box]:
-        """Boxes of this format as shares of the image's sides."""
+    def read(self, text: str, response: ResponseText, example: Example) -> list[Box]:
+        """The boxes of a text as shares of the image's sides. Raises UnclearKeys."""
+        boxes = read_boxes(text, self.layout)
         if not boxes:
             return []
         width, height = self.frame(response, example)
-        corners = [self._to_corners(*box) for box in boxes]
         return [
-            (left / width, top / height, right / width, bottom / height)
-            for left, top, right, bottom in corners
+            (left / width, top / height, right / width, bottom / height) for left, top, right, bottom in boxes
         ]
 
-    def write(self, boxes: Sequence[Box], response: ResponseText, example: Example) -> list[Box]:
+    def read_gold(self, response: ResponseText, example: Example) -> list[Box]:
+        """The row's gold boxes as shares of the image's sides. Raises BadGold where there are none, or where
+        they can't be in this format: without area, outside the image, or smaller than a pixel."""
+        try:
+            boxes = self.read(example.answer, response, example)
+        except UnclearKeys as error:
+            raise BadGold(f"the gold answer {error}") from error
+        if not boxes:
+            raise BadGold(
+                f"the gold answer {example.answer[:100]!r} must contain boxes of four numbers, or mappings "
+                "such as {x1, y1, x2, y2} or {x, y, width, height}"
+            )
+        if not self._fits(boxes, response, example):
+            raise BadGold(
+                f"the gold answer {example.answer[:100]!r} is no box inside its image with gold_layout "
+                f"({self.layout}) and gold_coordinates ({self.coordinates})" + self._remedy(response, example)
+            )
+        return boxes
+
+    def write(self, boxes: list[Box], response: ResponseText, example: Example) -> list[Box]:
         """Shares of the image's sides as boxes of this format."""
         width, height = self.frame(response, example)
         corners = [
@@ -75,25 +97,58 @@ class BoxFormat:
         return [(left, top, right - left, bottom - top) for left, top, right, bottom in corners]
 
     def frame(self, response: ResponseText, example: Example) -> tuple[float, float]:
-        """Width and height of the whole image in these coordinates."""
-        if self.coordinates == "unit":
+        """Width and height of the whole image in these coordinates. Raises ValueError if they are unknown, or
+        pixels of several images."""
+        coordinates = self.coordinates or response.coordinates
+        if coordinates is None:
+            raise ValueError(missing_coordinates("the verifier's args"))
+        if coordinates == "unit":
             return 1.0, 1.0
-        if self.coordinates == "thousand":
+        if coordinates == "thousand":
             return 1000.0, 1000.0
-        resized = self.coordinates == "resized"
+        resized = coordinates == "resized"
         sizes = response.resized if resized else [image.size for image in example.images]
         if len(sizes) != 1:
             raise ValueError(
-                f"coordinates ({self.coordinates}) are pixels of one image, and {example.label} has "
+                f"coordinates ({coordinates}) are pixels of one image, and {example.label} has "
                 f"{len(sizes)} images; use thousand or unit"
             )
         return sizes[0]
 
-    def _to_corners(self, left: float, top: float, right: float, bottom: float) -> Box:
-        """Left, top, right, bottom; with layout `xywh` the last two are width and height."""
-        if self.layout == "xywh":
-            return left, top, left + right, top + bottom
-        return left, top, right, bottom
+    def _fits(self, boxes: list[Box], response: ResponseText, example: Example) -> bool:
+        width, height = self.frame(response, example)
+        tiny = self.coordinates != "unit" and all(
+            right * width <= 1 and bottom * height <= 1 for _, _, right, bottom in boxes
+        )
+        return all(map(_is_valid, boxes)) and not tiny
+
+    def _remedy(self, response: ResponseText, example: Example) -> str:
+        """What else the gold boxes would be right as."""
+        others = {f"gold_layout={layout}": replace(self, layout=layout) for layout in ("xyxy", "xywh")}
+        others |= {
+            f"gold_coordinates={name}": replace(self, coordinates=name)
+            for name in ("original", "thousand", "unit")
+        }
+        fitting = []
+        for name, other in others.items():
+            with suppress(ValueError):  # pixels of several images
+                boxes = other.read(example.answer, response, example)
+                fitting += [name] if other != self and other._fits(boxes, response, example) else []
+        return f"; with {' or '.join(fitting)} it would be" if fitting else "; mend the row"
+
+
+def missing_coordinates(where: str) -> str:
+    """Why boxes can't be read; `where` is where coordinates can be set."""
+    return (
+        f"{where} must say which coordinates the responses are in, since their model is not known; add "
+        "coordinates: thousand (0 to 1000: Qwen2-VL, Qwen3-VL, Qwen3.5), resized (pixels of the image as the "
+        "model saw it: Qwen2.5-VL), original (pixels of the row's image) or unit (0 to 1)"
+    )
+
+
+def needs_family(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether this verifier asks the model's family for its coordinates."""
+    return name in BOX_VERIFIERS and args.get("coordinates") is None
 
 
 @reads_answers
@@ -101,7 +156,7 @@ def box(
     response: ResponseText,
     example: Example,
     *,
-    coordinates: Coordinates = "resized",
+    coordinates: Coordinates | None = None,
     gold_coordinates: Coordinates = "original",
     layout: Layout = "xyxy",
     gold_layout: Layout = "xyxy",
@@ -113,13 +168,15 @@ def box(
     (arXiv 1902.09630), negative ones as 0; 1.0 or 0.0 at the threshold, graded where that is null.
 
     Several boxes are matched by descending overlap; missing and surplus boxes count as 0, and so do those
-    without area or far outside the image.
+    without area or far outside the image. By default `coordinates` are those that the model's family writes;
+    layouts are those of lists, since a mapping's keys say theirs.
     """
-    gold_format, answer_format = BoxFormat(gold_layout, gold_coordinates), BoxFormat(layout, coordinates)
-    golds = gold_format.read(gold_boxes(example), response, example)
-    boxes = answer_format.read(_read_boxes(_box_text(response, finding)), response, example)
+    golds = BoxFormat(gold_layout, gold_coordinates).read_gold(response, example)
+    boxes = _read_answer(response, example, BoxFormat(layout, coordinates), finding)
     if not boxes:
         raise NoAnswer
+    if not any(map(_is_inside, boxes)):
+        raise Outside(f"{boxes[0]} in shares of the image's sides lies outside the image")
     overlap = {"iou": iou, "giou": giou}[metric]
     valid = [(i, box) for i, box in enumerate(boxes) if _is_valid(box)]
     pairs = sorted(
@@ -141,38 +198,49 @@ def point_in_box(
     response: ResponseText,
     example: Example,
     *,
-    coordinates: Coordinates = "resized",
+    coordinates: Coordinates | None = None,
     gold_coordinates: Coordinates = "original",
     gold_layout: Layout = "xyxy",
     finding: Finding = "marked",
 ) -> float:
     """1.0 where the answer's one point is in a gold box, or the centre of its one box that is not much
     larger."""
-    golds = BoxFormat(gold_layout, gold_coordinates).read(gold_boxes(example), response, example)
-    text = _box_text(response, finding)
+    golds = BoxFormat(gold_layout, gold_coordinates).read_gold(response, example)
+    try:
+        point = read_point(_box_text(response, finding))
+    except UnclearKeys as error:
+        raise NoAnswer(str(error)) from error
+    if point is None:
+        raise NoAnswer
     width, height = BoxFormat("xyxy", coordinates).frame(response, example)
-    x, y, area = _read_point(text)
-    x, y, area = x / width, y / height, area / (width * height)
+    x, y, area = point[0] / width, point[1] / height, point[2] / (width * height)
+    if not _is_inside((x, y, x, y)):
+        raise Outside(f"{x, y} in shares of the image's sides lies outside the image")
     return float(any(_contains(gold, x, y) and area <= POINT_BOX_AREA * _area(gold) for gold in golds))
 
 
+def _read_answer(
+    response: ResponseText, example: Example, answer_format: BoxFormat, finding: Finding
+) -> list[Box]:
+    """The answer's boxes as shares of the image's sides; raises NoAnswer."""
+    try:
+        return answer_format.read(_box_text(response, finding), response, example)
+    except UnclearKeys as error:
+        raise NoAnswer(str(error)) from error
+
+
 def _box_text(response: str, finding: Finding) -> str:
-    return fenced_json(response) or find_answer(response, finding)
+    """The text with the boxes: fenced JSON, with `stated` a response that is JSON, else the answer; raises
+    NoAnswer."""
+    bare = response if finding == "stated" and _is_json_list_or_object(response) else None
+    return fenced_json(response) or bare or find_answer(response, finding)
 
 
-def _read_point(text: str) -> tuple[float, float, float]:
-    """The text's one point, or the centre and the area of its one box; raises NoAnswer."""
-    numbers = [float(number) for number in NUMBER_OUTSIDE_WORDS.findall(text)]
-    pairs = [(float(x), float(y)) for x, y in NUMBER_PAIR.findall(text)]
-    if not pairs and len(numbers) == 2:
-        pairs = [(numbers[0], numbers[1])]
-    if len(pairs) == 1:
-        return *pairs[0], 0.0
-    boxes = [] if pairs else _read_boxes(text)
-    if len(boxes) != 1 or not _has_area(boxes[0]):
-        raise NoAnswer
-    left, top, right, bottom = boxes[0]
-    return (left + right) / 2, (top + bottom) / 2, (right - left) * (bottom - top)
+def _is_json_list_or_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _contains(box: Box, x: float, y: float) -> bool:
@@ -181,11 +249,11 @@ def _contains(box: Box, x: float, y: float) -> bool:
 
 def _is_valid(box: Box) -> bool:
     """Whether a box has an area and is inside the image, but for a margin."""
-    return _has_area(box) and min(box) >= -OUTSIDE_MARGIN and max(box) <= 1 + OUTSIDE_MARGIN
+    return has_area(box) and _is_inside(box)
 
 
-def _has_area(box: Sequence[float]) -> bool:
-    return box[0] < box[2] and box[1] < box[3]
+def _is_inside(box: Box) -> bool:
+    return min(box) >= -OUTSIDE_MARGIN and max(box) <= 1 + OUTSIDE_MARGIN
 
 
 def iou(box: Box, other: Box) -> float:
@@ -213,39 +281,25 @@ def _area(box: Box) -> float:
     return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
 
 
-def _read_boxes(text: str) -> list[tuple[float, ...]]:
-    """The lists of four numbers in a text, or its four numbers if it has no others."""
-    boxes = [tuple(map(float, numbers)) for numbers in FOUR_NUMBERS.findall(text)]
-    numbers = re.findall(NUMBER, text)
-    return boxes or ([tuple(map(float, numbers))] if len(numbers) == 4 else [])
-
-
-def gold_boxes(example: Example) -> list[tuple[float, ...]]:
-    """The row's gold boxes as written there; raises BadGold."""
-    boxes = _read_boxes(example.answer)
-    if not boxes:
-        raise BadGold(f"the gold answer {example.answer!r} must contain boxes of four numbers")
-    return boxes
-
-
 def in_coordinates(
-    boxes: Sequence[Sequence[float]], example: Example, resized: tuple, args: Mapping[str, Any]
+    response: ResponseText, example: Example, args: Mapping[str, Any], *, shift: float = 0.0
 ) -> list[Box]:
-    """Gold boxes as a model would write them, by the arguments of `box`; `resized` are the images' sizes as
-    the model sees them."""
-    response = ResponseText("", resized=resized)
-    shares = BoxFormat.of_gold(args).read(boxes, response, example)
-    return BoxFormat.of_answer(args).write(shares, response, example)
+    """The row's gold boxes as the model of this response would write them, by the arguments of `box`, moved
+    down and right by `shift` images; raises BadGold."""
+    golds = BoxFormat.of_gold(args).read_gold(response, example)
+    moved = [tuple(side + shift for side in gold) for gold in golds]
+    return BoxFormat.of_answer(args).write(moved, response, example)
 
 
 def shown(response: ResponseText, example: Example, args: Mapping[str, Any]) -> tuple[list[Box], list[Box]]:
     """The gold boxes and those of the response as shares of the image's sides, by the arguments of `box`;
     none where none can be read."""
     with suppress(BadGold, ValueError):
-        golds = BoxFormat.of_gold(args).read(gold_boxes(example), response, example)
+        golds = BoxFormat.of_gold(args).read_gold(response, example)
         try:
-            text = _box_text(response, args.get("finding", "marked"))
+            return golds, _read_answer(
+                response, example, BoxFormat.of_answer(args), args.get("finding", "marked")
+            )
         except NoAnswer:
             return golds, []
-        return golds, BoxFormat.of_answer(args).read(_read_boxes(text), response, example)
     return [], []
