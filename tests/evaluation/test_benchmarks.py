@@ -12,6 +12,7 @@ from vlm_sapo.config.data import BenchmarkConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmark, build_benchmarks, read_definition
 from vlm_sapo.evaluation.results import versions, we_math, worst_case
 from vlm_sapo.plugins import resolve
+from vlm_sapo.rewards.verifiers.table import VERIFIERS
 
 NAMES = sorted(path.stem for path in (ROOT / "eval/benchmarks").glob("*.yaml"))
 REAL = SHARED / "data"
@@ -59,7 +60,7 @@ def test_every_definition_is_valid(name):
     title, definition = read_definition(name)
     assert title == name and isinstance(definition, BenchmarkConfig)
     for verifier in filter(None, (definition.verifier, definition.official)):
-        resolve(verifier.name, field="", builtin={"auto": 1, "math": 1, "count": 1, "anls": 1, "box": 1})
+        resolve(verifier.name, field="", builtin=VERIFIERS)
     if name not in FOLDERS and name != "shapes":
         assert name in HUB, "columns of its source, for the next test"
 

@@ -44,6 +44,10 @@ def row(answer: str, **columns) -> Example:
         ("chartqa", "100", {}, "106", 0),
         ("chartqa", "0.25", {}, "25%", 1),
         ("chartqa", "Yes", {}, "yes", 1),
+        ("chartqa", "Yes", {}, "Yes.", 1),
+        ("chartqa", "Yes", {}, "Yes and no", 0),
+        ("chartqa", "Blue", {}, r"\boxed{\text{Blue}}", 1),
+        ("chartqa", "Blue", {}, r"\boxed{\text{Dark blue}}", 0),
         ("chartqa", "0", {}, "0.0", 0),
     ],
 )

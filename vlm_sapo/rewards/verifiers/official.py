@@ -16,7 +16,7 @@ from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, boxed, find_an
 from vlm_sapo.rewards.verifiers.choice import column_texts
 from vlm_sapo.rewards.verifiers.math import real_value
 from vlm_sapo.rewards.verifiers.normalize import normalize
-from vlm_sapo.rewards.verifiers.text import gold_texts, short
+from vlm_sapo.rewards.verifiers.text import gold_texts, readings, short, undressed
 from vlm_sapo.types import Example
 
 
@@ -137,14 +137,14 @@ def letters(response: str, example: Example) -> float:
 @reads_answers
 def chartqa(response: str, example: Example, *, finding: Finding = "stated") -> float:
     """Relaxed accuracy: numbers within 5 % of the gold one, per cent divided by 100; other texts the same but
-    for case. A gold 0 is compared as a text."""
+    for case, a full stop at the end and LaTeX around them. A gold 0 is compared as a text."""
     answer = find_answer(response, finding).strip()
     for gold in gold_texts(example):
         number, gold_number = _number(answer), _number(gold)
         if number is not None and gold_number:
             if abs(number - gold_number) / abs(gold_number) <= 0.05:
                 return 1.0
-        elif answer.lower() == gold.lower():
+        elif gold.lower() in {undressed(reading).lower() for reading in readings(answer)}:
             return 1.0
     return 0.0
 

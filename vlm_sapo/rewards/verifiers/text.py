@@ -51,13 +51,13 @@ def exact(response: str, example: Example, *, case: bool = False, finding: Findi
     """1.0 where the answer is one of the gold texts, by Unicode form, spaces (in a list all of them) and
     (unless `case`) case; a full stop at the end and quotation marks around it don't count."""
     level: Level = "text" if case else "folded"
-    answers = {_undressed(normalize(reading, level)) for reading in readings(find_answer(response, finding))}
-    golds = {_undressed(normalize(gold, level)) for gold in gold_texts(example)}
+    answers = {undressed(normalize(reading, level)) for reading in readings(find_answer(response, finding))}
+    golds = {undressed(normalize(gold, level)) for gold in gold_texts(example)}
     gold_lists = {gold.replace(" ", "") for gold in golds if gold.startswith("[")}
     return float(any(answer in golds or answer.replace(" ", "") in gold_lists for answer in answers))
 
 
-def _undressed(text: str) -> str:
+def undressed(text: str) -> str:
     """A text without the full stop that ends it as a sentence, and without quotation marks around it."""
     text = text.removesuffix(".")
     quoted = re.fullmatch(r"([\"'“‘])([^\"'“”‘’]+)[\"'”’]", text)
