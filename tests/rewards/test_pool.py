@@ -116,8 +116,11 @@ def reward(tmp_path):
         pool.close()
 
 
+FORMAT = {"name": "format", "args": {"pattern": r"<think>.*</think>.*\\boxed\{.*\}.*"}}
+
+
 def test_parts_are_weighted_and_named(reward):
-    specs = [{"name": "math", "label": "accuracy", "weight": 0.9}, {"name": "format", "weight": 0.1}]
+    specs = [{"name": "math", "label": "accuracy", "weight": 0.9}, FORMAT | {"weight": 0.1}]
     correct, wrong, unmarked = reward(*specs)(
         [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{4}", "three")]
     )
@@ -127,7 +130,7 @@ def test_parts_are_weighted_and_named(reward):
 
 
 def test_below_its_gate_a_part_zeroes_the_reward(reward):
-    specs = [{"name": "math"}, {"name": "format", "weight": 0.0, "gate": 1.0}]
+    specs = [{"name": "math"}, FORMAT | {"weight": 0.0, "gate": 1.0}]
     below, above = reward(*specs)(
         [(ResponseText(text), row()) for text in (r"\boxed{3}", r"<think>a</think>\boxed{3}")]
     )

@@ -8,6 +8,7 @@ from PIL import Image
 from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer, marked_answer, stated_answer
 from vlm_sapo.rewards.verifiers.boxes import box, giou, iou, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice
+from vlm_sapo.rewards.verifiers.layout import Layout, format
 from vlm_sapo.rewards.verifiers.math import math
 from vlm_sapo.rewards.verifiers.number import count, number, read_number
 from vlm_sapo.rewards.verifiers.table import auto
@@ -15,7 +16,6 @@ from vlm_sapo.rewards.verifiers.text import (
     anls,
     edit_distance,
     exact,
-    format,
     json_fields,
     language,
     length,
@@ -368,14 +368,36 @@ def test_auto_selects_the_verifier_by_the_row(columns, gold, response, score):
     assert auto(ResponseText(response), example(gold, **columns), finding="stated") == pytest.approx(score)
 
 
+IN_BOX, IN_TAGS = "Give the answer in \\boxed{}.", "Give it in <answer> </answer> tags."
+THINK = "First reason in <think> </think> tags."
+
+
 @pytest.mark.parametrize(
-    ("response", "score"),
+    ("prompt", "response", "score"),
     [
-        (r"<think>a\nb</think> so \boxed{1}", 1),
-        (r"<think></think>\boxed{1} done", 1),
-        (r"so \boxed{1}", 0),
-        (r"<think>a</think> so 1", 0),
+        (THINK + IN_BOX, "<think>a\nb</think> so \\boxed{1}", 1),
+        (THINK + IN_BOX, r"<think></think>\boxed{1} done", 1),
+        (THINK + IN_BOX, r"so \boxed{1}", 0),
+        (THINK + IN_BOX, r"<think>a</think> so 1", 0),
+        (IN_BOX, r"so \boxed{1}", 1),
+        (IN_BOX, r"<think>a</think> so \boxed{1}", 1),
+        (IN_BOX, r"<think>is it \boxed{1}?</think> so 1", 0),
+        (IN_BOX, "<answer>1</answer>", 0),
+        (IN_TAGS, "<answer>1</answer>", 1),
+        (IN_TAGS, "<think>a</think>\n<answer>1</answer>\n", 1),
+        (IN_TAGS, r"\boxed{1}", 0),
+        (IN_TAGS, "<answer>1</answer> or 2", 0),
+        (THINK + IN_TAGS, "<think>a</think><answer>1</answer>", 1),
+        (THINK + IN_TAGS, "<answer>1</answer>", 0),
     ],
 )
-def test_format(response, score):
-    assert format(response, example("1")) == score
+def test_format_follows_the_prompt(prompt, response, score):
+    row = example("1", problem=f"How many? {prompt}")
+    assert format(response, row) == score
+    assert format(Layout.asked(row).write("1"), row) == 1
+
+
+def test_format_without_a_layout_in_the_prompt_wants_a_pattern():
+    with pytest.raises(ValueError, match="set the part's args.pattern"):
+        format("1", example("1"))
+    assert format("a 1", example("1"), pattern="a .") == 1

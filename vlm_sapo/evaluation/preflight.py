@@ -19,10 +19,11 @@ from PIL import Image
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.pool import RewardPool, without_pixels
-from vlm_sapo.rewards.verifiers.answers import Ungraded
+from vlm_sapo.rewards.verifiers.answers import Ungraded, gold_answer
 from vlm_sapo.rewards.verifiers.box_text import Box
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, in_coordinates
-from vlm_sapo.rewards.verifiers.choice import gold_options, is_multiple_choice, read_options
+from vlm_sapo.rewards.verifiers.choice import gold_options, read_options
+from vlm_sapo.rewards.verifiers.layout import Layout
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import gold_texts
@@ -34,6 +35,8 @@ ROWS_AHEAD = 64
 """Rows that are read ahead of the current one."""
 WRONG_BOX_SHIFT = 2.0
 """Images by which a box is moved that must score 0."""
+TRIED_ROWS = 4
+"""Rows on which every part of the reward is tried."""
 ROWS_PER_GRADING = 256
 """Rows whose gold answers are graded at once; their images are in memory if a user's function grades."""
 
@@ -175,6 +178,32 @@ def check_golds(
     ]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What the whole reward says of the gold answer, in the layout that the row's prompt asks for, and of a
+    wrong one."""
+
+    row: Inspected
+    right: ResponseText
+    wrong: ResponseText
+    rewards: tuple[Reward, Reward]
+
+
+def try_reward(
+    examples: ExampleSet, rows: Sequence[Inspected], reward: RewardPool, spec: Mapping[str, Any]
+) -> list[Trial]:
+    """Trials of some rows; `spec` is the part that reads their gold answers. The workers grade, as in
+    training."""
+    trials = []
+    for row in [row for row in rows if row.tokens and not row.error][:TRIED_ROWS]:
+        probe = _probe(row, spec["name"], spec["args"])
+        if not isinstance(probe, str):
+            example = examples[row.index]
+            scores = reward([(response, example) for response in probe])
+            trials.append(Trial(row, *probe, rewards=tuple(scores)))
+    return trials
+
+
 def _probe(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[ResponseText, ResponseText] | str:
     """A right and a wrong response, which show whether the row's gold answer can be graded; or why there are
     none."""
@@ -206,46 +235,33 @@ TEXT_VERIFIERS = ("anls", "chartqa", "edit_distance", "exact", "short")
 
 
 def gold_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
-    """The gold answer as a response that the verifier `name` must score 1; `model` has the images' sizes as
-    the model sees them, and its coordinates. Raises BadGold."""
+    """The gold answer as a response in the layout that the prompt asks for, which the verifier `name` must
+    score 1; `model` has the images' sizes as the model sees them, and its coordinates. Raises BadGold."""
     name, args = own_verifier(example, name, args)
-    answer = example.answer
+    answer = gold_answer(example.answer)
     if name in BOX_VERIFIERS:
         answer = _written(in_coordinates(model, example, args))
-    elif _compares_texts(example, name):
-        answer = gold_texts(example)[0]
+    elif name.rpartition(":")[2] in TEXT_VERIFIERS:
+        answer = gold_texts(replace(example, answer=answer))[0]
     elif name == "json_fields":
         return model.with_text(answer)
-    return model.with_text(f"\\boxed{{{answer}}}")
+    return model.with_text(Layout.asked(example).write(answer))
 
 
 def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
     """A response that the verifier `name` must score 0. Raises BadGold."""
     name, args = own_verifier(example, name, args)
     answer = "nothing of the kind"
-    number = read_number(example.answer)
-    gold_options = _gold_options(example) if name in ("auto", "choice") else None
+    number = read_number(gold_answer(example.answer))
     if name in BOX_VERIFIERS:
         answer = _written(in_coordinates(model, example, args, shift=WRONG_BOX_SHIFT))
-    elif gold_options:
-        letters = string.ascii_uppercase[: len(read_options(example)) or None]
-        answer = next((letter for i, letter in enumerate(letters) if i not in gold_options), answer)
-    elif number is not None and not _compares_texts(example, name):
+    elif name == "choice":
+        letters, gold = string.ascii_uppercase[: len(read_options(example)) or None], gold_options(example)
+        answer = next((letter for i, letter in enumerate(letters) if i not in gold), answer)
+    elif number is not None and name.rpartition(":")[2] not in TEXT_VERIFIERS:
         answer = f"{abs(number) * 2 + 7:g}"
-    return model.with_text(f"\\boxed{{{answer}}}")
+    return model.with_text(Layout.asked(example).write(answer))
 
 
 def _written(boxes: Sequence[Box]) -> str:
     return json.dumps([[round(side, 6) for side in box] for box in boxes])
-
-
-def _gold_options(example: Example) -> frozenset[int] | None:
-    """Indices of the options that the gold answer names; None if the row isn't multiple choice."""
-    if is_multiple_choice(example) or example.columns.get("question_type") == "multi_choice":
-        return gold_options(example)
-    return None
-
-
-def _compares_texts(example: Example, name: str) -> bool:
-    """Whether the verifier compares texts, of which the gold answer may list several."""
-    return name.rpartition(":")[2] in TEXT_VERIFIERS or example.columns.get("metric") == "anls"

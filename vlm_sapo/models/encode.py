@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cached_property
 
@@ -69,6 +70,22 @@ class Encoder:
             grid=grid,
             coordinates=self.vlm.family.coordinates,
         )
+
+    def describe(self, prompt: Prompt) -> str:
+        """The prompt's text with size and tokens of each image where the model sees it."""
+        processor = self.vlm.processor
+        mark = re.compile(rf"(?:<\|vision_start\|>)?{re.escape(processor.image_token)}(?:<\|vision_end\|>)?")
+        grid = [] if prompt.grid is None else prompt.grid.tolist()
+        labels = [
+            f"<image {before.width}x{before.height}"
+            + (f" resized to {after.width}x{after.height}" if before.size != after.size else "")
+            + f", {math.prod(patches) // processor.image_processor.merge_size**2} tokens>"
+            for before, after, patches in zip(prompt.example.images, prompt.images, grid, strict=True)
+        ]
+        pieces = mark.split(prompt.text)
+        if len(pieces) != len(labels) + 1:  # the problem quotes the token
+            return prompt.text
+        return pieces[0] + "".join(label + piece for label, piece in zip(labels, pieces[1:], strict=True))
 
     def respond(self, prompt: Prompt, text: str) -> Response:
         """A text (a demonstration) as a finished response: its tokens and the stop token, with unknown (NaN)

@@ -17,13 +17,22 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
-from vlm_sapo.evaluation.preflight import Fingerprint, Inspected, check_golds, inspect
+from vlm_sapo.evaluation.preflight import (
+    Fingerprint,
+    Inspected,
+    Trial,
+    check_golds,
+    inspect,
+    try_reward,
+)
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
+from vlm_sapo.rewards.verifiers.table import own_verifier
+from vlm_sapo.types import one_line
 
 IDS_PER_FINDING = 5
 """Rows that a finding names."""
@@ -36,6 +45,10 @@ FREQUENT_ANSWER_SHARE = 0.5
 IMAGE_MENTION = re.compile(
     r"\b(?:figure|diagram|image|picture|graph|chart|photo|as shown|table below)\b", re.IGNORECASE
 )
+PREVIEW_LENGTH = 1000
+"""Characters of a prompt that are printed."""
+NEVER_POSITIVE = {"length"}
+"""Parts that take away only."""
 ANSWER_STATED = r"(?:\\boxed\s*\{{|<answer>|\banswer\s*(?:is|:|=))[\s$(*]*{}(?!\w)"
 CHOICE_LABEL = re.compile(r"^\(?[A-Za-z]\)?$|^(?:yes|no|true|false)$", re.IGNORECASE)
 Level = Literal["breaks", "warning", "note"]
@@ -70,12 +83,46 @@ class RowSet:
     """Whether only their images are compared, since no run uses the rows."""
     own_function: bool = False
     """Whether a user's function grades them, whose answer format is not known."""
+    trials: Sequence[Trial] = ()
+    """What the whole reward says of right and wrong responses to some of them."""
+    format: str = ""
+    """What their columns were recognised as."""
+    preview: Preview | None = None
+    """One of them as the model reads it; None if none can be read."""
 
     def finding(self, level: Level, name: str, rows: Sequence[Inspected], text: str) -> list[Finding]:
         """A finding about some rows of the set; none where there are no such rows."""
         if not rows:
             return []
         return [Finding(level, name, self.name, len(rows), [row.id for row in rows[:IDS_PER_FINDING]], text)]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A row as the model reads it, and what its verifier makes of it."""
+
+    row: str
+    prompt: str
+    """The rendered chat template, with sizes and tokens of the images where they are."""
+    tokens: int
+    gold: str
+    verifier: str
+    scores: dict[str, str]
+    """What the gold answer and a wrong one earn, by response."""
+
+    def lines(self) -> Iterator[str]:
+        """For the terminal."""
+        yield f"row {self.row} as the model reads it ({self.tokens} tokens):"
+        yield from (f"    {line}" for line in _shortened(self.prompt).splitlines())
+        scores = "; ".join(f"{text!r} earns {score}" for text, score in self.scores.items())
+        yield f"  gold answer {self.gold!r}, graded by {self.verifier}: {scores or 'nothing to try'}"
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle."""
+    if len(text) <= PREVIEW_LENGTH:
+        return text
+    return f"{text[: PREVIEW_LENGTH // 2]}\n... ({len(text)} characters)\n{text[-PREVIEW_LENGTH // 2 :]}"
 
 
 def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Finding]:
@@ -90,6 +137,7 @@ def diagnose(sets: Sequence[RowSet], *, context: int, skip: bool) -> list[Findin
         findings += _check_usable(rows, skip)
         findings += _check_context(rows, context - rows.max_tokens)
         findings += _check_verdicts(rows)
+        findings += _check_trials(rows)
         findings += _check_images(rows)
         findings += _check_prompts(rows)
         findings += _check_answers(rows)
@@ -119,6 +167,8 @@ def describe(rows: RowSet) -> dict[str, Any]:
         "answers": len(answers),
         "most_frequent_answer": answer,
         "most_frequent_share": count / max(sum(answers.values()), 1),
+        "format": rows.format,
+        "preview": asdict(rows.preview) if rows.preview else None,
     }
 
 
@@ -169,6 +219,31 @@ def _check_verdicts(rows: RowSet) -> list[Finding]:
         *rows.finding(level, "gold answers rejected", rejected, text),
         *rows.finding("warning", "wrong answers accepted", accepted, accepted[0].wrong if accepted else ""),
     ]
+
+
+def _check_trials(rows: RowSet) -> list[Finding]:
+    """Every part of the reward must run, and earn something for the gold answer in the prompt's own layout."""
+    findings = []
+    labels = {label for trial in rows.trials for label in trial.rewards[0].parts if "/" not in label}
+    for label in sorted(labels):
+        failed = [
+            (trial.row, reward.outcomes[label], reward.details[label].strip().splitlines()[-1:])
+            for trial in rows.trials
+            for reward in trial.rewards
+            if reward.outcomes[label] in ("error", "crash", "timeout")
+        ]
+        if failed:
+            _, outcome, detail = failed[0]
+            text = f"{label} ends with {outcome}: {' '.join(detail)}; mend the function"
+            tried = list({row.index: row for row, *_ in failed}.values())
+            findings += rows.finding("breaks", "reward fails", tried, text)
+        elif label not in NEVER_POSITIVE and all(trial.rewards[0].parts[label] <= 0 for trial in rows.trials):
+            text = (
+                f"{label} gives nothing to the gold answer in the layout that the prompt asks for, such as "
+            )
+            text += f"{one_line(rows.trials[0].right)!r}; let prompt and part ask for the same"
+            findings += rows.finding("warning", "reward never earned", [t.row for t in rows.trials], text)
+    return findings
 
 
 def _check_images(rows: RowSet) -> list[Finding]:
@@ -314,14 +389,50 @@ class Inspector:
             return inspect(examples, self.encode, fingerprints=True, progress=lambda done: show(done, "rows"))
 
     def check(
-        self, name: str, examples: ExampleSet, spec: dict, *, max_tokens: int, evaluated: bool
+        self,
+        name: str,
+        examples: ExampleSet,
+        spec: dict,
+        *,
+        max_tokens: int,
+        evaluated: bool,
+        parts: Sequence[dict] = (),
     ) -> RowSet:
-        """The inspected rows, and what the reward part `spec` says of gold and wrong answers."""
+        """The inspected rows, what the reward part `spec` says of gold and wrong answers, and what all
+        `parts` of the reward (by default that one) say of some."""
         rows = self.inspect(name, examples)
         with closing(RewardPool([spec], on_error="zero")) as reward:
             [part] = reward.parts
             rows = check_golds(examples, rows, reward, spec)
-        return RowSet(name, rows, evaluated, max_tokens=max_tokens, own_function=not part.builtin)
+        with closing(RewardPool(parts or [spec], on_error="zero")) as reward:
+            trials = try_reward(examples, rows, reward, spec)
+        return RowSet(
+            name,
+            rows,
+            evaluated,
+            max_tokens=max_tokens,
+            own_function=not part.builtin,
+            trials=trials,
+            format=examples.format,
+            preview=self._preview(examples, rows, trials, spec),
+        )
+
+    def _preview(
+        self, examples: ExampleSet, rows: Sequence[Inspected], trials: Sequence[Trial], spec: dict
+    ) -> Preview | None:
+        usable = [trial.row for trial in trials] or [row for row in rows if row.tokens and not row.error]
+        if not usable:
+            return None
+        row = usable[0]
+        prompt = self.encode(examples[row.index])
+        name, args = own_verifier(row.example, spec["name"], spec["args"])
+        verifier = f"{name} ({', '.join(f'{key}={value}' for key, value in args.items())})" if args else name
+        scores = {
+            one_line(response): f"{reward.total:g}"
+            for trial in trials[:1]
+            for response, reward in zip((trial.right, trial.wrong), trial.rewards, strict=True)
+        }
+        return Preview(row.id, self.encode.describe(prompt), row.tokens, row.example.answer, verifier, scores)
 
 
 def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
@@ -348,8 +459,11 @@ def _inspect_sets(config: TrainConfig, against: Sequence[str], inspector: Inspec
     part = config.reward.parts[config.reward.labels.index(label)]
     spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
     longest = config.rollout.max_tokens
+    parts = [item.model_dump() for item in config.reward.parts]
     for task in config.data.tasks:
-        yield inspector.check(task.task, build_examples(task), spec, max_tokens=longest, evaluated=False)
+        yield inspector.check(
+            task.task, build_examples(task), spec, max_tokens=longest, evaluated=False, parts=parts
+        )
     if config.eval.data:
         examples = build_examples(config.eval.data, task="held-out")
         yield inspector.check("held-out", examples, spec, max_tokens=longest, evaluated=True)
@@ -384,6 +498,11 @@ def _print(sets: Sequence[RowSet], findings: Sequence[Finding], out: Path, conso
         frequent = f"{summary['most_frequent_answer'][:20]!r} {summary['most_frequent_share']:.0%}"
         table.append([rows.name, *map(str, counts), frequent])
     console.table(HEADER, table)
+    for rows in sets:
+        if rows.format:
+            console.say(f"{rows.name}: {rows.format}")
+        if rows.preview:
+            console.say("\n".join(f"  {line}" for line in rows.preview.lines()))
     for finding in findings:
         ids = ", ".join(finding.rows) + (", ..." if finding.count > len(finding.rows) else "")
         console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")

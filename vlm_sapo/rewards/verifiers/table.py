@@ -12,8 +12,8 @@ from math import isfinite
 from typing import Any
 
 from vlm_sapo.plugins import resolve
-from vlm_sapo.rewards.verifiers import boxes, official, text
-from vlm_sapo.rewards.verifiers.answers import Finding, marked_answer, readable
+from vlm_sapo.rewards.verifiers import boxes, layout, official, text
+from vlm_sapo.rewards.verifiers.answers import Finding, gold_answer, marked_answer
 from vlm_sapo.rewards.verifiers.boxes import box, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice, is_multiple_choice
 from vlm_sapo.rewards.verifiers.judge import judge
@@ -34,31 +34,36 @@ def auto(response: str, example: Example, *, finding: Finding = "marked") -> flo
     choice; `anls` if its `metric` does, `number`, `list`, `exact` or `short` by its `answer_type`, and `math`
     for the others.
     """
-    if example.verifier:
-        name, args = example.verifier
-        function = resolve(name, field="data.verifier.name", builtin=VERIFIERS)
-        defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
-        return function(response, replace(example, verifier=None), **defaults | dict(args))
-    response, example = readable(response, example)
+    name, args = own_verifier(example, "auto", {})
+    function = resolve(name, field="data.verifier.name", builtin=VERIFIERS)
+    defaults = {"finding": finding} if "finding" in signature(function).parameters else {}
+    return function(response, replace(example, verifier=None), **defaults | dict(args))
+
+
+def own_verifier(example: Example, name: str, args: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name and arguments of the verifier that grades this row: for `auto` the one that its recipe names, else
+    the one that its columns and its gold answer ask for."""
+    if name != "auto":
+        return name, args
+    return example.verifier or _by_columns(replace(example, answer=gold_answer(example.answer)))
+
+
+def _by_columns(example: Example) -> tuple[str, Mapping[str, Any]]:
     columns = example.columns
     kind, answer = (str(columns.get(name) or "").lower() for name in ("question_type", "answer_type"))
     if kind.startswith("multi") or is_multiple_choice(example):
-        return choice(response, example, finding=finding)
+        return "choice", {}
     if str(columns.get("metric") or "").lower() == "anls":
         threshold = _number_in(columns, "threshold")
-        threshold = 0.5 if threshold is None else threshold
-        return text.anls(response, example, threshold=threshold, finding=finding)
+        return "anls", {} if threshold is None else {"threshold": threshold}
     if answer in NUMBERS and read_number(example.answer) is not None:
         precision = _number_in(columns, "precision")
-        decimals = None if precision is None else int(precision)
-        return number(response, example, precision=decimals, finding=finding)
+        return "number", {} if precision is None else {"precision": int(precision)}
     if answer == "list":
-        return list_items(response, example, ordered=is_ordered(example), finding=finding)
+        return "list", {"ordered": is_ordered(example)}
     if answer == "short" or kind == "open":
-        return text.short(response, example, finding=finding)
-    if answer in TEXTS:
-        return text.exact(response, example, finding=finding)
-    return math(response, example, finding=finding)
+        return "short", {}
+    return ("exact", {}) if answer in TEXTS else ("math", {})
 
 
 def _number_in(columns: Mapping[str, Any], name: str) -> float | None:
@@ -79,7 +84,7 @@ VERIFIERS = {
     "count": count,
     "edit_distance": text.edit_distance,
     "exact": text.exact,
-    "format": text.format,
+    "format": layout.format,
     "json_fields": text.json_fields,
     "judge": judge,
     "language": text.language,
@@ -90,8 +95,3 @@ VERIFIERS = {
     "point_in_box": point_in_box,
     "short": text.short,
 }
-
-
-def own_verifier(example: Example, name: str, args: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The verifier that grades this row: for `auto` the one that its recipe names, if it names one."""
-    return example.verifier if name == "auto" and example.verifier else (name, args)

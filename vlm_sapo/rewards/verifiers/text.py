@@ -1,4 +1,4 @@
-"""Verifiers of plain text: equality, edit distance, JSON fields, layout, length and language."""
+"""Verifiers of plain text: equality, edit distance, JSON fields, length and language."""
 
 from __future__ import annotations
 
@@ -193,11 +193,6 @@ def _values_match(value: Any, gold: Any) -> bool:
     if isinstance(value, list) and isinstance(gold, list):
         return len(value) == len(gold) and all(map(_values_match, value, gold))
     return value == gold
-
-
-def format(response: str, example: Example, *, pattern: str = r"<think>.*</think>.*\\boxed\{.*\}.*") -> float:
-    """1.0 where the whole response has the layout `pattern` (a regular expression, `.` matching newlines)."""
-    return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
 
 
 def length(response: ResponseText, example: Example, *, allowed: int, buffer: int) -> float:
