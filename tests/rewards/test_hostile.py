@@ -50,7 +50,7 @@ MEGABYTES = {
 
 def grade(name: str, text: str) -> float:
     columns = {"options": ["one", "two", "three"], "answer_type": "float"}
-    example = Example("1", "p", GOLDS.get(name, "3"), columns=columns)
+    example = Example("1", "p \\boxed{}", GOLDS.get(name, "3"), columns=columns)
     try:
         return VERIFIERS[name](ResponseText(text, tokens=9, resized=((100, 50),)), example, **ARGS[name])
     except NoAnswer:

@@ -1,5 +1,6 @@
 """Rewards in worker processes: functions that hang, crash or raise, and every kind of custom function."""
 
+import socket
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -335,3 +336,14 @@ def test_the_judge_retries_and_its_verdicts_are_cached(reward):
         assert [score.total for score in judge(items)] == [1.0, 0.0]
         assert [score.total for score in judge(items)] == [1.0, 0.0] and Judge.calls == 3
         server.shutdown()
+
+
+def test_a_judge_that_does_not_answer_is_named_when_the_pool_starts(reward):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    for address in (url, "localhost/v1"):
+        with pytest.raises(
+            ValueError, match=r"reward.parts.0.args.url \(.*v1\) must be an endpoint that answers"
+        ):
+            reward({"name": "judge", "args": {"url": address, "model": "m"}})

@@ -162,7 +162,7 @@ def test_no_false_alarms(case):
     reward = {"parts": [{"name": "format", "weight": 0.1}, {"name": "auto"}], "workers": 1}
     result, _, findings = case.run(
         "data.max_prompt_tokens=4000",
-        "data.template={problem} Answer in \\boxed{}.",
+        "data.template='{problem} Answer in \\boxed{}.'",
         against=f"mmk12={case.folder}/bench.jsonl",
         reward=reward,
     )

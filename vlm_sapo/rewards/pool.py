@@ -37,6 +37,7 @@ from vlm_sapo.rewards.parts import (
     combine,
     portable,
 )
+from vlm_sapo.rewards.verifiers.judge import check_endpoint, judge
 from vlm_sapo.search_path import library_path
 from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
@@ -119,6 +120,9 @@ class RewardPool:
         workers: int | None = None,
     ):
         self.parts = [build_part(spec, number) for number, spec in enumerate(specs)]
+        for number, part in enumerate(self.parts):
+            if part.function is judge:
+                check_endpoint(part.args, field=f"reward.parts.{number}")
         self.on_error, self.timeout = on_error, timeout
         self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
         """Whether the workers, which parse what a model wrote, run without the network."""

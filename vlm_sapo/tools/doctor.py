@@ -222,7 +222,7 @@ def _check_verdicts(rows: RowSet) -> list[Finding]:
 
 
 def _check_trials(rows: RowSet) -> list[Finding]:
-    """Every part of the reward must run, and earn something for the gold answer in the prompt's own layout."""
+    """Every part of the reward must run, and give something to the gold answer in the prompt's layout."""
     findings = []
     labels = {label for trial in rows.trials for label in trial.rewards[0].parts if "/" not in label}
     for label in sorted(labels):

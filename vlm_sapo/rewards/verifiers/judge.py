@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from http.client import HTTPException
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from vlm_sapo.rewards.verifiers.answers import Finding, NoAnswer, find_answer, readable
 from vlm_sapo.types import Example
@@ -14,6 +18,8 @@ from vlm_sapo.types import Example
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+PROBE_SECONDS = 5.0
+"""Time for the endpoint to answer when a run starts."""
 PROMPT = """\
 Question: {problem}
 Reference answer: {answer}
@@ -47,6 +53,21 @@ async def judge(
     if verdict is None:
         raise NoAnswer
     return float(verdict[1].casefold() == "yes")
+
+
+def check_endpoint(args: Mapping[str, Any], *, field: str) -> None:
+    """Raises ValueError naming `field` if no server answers at the url of a judge's arguments."""
+    url = str(args["url"])
+    try:
+        with urlopen(f"{url.rstrip('/')}/models", timeout=PROBE_SECONDS):
+            pass
+    except HTTPError:
+        pass  # a server without this page, or one that wants a key
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(
+            f"{field}.args.url ({url}) must be an endpoint that answers ({error}); start its server, or mend "
+            "the url"
+        ) from error
 
 
 @dataclass(frozen=True)
