@@ -207,7 +207,7 @@ def try_reward(
 def _probe(row: Inspected, name: str, args: Mapping[str, Any]) -> tuple[ResponseText, ResponseText] | str:
     """A right and a wrong response, which show whether the row's gold answer can be graded; or why there are
     none."""
-    model = ResponseText("", resized=row.resized, coordinates=row.coordinates)
+    model = ResponseText("", tokens=1, resized=row.resized, coordinates=row.coordinates)
     try:
         return gold_response(row.example, name, args, model), wrong_response(row.example, name, args, model)
     except Ungraded as error:
