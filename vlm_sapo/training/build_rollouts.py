@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from vlm_sapo.config import schema as cfg
@@ -16,11 +17,12 @@ from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rewards.verifiers.layout import Layout
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
 from vlm_sapo.training.build_policy import Config, Purpose
 from vlm_sapo.training.launch import Processes
-from vlm_sapo.types import Sampling
+from vlm_sapo.types import RowError, Sampling
 
 EVAL_SEED = 1_000_003
 
@@ -35,7 +37,17 @@ def build_rows(config: Config, encode: Encoder, processes: Processes, purpose: P
         processes.console.warn(
             f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small"
         )
+    _check_layouts(config.reward, stream)
     return stream
+
+
+def _check_layouts(reward: cfg.RewardConfig, stream: TaskMixture) -> None:
+    """Raises ValueError where `format` shall follow a prompt that asks for no layout, by each task's first
+    row."""
+    if any(part.name == "format" and "pattern" not in part.args for part in reward.parts):
+        for tasks in stream.streams.values():
+            with suppress(RowError):  # it is an error when its turn comes
+                Layout.asked(tasks.examples[0]).pattern  # noqa: B018, its error is what is asked for
 
 
 def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:
