@@ -28,6 +28,10 @@ MOVED = {
     }.items()
 }
 """Modules with reward functions by their earlier names, which stored configs and commands give."""
+MOVED_FUNCTIONS = {
+    f"vlm_sapo.rewards.{module}:format": "vlm_sapo.rewards.verifiers.layout:format"
+    for module in ("text", "verifiers.text")
+}
 
 
 def shipped(relative: str | Path) -> Path:
@@ -54,7 +58,7 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
     builtin = builtin or {}
     if name in builtin:
         return builtin[name]
-    target, _, attribute = name.rpartition(":")
+    target, _, attribute = MOVED_FUNCTIONS.get(name, name).rpartition(":")
     if target and attribute:
         module = (
             _from_file(target, field, name) if target.endswith(".py") else _from_package(target, field, name)

@@ -31,6 +31,10 @@ def rows(tmp_path):
         ),
         ({"name": "number", "args": {"relativ": 0.05}}, r"data.verifier.args .* must fit number.*'relativ'"),
         ({"name": "number", "args": {"relative": "much"}}, r"data.verifier.args.relative \('much'\)"),
+        (
+            {"name": "judge", "args": {"url": "http://127.0.0.1:9/v1", "model": "m"}},
+            r"name an async one such as judge",
+        ),
     ],
 )
 def test_a_verifier_of_rows_is_looked_up_when_the_rows_are_opened(rows, verifier, message):
@@ -53,5 +57,7 @@ def test_modules_that_moved_are_known_by_their_earlier_names(module):
 
 def test_stored_names_of_scorers_go_on():
     assert resolve_reward("vlm_sapo.rewards.official:chartqa", {}, field="--reward")
+    assert resolve_reward("vlm_sapo.rewards.text:format", {}, field="--reward")
+    assert resolve_reward("vlm_sapo.rewards.mathematics:math", {"finding": "stated"}, field="--reward")
     with pytest.raises(ValueError, match="No module named"):
         resolve_reward("vlm_sapo.rewards.offical:chartqa", {}, field="--reward")

@@ -387,6 +387,8 @@ THINK = "First reason in <think> </think> tags."
         (IN_TAGS, "<think>a</think>\n<answer>1</answer>\n", 1),
         (IN_TAGS, r"\boxed{1}", 0),
         (IN_TAGS, "<answer>1</answer> or 2", 0),
+        (IN_TAGS, "<answer>1</answer> <answer>2</answer>", 0),
+        (IN_BOX, r"<think> \boxed{1}", 0),
         (THINK + IN_TAGS, "<think>a</think><answer>1</answer>", 1),
         (THINK + IN_TAGS, "<answer>1</answer>", 0),
     ],

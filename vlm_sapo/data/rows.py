@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from inspect import signature
+from inspect import iscoroutinefunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,12 @@ class ExampleSet(Sequence):
         self.transform = resolve(section.transform, field="data.transform") if section.transform else None
         verifier = section.verifier
         if verifier:
-            resolve_reward(verifier.name, verifier.args, field="data.verifier")
+            function = resolve_reward(verifier.name, verifier.args, field="data.verifier")
+            if iscoroutinefunction(function):
+                raise ValueError(
+                    f"data.verifier ({verifier.name}) must be a function that is called once per response; "
+                    "name an async one such as judge in reward.parts"
+                )
         self.common = {
             "task": task or section.task,
             "template": section.template,

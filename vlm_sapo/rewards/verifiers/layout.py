@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from vlm_sapo.types import Example
 
+NAMES = ("<think>", "<answer>", "\\boxed")
+"""What a prompt names if it asks for it."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -21,9 +24,11 @@ class Layout:
 
     @classmethod
     def asked(cls, example: Example) -> Layout:
-        """What system prompt, template and problem of a row name."""
-        text = f"{example.system or ''}\n{example.template}\n{example.problem}"
-        return cls("<think>" in text, "<answer>" in text, "\\boxed" in text)
+        """What a row's system prompt and template name, or its problem where they name nothing."""
+        text = f"{example.system or ''}\n{example.template}"
+        if not any(name in text for name in NAMES):
+            text = example.problem
+        return cls(*(name in text for name in NAMES))
 
     @property
     def pattern(self) -> str:
@@ -35,8 +40,9 @@ class Layout:
                 "and \\boxed{}; ask for a layout in data.template, or set the part's args.pattern"
             )
         thoughts = r"<think>.*?</think>" if self.thoughts else r"(?:.*</think>)?+"
+        thoughts += r"(?!.*<think>)"  # none that stays open
         if self.tag:
-            return rf"{thoughts}.*<answer>.*</answer>"
+            return rf"{thoughts}(?:(?!<answer>).)*<answer>(?:(?!<answer>).)*</answer>"
         return rf"{thoughts}.*\\boxed\{{.*\}}.*" if self.box else rf"{thoughts}.*\S.*"
 
     def write(self, answer: str) -> str:
