@@ -47,7 +47,7 @@ STATEMENT = re.compile(
 )
 CHINESE_STATEMENT = re.compile(
     r"(?:(?:[正准]确|最终|最后|标准|本题)?(?:的)?(?:答案|选项|選項)(?:应该|应当|应|就)?(?:[是为為]|[:：])+"
-    r"|[故应應]?(?:因此|所以|应该|应当)?[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
+    r"|[故应應]?(?:因此|所以|应该|应当)?(?<![不别別勿非])[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
     r"|(?:^|\n|[。；])[^\S\n]*答\s*[:：])\s*[:：]?"
 )
 UNCLOSED_TAG = re.compile(r"<answer>", re.IGNORECASE)
@@ -59,7 +59,7 @@ HEADING = re.compile(
 )
 """A line or a table's cell that says nothing but `Answer`; the answer stands behind or below."""
 CONCLUSION = re.compile(
-    r"(?:^|[\n.!?。！？][^\S\n]*|\*\*\s*)(?:(?:therefore|thus|hence|so|consequently|in\s+conclusion|finally)\b,?"
+    r"(?:^|[\n.!?。！？][^\S\n]*|\*\*\s*|\s(?-i:(?=Therefore|Thus|Hence)))(?:(?:therefore|thus|hence|so|consequently|in\s+conclusion|finally)\b,?"
     r"|所以|因此|故|综上所述|综上)[,，]?\s*(?:(?:we|I)\s+(?:have|get|find|obtain|conclude)\s*(?:that\s+)?|[:：])?",
     re.IGNORECASE,
 )
@@ -84,6 +84,8 @@ REFUSAL = re.compile(
     r")|无法|抱歉|对不起|看不清|不知道|不确定",
     re.IGNORECASE,
 )
+TURN_END = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+"""What a model without a stop token writes behind its answer; what follows is another turn."""
 BARE_ANSWER_LENGTH = 100
 """Characters of a response that may be nothing but an answer."""
 TAIL = 20_000
@@ -187,7 +189,7 @@ def marked_answer(response: str) -> str | None:
 def stated_answer(response: str) -> str | None:
     """The last answer after the last thought that is marked, a JSON field, or stated; else what a concluding
     sentence says; else a short response itself; None without one."""
-    response = after_thoughts(response).strip()[-TAIL:]
+    response = TURN_END.split(after_thoughts(response), maxsplit=1)[0].strip()[-TAIL:]
     mark = _last_mark(response)
     if stated := _last_statement(response, mark[1] if mark else 0, after_mark=bool(mark)):
         return stated
