@@ -668,3 +668,34 @@ def test_a_special_token_within_a_problem_stays_text(folder):
 def test_a_row_without_its_id_has_its_number(folder):
     rows = lines(folder, *({"id": n, "problem": "p", "answer": "1"} for n in ("x", None, "", 0)))
     assert [example.id for example in rows] == ["x", "1", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": PLAIN, "images": ["a.png"]},
+        {"content": PLAIN, "image": "a.png"},
+        {"content": [{"type": "text", "text": PLAIN, "image": "a.png"}]},
+        {"content": [{"text": PLAIN, "image": "a.png"}]},
+    ],
+)
+def test_images_of_a_turn_without_a_place_are_refused(folder, turn):
+    with pytest.raises(RowError, match="image.*data.transform"):
+        one(folder, {"messages": [{"role": "user"} | turn, REPLY]})
+
+
+def test_numbered_images_beside_an_image_are_refused(folder):
+    row = {"question": PLAIN, "answer": "5", "image": "a.png", "image_2": "b.png"}
+    with pytest.raises(ValueError, match="data.columns.images.*image_2"):
+        one(folder, row)
+    assert len(one(folder, row, columns={"images": "image"}).images) == 1
+    assert len(one(folder, row | {"image_2": None}).images) == 1
+
+
+@pytest.mark.parametrize(("answer", "gold"), [(1, "B"), ("1", "B"), ("B", "B"), ("blue", "blue")])
+def test_columns_that_are_named_options_are_options_whatever_the_answer(folder, answer, gold):
+    row = {"question": "Which?", "option_a": "red", "option_b": "blue", "answer": answer}
+    example = one(folder, row)
+    assert (example.problem, example.answer) == ("Which?\nA. red\nB. blue", gold)
+    bare = one(folder, {"question": "Which?", "A": "red", "B": "blue", "answer": 1})
+    assert (bare.problem, bare.answer) == ("Which?", "1")

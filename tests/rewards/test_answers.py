@@ -1,5 +1,7 @@
 """One rule for where the answer is: an answer that is moved, wrapped, translated or prefixed keeps its verdict."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,3 +99,18 @@ def test_a_text_that_repeats_itself_is_known_by_how_it_compresses():
     assert is_degenerate("ab" * 1000) and is_degenerate("I think that it is so. " * 200)
     assert not is_degenerate("ab" * 100)
     assert not is_degenerate(" ".join(str(number * number % 9973) for number in range(2000)))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\\boxed{" * 2500 + "7" + "}" * 2500,
+        "<answer>\\boxed{" * 800 + "7" + "}</answer>" * 800,
+        "\\boxed 3 " * 2000 + "\\boxed 7",
+        "\\boxed{" * 2500 + "\\boxed{7}",
+    ],
+)
+def test_thousands_of_marks_are_read_at_once(response):
+    start = time.perf_counter()
+    assert marked_answer(response) == stated_answer(response) == "7"
+    assert time.perf_counter() - start < 2

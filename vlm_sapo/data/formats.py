@@ -57,6 +57,8 @@ OTHER_IMAGES = (
 MEDIA = re.compile(r"(video|audio)s?(?:_(?:path|file|url)s?)?")
 """Columns, and keys of parts, with media that no model here is trained with."""
 VIDEO_FILE = re.compile(r".*\.(?:mp4|avi|mov|mkv|webm|mpe?g)", re.IGNORECASE | re.DOTALL)
+NUMBERED_IMAGE = re.compile(r"(?:images?|img|picture|photo)[ _]?\d+", re.IGNORECASE)
+"""Columns that hold one image each of several."""
 IMAGE_NAME = re.compile(r"im(?:a)?g|photo|pict|figure", re.IGNORECASE)
 """Part of a name of a column that holds images if its values are names of image files."""
 ROLES = {
@@ -64,6 +66,8 @@ ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant"),
 }
+BESIDE_CONTENT = ("images", "image")
+"""Keys of a turn with images that no part and no mark says the place of."""
 TEXT_PARTS = ("text", "input_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 QWEN_IMAGE = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?")
@@ -256,6 +260,16 @@ def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -
 
 def _image_columns(row: Row, source: str, texts: set[str | None]) -> tuple[str, ...]:
     if any(name in row for name in IMAGES):
+        numbered = [
+            str(name)
+            for name, value in row.items()
+            if NUMBERED_IMAGE.fullmatch(str(name)) and (holds_image(value) or _is_image_file(value))
+        ]
+        if numbered:
+            raise ValueError(
+                f"data.columns.images is not set, and rows of {source} hold more images in "
+                f"{', '.join(numbered)}; set it to the column that counts, or list all with data.transform"
+            )
         return (*IMAGES, *(name for name in IMAGE_PATHS if name in row))
     other = next((name for name in OTHER_IMAGES if name in row), None)
     unknown = [
@@ -516,6 +530,12 @@ def _checked_system(text: str, images: Sequence[Any]) -> str | None:
 
 def _content(turn: Row) -> tuple[str, tuple[Any, ...]]:
     """The text of a turn, with a mark for each image part, and the values of these parts."""
+    for name in BESIDE_CONTENT:
+        if not is_missing(turn.get(name)):
+            raise ValueError(
+                f"a turn has {name} beside its text, which isn't read; put them into a column `images`, or "
+                "into parts {type: image, image: ...}, with data.transform"
+            )
     content = _first_value(turn, ("content", "value"))
     if isinstance(content, str) and content.startswith('[{"type"'):
         content = parse_list(content) or content
@@ -542,6 +562,10 @@ def _part(part: Any) -> tuple[str, Any]:
         raise ValueError(f"a part is {_type_name(part)}; it must be text or a mapping with a type")
     kind = str(part.get("type") or ("text" if part.get("text") is not None else "image"))
     text, image = _first_value(part, ("text", "content")), _first_value(part, KEYS)
+    if kind in TEXT_PARTS and text and not is_missing(_first_value(part, IMAGES)):
+        raise ValueError(
+            f"a part ({one_line(part)}) has a text and an image; make two parts of it with data.transform"
+        )
     if kind in TEXT_PARTS and isinstance(text, str):
         return "text", text
     if kind in IMAGE_PARTS and (image is not None or "type" in part):

@@ -13,6 +13,9 @@ from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.run import Interruption
 
+PENALTIES = ("length",)
+"""Verifiers that give 0 at most."""
+
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """Opens the run's folder. Raises ValueError if it has a run with another config."""
@@ -113,7 +116,9 @@ def build_alarms(
     alarms = Alarms(
         console,
         **thresholds,
-        full_reward=sum(part.weight for part in config.reward.parts if part.weight > 0),
+        full_reward=sum(
+            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
+        ),
         rewards_decide=isinstance(config.algo.advantage, str),
         stop=stop,
     )

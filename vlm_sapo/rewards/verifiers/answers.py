@@ -32,7 +32,7 @@ ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer\s*>", re.DOTALL 
 BOX_START = re.compile(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]")
 BARE_BOX = re.compile(r"\\boxed\s*([-+]?\d[\d.,]*\d|[-+]?\d|[A-Z](?![A-Za-z]))")
 """TeX's short form `\boxed 5`."""
-GSM8K = re.compile(r"(?:^|\n)\s*####\s*([^\n]*\S)\s*$")
+GSM8K = re.compile(r"(?:^|\n)[^\S\n]*####\s*([^\n]*\S)\s*$")
 """The gold answer behind GSM8K's solutions."""
 
 VERB = (
@@ -47,8 +47,8 @@ STATEMENT = re.compile(
 )
 CHINESE_STATEMENT = re.compile(
     r"(?:(?:[正准]确|最终|最后|标准|本题)?(?:的)?(?:答案|选项|選項)(?:应该|应当|应|就)?(?:[是为為]|[:：])+"
-    r"|[故应應]?(?:因此|所以|应该|应当)?[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
-    r"|(?:^|\n|[。；])\s*答\s*[:：])\s*[:：]?"
+    r"|[故应應]?(?:因此|所以|应该|应当)?(?<![不别別勿非])[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
+    r"|(?:^|\n|[。；])[^\S\n]*答\s*[:：])\s*[:：]?"
 )
 UNCLOSED_TAG = re.compile(r"<answer>", re.IGNORECASE)
 """An answer tag that was cut off, behind the last complete one."""
@@ -59,7 +59,7 @@ HEADING = re.compile(
 )
 """A line or a table's cell that says nothing but `Answer`; the answer stands behind or below."""
 CONCLUSION = re.compile(
-    r"(?:^|[\n.!?。！？]\s*|\*\*\s*)(?:(?:therefore|thus|hence|so|consequently|in\s+conclusion|finally)\b,?"
+    r"(?:^|[\n.!?。！？][^\S\n]*|\*\*\s*|\s(?-i:(?=Therefore|Thus|Hence)))(?:(?:therefore|thus|hence|so|consequently|in\s+conclusion|finally)\b,?"
     r"|所以|因此|故|综上所述|综上)[,，]?\s*(?:(?:we|I)\s+(?:have|get|find|obtain|conclude)\s*(?:that\s+)?|[:：])?",
     re.IGNORECASE,
 )
@@ -84,6 +84,8 @@ REFUSAL = re.compile(
     r")|无法|抱歉|对不起|看不清|不知道|不确定",
     re.IGNORECASE,
 )
+TURN_END = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+"""What a model without a stop token writes behind its answer; what follows is another turn."""
 BARE_ANSWER_LENGTH = 100
 """Characters of a response that may be nothing but an answer."""
 TAIL = 20_000
@@ -112,11 +114,16 @@ class BadGold(Ungraded):
 
 @dataclass(frozen=True)
 class Mark:
-    """A marked answer: from `start` to `end` in the response, marks included."""
+    """A marked answer: from `start` to `end` in `response`, marks included."""
 
     start: int
     end: int
-    text: str
+    inside: slice
+    response: str
+
+    @property
+    def text(self) -> str:
+        return self.response[self.inside].strip()
 
 
 def reads_answers(verifier: Callable[..., float]) -> Callable[..., float]:
@@ -175,20 +182,19 @@ def find_answer(response: str, finding: Finding = "marked") -> str:
 
 def marked_answer(response: str) -> str | None:
     """The text of the last complete `\\boxed{...}` or answer tag after the last thought; None without one."""
-    marks = _marks(after_thoughts(response)[-TAIL:])
-    return marks[-1].text if marks else None
+    mark = _last_mark(after_thoughts(response)[-TAIL:])
+    return mark[0] if mark else None
 
 
 def stated_answer(response: str) -> str | None:
     """The last answer after the last thought that is marked, a JSON field, or stated; else what a concluding
     sentence says; else a short response itself; None without one."""
-    response = after_thoughts(response).strip()[-TAIL:]
-    marks = _marks(response)
-    start = marks[-1].end if marks else 0
-    if stated := _last_statement(response, start, after_mark=bool(marks)):
+    response = TURN_END.split(after_thoughts(response), maxsplit=1)[0].strip()[-TAIL:]
+    mark = _last_mark(response)
+    if stated := _last_statement(response, mark[1] if mark else 0, after_mark=bool(mark)):
         return stated
-    if marks:
-        return marks[-1].text
+    if mark:
+        return mark[0]
     if fields := JSON_ANSWER.findall(response):
         return fields[-1].strip('"').replace("\\\\", "\\").strip() or None
     if is_degenerate(response):
@@ -223,32 +229,40 @@ def is_degenerate(text: str) -> bool:
 
 
 def _boxes(text: str) -> list[Mark]:
+    """The complete boxes in no other, in order."""
+    outer: list[Mark] = []
+    for mark in reversed(_nested_boxes(text)):
+        if not outer or mark.end <= outer[-1].start:
+            outer.append(mark)
+    return outer[::-1]
+
+
+def _nested_boxes(text: str) -> list[Mark]:
+    """All complete boxes in the order of their ends, those in others too."""
     marks: list[Mark] = []
     opened: list[tuple[int, int]] = []
     for match in BOX_START.finditer(text):
         if match[0] != "}":
             opened.append((match.start(), match.end() if len(match[0]) > 1 else -1))
         elif opened and (start := opened.pop())[1] >= 0:
-            while marks and marks[-1].start > start[0]:
-                marks.pop()
-            marks.append(Mark(start[0], match.end(), text[start[1] : match.start()].strip()))
+            marks.append(Mark(start[0], match.end(), slice(start[1], match.start()), text))
     return marks
 
 
-def _marks(text: str) -> list[Mark]:
-    """All marked answers in the order of their ends. A mark around another is read as the inner one."""
-    boxes = [*_boxes(text), *(Mark(item.start(), item.end(), item[1]) for item in BARE_BOX.finditer(text))]
-    tags = [Mark(item.start(), item.end(), item[1].strip()) for item in ANSWER_TAG.finditer(text)]
-    outer = [
-        mark
-        for mark in (*boxes, *tags)
-        if not any(other.start < mark.start and mark.end < other.end for other in (*boxes, *tags))
-    ]
-    marks = []
-    for mark in sorted(outer, key=lambda mark: mark.end):
-        inner = _marks(mark.text)
-        marks.append(replace(mark, text=inner[-1].text) if inner else mark)
-    return marks
+def _last_mark(text: str) -> tuple[str, int] | None:
+    """The text of the marked answer that ends last, and that end; None without one. A mark around others is
+    read as the last of the inner ones."""
+    marks = _nested_boxes(text)
+    for form in (BARE_BOX, ANSWER_TAG):
+        marks += [Mark(item.start(), item.end(), slice(*item.span(1)), text) for item in form.finditer(text)]
+    if not marks:
+        return None
+    marks.sort(key=lambda mark: mark.end, reverse=True)
+    innermost = marks[0]
+    for mark in marks:
+        if mark.start > innermost.start:
+            innermost = mark
+    return innermost.text, marks[0].end
 
 
 def _last_statement(response: str, start: int, *, after_mark: bool) -> str:

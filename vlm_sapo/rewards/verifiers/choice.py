@@ -48,8 +48,16 @@ ARTICLE = re.compile(
 LEADING_LETTER = re.compile(
     r"^(?i:option|choice|answer|[选選][项項])?\s*\(?([A-Z])\)?(?=[\s.,:;)\]]|[\u3001-\u9fff]|$)"
 )
-DENIED = re.compile(r"\W*(?:is|was|can|does)?\s*(?:n't|not\b|wrong|incorrect|false)", re.IGNORECASE)
+DENIED = re.compile(
+    r"\W*(?:is|was|can|does)?\s*(?:n't|not\b|wrong|incorrect|false)|\W*是?(?:不|错|錯)", re.IGNORECASE
+)
 """What makes a letter in front of it no answer."""
+DENYING = re.compile(
+    r"(?:\b(?:not|cannot|never|no|neither|nor|except|but|without|eliminat\w+|exclud\w+|reject\w*|rul\w+\s+out)\b"
+    r"|n't\b|[不非]|排除|除了)[^.,;:!?。，；]{0,40}$",
+    re.IGNORECASE,
+)
+"""What makes a letter or words behind it, in the same clause, no answer."""
 BARE_LETTER = re.compile(r"\W?[A-J]\W?")
 LONGEST_VALUE, LONGEST_LIST = 60, 200
 """Characters of a text that may be an option's value, or a list of options."""
@@ -236,7 +244,7 @@ def _answered_options(response: str, options: list[str], finding: Finding) -> fr
         return None
     whole = response.strip()[-TAIL:]
     last_line = whole.splitlines()[-1] if whole else ""
-    letters = set(BRACKETED.findall(last_line))
+    letters = {mark[1] for mark in BRACKETED.finditer(last_line) if not _is_denied(last_line, *mark.span())}
     concluded = _in_range({_index(*letters)}, options) if len(letters) == 1 else None
     stated_last = stated is not None and stated != whole and (stated in last_line or concluded is None)
     if stated_last and (named := _stated_option(stated, options)) is not None:
@@ -275,9 +283,19 @@ def _leading_option(text: str, options: list[str], *, alone: bool = False) -> fr
 
 
 def _mentioned_option(text: str, options: Sequence[str]) -> frozenset[int] | None:
-    """The one option whose words the text contains; None where it contains none or several."""
+    """The one option whose words the text contains; None where it contains none or several, or denies it."""
     mentioned = _mentioned_options(text, options)
-    return frozenset(mentioned) if len(mentioned) == 1 else None
+    if len(mentioned) != 1:
+        return None
+    (index,) = mentioned
+    start = text.casefold().rfind(options[index].casefold())
+    denied = start >= 0 and _is_denied(text, start, start + len(options[index]))
+    return None if denied else frozenset(mentioned)
+
+
+def _is_denied(text: str, start: int, end: int) -> bool:
+    """Whether a text denies what stands in it from `start` to `end`."""
+    return bool(DENYING.search(text[max(start - 80, 0) : start]) or DENIED.match(text[end:]))
 
 
 def _mentioned_options(text: str, options: Sequence[str]) -> set[int]:

@@ -64,6 +64,8 @@ NOT_ONE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 """What an answer that is one number can't contain: other relations, alternatives, ratios, several numbers."""
+VALUE_MARK = re.compile(r"[=:]|\b(?:is|are|equals|gives)\b")
+"""What stands before the value at the end of a last line."""
 LONGEST_PROSE = 3000
 """Characters at a response's end in which math-verify looks for an answer; longer ones take it seconds."""
 ASSIGNMENT = re.compile(r"^\s*\$*\s*([A-Za-z](?:[\w{}\\ ']{0,20}))(?:\([\w\\{}, ]{1,20}\))?\s*=\s*([^=]+)$")
@@ -93,6 +95,13 @@ def math(response: str, example: Example, *, finding: Finding = "marked") -> flo
         return 1.0
     if answer and not PROSE.search(normalize(answer, "expression")):  # only a sentence has a second chance
         return float(len(boxes) > 1 and answers_match(", ".join(boxes), gold))
+    # without marked mathematics math-verify takes any number of a text for its answer
+    if not answer and not MATH_DELIMITERS.search(response) and PROSE.search(response):
+        return float(
+            answers_match(VALUE_MARK.split(response.strip().splitlines()[-1])[-1].strip(" *."), gold)
+        )
+    if answer and not MATH_DELIMITERS.search(response) and not re.search(r"[\d\\]|[A-Z]{2}", answer):
+        return 0.0
     return float(expressions_match(response[-LONGEST_PROSE:], gold))
 
 

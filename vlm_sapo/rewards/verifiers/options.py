@@ -94,23 +94,22 @@ def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any]) -> tuple[
 
 def column_options(columns: Mapping[str, Any], answer: Any) -> Options:
     """The options in a row's columns: in one of OPTION_COLUMNS, or a column per letter (`A`, `B` or
-    `option_a`, `choice_b`), which count where the gold answer is a letter or one of them. Raises ValueError
-    for options that are no texts."""
+    `option_a`, `choice_b`); those of a letter alone count where the gold answer is a letter or one of them.
+    Raises ValueError for options that are no texts."""
     for name in OPTION_COLUMNS:
         if (options := _listed(columns.get(name), name)).texts:
             return options
-    by_letter = {}
+    by_letter, named = {}, False
     for name, value in columns.items():
         if (match := LETTER_COLUMN.fullmatch(str(name))) and not _is_empty(value):
             by_letter.setdefault((match[1] or match[2]).upper(), value)
+            named = named or bool(match[1])
     if not {"A", "B"} <= by_letter.keys():
         return Options()
     gold = gold_answer(str(answer)).strip()
-    if not (re.fullmatch(r"\W*[A-Z](?:\W+[A-Z])*\W*|[A-Z]{2,}", gold) or LETTERED.fullmatch(gold)) and (
-        gold.casefold() not in {str(value).strip().casefold() for value in by_letter.values()}
-    ):
-        return Options()
-    return _by_name(by_letter, "A, B, ...")
+    is_letter = re.fullmatch(r"\W*[A-Z](?:\W+[A-Z])*\W*|[A-Z]{2,}", gold) or LETTERED.fullmatch(gold)
+    texts = {str(value).strip().casefold() for value in by_letter.values()}
+    return _by_name(by_letter, "A, B, ...") if named or is_letter or gold.casefold() in texts else Options()
 
 
 def _listed(value: Any, name: str) -> Options:
