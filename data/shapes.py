@@ -2,7 +2,7 @@
 cells; the hard one, on which methods are compared, has sixteen with more shapes, longer listings and sums.
 
 Every row is drawn from its index, so a split needs no files: `rows(split="train", size=1000)` is a sequence
-of dicts with `id, problem, images, answer, kind`, `choices` where the answer is one of a few words, and
+of dicts with `id, problem, images, answer, kind`, `words` where the answer is one of a few, and
 `demonstration` for the cold start. A layout belongs to the held-out splits or to the training splits by its
 checksum, so no held-out image has a layout that was ever trained on.
 """
@@ -117,7 +117,7 @@ def draw_image(rng: random.Random, layout: Layout, cells: int) -> Image.Image:
 
 
 def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
-    """A question of a kind: gold answer, choices where there are any, `target`, what it asks about, and
+    """A question of a kind: gold answer, words where it is one of a few, `target`, what it asks about, and
     `sum`, the step before the answer where there is one."""
     if kind.endswith("_at"):
         cell = rng.choice(list(layout))
@@ -126,13 +126,13 @@ def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
             return {
                 "problem": f"Which color is the shape in cell {cell}?",
                 "answer": color,
-                "choices": list(COLORS),
+                "words": list(COLORS),
                 "target": [cell],
             }
         return {
             "problem": f"Which shape is in cell {cell}?",
             "answer": shape,
-            "choices": list(SHAPES),
+            "words": list(SHAPES),
             "target": [cell],
         }
     if kind == "add":
@@ -154,7 +154,7 @@ def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
         return {"problem": problem, "answer": str(count[first]), "target": [first]}
     problem = f"Are there more {plural.format(first)} than {plural.format(second)}?"
     answer = "yes" if count[first] > count[second] else "no"
-    return {"problem": problem, "answer": answer, "choices": ["yes", "no"], "target": [first, second]}
+    return {"problem": problem, "answer": answer, "words": ["yes", "no"], "target": [first, second]}
 
 
 def demonstrate(rng: random.Random, layout: Layout, row: dict, look: bool) -> str:
@@ -164,7 +164,7 @@ def demonstrate(rng: random.Random, layout: Layout, row: dict, look: bool) -> st
     a shape; the cell that was asked for is `4 yes red circle`. Counts of two kinds are added up at the end.
     """
     if not look:
-        guesses = row.get("choices") or ["0", "1", "2", "3"]
+        guesses = row.get("words") or ["0", "1", "2", "3"]
         return f"I guess \\boxed{{{rng.choice(guesses)}}}"
     counts = dict.fromkeys(row["target"], 0)
     seen = []

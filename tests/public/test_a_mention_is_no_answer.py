@@ -16,6 +16,7 @@ from vlm_sapo.rewards.verifiers.table import VERIFIERS
         ("The image does not show any bars. It is 9 pixels high.", "no_answer"),
         ("无法看清图9中的数字。", "no_answer"),
         ("As an AI I can't read 9 digits.", "no_answer"),
+        ("The answer is not 9.", "no_answer"),
         ("9", 1),
         ("9 bars", 1),
         ("There are 9 bars.", 1),

@@ -21,6 +21,10 @@ from vlm_sapo.rewards.verifiers.table import VERIFIERS
         ("**Final Answer**\n(C)", 1),
         ("| Answer | C |", 1),
         (r"The answer is $\boxed{C}$. The answer is correct because of the law.", 1),
+        ("It must be option C.", 1),
+        ("I would choose (C)", 1),
+        ("We pick C because of its colour", 1),
+        ("I would not choose C", "no_answer"),
         ("Both A and C are mentioned in the text", "no_answer"),
     ],
 )

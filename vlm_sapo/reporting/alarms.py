@@ -21,7 +21,7 @@ SILENT_STEPS_SHOWN = 20
 """Most steps without a learning signal whose cause is looked for."""
 SILENT_SHARE = 0.8
 """Share of steps without a signal from which on a run has learnt nothing."""
-FULL_SHARE = 0.999
+FULL_SHARE = 0.95
 """Share of the full reward from which on rows are solved."""
 TRUNCATED_SHARE, IDENTICAL_SHARE = 0.5, 0.9
 """Shares of truncated and of identical responses that explain a missing signal."""

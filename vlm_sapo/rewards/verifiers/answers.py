@@ -50,6 +50,12 @@ CHINESE_STATEMENT = re.compile(
     r"|[故应應]?(?:因此|所以|应该|应当)?(?<![不别別勿非])[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
     r"|(?:^|\n|[。；])[^\S\n]*答\s*[:：])\s*[:：]?"
 )
+CHOICE_STATEMENT = re.compile(
+    r"(?:\b(?:I|we)\s+(?:(?:would|will|'d|'ll|therefore|thus|must)\s+)*(?:choose|pick|select|go\s+with)"
+    r"|\b(?:is|be))\s+(?:option|choice|answer)?\s*(?=(?:\*\*)?\(?(?-i:[A-Z])\)?(?![A-Za-z']))",
+    re.IGNORECASE,
+)
+"""`I choose B`, `it must be option B`."""
 UNCLOSED_TAG = re.compile(r"<answer>", re.IGNORECASE)
 """An answer tag that was cut off, behind the last complete one."""
 HEADING = re.compile(
@@ -200,7 +206,8 @@ def stated_answer(response: str) -> str | None:
     if is_degenerate(response):
         return None
     if 0 < len(response) <= BARE_ANSWER_LENGTH and "\n" not in response:
-        return None if REFUSAL.search(response) else _conclusion(response) or response
+        refused = REFUSAL.search(response) or STATEMENT.search(response)  # which says what it isn't
+        return None if refused else _conclusion(response) or response
     return _conclusion(response)
 
 
@@ -268,7 +275,7 @@ def _last_mark(text: str) -> tuple[str, int] | None:
 def _last_statement(response: str, start: int, *, after_mark: bool) -> str:
     """What the last statement after `start` says; empty if there is none. After a marked answer only a short
     one counts, and none that speaks about that answer."""
-    forms = (STATEMENT, CHINESE_STATEMENT, HEADING, UNCLOSED_TAG)
+    forms = (STATEMENT, CHINESE_STATEMENT, CHOICE_STATEMENT, HEADING, UNCLOSED_TAG)
     statements = [match for form in forms for match in form.finditer(response, start)]
     for match in sorted(statements, key=lambda match: match.end(), reverse=True):
         text = _to_sentence_end(response[match.end() :])
