@@ -89,3 +89,5 @@ def test_a_row_is_printed_as_the_model_reads_it(doctor):
     assert "plain rows: problem from problem, answer from answer, images from image" in output
     assert "as the model reads it" in output and "tokens>What is 0 + 1?" in output
     assert "gold answer '1', graded by math" in output
+    assert "the prompt asks for no \\boxed{} and no <answer> tags" in output
+    assert "asks for no" not in doctor(template="{problem} Put it in \\boxed{}.").output

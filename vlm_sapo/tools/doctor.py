@@ -31,7 +31,8 @@ from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
-from vlm_sapo.rewards.verifiers.table import own_verifier
+from vlm_sapo.rewards.verifiers.layout import Layout
+from vlm_sapo.rewards.verifiers.table import VERIFIERS, own_verifier
 from vlm_sapo.types import one_line
 
 IDS_PER_FINDING = 5
@@ -109,6 +110,8 @@ class Preview:
     verifier: str
     scores: dict[str, str]
     """What the gold answer and a wrong one earn, by response."""
+    asks_for_no_mark: bool
+    """Whether a built-in verifier reads marked answers only, and the prompt asks for no mark."""
 
     def lines(self) -> Iterator[str]:
         """For the terminal."""
@@ -116,6 +119,9 @@ class Preview:
         yield from (f"    {line}" for line in _shortened(self.prompt).splitlines())
         scores = "; ".join(f"{text!r} earns {score}" for text, score in self.scores.items())
         yield f"  gold answer {self.gold!r}, graded by {self.verifier}: {scores or 'nothing to try'}"
+        if self.asks_for_no_mark:
+            yield "  the prompt asks for no \\boxed{} and no <answer> tags, and an answer without them earns"
+            yield "  nothing; unless the model writes them by itself, ask for them in data.template"
 
 
 def _shortened(text: str) -> str:
@@ -432,7 +438,16 @@ class Inspector:
             for trial in trials[:1]
             for response, reward in zip((trial.right, trial.wrong), trial.rewards, strict=True)
         }
-        return Preview(row.id, self.encode.describe(prompt), row.tokens, row.example.answer, verifier, scores)
+        layout, marked = Layout.asked(row.example), args.get("finding", "marked") == "marked"
+        return Preview(
+            row.id,
+            self.encode.describe(prompt),
+            row.tokens,
+            row.example.answer,
+            verifier,
+            scores,
+            asks_for_no_mark=name in VERIFIERS and marked and not (layout.box or layout.tag),
+        )
 
 
 def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bool:
