@@ -295,7 +295,7 @@ def _report(summary: dict) -> None:
             label = name or "held-out"
             typer.echo(f"{label} pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
     if conclusion := summary.get("learnt_nothing"):
-        typer.echo(f"warning: {conclusion}")
+        typer.echo(f"warning: {conclusion.partition(';')[0]}")
 
 
 ALARM = 3
