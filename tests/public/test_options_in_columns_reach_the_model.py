@@ -26,6 +26,7 @@ LAYOUTS = {
     "Python": {"options": "['heron', 'stork', 'crane']"},
     "one text": {"option": "A. heron; B. stork; C. crane"},
     "lines": {"choices": "heron\nstork\ncrane"},
+    "bars": {"choices": "heron | stork | crane"},
     "padded": {"choices": [*BIRDS, None, None]},
     "columns by letter": {"A": "heron", "B": "stork", "C": "crane", "D": float("nan"), "E": ""},
     "columns with a prefix": {"option_a": "heron", "option_b": "stork", "option_c": "crane"},
@@ -129,6 +130,13 @@ def test_what_cannot_be_read_is_refused_with_the_rows_name(read, columns, gold, 
     with pytest.raises(RowError, match=f"row 17 of .*{words}") as error:
         read(**columns, answer=gold)
     assert len(str(error.value)) < 400
+
+
+def test_numbers_of_the_problems_own_list_are_not_indices_from_zero(read):
+    problem = "Which bird is it?\n1. heron\n2. stork\n3. crane"
+    with pytest.raises(RowError, match="gold answer 2 may count from 1 or from 0"):
+        read(problem, choices=BIRDS, answer="2")
+    assert score(read(problem, choices=BIRDS, answer="stork"), "stork") == 1
 
 
 def test_marks_in_options_stand_for_images(read):

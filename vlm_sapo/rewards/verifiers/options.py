@@ -79,6 +79,12 @@ def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any]) -> tuple[
     rows as they are. Raises ValueError for options that are no texts."""
     try:
         options = column_options(row, answer)
+        is_index = not options.labels and re.fullmatch(r"\d{1,2}", str(answer).strip())
+        if is_index and _numbers_options(problem, options.texts):
+            raise ValueError(
+                f"the problem numbers them, so that the gold answer {answer} may count from 1 or from 0; write "
+                "the option's text or letter instead"
+            )
         if isinstance(answer, list | tuple):
             letters = [options.letter(item) for item in answer]
             answer = letters if letters and all(letters) else answer
@@ -90,6 +96,14 @@ def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any]) -> tuple[
         return problem, answer
     lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options.texts, strict=False)]
     return "\n".join([problem.rstrip(), *lines]), answer
+
+
+def _numbers_options(problem: str, texts: Sequence[str]) -> bool:
+    """Whether a problem lists these options as `1. one 2. two`."""
+    return len(texts) > 1 and all(
+        re.search(rf"(?<![\d.]){number}\s*[.:、)]\s*{re.escape(text)}", problem)
+        for number, text in enumerate(texts, 1)
+    )
 
 
 def column_options(columns: Mapping[str, Any], answer: Any) -> Options:
@@ -160,7 +174,7 @@ def _parsed(text: str) -> Any:
             return read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    parts = [part.strip() for part in re.split(r";\s*|\n", text) if part.strip()]
+    parts = [part.strip() for part in re.split(r";\s*|\n|\s*\|\s*", text) if part.strip()]
     in_order = len(parts) > 1 and _without_letters(parts) != parts
     return parts if in_order else list(options_in_text(text)) or (parts if len(parts) > 1 else [])
 
