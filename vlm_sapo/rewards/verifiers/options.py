@@ -82,8 +82,8 @@ def multiple_choice(problem: str, answer: Any, row: Mapping[str, Any]) -> tuple[
         is_index = not options.labels and re.fullmatch(r"\d{1,2}", str(answer).strip())
         if is_index and _numbers_options(problem, options.texts):
             raise ValueError(
-                f"the problem numbers them, so that the gold answer {answer} may count from 1 or from 0; write "
-                "the option's text or letter instead"
+                f"the problem numbers them, so that the gold answer {answer} may count from 1 or from 0; "
+                "write the option's text or letter instead"
             )
         if isinstance(answer, list | tuple):
             letters = [options.letter(item) for item in answer]
