@@ -47,7 +47,7 @@ def _check_layouts(reward: cfg.RewardConfig, stream: TaskMixture) -> None:
     if any(part.name == "format" and "pattern" not in part.args for part in reward.parts):
         for tasks in stream.streams.values():
             with suppress(RowError):  # it is an error when its turn comes
-                Layout.asked(tasks.examples[0]).pattern  # noqa: B018, its error is what is asked for
+                Layout.asked(tasks.examples[0]).check()
 
 
 def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:

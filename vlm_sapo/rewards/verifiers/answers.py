@@ -94,6 +94,8 @@ TURN_END = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 """What a model without a stop token writes behind its answer; what follows is another turn."""
 BARE_ANSWER_LENGTH = 100
 """Characters of a response that may be nothing but an answer."""
+FENCES_TAIL = 200_000
+"""Characters at a response's end in which fenced JSON is looked for."""
 TAIL = 20_000
 """Characters at a response's end that are searched."""
 DEGENERATE_LENGTH, DEGENERATE_SHARE = 1000, 0.03
@@ -213,7 +215,7 @@ def stated_answer(response: str) -> str | None:
 
 def fenced_json(response: str) -> str | None:
     """The last code fence that is JSON, unless a marked answer comes after it; else None."""
-    response = after_thoughts(response)
+    response = after_thoughts(response)[-FENCES_TAIL:]
     for fence in reversed(list(re.finditer(r"```(?:json)?(.*?)```", response, re.DOTALL))):
         try:
             json.loads(fence[1])

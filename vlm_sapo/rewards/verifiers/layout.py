@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vlm_sapo.rewards.verifiers.answers import boxed
 from vlm_sapo.types import Example
 
 NAMES = ("<think>", "<answer>", "\\boxed")
@@ -30,20 +31,24 @@ class Layout:
             text = example.problem
         return cls(*(name in text for name in NAMES))
 
-    @property
-    def pattern(self) -> str:
-        """A regular expression of the whole response, `.` matching newlines. Raises ValueError if the prompt
-        asks for nothing."""
+    def check(self) -> None:
+        """Raises ValueError if the prompt asks for nothing."""
         if not (self.thoughts or self.tag or self.box):
             raise ValueError(
                 "format has no pattern, and the prompt asks for none of <think> </think>, <answer> </answer> "
                 "and \\boxed{}; ask for a layout in data.template, or set the part's args.pattern"
             )
-        thoughts = r"<think>.*?</think>" if self.thoughts else r"(?:.*</think>)?+"
-        thoughts += r"(?!.*<think>)"  # none that stays open
+
+    def fits(self, response: str) -> bool:
+        """Whether a response has this layout: its thoughts closed, and one answer block at its end or a box
+        behind them."""
+        thoughts, end, rest = response.rpartition("</think>")
+        if "<think>" in rest or (self.thoughts and not (end and thoughts.startswith("<think>"))):
+            return False
         if self.tag:
-            return rf"{thoughts}(?:(?!<answer>).)*<answer>(?:(?!<answer>).)*</answer>"
-        return rf"{thoughts}.*\\boxed\{{.*\}}.*" if self.box else rf"{thoughts}.*\S.*"
+            tags = rest.count("<answer>"), rest.count("</answer>")
+            return tags == (1, 1) and rest.endswith("</answer>")
+        return bool(boxed(rest) if self.box else rest.strip())
 
     def write(self, answer: str) -> str:
         """A response of this layout with an answer, in a box if the prompt asks for nothing."""
@@ -55,5 +60,8 @@ class Layout:
 def format(response: str, example: Example, *, pattern: str | None = None) -> float:
     """1.0 where the whole response has the layout that the row's prompt asks for, or `pattern` (a regular
     expression, `.` matching newlines)."""
-    pattern = Layout.asked(example).pattern if pattern is None else pattern
+    if pattern is None:
+        layout = Layout.asked(example)
+        layout.check()
+        return float(layout.fits(response.strip()))
     return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
