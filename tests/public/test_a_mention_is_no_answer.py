@@ -17,6 +17,8 @@ from vlm_sapo.rewards.verifiers.table import VERIFIERS
         ("无法看清图9中的数字。", "no_answer"),
         ("As an AI I can't read 9 digits.", "no_answer"),
         ("The answer is not 9.", "no_answer"),
+        ("See Figure 9.", "no_answer"),
+        ("如图9所示。", "no_answer"),
         ("9", 1),
         ("9 bars", 1),
         ("There are 9 bars.", 1),

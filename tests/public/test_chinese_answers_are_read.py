@@ -22,6 +22,8 @@ from vlm_sapo.rewards.verifiers.table import VERIFIERS
         ("答案：Ｃ", 1),
         ("正确选项是C，因为A不对。", 1),
         ("答案是 B", 0),
+        ("不应该选C", "no_answer"),
+        ("不应选C", "no_answer"),
         ("故选：B", 0),
         ("选择了错误的路，无法确定", "no_answer"),
     ],

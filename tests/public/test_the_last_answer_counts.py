@@ -25,6 +25,7 @@ from vlm_sapo.rewards.verifiers.table import VERIFIERS
         ("I would choose (C)", 1),
         ("We pick C because of its colour", 1),
         ("I would not choose C", "no_answer"),
+        ("It can't be C.", "no_answer"),
         ("Both A and C are mentioned in the text", "no_answer"),
     ],
 )

@@ -28,7 +28,7 @@ def command(*words, check=True):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
     )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

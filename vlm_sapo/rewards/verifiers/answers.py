@@ -25,9 +25,12 @@ from vlm_sapo.types import Example, ResponseText
 
 Finding = Literal["marked", "stated"]
 
-THOUGHT_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "reflection")
-THOUGHT_END = re.compile(rf"</(?:{'|'.join(THOUGHT_TAGS)})\s*>|◁/think▷", re.IGNORECASE)
-THOUGHT_START = re.compile(rf"<(?:{'|'.join(THOUGHT_TAGS)})\s*>|◁think▷", re.IGNORECASE)
+THOUGHT_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "reflection", "scratchpad")
+_TAGS = rf"(?:seed:)?(?:{'|'.join(THOUGHT_TAGS)})"
+THOUGHT_END = re.compile(rf"<\s?/\s?{_TAGS}\s?>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷", re.IGNORECASE)
+THOUGHT_START = re.compile(
+    rf"<\s?{_TAGS}(?:\s[^<>]{{0,80}})?>|\[THINK\]|<\|begin_of_thought\|>|◁think▷", re.IGNORECASE
+)
 ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer\s*>", re.DOTALL | re.IGNORECASE)
 BOX_START = re.compile(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]")
 BARE_BOX = re.compile(r"\\boxed\s*([-+]?\d[\d.,]*\d|[-+]?\d|[A-Z](?![A-Za-z]))")
@@ -47,12 +50,13 @@ STATEMENT = re.compile(
 )
 CHINESE_STATEMENT = re.compile(
     r"(?:(?:[正准]确|最终|最后|标准|本题)?(?:的)?(?:答案|选项|選項)(?:应该|应当|应|就)?(?:[是为為]|[:：])+"
-    r"|[故应應]?(?:因此|所以|应该|应当)?(?<![不别別勿非])[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
+    r"|[故应應]?(?:因此|所以|应该|应当)?(?<![不别別勿非])(?<![不别別勿非][应應])(?<![不别別勿非][应應][该該当當])[选選](?:择|擇)?(?:项|項)?(?:[是为為]|[:：])*(?=\s*[(（\[【]?\s*[A-ZＡ-Ｚ])"
     r"|(?:^|\n|[。；])[^\S\n]*答\s*[:：])\s*[:：]?"
 )
 CHOICE_STATEMENT = re.compile(
     r"(?:\b(?:I|we)\s+(?:(?:would|will|'d|'ll|therefore|thus|must)\s+)*(?:choose|pick|select|go\s+with)"
-    r"|\b(?:is|be))\s+(?:option|choice|answer)?\s*(?=(?:\*\*)?\(?(?-i:[A-Z])\)?(?![A-Za-z']))",
+    r"|(?<!n't )(?<!n’t )(?<!not )\b(?:is|be))\s+(?:option|choice|answer)?\s*"
+    r"(?=(?:\*\*)?\(?(?-i:[A-Z])\)?(?![A-Za-z']))",
     re.IGNORECASE,
 )
 """`I choose B`, `it must be option B`."""

@@ -50,6 +50,11 @@ LEAD = re.compile(
 )
 """Words before a number that say nothing else: `There are a total of`."""
 DENIAL = re.compile(r"\b(?:not|no|cannot|unable|unknown|unclear|neither|nor|or)\b|n't", re.IGNORECASE)
+REFERENCE = re.compile(
+    r"(?:\b(?:figure|fig\.?|table|page|step|row|line|chapter|section|question|problem|image)|[图圖表第])\s*\d+",
+    re.IGNORECASE,
+)
+"""What is numbered in a text, and is no answer: `Figure 7`."""
 NO_UNIT = re.compile(
     r"[\d=+*/^<>\\:;,|_]|(?:^|\s)-\s|\b(?:or|and|to|times|squared|cubed|plus|minus|half|"
     + "|".join([*NUMBER_WORDS, *SCALES])
@@ -139,7 +144,7 @@ def _only_number(text: str, *, percent: bool) -> float | None:
     denies."""
     if "=" in text and (value := read_number(text.rpartition("=")[2], percent=percent)) is not None:
         return value
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(REFERENCE.sub(" ", text))
     return _value(numbers[0], percent) if len(numbers) == 1 and not DENIAL.search(text) else None
 
 
