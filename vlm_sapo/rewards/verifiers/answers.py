@@ -1,7 +1,7 @@
 """Where the answer of a response is: one rule for all verifiers.
 
 1. Only what follows the last closed thought is read; while a thought is open there is no answer.
-2. Training reads the last *marked* answer: a complete `\boxed{...}` or `<answer>...</answer>`, whichever ends
+2. Training reads the last *marked* answer: a complete `\\boxed{...}` or `<answer>...</answer>`, whichever ends
    later. A guess at what an unmarked response meant would reward luck.
 3. Evaluations of responses that were written without marks read the last answer that is marked or *stated*
    ("the answer is ...", a heading `Answer`, 答案是 ...); else what a concluding sentence says ("Therefore,
@@ -34,7 +34,7 @@ THOUGHT_START = re.compile(
 ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer\s*>", re.DOTALL | re.IGNORECASE)
 BOX_START = re.compile(r"\\f?box(?:ed)?\s*\{|(?<!\\)[{}]")
 BARE_BOX = re.compile(r"\\boxed\s*([-+]?\d[\d.,]*\d|[-+]?\d|[A-Z](?![A-Za-z]))")
-"""TeX's short form `\boxed 5`."""
+"""TeX's short form `\\boxed 5`."""
 GSM8K = re.compile(r"(?:^|\n)[^\S\n]*####\s*([^\n]*\S)\s*$")
 """The gold answer behind GSM8K's solutions."""
 
