@@ -8,7 +8,7 @@ from PIL import Image
 from vlm_sapo.rewards.verifiers.answers import BadGold, NoAnswer, marked_answer, stated_answer
 from vlm_sapo.rewards.verifiers.boxes import box, giou, iou, point_in_box
 from vlm_sapo.rewards.verifiers.choice import choice
-from vlm_sapo.rewards.verifiers.layout import Layout, format
+from vlm_sapo.rewards.verifiers.layout import ResponseLayout, format
 from vlm_sapo.rewards.verifiers.math import math
 from vlm_sapo.rewards.verifiers.number import count, number, read_number
 from vlm_sapo.rewards.verifiers.table import auto
@@ -396,7 +396,7 @@ THINK = "First reason in <think> </think> tags."
 def test_format_follows_the_prompt(prompt, response, score):
     row = example("1", problem=f"How many? {prompt}")
     assert format(response, row) == score
-    assert format(Layout.asked(row).write("1"), row) == 1
+    assert format(ResponseLayout.asked(row).write("1"), row) == 1
 
 
 def test_format_without_a_layout_in_the_prompt_wants_a_pattern():

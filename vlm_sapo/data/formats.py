@@ -103,7 +103,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Which columns hold what. A name with a dot leads into a mapping."""
 
     name: str
@@ -237,7 +237,7 @@ class Layout:
         return self.problem if empty == 0 else str(column), images
 
 
-def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -> Layout:
+def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -> RowLayout:
     """The layout of rows with the columns and values of `row`, some of its columns named by the user.
 
     Raises ValueError where a name isn't a column, or where several columns could be the problem or the
@@ -255,7 +255,7 @@ def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -
             answer = _usual("answer", tiers, row, source)
     images = names["images"] if "images" in names else _image_columns(row, source, {problem, answer})
     images = (images,) if isinstance(images, str) else tuple(images)
-    return Layout(_whose(row, problem, answer, chat), problem, answer, images)
+    return RowLayout(_whose(row, problem, answer, chat), problem, answer, images)
 
 
 def _image_columns(row: Row, source: str, texts: set[str | None]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from vlm_sapo.rewards.verifiers.answers import Ungraded, gold_answer
 from vlm_sapo.rewards.verifiers.box_text import Box
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, in_coordinates
 from vlm_sapo.rewards.verifiers.choice import gold_options, read_options
-from vlm_sapo.rewards.verifiers.layout import Layout
+from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rewards.verifiers.number import read_number
 from vlm_sapo.rewards.verifiers.table import own_verifier
 from vlm_sapo.rewards.verifiers.text import gold_texts
@@ -245,7 +245,7 @@ def gold_response(example: Example, name: str, args: Mapping[str, Any], model: R
         answer = gold_texts(replace(example, answer=answer))[0]
     elif name == "json_fields":
         return model.with_text(answer)
-    return model.with_text(Layout.asked(example).write(answer))
+    return model.with_text(ResponseLayout.asked(example).write(answer))
 
 
 def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: ResponseText) -> ResponseText:
@@ -260,7 +260,7 @@ def wrong_response(example: Example, name: str, args: Mapping[str, Any], model: 
         answer = next((letter for i, letter in enumerate(letters) if i not in gold), answer)
     elif number is not None and name.rpartition(":")[2] not in TEXT_VERIFIERS:
         answer = f"{abs(number) * 2 + 7:g}"
-    return model.with_text(Layout.asked(example).write(answer))
+    return model.with_text(ResponseLayout.asked(example).write(answer))
 
 
 def _written(boxes: Sequence[Box]) -> str:

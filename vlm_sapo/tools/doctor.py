@@ -31,7 +31,7 @@ from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
-from vlm_sapo.rewards.verifiers.layout import Layout
+from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rewards.verifiers.table import VERIFIERS, own_verifier
 from vlm_sapo.types import one_line
 
@@ -438,7 +438,7 @@ class Inspector:
             for trial in trials[:1]
             for response, reward in zip((trial.right, trial.wrong), trial.rewards, strict=True)
         }
-        layout, marked = Layout.asked(row.example), args.get("finding", "marked") == "marked"
+        layout, marked = ResponseLayout.asked(row.example), args.get("finding", "marked") == "marked"
         return Preview(
             row.id,
             self.encode.describe(prompt),

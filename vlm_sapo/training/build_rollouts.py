@@ -17,7 +17,7 @@ from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import RewardPool
-from vlm_sapo.rewards.verifiers.layout import Layout
+from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
 from vlm_sapo.training.build_policy import Config, Purpose
@@ -47,7 +47,7 @@ def _check_layouts(reward: cfg.RewardConfig, stream: TaskMixture) -> None:
     if any(part.name == "format" and "pattern" not in part.args for part in reward.parts):
         for tasks in stream.streams.values():
             with suppress(RowError):  # it is an error when its turn comes
-                Layout.asked(tasks.examples[0]).check()
+                ResponseLayout.asked(tasks.examples[0]).check()
 
 
 def build_reward(reward: cfg.RewardConfig, trainers: int = 1) -> RewardPool:

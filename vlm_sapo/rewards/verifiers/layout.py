@@ -13,7 +13,7 @@ NAMES = ("<think>", "<answer>", "\\boxed")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ResponseLayout:
     """What a prompt asks a response to have. Thoughts that it doesn't ask for are allowed."""
 
     thoughts: bool
@@ -24,7 +24,7 @@ class Layout:
     """The answer in `\\boxed{}`."""
 
     @classmethod
-    def asked(cls, example: Example) -> Layout:
+    def asked(cls, example: Example) -> ResponseLayout:
         """What a row's system prompt and template name, or its problem where they name nothing."""
         text = f"{example.system or ''}\n{example.template}"
         if not any(name in text for name in NAMES):
@@ -61,7 +61,7 @@ def format(response: str, example: Example, *, pattern: str | None = None) -> fl
     """1.0 where the whole response has the layout that the row's prompt asks for, or `pattern` (a regular
     expression, `.` matching newlines)."""
     if pattern is None:
-        layout = Layout.asked(example)
+        layout = ResponseLayout.asked(example)
         layout.check()
         return float(layout.fits(response.strip()))
     return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
