@@ -3,8 +3,6 @@
 Source: https://github.com/huggingface/Math-Verify/issues/65
 """
 
-import time
-
 import pytest
 
 from tests.rewards.test_verifiers import example, graded
@@ -26,13 +24,11 @@ NAMES = ("math", "number", "count", "choice", "exact", "short", "anls", "edit_di
     ],
     ids=lambda text: text[:8],
 )
-def test_it_has_no_answer_at_once(response):
+def test_it_has_no_answer(response):
     row = example("B", problem="p")
-    start = time.process_time()
     for name in NAMES:
         gold = "3" if name in ("number", "count") else row.answer
         assert graded(VERIFIERS[name], response, example(gold), finding="stated") in ("no_answer", 0)
-    assert time.process_time() - start < 10  # one of them alone took that long
 
 
 def test_a_long_thought_with_an_answer_is_read():

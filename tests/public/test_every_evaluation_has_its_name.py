@@ -39,6 +39,6 @@ TWO_LINES = ["held-out pass@1: 0.250 before, 0.500 after", "mathvista pass@1: 0.
     ],
     ids=["two", "one of an older run", "two of an older run", "none", "only after", "learnt nothing"],
 )
-def test_the_last_lines_tell_each(summary, lines, capsys):
+def test_the_last_lines_name_each_evaluation(summary, lines, capsys):
     _report(summary)
     assert capsys.readouterr().out.splitlines() == lines

@@ -173,7 +173,7 @@ def test_kept_conversations_keep_their_images(tmp_path):
     records = [{"row": index, "scores": [0.5]} for index in range(3)]
     target = tmp_path / "kept/kept.jsonl"
     assert write_selected(target, ExampleSet(rows, section), records, (0, 1)) == 3
-    kept = build_examples(RowsConfig(source=str(target), pictures_anywhere=True))
-    assert [[image.tobytes() for image in example.images] for example in kept] == [
+    written = build_examples(RowsConfig(source=str(target), pictures_anywhere=True))
+    assert [[image.tobytes() for image in example.images] for example in written] == [
         [numbered_image().tobytes()] * 2
     ] * 3

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from vlm_sapo.plugins import absolute, resolve
+from vlm_sapo.plugins import absolute, check_call, resolve
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText, Reward
@@ -156,12 +156,7 @@ def resolve_reward(name: str, args: Mapping[str, Any], *, field: str) -> RewardF
     """The reward function called `name`. Raises ValueError naming `field` (such as `reward.parts.0`) if there
     is none or it doesn't take the arguments."""
     function = resolve(name, field=f"{field}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
-    try:
-        inspect.signature(function).bind("", None, **args)
-    except TypeError as error:
-        raise ValueError(
-            f"{field}.args ({args}) must fit {name}{inspect.signature(function)}; {error}"
-        ) from error
+    check_call(function, "", None, name=name, field=f"{field}.name", args=args)
     if is_builtin(name):
         _check_values(function, args, field)
     return function

@@ -244,10 +244,9 @@ def _check_trials(rows: RowSet) -> list[Finding]:
             tried = list({row.index: row for row, *_ in failed}.values())
             findings += rows.finding("breaks", "reward fails", tried, text)
         elif label not in NEVER_POSITIVE and all(trial.rewards[0].parts[label] <= 0 for trial in rows.trials):
-            text = (
-                f"{label} gives nothing to the gold answer in the layout that the prompt asks for, such as "
-            )
-            text += f"{one_line(rows.trials[0].right)!r}; let prompt and part ask for the same"
+            shown = one_line(rows.trials[0].right)
+            text = f"{label} gives nothing to {shown!r}, the gold answer in the layout that the prompt asks "
+            text += "for; let prompt and part ask for the same"
             findings += rows.finding("warning", "reward never earned", [t.row for t in rows.trials], text)
     return findings
 
@@ -410,8 +409,10 @@ class Inspector:
         with closing(RewardPool([spec], on_error="zero")) as reward:
             [part] = reward.parts
             rows = check_golds(examples, rows, reward, spec)
-        with closing(RewardPool(parts or [spec], on_error="zero")) as reward:
-            trials = try_reward(examples, rows, reward, spec)
+            trials = [] if parts else try_reward(examples, rows, reward, spec)
+        if parts:
+            with closing(RewardPool(parts, on_error="zero")) as reward:
+                trials = try_reward(examples, rows, reward, spec)
         return RowSet(
             name,
             rows,

@@ -1,8 +1,8 @@
 """Where the answer of a response is: one rule for all verifiers.
 
 1. Only what follows the last closed thought is read; while a thought is open there is no answer.
-2. Training reads the last *marked* answer: a complete `\\boxed{...}` or `<answer>...</answer>`, whichever ends
-   later. A guess at what an unmarked response meant would reward luck.
+2. Training reads the last *marked* answer: a complete `\\boxed{...}` or `<answer>...</answer>`, whichever
+   ends later. A guess at what an unmarked response meant would reward luck.
 3. Evaluations of responses that were written without marks read the last answer that is marked or *stated*
    ("the answer is ...", a heading `Answer`, 答案是 ...); else what a concluding sentence says ("Therefore,
    x = 5."); else all of a short response. What is merely mentioned is no answer.
