@@ -5,6 +5,7 @@ Source: https://github.com/huggingface/Math-Verify/issues/14
 
 import pytest
 
+from tests.public.near_misses import verdicts
 from tests.rewards.test_hard_cases import score
 from tests.rewards.test_verifiers import example
 
@@ -34,12 +35,7 @@ RIGHT_AND_NEAR_MISS = [
 
 @pytest.mark.parametrize(
     ("gold", "answer", "expected"),
-    [
-        (gold, answer, expected)
-        for gold, right, wrong in RIGHT_AND_NEAR_MISS
-        for expected, answers in ((1, right), (0, wrong))
-        for answer in answers
-    ],
+    verdicts(RIGHT_AND_NEAR_MISS),
 )
 def test_values_and_items_are_compared_as_they_are(gold, answer, expected):
     assert score("math", answer, example(gold)) == expected

@@ -6,6 +6,7 @@ Source: https://github.com/open-compass/opencompass/issues/2647
 
 import pytest
 
+from tests.public.near_misses import verdicts
 from tests.rewards.test_hard_cases import score
 from tests.rewards.test_verifiers import example
 
@@ -43,12 +44,7 @@ RIGHT_AND_NEAR_MISS = [
 
 @pytest.mark.parametrize(
     ("name", "gold", "answer", "expected"),
-    [
-        (name, gold, answer, expected)
-        for name, gold, right, wrong in RIGHT_AND_NEAR_MISS
-        for expected, answers in ((1, right), (0, wrong))
-        for answer in answers
-    ],
+    verdicts(RIGHT_AND_NEAR_MISS),
 )
 def test_the_value_counts_not_its_spelling(name, gold, answer, expected):
     assert score(name, answer, example(gold)) == expected
