@@ -124,9 +124,25 @@ def load(model: nn.Module, folder: Path, *, frozen: Callable[[str], bool] = lamb
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> None:
-    inject_adapter_in_model(config, model, NAME)
+    with _stand_ins(model):
+        inject_adapter_in_model(config, model, NAME)
     for layer in _layers(model).values():
         layer.lora_A.float(), layer.lora_B.float()
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within the block the weights of linear layers on the meta device are zeros that share one element: peft
+    moves adapters to the device of their layer, where they would lose their values."""
+    layers = [item for item in model.modules() if isinstance(item, nn.Linear) and item.weight.is_meta]
+    weights = [layer.weight for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        layer.weight = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+    yield
+    for layer, weight in zip(layers, weights, strict=True):
+        weight.requires_grad_(layer.weight.requires_grad)
+        layer.weight = weight
 
 
 def weights(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:

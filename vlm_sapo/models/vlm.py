@@ -14,6 +14,7 @@ from torch import nn
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
+from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import full_tensor, gather_and_drop, hf_state_dict, save_model
 from vlm_sapo.types import Prompt
@@ -53,6 +54,8 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.unread: UnreadWeights | None = None
+        """The weights, until they are read from their files (Parallelism.distribute)."""
 
     @property
     def tokenizer(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sapo.models import lora as adapters
@@ -35,6 +35,19 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     own = distribute_tensor(tensor.to(parameter.dtype), mesh, placements, src_data_rank=None).to_local()
     sizes = {"shape": parameter.shape, "stride": parameter.stride()}
     return DTensor.from_local(own.to(parameter.device), mesh, placements, run_check=False, **sizes)
+
+
+def own_rows(parameter: torch.Tensor) -> slice:
+    """The rows, indices of the first dimension, that this process holds: all of a parameter that is not
+    sharded. The last dimension of the mesh shards in equal parts, of which the last ones may be smaller."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    *others, placement = parameter.placements
+    assert placement == Shard(0) and all(other.is_replicate() for other in others), "FSDP shards rows alone"
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    size = -(-rows // mesh.size(mesh.ndim - 1))
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * size, rows)
+    return slice(start, min(start + size, rows))
 
 
 def gather_and_drop(tensor: torch.Tensor) -> torch.Tensor:

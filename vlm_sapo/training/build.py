@@ -125,7 +125,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     torch.manual_seed(config.run.seed)
     checkpoints = build_checkpoints(config, folder, processes)
     checkpoint = checkpoints.newest()
-    path, vlm = load_trained(config.model, checkpoint, processes.accelerator.device)
+    path, vlm = load_trained(config, checkpoint, processes)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_rows(config, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
