@@ -135,8 +135,8 @@ def _check_complete(path: str, report: dict[str, Any], family: str) -> None:
         raise ValueError(f"{text}{_listed(missing)} is in none of its files ({_listed(files)})")
     if unexpected := sorted(report["unexpected_keys"]):
         file = TensorFiles(path).files.get(unexpected[0])
-        place = "its files" if file is None else file.name
-        raise ValueError(f"{text}{_listed(unexpected)} in {place} belongs to no parameter")
+        holder = "its files" if file is None else file.name
+        raise ValueError(f"{text}{_listed(unexpected)} in {holder} belongs to no parameter")
 
 
 def _listed(names: Sequence[str]) -> str:

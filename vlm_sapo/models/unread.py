@@ -147,8 +147,8 @@ class UnreadWeights:
             return
         with self.files.slices(source.all_names) as slices:
             if source.converter is None:
-                (found,) = slices.values()
-                local.copy_(found[rows] if tensor.dim() else found[...])
+                (tensor_slice,) = slices.values()
+                local.copy_(tensor_slice[rows] if tensor.dim() else tensor_slice[...])
             else:
                 local.copy_(_converted(name, source, slices, tensor.shape, rows))
 
