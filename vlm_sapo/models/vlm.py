@@ -56,6 +56,8 @@ class VLM(nn.Module):
         self.version = 0
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
+        if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
+            model.model.language_model._deepstack_process = add_features
 
     @property
     def tokenizer(self):
@@ -122,7 +124,8 @@ class VLM(nn.Module):
             where = ids == self.model.config.image_token_id
             embeds = embeds.masked_scatter(where[..., None], features.tokens.to(embeds.dtype))
             if features.deep:
-                extra |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
+                indices = where.flatten().nonzero_static(size=len(features.tokens))[:, 0]
+                extra |= {"visual_pos_masks": indices, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
             assert self.attends_fully, "linear attention supports neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
@@ -138,7 +141,8 @@ class VLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [..., V] with the banned tokens at minus infinity."""
         logits = self.model.lm_head(hidden).float()
-        logits[..., self.banned] = float("-inf")
+        for token in self.banned:  # a list as an index would be copied to the GPU
+            logits[..., token] = float("-inf")
         return logits
 
     @contextmanager
@@ -210,6 +214,18 @@ class VLM(nn.Module):
 def part_of(name: str) -> str:
     """The part, a key of PARTS, that a parameter or module belongs to."""
     return next(part for part in SPECIFIC_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
+
+
+def add_features(hidden: torch.Tensor, indices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Adds features [M, H] to the hidden states [B, L, H] at indices [M] of the flattened tokens, or where a
+    mask [B, L] is true.
+
+    It takes the place of a language model's `_deepstack_process`, which selects the tokens by a mask: to know
+    how many there are, the host would wait for the GPU six times in a pass. A test says when this changes.
+    """
+    if indices.dtype == torch.bool:  # from the whole model's own forward
+        indices = indices.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1).index_add(0, indices, features.to(hidden.dtype)).view_as(hidden)
 
 
 class PatchProjection(nn.Module):
