@@ -142,6 +142,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         with_full_params=policy.with_full_params,
         world=world,
         experts=purpose.algo.replay == "r3",
+        max_pixels=config.model.max_pixels,
     )
     engine = build_engine(config.rollout.engine, needs)
     if config.rollout.environment is not None:
