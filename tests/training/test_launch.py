@@ -48,11 +48,6 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
         (["train.optimizer=adamw_8bit", "train.offload=true"], 1, r"or offloaded; use adamw"),
         (["model.lora.bits=4", "train.shard=all"], 2, r"model.lora.bits \(4\) can't be sharded"),
         (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, r"tensor_parallel must be 1"),
-        (
-            ["rollout.engine=vllm_server", "rollout.engine.weights=nccl", "train.shard=2"],
-            2,
-            r"nccl.* use folder",
-        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, message, tmp_path):
@@ -63,8 +58,9 @@ def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, m
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_config_that_fits_passes(size, tmp_path):
     for value, shard in (("1", 1), ("all", size)):
-        options = ("rollout.engine=vllm_server", f"train.shard={value}")
-        assert check_processes(load(*options, tmp_path=tmp_path), size) == shard
+        for weights in ("folder", "nccl"):
+            options = ("rollout.engine=vllm_server", f"rollout.engine.weights={weights}")
+            assert check_processes(load(*options, f"train.shard={value}", tmp_path=tmp_path), size) == shard
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):

@@ -10,12 +10,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
+from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
-from vlm_sapo.models.weights import full_tensor, gather_and_drop, hf_state_dict, save_model
+from vlm_sapo.models.weights import (
+    StoredWeight,
+    full_tensor,
+    gather_and_drop,
+    hf_state_dict,
+    save_model,
+    stored_weights,
+    stream_weights,
+)
 from vlm_sapo.types import Prompt
 
 PARTS = {
@@ -53,6 +63,8 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.unread: UnreadWeights | None = None
+        """The weights, until they are read from their files (Parallelism.distribute)."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
             model.model.language_model._deepstack_process = add_features
 
@@ -90,6 +102,11 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         """The device that passes run on."""
         return self.vision.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts of the weights, so that all of them must gather them together."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def to_device(self, device: torch.device | str) -> None:
         """Moves the weights to a device, on which passes run from then on."""
@@ -191,7 +208,15 @@ class VLM(nn.Module):
     def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """The weights in the format of published checkpoints; see `hf_state_dict`. For a sharded model they
         are in host memory and all processes must call this; without `keep` the tensors are empty."""
-        return hf_state_dict(self.model, full_tensor if keep else gather_and_drop)
+        return hf_state_dict(self.model, keep=keep)
+
+    def stored_weights(self) -> list[StoredWeight]:
+        """Names, shapes and where to get the weights of published checkpoints; see `stored_weights`."""
+        return stored_weights(self.model)
+
+    def stream_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights for an engine of this dtype, one after the other; see `stream_weights`."""
+        return stream_weights(self.model, dtype)
 
     def adapter_weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """The adapter's weights in peft's format; see `weights`."""

@@ -107,7 +107,8 @@ def _transfer(engine: VllmServerConfig, needs: EngineNeeds) -> Folder | Nccl | N
     dtype = DTYPES[engine.weights_dtype(needs.dtype)]
     if needs.folder is None:
         return None
+    world = needs.world or World()
     if engine.weights == "nccl":
-        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout)
+        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout, world=world)
     folder = Path(engine.folder) if engine.folder else needs.folder
-    return Folder(folder, dtype=dtype, world=needs.world or World())
+    return Folder(folder, dtype=dtype, world=world)

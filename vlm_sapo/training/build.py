@@ -125,7 +125,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     torch.manual_seed(config.run.seed)
     checkpoints = build_checkpoints(config, folder, processes)
     checkpoint = checkpoints.newest()
-    path, vlm = load_trained(config.model, checkpoint, processes.accelerator.device)
+    path, vlm = load_trained(config, checkpoint, processes)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_rows(config, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
@@ -142,6 +142,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         with_full_params=policy.with_full_params,
         world=world,
         experts=purpose.algo.replay == "r3",
+        max_pixels=config.model.max_pixels,
     )
     engine = build_engine(config.rollout.engine, needs)
     if config.rollout.environment is not None:
