@@ -49,13 +49,17 @@ def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
         raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
+def weights_path(model: cfg.ModelConfig, checkpoint: Path | None) -> str:
+    """Where the trained model's weights without adapters are: in the checkpoint, or in `model.path`."""
+    return str(checkpoint if checkpoint and model.lora is None else locate(model.path))
+
+
 def load_trained(model: cfg.ModelConfig, checkpoint: Path | None, device: torch.device) -> tuple[str, VLM]:
     """Loads the model to train, from the checkpoint or from `model.path`: into host memory, or with 4-bit
     weights onto the device. Returns also the path of its weights without adapters."""
-    if model.lora is None:
-        path = str(checkpoint or locate(model.path))
+    path, lora = weights_path(model, checkpoint), model.lora
+    if lora is None:
         return path, _load(model, path, freeze=model.freeze)
-    path, lora = str(locate(model.path)), model.lora
     start = Path(locate(lora.adapter)) if lora.adapter else None
     if start is not None:
         adapters.check(start, model.path)
