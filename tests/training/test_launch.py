@@ -119,8 +119,9 @@ def metrics(folder) -> list[dict]:
         ("model.lora.rank=4", "algo.kl=0.1"),
         ("model.lora.rank=4", "model.lora.bits=4", "train.optimizer=adamw_8bit"),
         ("model.freeze=[vision, merger]", "train.optimizer=paged_adamw_8bit"),
+        ("model.dtype=bfloat16", "train.weight_decay=0.1"),
     ],
-    ids=["adapters", "4-bit", "8-bit optimizer"],
+    ids=["adapters", "4-bit", "8-bit optimizer", "bfloat16 weights"],
 )
 def test_resumed_runs_equal_whole_ones(run, overrides, tmp_path):
     """A checkpoint holds the adapter alone; the end holds the merged model, and the adapter beside it."""

@@ -111,6 +111,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        seed=config.run.seed,
     )
     settings = PolicySettings(
         optimizer,
