@@ -1,8 +1,9 @@
 """AdamW for weights in bfloat16, which would round the small updates of reinforcement learning away.
 
 A bfloat16 has 8 significant bits: an update changes a weight only if it is more than about 1/512 of it, and
-at a learning rate of 1e-6 hardly any is. Rounded at random instead, up or down with the probability that makes
-the expectation exact, the updates add up: Zamirai et al., arXiv 2010.06192; torchao's `bf16_stochastic_round`.
+at a learning rate of 1e-6 hardly any is. Rounded at random instead, up or down with the probability that
+makes the expectation exact, the updates add up: Zamirai et al., arXiv 2010.06192; torchao's
+`bf16_stochastic_round`.
 """
 
 from __future__ import annotations
@@ -141,16 +142,12 @@ def first_element(parameter: torch.Tensor) -> int:
     """Index, in the full parameter, of the first element of this process's shard."""
     if not isinstance(parameter, DTensor):
         return 0
-    first = 0
+    first, rows = 0, parameter.shape[0]
     for dim, placement in enumerate(parameter.placements):
-        if isinstance(
-            placement, Shard
-        ):  # of rows, as FSDP does: as many per process as fill all but the last
+        if isinstance(placement, Shard):
             assert placement.dim == 0 and not first
-            rows = -(-parameter.shape[0] // parameter.device_mesh.size(dim))
-            first = (
-                rows * parameter.device_mesh.get_local_rank(dim) * (parameter.numel() // parameter.shape[0])
-            )
+            own = -(-rows // parameter.device_mesh.size(dim))  # FSDP's, as long as there are any left
+            first = own * parameter.device_mesh.get_local_rank(dim) * (parameter.numel() // rows)
     return first
 
 
