@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.types import Prompt
@@ -99,6 +100,17 @@ class ExpertRoutes:
     def __getitem__(self, rows) -> ExpertRoutes:
         """The routes of some responses; `rows` is any index into the first dimension."""
         return ExpertRoutes(self.responses[rows], self.prompts)
+
+    def of_prompt(self, prompt: Prompt, other: Prompt, width: int) -> ExpertRoutes:
+        """The routes of one prompt, for a copy of it, and of its responses' first `width` tokens."""
+        prompts = {other: self.prompts[prompt]} if prompt in self.prompts else {}
+        return ExpertRoutes(self.responses[:, :width], prompts)
+
+    def padded(self, width: int) -> ExpertRoutes:
+        """With `width` tokens for each response."""
+        return ExpertRoutes(
+            pad(self.responses, (0, 0, 0, 0, 0, width - self.responses.shape[1])), self.prompts
+        )
 
     @classmethod
     def reported(cls, rows: list[tuple[Prompt, torch.Tensor]]) -> ExpertRoutes:
