@@ -42,7 +42,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -89,6 +88,9 @@ class VllmEngine:
                 f"algo.replay=r2 ({' '.join(str(error).split())[:300]})"
             ) from error
         self._sleep()
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""

@@ -135,7 +135,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         path,
         longest=longest_row(config, benchmarks, vlm),
         dtype=default_dtype(config),
-        prompts_per_batch=config.rollout.prompts_per_batch,
+        sequences_per_batch=config.rollout.batch_sequences,
         warn=console.warn,
         folder=folder.path / "weights",
         autocast=processes.accelerator.autocast,
