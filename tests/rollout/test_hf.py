@@ -6,9 +6,10 @@ import torch
 from tests.conftest import FAMILIES, example
 from tests.conftest import response as response_of
 from vlm_sapo.models import decoding
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine, sample
@@ -77,6 +78,37 @@ def test_prefill_in_several_passes_changes_nothing(setting, monkeypatch):
             for item, same in zip(group, other, strict=True):
                 assert torch.allclose(item.logprobs, same.logprobs, atol=1e-5)
                 assert item.experts is None or torch.equal(item.experts, same.experts)
+
+
+def test_adapters_are_merged_while_sampling(encoder, model_folder, monkeypatch):
+    """Also when sampling fails. Those of the vision tower stay: merged, it would look frozen, and the features
+    of these weights would be cached for later ones."""
+    lora = Adapters(base="a", rank=4, parts=("language", "vision"))
+    vlm = load_vlm(str(model_folder()), lora=lora)
+    with torch.no_grad():
+        for name, parameter in vlm.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+    prompts = [encoder(example(number)) for number in range(2)]
+    layers, engine = adapters.mergeable(vlm.model), HfEngine(vlm, prompts_per_batch=2)
+    seen = []
+    decode = engine._decode
+
+    def watched(*args):
+        seen.append(set(adapters.mergeable(vlm.model)))
+        return decode(*args)
+
+    monkeypatch.setattr(engine, "_decode", watched)
+    groups = engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
+    assert seen == [{name for name in layers if "visual" in name}] and seen[0] and not vlm.vision.cached
+    for prompt, responses in zip(prompts, groups, strict=True):
+        scores = Pass(vlm)(Plain().inputs([GroupSlice(prompt, tuple(responses))]))
+        for row, item in zip(scores.logprobs, responses, strict=True):
+            assert torch.allclose(row[: len(item.ids)], item.logprobs, atol=2e-5)
+    monkeypatch.setattr(engine, "_decode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
+    assert adapters.mergeable(vlm.model) == layers
 
 
 def test_a_batch_counted_in_responses_takes_more_prompts_with_fewer_of_each(vlm, encoder, monkeypatch):

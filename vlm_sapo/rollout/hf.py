@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
@@ -33,9 +34,9 @@ GPU_STRIDE = 16
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time, or for as many as have `sequences_per_batch`
-    responses together; for one at least. `autocast` is the trainer's precision context; `with_full_params`
-    runs work with the full parameters of a sharded model; with `experts` responses carry the experts of their
-    tokens.
+    responses together; for one at least. Adapters are merged meanwhile. `autocast` is the trainer's precision
+    context; `with_full_params` runs work with the full parameters of a sharded model; with `experts`
+    responses carry the experts of their tokens.
 
     The responses to a prompt depend on the seed and the prompt's slot alone, not on how prompts are batched.
     """
@@ -81,7 +82,8 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            with self.autocast():
+            # outside autocast, which would round the adapters' product
+            with adapters.merged_inside(self.vlm.model.model.language_model), self.autocast():
                 return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)

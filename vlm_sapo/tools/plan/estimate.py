@@ -90,6 +90,7 @@ class Estimator:
         unsharded = memory.unsharded_bytes(self.parameters, self.element_size) if self.sharded else 0.0
         return [
             MemoryRow("unsharded model", generating=unsharded),
+            MemoryRow("merged LoRA weights", generating=self._merged_while_sampling()),
             MemoryRow("KV cache", generating=generation.kv_cache, note=f"{prompts} prompts x {samples}"),
             MemoryRow("generation activations", generating=generation.activations),
         ], ""
@@ -142,6 +143,15 @@ class Estimator:
         """Adapted weights with their adapters added, all at the same time."""
         size = BYTES[self.config.model.dtype]
         return sum(item.numel for item in self.parameters if item.adapted) * size if self.shards == 1 else 0.0
+
+    def _merged_while_sampling(self) -> float:
+        """The copy of the adapted weights that the `hf` engine samples with; weights of 4 bits stay as they
+        are."""
+        lora = self.config.model.lora
+        if lora is None or lora.bits:
+            return 0.0
+        size = self.element_size if self.sharded else BYTES[self.config.model.dtype]
+        return sum(item.numel for item in self.parameters if item.adapted) * size
 
     def _host(self, features: float) -> Iterator[tuple[str, float]]:
         """The host memory of a node, by name; `features` is what each GPU moves there of its cache."""
