@@ -48,7 +48,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -100,6 +99,9 @@ class VllmEngine:
         finally:
             torch.set_num_threads(threads)  # vLLM leaves one, and the trainer computes in this process, too
         self._sleep()
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""
