@@ -94,7 +94,7 @@ class Sampler:
         with self.tracking_cursor() as before:
             watch = Stopwatch()
             groups, replaced = self._sample(step, watch)
-            return RolloutBatch(
+            batch = RolloutBatch(
                 groups=tuple(groups.values()),
                 slots=tuple(groups),
                 version=version,
@@ -103,6 +103,8 @@ class Sampler:
                 replaced=tuple(replaced),
                 seconds=watch.seconds,
             )
+        self.stream.prefetch(self.prompts_per_step)  # while this step trains
+        return batch
 
     def _sample(self, step: int, watch: Stopwatch) -> tuple[dict[int, Group], list[Group]]:
         """Groups by slot, and the replaced ones."""
@@ -158,6 +160,7 @@ class Sampler:
     def close(self) -> None:
         self.engine.close()
         self.reward.close()
+        self.stream.close()
 
 
 def with_environment(response: Response, reward: Reward) -> Reward:
