@@ -42,7 +42,7 @@ class RolloutEngine(Protocol):
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """Continues each response so far of each context, or samples `sampling.group` new ones; in the order
-        of the contexts. All processes call it, also those without a context."""
+        of the contexts. All processes call it, also those without a context. May call `Context.report`."""
 
     def close(self) -> None:
         """Frees the engine's memory and processes."""

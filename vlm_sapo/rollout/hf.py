@@ -86,7 +86,10 @@ class HfEngine:
             numbers = range(len(contexts))[len(groups) : len(groups) + self.prompts_per_batch]
             batch = [contexts[number] for number in numbers]
             try:
-                groups += self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
+                finished = self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
+                for context, responses in zip(batch, finished, strict=True):
+                    context.report(responses)
+                groups += finished
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]
