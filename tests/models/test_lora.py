@@ -94,8 +94,10 @@ def test_saved_weights_and_adapters_match_the_trained_model(make, model_folder, 
     base = AutoModelForImageTextToText.from_pretrained(model_folder(family))
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     names = dict(peft.named_parameters())
-    for name, weight in adapters.merged(vlm.model, lambda item: item).items():
-        torch.testing.assert_close(names[name].view_as(weight), weight, atol=1e-6, rtol=1e-5)
+    for name, layer in adapters.layers(vlm.model).items():
+        weight = adapters.merged(layer, lambda item: item)
+        assert weight.shape == adapters.weight_shape(layer)
+        torch.testing.assert_close(names[f"{name}.weight"], weight, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the tensor names of real checkpoints")
@@ -141,6 +143,10 @@ def test_four_bits(model_folder, tmp_path):
         rounded = (Pass(vlm)(inputs).logprobs - Pass(plain)(inputs).logprobs).abs().mean()
     assert 0 < rounded < 0.5
     assert set(merged.weights()) == set(plain.weights())
+    streamed, weights = dict(vlm.stream_weights(torch.bfloat16)), vlm.weights()
+    for item in vlm.stored_weights():
+        expected = weights[item.name].to(item.dtype_in(torch.bfloat16))
+        assert torch.equal(streamed[item.name], expected) and item.shape == expected.shape
 
 
 def test_an_adapter_saved_by_peft_can_be_trained_further(make, model_folder, tmp_path):

@@ -135,7 +135,7 @@ class SharedDecodeState:
                 positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
                 features=vlm.vision([context.prompt for context in grid.contexts]),
                 cache=cache,
-                segments=segments,
+                segments=segments.to(vlm.device),
             )
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         prefix = Prefix.from_row(keys, values, segments)

@@ -74,6 +74,8 @@ class EngineNeeds:
     world: World | None = None
     experts: bool = False
     """Whether responses carry their tokens' experts."""
+    max_pixels: int | None = None
+    """The largest area of an image; None for what the checkpoint's processor allows."""
 
 
 def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: Response) -> Response:

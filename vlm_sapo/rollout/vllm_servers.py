@@ -83,7 +83,7 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
-        self.world.on_main(self._push)
+        self.transfer.deliver(self._push)
         for server in self.servers:  # assumed; each response names its weights
             server.version = version if not self.world.main else server.version
 

@@ -11,6 +11,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.evaluation.periodic import Evaluator
+from vlm_sapo.models.loading import count_parameters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepReport
@@ -23,6 +24,7 @@ from vlm_sapo.training.build_policy import (
     build_policy,
     check_moe,
     load_trained,
+    weights_path,
 )
 from vlm_sapo.training.build_rollouts import (
     build_evaluation_sets,
@@ -125,7 +127,8 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     torch.manual_seed(config.run.seed)
     checkpoints = build_checkpoints(config, folder, processes)
     checkpoint = checkpoints.newest()
-    path, vlm = load_trained(config.model, checkpoint, processes.accelerator.device)
+    processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
+    path, vlm = load_trained(config, checkpoint, processes)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_rows(config, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
@@ -142,6 +145,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         with_full_params=policy.with_full_params,
         world=world,
         experts=purpose.algo.replay == "r3",
+        max_pixels=config.model.max_pixels,
     )
     engine = build_engine(config.rollout.engine, needs)
     if config.rollout.environment is not None:
