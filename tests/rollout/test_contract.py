@@ -246,6 +246,22 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
     assert ids_of(alone) == ids_of(groups[2:])
 
 
+def test_a_group_is_reported_once_as_it_is_returned(setting):
+    """But for vLLM in this process, which returns all at once."""
+    reports: list[tuple[int, list]] = []
+
+    def context(index: int) -> Context:
+        prompt = setting.encoder(example(index, images=index))
+        return Context(prompt, report=lambda responses: reports.append((index, responses)))
+
+    groups = setting.engine.generate(list(map(context, range(3))), SAMPLING)
+    assert sorted(index for index, _ in reports) == (
+        [] if type(setting.engine).__name__ == "VllmEngine" else [0, 1, 2]
+    )
+    for index, responses in reports:
+        assert all(one is other for one, other in zip(responses, groups[index], strict=True))
+
+
 def test_responses_so_far_are_continued(setting):
     """Those of one prompt, beside a prompt without any."""
     prompts, groups = setting.sample(counts=(1, 2), temperature=1.5, group=4)

@@ -1,5 +1,7 @@
 """The embedded engine against the trainer's log-probs and transformers' own generation."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
+from vlm_sapo.rewards.pool import RewardPool, Scoring, items_of
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine, sample
+from vlm_sapo.rollout.scored import sample_and_score
 from vlm_sapo.types import Context, Sampling
 
 
@@ -223,3 +227,17 @@ def test_prompts_that_do_not_fit_together_are_answered_in_turn(vlm, encoder, mon
     room[0] = 0
     with pytest.raises(RolloutError, match="responses to row e0 do not fit"):
         engine.generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
+
+
+def test_groups_are_scored_while_others_are_sampled(vlm, encoder, monkeypatch):
+    """The first batch's groups reach the reward before the second batch is sampled."""
+    engine, events = HfEngine(vlm, prompts_per_batch=2), []
+    generate, add = engine._generate, Scoring.add
+    monkeypatch.setattr(engine, "_generate", lambda *args: (events.append("sample"), generate(*args))[1])
+    monkeypatch.setattr(Scoring, "add", lambda self, items: (events.append(len(items)), add(self, items))[1])
+    with closing(RewardPool([{"name": "math"}], workers=1)) as pool:
+        prompts = [encoder(example(number)) for number in range(3)]
+        groups, scores = sample_and_score(engine, pool, prompts, Sampling(4, 6, 1.0, seed=0))
+        expected = pool([item for pair in zip(prompts, groups, strict=True) for item in items_of(*pair)])
+    assert events[:6] == ["sample", 4, 4, "sample", 4, 12]
+    assert [score for group in scores for score in group] == expected

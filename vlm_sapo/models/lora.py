@@ -224,7 +224,7 @@ def _merge(layer: LoraLayer) -> nn.Linear:
 def mergeable(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers, by name, whose base has a weight that adapters can be added to: none of 4 bits."""
     return {
-        name: layer for name, layer in _layers(model).items() if type(layer.get_base_layer()) is nn.Linear
+        name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear
     }
 
 

@@ -40,7 +40,7 @@ class RolloutEngine(Protocol):
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """Continues each response so far of each context, or samples `sampling.group` new ones; in the order
-        of the contexts. All processes call it, also those without a context."""
+        of the contexts. All processes call it, also those without a context. May call `Context.report`."""
 
     def problems_at_once(self, samples: int) -> int:
         """Prompts that an evaluation with so many samples of each passes in one call."""

@@ -95,7 +95,10 @@ class HfEngine:
             numbers = range(len(contexts))[len(groups) :][: self.problems_at_once(width)]
             batch = [contexts[number] for number in numbers]
             try:
-                groups += self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
+                finished = self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
+                for context, responses in zip(batch, finished, strict=True):
+                    context.report(responses)
+                groups += finished
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]
