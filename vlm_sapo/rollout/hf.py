@@ -75,7 +75,7 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            with self.autocast():
+            with self.autocast(), self.vlm.weights_fixed():
                 return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
