@@ -82,8 +82,9 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            # outside autocast, which would round the adapters' product
-            with adapters.merged_inside(self.vlm.model.model.language_model), self.autocast():
+            # merged outside autocast, which would round the adapters' product
+            merged = adapters.merged_inside(self.vlm.model.model.language_model)
+            with merged, self.autocast(), self.vlm.weights_fixed():
                 return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
