@@ -116,8 +116,7 @@ def deep_policy(folder, precision, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["autocast", "lora"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(("family", "precision"), [("qwen3_vl", "autocast"), ("qwen3_vl_moe", "lora")])
 def test_rounding_of_deep_models_is_no_disagreement(deep_folder, capsys, family, precision):
     policy = deep_policy(deep_folder(family), precision)
     groups = sample_groups(policy, Encoder(policy.vlm), [[0] * 8], tokens=48)
@@ -130,9 +129,9 @@ def test_rounding_of_deep_models_is_no_disagreement(deep_folder, capsys, family,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Shifted, Unmasked])
-@pytest.mark.parametrize("precision", ["autocast", "lora"])
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    ("family", "precision", "layout"), [("qwen3_vl", "lora", Unmasked), ("qwen3_vl_moe", "autocast", Shifted)]
+)
 def test_a_wrong_layout_of_a_deep_model_is_found_in_half_precision(
     deep_folder, capsys, family, precision, layout
 ):

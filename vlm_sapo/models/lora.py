@@ -223,9 +223,7 @@ def _merge(layer: LoraLayer) -> nn.Linear:
 
 def mergeable(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers, by name, whose base has a weight that adapters can be added to: none of 4 bits."""
-    return {
-        name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear
-    }
+    return {name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear}
 
 
 def attached(model: nn.Module) -> bool:
