@@ -171,6 +171,17 @@ def weight_shape(layer: LoraLayer) -> tuple[int, int]:
     return layer.lora_B[NAME].weight.shape[0], layer.lora_A[NAME].weight.shape[1]
 
 
+def rank(model: nn.Module) -> int:
+    """The largest rank of the adapters."""
+    return max(layer.r[NAME] for layer in layers(model).values())
+
+
+def bits(model: nn.Module) -> int | None:
+    """4 if the layers that have adapters are stored in 4 bits, else None."""
+    bases = (layer.get_base_layer().weight for layer in layers(model).values())
+    return None if all(base.is_floating_point() for base in bases) else 4
+
+
 def attached(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return bool(layers(model))
