@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
@@ -359,9 +360,12 @@ class Parity:
 
 def kinds_of(vlm: VLM) -> dict[str, str]:
     """One parameter name of each kind, which is a name without its layer number. Successive kinds use
-    successive layers, so that all layers are covered."""
+    successive layers, so that all layers are covered. With adapters these alone: their base never changes."""
     kinds: dict[str, list[str]] = {}
+    adapted = adapters.attached(vlm.model)
     for name, parameter in vlm.model.named_parameters():
+        if adapted and not parameter.requires_grad:
+            continue
         if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
             kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
     return {kind: names[index % len(names)] for index, (kind, names) in enumerate(kinds.items())}
