@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.training.test_batch import make_policy, sample_groups
+from tests.training.test_batch import SmallDevice, make_policy, sample_groups
 from vlm_sapo.models.packing import Plain, SharedPrefix
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.training.checks import SelfCheck
@@ -66,3 +66,11 @@ def test_a_group_over_the_budget_is_checked_in_parts(model_folder, encoder, caps
     tokens = sum(len(item.ids) for item in groups[0].responses)
     assert f"on {tokens} response tokens" in capsys.readouterr().out
     assert isinstance(policy.layout, SharedPrefix)
+
+
+def test_a_check_that_runs_out_of_memory_is_repeated_in_parts(model_folder, encoder, capsys):
+    policy = make_policy(model_folder())
+    groups = sample_groups(policy, encoder, REWARDS)
+    SmallDevice(policy.forward_pass, len(groups[0].prompt.ids) + 13)  # a prompt with one response
+    check(policy, groups)
+    assert policy.memory.shortages and "shared-prefix and plain pass agree" in capsys.readouterr().out

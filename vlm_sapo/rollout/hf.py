@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError, call, continue_response
@@ -88,15 +89,16 @@ class HfEngine:
             try:
                 groups += self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
                 continue
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = shortage_reason(error)
             self._shrink(batch, reason)
         return groups
 
     def _shrink(self, contexts: Sequence[Context], reason: str) -> None:
         """Halves the batch of prompts, for the rest of the run."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         if len(contexts) == 1:
             raise RolloutError(
                 f"the responses to {contexts[0].prompt.example.label} do not fit into memory ({reason}); "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vlm_sapo.models.device import out_of_memory, shortage_reason
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import GroupSlice, Layout, Part, Plain
@@ -470,8 +471,10 @@ class SelfCheck:
             packed, short = layout.pack(sizes, 1 if single else memory.tokens), None
             try:
                 rows = self._run(group, layout, packed)
-            except torch.OutOfMemoryError as error:
-                short = str(error).partition(". ")[0]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                short = shortage_reason(error)
                 if not memory.can_shrink:  # the others wait on their devices
                     memory.shrink(memory.tokens, short)
             reasons = [reason for reason in self.world.all_gather(short) if reason is not None]
