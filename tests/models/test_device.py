@@ -9,6 +9,9 @@ from typer.testing import CliRunner
 
 from tests.models.shortages import SHORTAGES
 from vlm_sapo import cli
+from vlm_sapo.api import ALLOCATOR_VARIABLES, use_expandable_segments
+from vlm_sapo.config.load import check as check_section
+from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models import device as devices
 from vlm_sapo.models.device import Device, find_device, out_of_memory, shortage_reason
 
@@ -165,3 +168,24 @@ def test_memory_is_short_whoever_asked_for_it(error):
 )
 def test_other_errors_are_no_shortage(error):
     assert not out_of_memory(error)
+
+
+def test_segments_are_expandable_unless_the_user_says_otherwise(monkeypatch):
+    hf, vllm, shared = (
+        check_section(RolloutConfig, {"engine": engine}).engine
+        for engine in ("hf", {"type": "vllm"}, {"type": "vllm", "tensor_parallel": 2})
+    )
+
+    def configured(engine, **variables) -> dict[str, str]:
+        for name in ALLOCATOR_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        use_expandable_segments(engine)
+        return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+
+    expandable = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert configured(hf) == configured(vllm) == expandable
+    assert configured(shared) == {}
+    for name in ALLOCATOR_VARIABLES:
+        assert configured(hf, **{name: "max_split_size_mb:512"}) == {name: "max_split_size_mb:512"}
