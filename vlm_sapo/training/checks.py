@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, shortage_reason
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
@@ -560,8 +561,10 @@ class SelfCheck:
             packed, short = layout.pack([group.sizes], 1 if single else memory.tokens), None
             try:
                 rows, routes = self._run(group, layout, packed, replayed, autocast)
-            except torch.OutOfMemoryError as error:
-                short = str(error).partition(". ")[0]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                short = shortage_reason(error)
                 if not memory.can_shrink:  # the others wait on their devices
                     memory.shrink(memory.tokens, short)
             reasons = [reason for reason in self.world.all_gather(short) if reason is not None]
