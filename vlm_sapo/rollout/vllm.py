@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import tempfile
@@ -11,26 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
-    ENGINE_ARGUMENTS,
     EXPERTS_ARGUMENTS,
     PROBLEMS_AT_ONCE,
     VllmOutput,
     by_context,
     check_ids,
+    engine_arguments,
     sampling_requests,
     to_responses,
 )
-from vlm_sapo.rollout.weight_transfer import contiguous
+from vlm_sapo.rollout.weight_transfer import exhaust, write_shards
 from vlm_sapo.types import Context, Response, Sampling
 
-MAX_IMAGES = 16
-"""Most images of a prompt, unless `rollout.engine.options` set another limit."""
+ALL_PARTS = ("weights", "kv_cache")
+"""What sleeps and can be woken apart."""
+MAX_SEQUENCES = 256
+"""Responses that are generated at the same time. On large GPUs vLLM's own default is four times as many, for
+which it keeps logits of the whole vocabulary and captures graphs."""
+BATCHED_TOKENS = 8192
+"""Tokens of a step of the engine, and of the images that it encodes in one; more cost memory and aren't
+faster."""
 
 
 class VllmEngine:
@@ -42,7 +48,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -73,14 +78,17 @@ class VllmEngine:
             "max_model_len": needs.longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
-            "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+            "max_num_seqs": MAX_SEQUENCES,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, needs.longest),
+            **engine_arguments(needs.max_pixels),
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
+        threads = torch.get_num_threads()
         try:
-            self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
+            self.llm = LLM(**arguments | (options or {}))
         except ValueError as error:
             if not needs.experts:
                 raise
@@ -88,22 +96,28 @@ class VllmEngine:
                 f"vLLM can't report its tokens' experts here, and algo.replay (r3) needs them; set "
                 f"algo.replay=r2 ({' '.join(str(error).split())[:300]})"
             ) from error
+        finally:
+            torch.set_num_threads(threads)  # vLLM leaves one, and the trainer computes in this process, too
         self._sleep()
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""
         if self.version == vlm.version:
             return
         self._wake("weights")
+        weights = vlm.stream_weights(self.dtype)
         if self.tensor_parallel == 1:
-            self.llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": iter(vlm.weights().items())}
-            )
+            try:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            finally:
+                exhaust(weights)
         else:
-            weights = {name: weight.to("cpu", self.dtype) for name, weight in vlm.weights().items()}
-            size = sum(weight.nbytes for weight in weights.values())
+            size = sum(math.prod(item.shape) for item in vlm.stored_weights()) * self.dtype.itemsize
             with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory(size)) as folder:
-                save_file(contiguous(weights), Path(folder) / "model.safetensors")
+                write_shards(weights, Path(folder))
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
@@ -113,13 +127,13 @@ class VllmEngine:
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        if not contexts:
-            return []
-        self._wake("weights", "kv_cache")
         try:
+            if not contexts:
+                return []
+            self._wake(*ALL_PARTS)
             return self._generate(contexts, sampling)
         finally:
-            self._sleep()
+            self._sleep()  # `sync` woke it, also where a process has no contexts
 
     def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         from vllm import SamplingParams
@@ -170,9 +184,10 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         """Frees the GPU; weights move to host memory, so that waking up needs no new ones."""
-        if self.sleeps:
+        if self.sleeps and self.asleep != set(ALL_PARTS):
+            self._wake(*ALL_PARTS)  # it falls asleep as a whole
             self.llm.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+            self.asleep = set(ALL_PARTS)
 
 
 def _output(output: Any) -> VllmOutput:

@@ -19,6 +19,8 @@ QUANTIZATION_BLOCK = 256
 """Elements that share a constant in an 8-bit optimizer."""
 MIN_QUANTIZED_ELEMENTS = 4096
 """An 8-bit optimizer stores the moments of smaller parameters in 32 bits."""
+MOMENT_BYTES = 4
+"""Bytes of an element of an AdamW moment that is not stored in 8 bits."""
 REDUCE_BYTES = 4
 """Bytes of an element while sharded gradients are reduced."""
 UNSHARDED = "unsharded"
@@ -65,14 +67,18 @@ def gradient_bytes(parameters: Iterable[ParameterSpec], shards: int = 1) -> floa
 
 
 def optimizer_bytes(parameters: Iterable[ParameterSpec], name: str, shards: int = 1) -> float:
-    """AdamW's two moments on one GPU, of the parameters' dtype or in 8 bits."""
+    """AdamW's two moments on one GPU, in float32 (also those of bfloat16 weights) or in 8 bits."""
     if name == "adamw":
-        return 2 * gradient_bytes(parameters, shards)
+        return sum(
+            2 * MOMENT_BYTES * item.numel / (1 if item.unit == UNSHARDED else shards)
+            for item in parameters
+            if item.trained
+        )
     return sum(
         2
         * item.numel
         / shards
-        * (REDUCE_BYTES if item.numel < MIN_QUANTIZED_ELEMENTS else 1 + 4 / QUANTIZATION_BLOCK)
+        * (MOMENT_BYTES if item.numel < MIN_QUANTIZED_ELEMENTS else 1 + 4 / QUANTIZATION_BLOCK)
         for item in parameters
         if item.trained
     )
