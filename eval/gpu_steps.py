@@ -227,7 +227,7 @@ def attention(place: Place) -> None:
     prompt, length, group = (1100, 512, 8) if device.type == "cuda" else (40, 9, 3)
     uneven = tuple(max(1, length - 7 * number) for number in range(group))
     groups = (PackedGroup(0, prompt, (length,) * group), PackedGroup(prompt + group * length, prompt, uneven))
-    segments = Segments(groups)
+    segments = Segments(groups).to(device)
     for name, measured in (
         ("language", language_attention(device, segments)),
         ("vision", vision_attention(device)),

@@ -55,3 +55,9 @@ def find_card(name: str) -> Card:
 def card_of(memory: float) -> Card:
     """The card whose size is nearest to so many bytes."""
     return min(reversed(CARDS), key=lambda card: abs(card.size * GB - memory))
+
+
+def visible_memory(size: float) -> float:
+    """Bytes that a program sees on a card of so many bytes by its name; the same for an unknown card."""
+    card = card_of(size)
+    return card.memory if card.size * GB == size else size

@@ -66,7 +66,8 @@ def _print(config: TrainConfig, estimate: Estimate, console: Console) -> None:
     rows = [[row.name, *(_gb(vars(row)[phase]) for phase in phases), row.note] for row in estimate.rows]
     totals = [_gb(estimate.totals[phase]) for phase in phases]
     console.table(["GB per GPU", *phases, ""], [*rows, ["total", *totals, ""]])
-    console.table(["GB of host memory per node", ""], [[name, _gb(size)] for name, size in estimate.host])
+    host = [*estimate.host, ("total", estimate.host_total)]
+    console.table(["GB of host memory per node", ""], [[name, _gb(size)] for name, size in host])
     gpus = f"{estimate.gpus.count} GPU{'s' * (estimate.gpus.count > 1)} of {estimate.gpus.memory / GB:.0f} GB"
     verdict = "fits" if estimate.fits else "does not fit"
     reason = f"; {estimate.shortage}" if estimate.shortage else ""

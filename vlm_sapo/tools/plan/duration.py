@@ -151,14 +151,15 @@ class StepEstimator:
         group = replace(group, group=config.rollout.group)
         if isinstance(engine, HfConfig):
             half = "autocast" if setting.training.autocast else "bfloat16"
+            lora = config.model.lora  # merged while it samples, unless the base has 4 bits
             return roofline.hf_seconds(
                 setting.work,
                 group,
                 self.card,
                 groups=math.ceil(groups),
-                per_batch=config.rollout.prompts_per_batch,
+                per_batch=max(1, config.rollout.batch_sequences // group.group),
                 longest=self.longest,
-                kind="lora" if config.model.lora else half,
+                kind="lora" if lora is not None and lora.bits else half,
             )
         if isinstance(engine, VllmServerConfig):
             groups = config.train.prompts_per_step / len(engine.servers)
