@@ -15,7 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_sapo.api import evaluate_with, load_config, load_sft_config, sft, silence_libraries, train
+from vlm_sapo.api import (
+    evaluate_with,
+    load_config,
+    load_sft_config,
+    sft,
+    silence_libraries,
+    train,
+    use_expandable_segments,
+)
 from vlm_sapo.config.evaluation import EvalOptions, ScoreOptions
 from vlm_sapo.config.fields import Section, as_parameter, scalar
 from vlm_sapo.config.load import check as check_section
@@ -204,6 +212,7 @@ def filter_rows(
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
     hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.filter import filter_command
 
@@ -224,6 +233,7 @@ def check(
     """
     parsed = load_without_steps(config, overrides)
     hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.check import check_command
 

@@ -1,5 +1,6 @@
 """The embedded engine against the trainer's log-probs and transformers' own generation."""
 
+import itertools
 from contextlib import closing
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.conftest import FAMILIES, example
 from tests.conftest import response as response_of
+from tests.models.shortages import SHORTAGES
 from vlm_sapo.models import decoding
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
@@ -205,14 +207,14 @@ def test_prompts_that_do_not_fit_together_are_answered_in_turn(vlm, encoder, mon
     """The same responses; the second time at once in the size that fits."""
     prompts = [encoder(example(number)) for number in range(5)]
     expected = HfEngine(vlm, prompts_per_batch=8).generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
-    said, sizes, room = [], [], [2]
+    said, sizes, room, errors = [], [], [2], itertools.cycle(SHORTAGES[1:])
     engine = HfEngine(vlm, prompts_per_batch=8, warn=said.append)
     generate = engine._generate
 
     def small(contexts, seeds, sampling):
         sizes.append(len(contexts))
         if len(contexts) > room[0]:
-            raise torch.OutOfMemoryError("no room. Advice")
+            raise next(errors)
         return generate(contexts, seeds, sampling)
 
     monkeypatch.setattr(engine, "_generate", small)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS
-from tests.training.test_batch import make_policy, sample_groups
+from tests.training.test_batch import SmallDevice, make_policy, sample_groups
 from vlm_sapo.models.attention import Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import Adapters, load_vlm
@@ -156,3 +156,11 @@ def test_more_rounding_than_allowed_is_compared_in_float32(
         assert ("agree in float32" in output) == (layout.name == "shared prefix"), output
         assert ("in float32 log-probs" in output) == (layout.name == "shifted"), output
         assert all(torch.equal(item, weights[name]) for name, item in policy.vlm.named_parameters())
+
+
+def test_a_check_that_runs_out_of_memory_is_repeated_in_parts(model_folder, encoder, capsys):
+    policy = make_policy(model_folder())
+    groups = sample_groups(policy, encoder, REWARDS)
+    SmallDevice(policy.forward_pass, len(groups[0].prompt.ids) + 13)  # a prompt with one response
+    check(policy, groups)
+    assert policy.memory.shortages and "shared-prefix and plain pass agree" in capsys.readouterr().out

@@ -70,6 +70,11 @@ class VllmConfig(_Engine):
     dtype: Precision = "auto"
     """Data type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
+    adapter: Literal["auto", "merged", "native"] = "auto"
+    """How the engine gets LoRA adapters: `merged` into its weights, where half precision rounds the small
+    changes of the first updates away, or `native`, served beside the base model. `auto` is `native` where the
+    engine computes in half precision and vLLM can serve them: of the language part, not in 4 bits, without
+    experts or linear attention."""
     options: Annotated[
         dict[str, Any],
         AlsoCalled(

@@ -1,7 +1,9 @@
-"""The device that a model runs on: whether the machine's GPU works, and what to say if it doesn't."""
+"""The device that a model runs on: whether the machine's GPU works, what to say if it doesn't, and how errors
+say that its memory is full."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -26,6 +28,11 @@ HIDDEN = {"", "-1", "NoDevFiles"}
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; a scheduler sets the last."""
 NVIDIA_SMI_TIMEOUT = 20.0
 """Seconds; a broken driver may make it hang."""
+SHORTAGE = re.compile(
+    r"CUDA( driver)? error: out of memory|\[CUDA\]: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+)
+"""How libraries that allocate past torch's allocator say that memory is short: the driver, Triton, and the
+workspaces of cuBLAS and cuDNN."""
 Warn = Callable[[str], None]
 
 
@@ -137,6 +144,26 @@ def _nvidia_smi() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the device has too little memory, so that less work at a time may help."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and SHORTAGE.search(str(error)) is not None
+
+
+def shortage_reason(error: BaseException) -> str:
+    """The first sentence of an error that `out_of_memory` recognizes."""
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def release_memory() -> None:
+    """Gives unused memory of the devices back, after an error: also what only cycles of objects, such as a
+    traceback's, still refer to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _dotted(capability: tuple[int, int]) -> str:

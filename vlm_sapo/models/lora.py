@@ -226,6 +226,17 @@ def mergeable(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear}
 
 
+def rank(model: nn.Module) -> int:
+    """The largest rank of the adapters."""
+    return max(layer.r[NAME] for layer in layers(model).values())
+
+
+def bits(model: nn.Module) -> int | None:
+    """4 if the layers that have adapters are stored in 4 bits, else None."""
+    bases = (layer.get_base_layer().weight for layer in layers(model).values())
+    return None if all(base.is_floating_point() for base in bases) else 4
+
+
 def attached(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return bool(layers(model))

@@ -40,6 +40,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            adapter=engine.adapter,
             options=engine.options,
         )
     if isinstance(engine, VllmServerConfig):

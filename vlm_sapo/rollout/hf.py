@@ -22,6 +22,7 @@ from transformers import (
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError, call, continue_response
@@ -101,15 +102,16 @@ class HfEngine:
                     context.report(responses)
                 groups += finished
                 continue
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = shortage_reason(error)
             self._shrink(batch, width, reason)
         return groups
 
     def _shrink(self, contexts: Sequence[Context], width: int, reason: str) -> None:
         """Halves the batch, for the rest of the run. `width` is the number of responses to each prompt."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         if len(contexts) == 1:
             raise RolloutError(
                 f"the responses to {contexts[0].prompt.example.label} do not fit into memory ({reason}); "

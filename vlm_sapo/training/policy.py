@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRoutes, ExpertUsage, RoutedPass
 from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, Plain, SharedPrefix
@@ -112,8 +113,7 @@ class MemoryBudget:
     def shrink(self, tokens: int, reason: str, *, row: str | None = None) -> None:
         """Halves the budget, after `tokens` were too many. `row` names the row of a single response, which
         can't be split: raises ValueError."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         remedy = "use model.gradient_checkpointing=true, model.lora, train.offload or smaller images"
         if not self.can_shrink:
             raise SystemExit(  # the others wait for this process on their devices, not for a message
@@ -517,8 +517,10 @@ def naming_micro_batch(micro: MicroBatch) -> Iterator[None]:
     """Turns running out of memory in the block into an error that names the micro-batch."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryShortage(micro, str(error).partition(". ")[0]) from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryShortage(micro, shortage_reason(error)) from None
 
 
 def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
