@@ -73,7 +73,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A micro-batch whose gradient was added."""
+    """A micro-batch whose gradient was added; its tensors are in host memory."""
 
     micro: MicroBatch
     passed: ForwardPass
@@ -404,19 +404,26 @@ class Policy:
         """Adds the gradient of a mini-batch's loss, micro-batch by micro-batch."""
         while True:
             try:
-                return [self._learn(micro, minibatch, loss) for micro in self._micro_batches(minibatch)]
+                micros = self._micro_batches(minibatch)
+                learnt = to_host([(micro, *self._learn(micro, minibatch, loss)) for micro in micros])
+                break
             except MemoryShortage as error:
                 shortage = error.micro, error.reason
             self.optimizer.zero_grad()
             self.memory.shrink_below(*shortage, self.layout)
+        for item in learnt:
+            self.guard.inspect(item.micro, item.passed, item.loss)
+        return learnt
 
-    def _learn(self, micro: MicroBatch, minibatch: Batch, loss: Loss) -> Learnt:
+    def _learn(self, micro: MicroBatch, minibatch: Batch, loss: Loss) -> tuple[ForwardPass, torch.Tensor]:
+        """Adds the gradient of a micro-batch. Returns its pass and its share of the loss, without waiting for
+        the device."""
         with naming_micro_batch(micro):
+            micro = micro.to(self.device)
             passed, _ = self.forward(micro, usage_gradient=loss.needs_usage)
-            value = self.backward(loss(passed, micro, minibatch))
-        passed = replace(passed, logprobs=passed.logprobs.detach())
-        self.guard.inspect(micro, passed, value)
-        return Learnt(micro, passed, value)
+            value = loss(passed, micro, minibatch)
+            value.backward()
+        return replace(passed, logprobs=passed.logprobs.detach()), value.detach()
 
     @torch.no_grad()
     def _prepare(self, minibatch: Batch, loss: Loss) -> Batch:
@@ -434,10 +441,10 @@ class Policy:
             self.memory.shrink_below(*shortage, self.layout)
 
     def _micro_batches(self, minibatch: Batch) -> list[MicroBatch]:
-        """Splits a mini-batch; of a sharded model into equally many in all processes."""
+        """Splits a mini-batch, in host memory; of a sharded model into equally many in all processes."""
         micros = minibatch.fit(self.memory.tokens, self.layout)
         missing = self.parallelism.align(len(micros)) - len(micros)
-        return [micro.to(self.device) for micro in (*micros, *[minibatch.idle()] * missing)]
+        return [*micros, *[minibatch.idle()] * missing]
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""
@@ -534,6 +541,26 @@ def _write_rows(target: torch.Tensor, micro: MicroBatch, values: torch.Tensor) -
     """Writes a micro-batch's values [n, t] to their rows of a mini-batch [N, T]; idle rows have none."""
     real = micro.rows >= 0
     target[micro.rows[real], : micro.mask.shape[1]] = values.cpu()[real]
+
+
+def to_host(learnt: Sequence[tuple[MicroBatch, ForwardPass, torch.Tensor]]) -> list[Learnt]:
+    """What the device computed, moved to host memory in one copy, which waits for the device once."""
+    pieces = [
+        piece
+        for _, passed, loss in learnt
+        for piece in (passed.logprobs.detach(), passed.entropies.detach(), loss)
+    ]
+    if not pieces:
+        return []
+    flat = torch.cat([piece.flatten() for piece in pieces]).cpu().split([piece.numel() for piece in pieces])
+    moved = iter([host.view(piece.shape).to(piece.dtype) for host, piece in zip(flat, pieces, strict=True)])
+    items = []
+    for micro, passed, _ in learnt:
+        logprobs, entropies, loss = next(moved), next(moved), next(moved)
+        old = logprobs if micro.old is None else micro.old
+        passed = replace(passed, logprobs=logprobs, entropies=entropies, old=old)
+        items.append(Learnt(micro, passed, loss.item()))
+    return items
 
 
 def _all_on_policy(minibatch: Batch) -> bool:
