@@ -9,6 +9,7 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,7 +90,9 @@ class ModelServer:
         if route == "v1/models":
             return {"data": [{"root": str(self.path), "max_model_len": self.max_model_len}]}
         if route == "collective_rpc":
-            state = load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
+            state = {}
+            for file in Path(body["kwargs"]["weights_path"]).glob("*.safetensors"):
+                state |= load_file(file)
             missing, unexpected = self.vlm.model.load_state_dict(state, strict=False)
             assert not unexpected and missing in ([], ["lm_head.weight"])
             self.vlm.version += 1

@@ -21,7 +21,7 @@ from vlm_sapo.tools.plan import memory, passes, simulate
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
-from vlm_sapo.tools.plan.nearest import nearest
+from vlm_sapo.tools.plan.nearest import _generation_changes, nearest
 from vlm_sapo.tools.plan.passes import BatchSpec
 from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec
 
@@ -143,6 +143,34 @@ def test_the_kv_cache_holds_all_tokens_of_a_generation_batch(model_folder):
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     tokens = 2 * (BATCH.prompt + BATCH.group * (BATCH.response - 1))
     assert passes.generation_memory(spec, BATCH, 2).kv_cache == pytest.approx(tokens * token, rel=0.01)
+
+
+def test_generation_counts_the_larger_batch_of_training_and_evaluation(tiny):
+    """A step of 8 prompts x 4 responses; an evaluation has more prompts in a batch of as many responses."""
+
+    def rows(*overrides: str):
+        config = load(cfg.TrainConfig, tiny, ["rollout.prompts_per_batch=null", *overrides])
+        estimate = Estimator(config, Gpus(1, 1, GB)).estimate()
+        return {row.name: row for row in estimate.rows}["KV cache"]
+
+    small, large = rows("rollout.sequences_per_batch=8"), rows("rollout.sequences_per_batch=32")
+    assert (small.note, large.note) == ("2 prompts x 4", "8 prompts x 4")
+    assert large.generating == pytest.approx(4 * small.generating, rel=1e-3)
+    assert rows("rollout.sequences_per_batch=1000").generating == large.generating
+    evaluated = "eval.data={source: rows.jsonl}"
+    single = rows("rollout.sequences_per_batch=32", evaluated)
+    assert single.note == "32 prompts x 1" and single.generating > large.generating
+    several = rows("rollout.sequences_per_batch=32", evaluated, "eval.samples=4")
+    assert several.note == "8 prompts x 4" and several.generating == large.generating
+
+
+def test_smaller_generation_batches_are_tried_in_the_configs_own_unit(tiny):
+    def tried(*overrides: str):
+        return _generation_changes(load(cfg.TrainConfig, tiny, overrides))
+
+    assert tried() == [(), ("rollout.prompts_per_batch=2",), ("rollout.prompts_per_batch=1",)]
+    counted = tried("rollout.prompts_per_batch=null", "rollout.sequences_per_batch=12")
+    assert counted == [(), ("rollout.sequences_per_batch=6",), ("rollout.sequences_per_batch=4",)]
 
 
 def test_bytes_of_weights_gradients_optimizer_and_all_gather():

@@ -66,10 +66,10 @@ def make_policy(
     )
 
 
-def sample_groups(policy, encoder, rewards) -> list[Group]:
+def sample_groups(policy, encoder, rewards, *, tokens=12) -> list[Group]:
     prompts = [encoder(example(number, images=number % 3)) for number in range(len(rewards))]
     groups = HfEngine(policy.vlm, prompts_per_batch=8).generate(
-        as_contexts(prompts), Sampling(len(rewards[0]), 12, 1.0, seed=0)
+        as_contexts(prompts), Sampling(len(rewards[0]), tokens, 1.0, seed=0)
     )
     return [
         Group(prompt, tuple(responses), tuple(Reward(value, {}) for value in values))

@@ -51,11 +51,6 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
         (["train.optimizer=adamw_8bit", "train.offload=true"], 1, r"or offloaded; use adamw"),
         (["model.lora.bits=4", "train.shard=all"], 2, r"model.lora.bits \(4\) can't be sharded"),
         (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, r"tensor_parallel must be 1"),
-        (
-            ["rollout.engine=vllm_server", "rollout.engine.weights=nccl", "train.shard=2"],
-            2,
-            r"nccl.* use folder",
-        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, message, tmp_path):
@@ -66,8 +61,9 @@ def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, m
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_config_that_fits_passes(size, tmp_path):
     for value, shard in (("1", 1), ("all", size)):
-        options = ("rollout.engine=vllm_server", f"train.shard={value}")
-        assert check_processes(load(*options, tmp_path=tmp_path), size) == shard
+        for weights in ("folder", "nccl"):
+            options = ("rollout.engine=vllm_server", f"rollout.engine.weights={weights}")
+            assert check_processes(load(*options, f"train.shard={value}", tmp_path=tmp_path), size) == shard
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):
@@ -148,6 +144,21 @@ def test_with_adapters_the_reference_is_the_model_without_them(run):
     first, *_, last = metrics(run("kl", "model.lora.rank=4", "algo.kl=0.1"))
     assert first["minibatch0/kl_reference"] == pytest.approx(0.0, abs=1e-6)
     assert last["minibatch0/kl_reference"] > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recomputed"),
+    [
+        (("model.dtype=bfloat16",), True),
+        (("train.precision=bf16",), True),
+        ((), False),
+        (("model.dtype=bfloat16", "train.old_logprobs=rollout"), False),
+    ],
+)
+def test_adapters_merged_in_half_precision_need_recomputed_old_logprobs(run, capsys, overrides, recomputed):
+    """From the start: the adapters have no effect in the first step, which is compared."""
+    run("merged", "model.lora.rank=4", "train.steps=1", *overrides)
+    assert ("merged in half precision" in capsys.readouterr().out) == recomputed
 
 
 def test_training_continues_from_an_adapter(run):

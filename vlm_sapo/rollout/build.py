@@ -40,6 +40,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            adapter=engine.adapter,
             options=engine.options,
         )
     if isinstance(engine, VllmServerConfig):
@@ -61,7 +62,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         return built
     return HfEngine(
         needs.vlm,
-        prompts_per_batch=needs.prompts_per_batch,
+        sequences_per_batch=needs.sequences_per_batch,
         autocast=needs.autocast,
         with_full_params=needs.with_full_params,
         warn=needs.warn,
@@ -88,7 +89,7 @@ def open_model(
     *,
     dtype: str,
     longest: int | None,
-    prompts_per_batch: int,
+    sequences_per_batch: int,
     warn: Callable[[str], None],
 ) -> tuple[VLM, RolloutEngine]:
     """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
@@ -103,7 +104,7 @@ def open_model(
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    needs = EngineNeeds(vlm, path, longest, dtype, prompts_per_batch, warn)
+    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn)
     return vlm, build_engine(engine, needs)
 
 
@@ -111,7 +112,8 @@ def _transfer(engine: VllmServerConfig, needs: EngineNeeds) -> Folder | Nccl | N
     dtype = DTYPES[engine.weights_dtype(needs.dtype)]
     if needs.folder is None:
         return None
+    world = needs.world or World()
     if engine.weights == "nccl":
-        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout)
+        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout, world=world)
     folder = Path(engine.folder) if engine.folder else needs.folder
-    return Folder(folder, dtype=dtype, world=needs.world or World())
+    return Folder(folder, dtype=dtype, world=world)

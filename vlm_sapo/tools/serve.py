@@ -16,8 +16,7 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import locate
-from vlm_sapo.rollout.vllm import MAX_IMAGES
-from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, ENGINE_ARGUMENTS, EXPERTS_ARGUMENTS
+from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, EXPERTS_ARGUMENTS, engine_arguments
 from vlm_sapo.training.build_rollouts import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -25,8 +24,10 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only_print: bool) -> None:
-    """Replaces this process by the server, after printing the command."""
-    command = build_command(config, host=host, port=port, extra=extra)
+    """Replaces this process by the server, after printing the command. One that is only printed is for
+    another machine, which has a GPU."""
+    cpu = not only_print and not torch.cuda.is_available()
+    command = build_command(config, host=host, port=port, extra=extra, cpu=cpu)
     os.environ.pop("VLLM_LOGGING_LEVEL", None)  # the server's own log lines are useful here
     variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     print(f"{variables} {shlex.join(command)}", flush=True)
@@ -48,7 +49,7 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
     os.execve(program, command, os.environ | ENVIRONMENT)
 
 
-def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> list[str]:
+def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu: bool) -> list[str]:
     """The arguments of the command, `vllm` first."""
     path = str(locate(config.model.path))
     engine = config.rollout.engine
@@ -58,13 +59,12 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str) -> l
         "port": port,
         "dtype": engine.weights_dtype(default_dtype(config)),
         "max-model-len": longest_row(config, benchmarks, load_outline(path)),
-        "limit-mm-per-prompt": {"image": MAX_IMAGES, "video": 0},
-        **ENGINE_ARGUMENTS,
+        **engine_arguments(config.model.max_pixels),
     }
     if engine.type == "vllm_server" and engine.weights == "nccl":
         options["weight-transfer-config"] = {"backend": "nccl"}
     options |= EXPERTS_ARGUMENTS if config.algo.replay == "r3" else {}
-    options |= {} if torch.cuda.is_available() else CPU_ARGUMENTS
+    options |= CPU_ARGUMENTS if cpu else {}
     arguments = ["vllm", "serve", path, "--enable-scale-out"]
     for name, value in options.items():
         name = name.replace("_", "-")

@@ -124,10 +124,15 @@ def _connect(size: int, device: torch.device) -> None:
     dist.init_process_group(backend, timeout=DEVICE_TIMEOUT, **options)
 
 
+def is_sharded(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> bool:
+    """Whether processes share a model or it is in host memory, so that FSDP holds it."""
+    return processes.shard > 1 or config.train.offload
+
+
 def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Parallelism:
     """Builds the configured parallelism: replicated or fully sharded."""
     train, device, size = config.train, processes.accelerator.device, processes.world.size
-    if processes.shard == 1 and not train.offload:
+    if not is_sharded(config, processes):
         return Replicated(processes.world, device)
     replicas = size // processes.shard
     shape = (replicas, processes.shard) if replicas > 1 else (processes.shard,)

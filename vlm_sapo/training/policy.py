@@ -281,6 +281,12 @@ class Policy:
         """Whether all computation is in float32."""
         return self.accelerator.mixed_precision == "no" and self.vlm.model.dtype == torch.float32
 
+    @property
+    def precision(self) -> str:
+        """The precision of matrix products."""
+        rounded = {"bf16": "bfloat16", "fp16": "float16"}
+        return rounded.get(self.accelerator.mixed_precision, str(self.vlm.model.dtype).removeprefix("torch."))
+
     def with_full_params(self, work: Callable[[], T]) -> T:
         """Runs `work` with the full parameters in each process, without gradients."""
         return self.parallelism.with_full_params(self.vlm, work)
@@ -306,6 +312,22 @@ class Policy:
         inputs = (layout or self.layout).inputs(groups).to(self.device)
         with (autocast or self.autocast)():
             return self.parallelism.run(forward_pass or self.forward_pass, inputs)
+
+    def run_routed(
+        self,
+        groups: Sequence[GroupSlice],
+        layout: Layout,
+        *,
+        replayed: ExpertRoutes | None = None,
+        autocast: Callable[[], AbstractContextManager] | None = None,
+    ) -> tuple[Scores, ExpertRoutes | None]:
+        """Log-probs and entropies with the policy's own pass, and the experts of an MoE model: the replayed
+        ones if given."""
+        inputs = layout.inputs(groups).to(self.device)
+        routed = self.vlm.routers.watch(inputs, replayed, gradient=False)
+        with (autocast or self.autocast)():
+            scores = self.parallelism.run(self.forward_pass, inputs, routed)
+        return scores, None if routed is None else replayed or routed.routes()
 
     def autocast(self) -> AbstractContextManager:
         """The precision context of every pass."""
