@@ -87,11 +87,15 @@ class VLM(nn.Module):
         """The language model's maximum context length in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of language layers, as transformers names them."""
+        return set(self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"])
+
     @cached_property
     def attends_fully(self) -> bool:
         """Whether every language layer is full attention, so that branches can share a prefix."""
-        kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
-        return set(kinds) == {"full_attention"}
+        return self.layer_kinds == {"full_attention"}
 
     @cached_property
     def cache_argument(self) -> str:
