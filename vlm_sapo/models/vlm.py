@@ -23,6 +23,7 @@ from vlm_sapo.models.weights import (
     full_tensor,
     gather_and_drop,
     hf_state_dict,
+    save_config,
     save_model,
     stored_weights,
     stream_weights,
@@ -253,6 +254,11 @@ class VLM(nn.Module):
         """Writes weights (by default the present ones), configs, tokenizer and processor so that
         transformers' Auto classes load them."""
         save_model(self.model, folder, weights)
+        self.processor.save_pretrained(folder)
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `save` writes, without weights."""
+        save_config(self.model, folder)
         self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
