@@ -88,7 +88,8 @@ class VllmEngine:
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
         shape = AdapterShape.of(needs.vlm)
-        self.adapter = ServedAdapter() if served_beside(adapter, shape, needs, dtype) else None
+        beside = served_beside(adapter, shape, needs.vlm, dtype, warn=needs.warn)
+        self.adapter = ServedAdapter() if beside else None
         arguments |= shape.arguments if self.adapter is not None else {}
         threads = torch.get_num_threads()
         try:

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.vlm import VLM, part_of
-from vlm_sapo.rollout.engine import EngineNeeds
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank."""
+NO_FOLDER = "an adapter goes through a folder that both sides see, and rollout.engine.weights is nccl"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class AdapterShape:
         if not layers:
             return None
         return cls(frozenset(map(part_of, layers)), adapters.rank(vlm.model), adapters.bits(vlm.model))
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterShape:
+        """That of a folder in peft's format."""
+        with safe_open(folder / adapters.FILE, framework="pt") as file:
+            names = list(file.keys())
+            ranks = [file.get_slice(name).get_shape()[0] for name in names if ".lora_A." in name]
+        return cls(frozenset(map(part_of, names)), max(ranks))
 
     def why_merged(self, vlm: VLM) -> str:
         """Why vLLM can't serve them beside the base; empty if it can. `vlm` may be an outline."""
@@ -53,24 +64,31 @@ class AdapterShape:
 
 
 def served_beside(
-    choice: str, shape: AdapterShape | None, needs: EngineNeeds, dtype: str, *, obstacle: str = ""
+    choice: str,
+    shape: AdapterShape | None,
+    vlm: VLM,
+    dtype: str,
+    *,
+    obstacle: str = "",
+    warn: Callable[[str], None] | None = None,
 ) -> bool:
     """Whether vLLM serves adapters beside the base rather than merged. `choice` is `rollout.engine.adapter`;
-    `obstacle` is a further reason to merge them. Warns where merging into half precision rounds them away.
+    `obstacle` is a further reason to merge them. `warn` hears where merging into half
+    precision rounds them away.
 
     Raises ValueError if they shall be served and can't.
     """
     if shape is None or choice == "merged":
         return False
-    reason = shape.why_merged(needs.vlm) or obstacle
+    reason = shape.why_merged(vlm) or obstacle
     if choice == "native":
         if reason:
             raise ValueError(f"rollout.engine.adapter (native) must be merged here: {reason}")
         return True
     if dtype == "float32":
         return False  # merged weights are faster, and round nothing away
-    if reason:
-        needs.warn(
+    if reason and warn is not None:
+        warn(
             f"vLLM gets the adapters merged into {dtype} weights, which round small changes away, so that "
             f"it follows the first updates late ({reason}); see `policy/mismatch`, or set algo.correction"
         )
