@@ -84,6 +84,8 @@ def predict(config: TrainConfig, device: str) -> float:
 
 def measure(config: TrainConfig, device: str) -> float:
     """The peak memory of the steps, in bytes."""
+    import gc
+
     import torch
     from accelerate.state import AcceleratorState
 
@@ -95,6 +97,10 @@ def measure(config: TrainConfig, device: str) -> float:
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision
+    gc.collect()  # an earlier case's model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     processes = join(config, Console())
     run, loss = build_training(config, open_folder(config, processes), processes)
     policy = run.policy

@@ -117,7 +117,7 @@ class Setting:
 
 def needs_of(vlm, path, *, dtype="float32", **options) -> EngineNeeds:
     return EngineNeeds(
-        vlm, str(path), longest=LONGEST, dtype=dtype, prompts_per_batch=8, warn=print, **options
+        vlm, str(path), longest=LONGEST, dtype=dtype, sequences_per_batch=32, warn=print, **options
     )
 
 
@@ -244,6 +244,22 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
     prompts, groups = setting.sample(slots=(7, 8, 9), temperature=1.5)
     alone = setting.engine.generate(as_contexts(prompts[2:]), Sampling(4, 12, 1.5, seed=5, slots=(9,)))
     assert ids_of(alone) == ids_of(groups[2:])
+
+
+def test_a_group_is_reported_once_as_it_is_returned(setting):
+    """But for vLLM in this process, which returns all at once."""
+    reports: list[tuple[int, list]] = []
+
+    def context(index: int) -> Context:
+        prompt = setting.encoder(example(index, images=index))
+        return Context(prompt, report=lambda responses: reports.append((index, responses)))
+
+    groups = setting.engine.generate(list(map(context, range(3))), SAMPLING)
+    assert sorted(index for index, _ in reports) == (
+        [] if type(setting.engine).__name__ == "VllmEngine" else [0, 1, 2]
+    )
+    for index, responses in reports:
+        assert all(one is other for one, other in zip(responses, groups[index], strict=True))
 
 
 def test_responses_so_far_are_continued(setting):

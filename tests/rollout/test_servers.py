@@ -16,7 +16,7 @@ from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm_requests import SEED_STRIDE
-from vlm_sapo.types import RowError, Sampling
+from vlm_sapo.types import Context, RowError, Sampling
 
 SAMPLING = Sampling(3, 8, 1.0, seed=2)
 
@@ -49,7 +49,7 @@ def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn
         str(servers[0].path),
         longest=longest,
         dtype="float32",
-        prompts_per_batch=4,
+        sequences_per_batch=16,
         warn=warn,
         folder=folder / "weights",
     )
@@ -84,6 +84,23 @@ def test_prompts_are_distributed_and_answers_keep_their_order(vlm, servers, prom
         assert len(bodies) == 3
         assert all(len(body.get("content_parts", [])) <= 2 for body in bodies)
     assert not list(tmp_path.iterdir()), "weights were left behind"
+
+
+def test_groups_are_reported_as_they_arrive(vlm, servers, prompts, tmp_path):
+    reports = []
+    with closing(build(vlm, servers, tmp_path)) as engine:
+
+        def context(index: int) -> Context:
+            def report(responses):
+                assert engine.running is not None
+                reports.append((index, responses))
+
+            return Context(prompts[index], report=report)
+
+        engine.sync(vlm)
+        groups = engine.generate(list(map(context, range(6))), SAMPLING)
+    assert sorted(index for index, _ in reports) == list(range(6))
+    assert all(responses is groups[index] or responses == groups[index] for index, responses in reports)
 
 
 def test_weights_go_to_each_server_once_for_each_version(vlm, servers, prompts, tmp_path):
@@ -211,7 +228,9 @@ def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, promp
     warned = Warnings()
     engine = build_engine(
         RolloutConfig.model_validate({"engine": section}).engine,
-        EngineNeeds(vlm, "/models/another", longest=512, dtype="float32", prompts_per_batch=4, warn=warned),
+        EngineNeeds(
+            vlm, "/models/another", longest=512, dtype="float32", sequences_per_batch=16, warn=warned
+        ),
     )
     with closing(engine):
         assert "serves" in warned.lines[0] and "/models/another" in warned.lines[0]
@@ -336,7 +355,7 @@ def test_experts_of_the_tokens_are_reported(model_folder):
             str(path),
             longest=512,
             dtype="float32",
-            prompts_per_batch=4,
+            sequences_per_batch=16,
             warn=print,
             experts=True,
         ),

@@ -5,6 +5,7 @@ What it asks of a `WeightSource` are the rules of vLLM 0.32 (`iter`) and 0.33 (`
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 
+@dataclass(frozen=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
 class StandInLlm:
     """`vllm.LLM`. `threads` is what the real one leaves torch with; it fails at weight number `fails_at`."""
 
@@ -27,10 +35,21 @@ class StandInLlm:
         self.arguments, self.calls, self.weights = arguments, [], []
         self.llm_engine = SimpleNamespace(
             reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache"),
+            add_lora=self.add_lora,
+            remove_lora=lambda number: self.calls.append(f"remove_lora {number}"),
             engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
         )
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+
+    def add_lora(self, request: LoRARequest) -> None:
+        self.calls.append(f"add_lora {request.lora_int_id}")
+        self.adapter = load_file(Path(request.lora_path) / "adapter_model.safetensors")
+        self.adapter_config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
+
+    def generate(self, inputs: list, parameters: list, *, use_tqdm: bool, lora_request: Any) -> None:
+        self.calls.append(f"generate with {lora_request.lora_name if lora_request else 'the base'}")
+        raise ValueError("it is only a stand-in")
 
     def sleep(self, level: int) -> None:
         self.calls.append("sleep")
@@ -142,7 +161,9 @@ def modules(names: dict[str, Any] | None = None) -> dict[str, ModuleType]:
     """What `sys.modules` must have so that `import vllm` finds this one, with `names` in its module for weight
     transfers."""
     package = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
-    made = {name: ModuleType(name) for name in [*package, "vllm.distributed.weight_transfer.nccl_engine"]}
+    package += ["vllm.distributed.weight_transfer.nccl_engine", "vllm.lora", "vllm.lora.request"]
+    made = {name: ModuleType(name) for name in package}
+    own = {"LLM": StandInLlm, "LoRARequest": LoRARequest, "SamplingParams": dict}
     for module in made.values():
-        vars(module).update({"LLM": StandInLlm} | (names or {}))
+        vars(module).update(own | (names or {}))
     return made

@@ -21,7 +21,7 @@ from vlm_sapo.tools.plan import memory, passes, simulate
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
-from vlm_sapo.tools.plan.nearest import nearest
+from vlm_sapo.tools.plan.nearest import _generation_changes, nearest
 from vlm_sapo.tools.plan.passes import BatchSpec
 from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec
 
@@ -145,6 +145,34 @@ def test_the_kv_cache_holds_all_tokens_of_a_generation_batch(model_folder):
     assert passes.generation_memory(spec, BATCH, 2).kv_cache == pytest.approx(tokens * token, rel=0.01)
 
 
+def test_generation_counts_the_larger_batch_of_training_and_evaluation(tiny):
+    """A step of 8 prompts x 4 responses; an evaluation has more prompts in a batch of as many responses."""
+
+    def rows(*overrides: str):
+        config = load(cfg.TrainConfig, tiny, ["rollout.prompts_per_batch=null", *overrides])
+        estimate = Estimator(config, Gpus(1, 1, GB)).estimate()
+        return {row.name: row for row in estimate.rows}["KV cache"]
+
+    small, large = rows("rollout.sequences_per_batch=8"), rows("rollout.sequences_per_batch=32")
+    assert (small.note, large.note) == ("2 prompts x 4", "8 prompts x 4")
+    assert large.generating == pytest.approx(4 * small.generating, rel=1e-3)
+    assert rows("rollout.sequences_per_batch=1000").generating == large.generating
+    evaluated = "eval.data={source: rows.jsonl}"
+    single = rows("rollout.sequences_per_batch=32", evaluated)
+    assert single.note == "32 prompts x 1" and single.generating > large.generating
+    several = rows("rollout.sequences_per_batch=32", evaluated, "eval.samples=4")
+    assert several.note == "8 prompts x 4" and several.generating == large.generating
+
+
+def test_smaller_generation_batches_are_tried_in_the_configs_own_unit(tiny):
+    def tried(*overrides: str):
+        return _generation_changes(load(cfg.TrainConfig, tiny, overrides))
+
+    assert tried() == [(), ("rollout.prompts_per_batch=2",), ("rollout.prompts_per_batch=1",)]
+    counted = tried("rollout.prompts_per_batch=null", "rollout.sequences_per_batch=12")
+    assert counted == [(), ("rollout.sequences_per_batch=6",), ("rollout.sequences_per_batch=4",)]
+
+
 def test_bytes_of_weights_gradients_optimizer_and_all_gather():
     parameters = (
         ParameterSpec("root", 1000, 4, True),
@@ -156,9 +184,15 @@ def test_bytes_of_weights_gradients_optimizer_and_all_gather():
     assert memory.weight_bytes(parameters, 2) == 44_000 / 2 + 8000
     assert memory.gradient_bytes(parameters, 2) == 12_000
     assert memory.optimizer_bytes(parameters, "adamw") == 48_000
+    half = [ParameterSpec("root", 1000, 2, True)]
+    assert memory.optimizer_bytes(half, "adamw") == 8000  # moments of bfloat16 weights are float32
     assert memory.optimizer_bytes(parameters, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
     assert memory.all_gather_bytes(parameters, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
     assert memory.unsharded_bytes(parameters, 2) == 22_000
+    assert memory.loading_bytes(parameters) == 52_000
+    assert memory.loading_bytes(parameters, 2) == 20_000
+    assert memory.loading_bytes(parameters, 2, offload=True) == 22_000 + 20_000
+    assert memory.loading_bytes(parameters, offload=True) == 44_000 + 20_000
 
 
 @pytest.mark.parametrize("text", ["80GB", "x80GB", "8x80", "0x80GB", "8x0GB", "2x4x8x80GB", "eight"])

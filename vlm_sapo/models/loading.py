@@ -169,6 +169,11 @@ def load_outline(path: str) -> VLM:
     return VLM(model, processor)
 
 
+def count_parameters(path: str) -> int:
+    """Number of a checkpoint's parameters, by its config."""
+    return load_outline(path).model.num_parameters()
+
+
 def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Loads processor and model. Raises ValueError that says what is wrong with `model.path`."""
     check_folder(path)

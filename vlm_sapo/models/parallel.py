@@ -109,6 +109,9 @@ BUCKET_SIZE = 2**26
 class Parallelism(Protocol):
     """How the model's parameters are distributed over processes."""
 
+    sharded: bool
+    """Whether a process holds only its share of each parameter."""
+
     def distribute(self, vlm: VLM) -> None:
         """Moves the model to the devices; must be called before the optimizer is built."""
 
@@ -128,6 +131,8 @@ class Parallelism(Protocol):
 class Replicated:
     """Each process has a copy; gradients are summed once per update, however many passes there were.
     Parameters that no pass used get a gradient of zero, also with a single process."""
+
+    sharded = False
 
     def __init__(self, world: World, device: torch.device):
         self.world, self.device = world, device
@@ -160,6 +165,8 @@ class Replicated:
 
 class FullySharded:
     """FSDP over the last dimension of `mesh`; see `shard`. Gradients are reduced during the backward pass."""
+
+    sharded = True
 
     def __init__(self, mesh: DeviceMesh, world: World, *, dtype: torch.dtype | None, offload: bool):
         self.mesh, self.world, self.dtype, self.offload = mesh, world, dtype, offload

@@ -32,7 +32,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Converts a full tensor, the same on all processes, to the parameter's type, device and sharding."""
-    return from_rows(tensor[own_rows(parameter)], parameter)
+    return from_rows(tensor[own_rows(parameter)].to(parameter.dtype), parameter)
 
 
 def own_rows(parameter: torch.Tensor) -> slice:
@@ -49,9 +49,9 @@ def own_rows(parameter: torch.Tensor) -> slice:
 
 
 def from_rows(rows: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor of the parameter's size, type, device and sharding, from a copy of the rows that this process
+    """A tensor of the parameter's size, device and sharding, from a copy of the rows that this process
     holds."""
-    own = rows.to(parameter.device, parameter.dtype, copy=True)
+    own = rows.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor):
         return own
     sizes = {"shape": parameter.shape, "stride": parameter.stride()}

@@ -16,8 +16,9 @@ from vlm_sapo.config.rollout import (
     VllmServerConfig,
 )
 from vlm_sapo.distributed import World
+from vlm_sapo.models.device import find_device
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_outline, load_vlm
+from vlm_sapo.models.loading import count_parameters, load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.plugins import check_call, resolve, resolve_call
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutEngine
@@ -39,6 +40,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            adapter=engine.adapter,
             options=engine.options,
         )
     if isinstance(engine, VllmServerConfig):
@@ -60,7 +62,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         return built
     return HfEngine(
         needs.vlm,
-        prompts_per_batch=needs.prompts_per_batch,
+        sequences_per_batch=needs.sequences_per_batch,
         autocast=needs.autocast,
         with_full_params=needs.with_full_params,
         warn=needs.warn,
@@ -87,19 +89,21 @@ def open_model(
     *,
     dtype: str,
     longest: int | None,
-    prompts_per_batch: int,
+    sequences_per_batch: int,
     warn: Callable[[str], None],
 ) -> tuple[VLM, RolloutEngine]:
     """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
     model is an outline: enough to encode prompts. `longest` is None for the model's whole context."""
     if engine.shares_weights:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
+        device = find_device()
+        device.check(lambda: count_parameters(path), warn)
+        device.check_half_precision({"dtype": dtype})
+        vlm = load_vlm(path, dtype=dtype, device=device.torch, freeze=list(PARTS))
         vlm.eval()
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    needs = EngineNeeds(vlm, path, longest, dtype, prompts_per_batch, warn)
+    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn)
     return vlm, build_engine(engine, needs)
 
 

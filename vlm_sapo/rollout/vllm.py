@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 
 import torch
 
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
+from vlm_sapo.rollout.vllm_lora import ServedAdapter, lora_arguments, memory_folder, why_merged
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     EXPERTS_ARGUMENTS,
@@ -48,7 +49,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class VllmEngine:
         dtype: str,
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
+        adapter: str = "auto",
         options: dict[str, Any] | None = None,
     ):
         self.vlm, self.tensor_parallel, self.dtype = needs.vlm, tensor_parallel, getattr(torch, dtype)
@@ -87,6 +88,8 @@ class VllmEngine:
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
+        self.adapter = _served_adapter(adapter, needs, dtype)
+        arguments |= {} if self.adapter is None else lora_arguments(needs.vlm)
         threads = torch.get_num_threads()
         try:
             self.llm = LLM(**arguments | (options or {}))
@@ -101,11 +104,25 @@ class VllmEngine:
             torch.set_num_threads(threads)  # vLLM leaves one, and the trainer computes in this process, too
         self._sleep()
 
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
+
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""
         if self.version == vlm.version:
             return
         self._wake("weights")
+        if self.adapter is None:
+            self._send_weights(vlm)
+        else:
+            self.adapter.update(self.llm, vlm)
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        if not self.asleep and not self.llm.reset_prefix_cache():
+            raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
+        self.version = vlm.version
+
+    def _send_weights(self, vlm: VLM) -> None:
         weights = vlm.stream_weights(self.dtype)
         if self.tensor_parallel == 1:
             try:
@@ -114,14 +131,9 @@ class VllmEngine:
                 exhaust(weights)
         else:
             size = sum(math.prod(item.shape) for item in vlm.stored_weights()) * self.dtype.itemsize
-            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory(size)) as folder:
+            with tempfile.TemporaryDirectory(prefix="weights_", dir=memory_folder(size)) as folder:
                 write_shards(weights, Path(folder))
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        self.llm.reset_mm_cache()
-        self.llm.llm_engine.reset_encoder_cache()
-        if not self.asleep and not self.llm.reset_prefix_cache():
-            raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
-        self.version = vlm.version
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
@@ -144,7 +156,8 @@ class VllmEngine:
         ]
         parameters = [SamplingParams(**item.parameters) for item in requests]
         try:
-            results = self.llm.generate(inputs, parameters, use_tqdm=False)
+            request = None if self.adapter is None else self.adapter.request
+            results = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=request)
         except ValueError as error:
             rows = ", ".join(item.prompt.example.label for item in requests[:3])
             raise RolloutError(
@@ -168,7 +181,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.adapter is not None:
+            self.adapter.close()
+        self.llm.llm_engine.engine_core.shutdown()  # ends the default process group, too: nothing may follow
         del self.llm
         gc.collect()
         if torch.cuda.is_available():
@@ -188,13 +203,27 @@ class VllmEngine:
             self.asleep = set(ALL_PARTS)
 
 
+def _served_adapter(choice: str, needs: EngineNeeds, dtype: str) -> ServedAdapter | None:
+    """What serves the model's adapters beside the base, or None if they are merged."""
+    if choice == "merged" or not adapters.attached(needs.vlm.model):
+        return None
+    reason = why_merged(needs.vlm)
+    if choice == "native":
+        if reason:
+            raise ValueError(f"rollout.engine.adapter (native) must be merged here: {reason}")
+        return ServedAdapter()
+    if dtype == "float32":
+        return None  # nothing is rounded away
+    if reason:
+        needs.warn(
+            f"vLLM gets the adapters merged into {dtype} weights, which round small changes away, so that it "
+            f"follows the first updates late ({reason}); see `policy/mismatch`, or set algo.correction"
+        )
+        return None
+    return ServedAdapter()
+
+
 def _output(output: Any) -> VllmOutput:
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
     return VllmOutput(ids, logprobs, output.finish_reason, output.routed_experts)
-
-
-def _memory(size: int) -> str | None:
-    """A folder in memory with room for `size` bytes, if the system has one."""
-    folder = Path("/dev/shm")
-    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > size else None

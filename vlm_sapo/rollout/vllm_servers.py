@@ -55,7 +55,6 @@ class VllmServers:
 
     in_background = True
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -75,6 +74,9 @@ class VllmServers:
         self.closed = False
         self.syncing = False
         self._run(lambda: self._handshake(needs.path, needs.longest))
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine. A server that can't be reached now gets the weights when it is back."""
@@ -97,7 +99,8 @@ class VllmServers:
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
         requests = sampling_requests(self.vlm, contexts, sampling)
-        return by_context(requests, self._run(lambda: self._sample(requests, sampling)), len(contexts))
+        responses = self._run(lambda: self._sample(requests, sampling, contexts))
+        return by_context(requests, responses, len(contexts))
 
     def close(self) -> None:
         """Cancels requests under way; the servers keep running."""
@@ -174,7 +177,9 @@ class VllmServers:
             await server.name(self.client, self.version)
             server.version = self.version
 
-    async def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    async def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, contexts: Sequence[Context]
+    ) -> list[list[Response]]:
         limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers))
 
         async def sample(request: Request) -> list[Response]:
@@ -188,7 +193,10 @@ class VllmServers:
             async with limit:
                 first = request.context % len(self.servers)
                 order = [*self.servers[first:], *self.servers[:first]]
-                return await self._retry(order, ask, f"for {request.prompt.example.label}")
+                responses = await self._retry(order, ask, f"for {request.prompt.example.label}")
+            if request.so_far is None:  # the whole group
+                contexts[request.context].report(responses)
+            return responses
 
         tasks = [asyncio.create_task(sample(request)) for request in requests]
         try:

@@ -47,15 +47,19 @@ def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
         raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
+def weights_path(model: cfg.ModelConfig, checkpoint: Path | None) -> str:
+    """Where the trained model's weights without adapters are: in the checkpoint, or in `model.path`."""
+    return str(checkpoint if checkpoint and model.lora is None else locate(model.path))
+
+
 def load_trained(config: Config, checkpoint: Path | None, processes: Processes) -> tuple[str, VLM]:
     """Loads the model to train, from the checkpoint or from `model.path`: into host memory, with 4-bit
     weights onto the device, or without its weights if it will be sharded. Returns also the path of its
     weights without adapters."""
     model = config.model
-    if model.lora is None:
-        path = str(checkpoint or locate(model.path))
+    path, lora = weights_path(model, checkpoint), model.lora
+    if lora is None:
         return path, _load(config, path, processes, freeze=model.freeze)
-    path, lora = str(locate(model.path)), model.lora
     start = Path(locate(lora.adapter)) if lora.adapter else None
     if start is not None:
         adapters.check(start, model.path)
@@ -116,6 +120,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        seed=config.run.seed,
     )
     settings = PolicySettings(
         optimizer,

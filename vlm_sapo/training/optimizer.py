@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm_sapo.models.file_modes import use_umask
 from vlm_sapo.models.weights import from_rows, full_tensor, gather_and_drop, own_rows
+from vlm_sapo.training.stochastic_adamw import StochasticAdamW
 
 MAX_FILE_BYTES = 4 * 2**30
 """Size from which the next tensors go to another file."""
@@ -36,6 +37,8 @@ class OptimizerSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = 0
+    """Of stochastic rounding."""
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step (0-based)."""
@@ -50,12 +53,14 @@ class OptimizerSettings:
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Builds AdamW, also variants with moments in 8 bits."""
+    """Builds AdamW: for weights in bfloat16 with stochastic rounding, or variants with moments in 8 bits."""
     options: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
+    if settings.name == "adamw" and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return StochasticAdamW(parameters, seed=settings.seed, **options)
     if settings.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     import bitsandbytes

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRoutes, ExpertUsage, RoutedPass
 from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, Plain, SharedPrefix
@@ -114,8 +115,7 @@ class MemoryBudget:
     def shrink(self, tokens: int, reason: str, *, row: str | None = None) -> None:
         """Halves the budget, after `tokens` were too many. `row` names the row of a single response, which
         can't be split: raises ValueError."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         remedy = "use model.gradient_checkpointing=true, model.lora, train.offload or smaller images"
         if not self.can_shrink:
             raise SystemExit(  # the others wait for this process on their devices, not for a message
@@ -283,6 +283,12 @@ class Policy:
         """Whether all computation is in float32."""
         return self.accelerator.mixed_precision == "no" and self.vlm.model.dtype == torch.float32
 
+    @property
+    def precision(self) -> str:
+        """The precision of matrix products."""
+        rounded = {"bf16": "bfloat16", "fp16": "float16"}
+        return rounded.get(self.accelerator.mixed_precision, str(self.vlm.model.dtype).removeprefix("torch."))
+
     def with_full_params(self, work: Callable[[], T]) -> T:
         """Runs `work` with the full parameters in each process, without gradients."""
         return self.parallelism.with_full_params(self.vlm, work)
@@ -308,6 +314,22 @@ class Policy:
         inputs = (layout or self.layout).inputs(groups).to(self.device)
         with (autocast or self.autocast)():
             return self.parallelism.run(forward_pass or self.forward_pass, inputs)
+
+    def run_routed(
+        self,
+        groups: Sequence[GroupSlice],
+        layout: Layout,
+        *,
+        replayed: ExpertRoutes | None = None,
+        autocast: Callable[[], AbstractContextManager] | None = None,
+    ) -> tuple[Scores, ExpertRoutes | None]:
+        """Log-probs and entropies with the policy's own pass, and the experts of an MoE model: the replayed
+        ones if given."""
+        inputs = layout.inputs(groups).to(self.device)
+        routed = self.vlm.routers.watch(inputs, replayed, gradient=False)
+        with (autocast or self.autocast)():
+            scores = self.parallelism.run(self.forward_pass, inputs, routed)
+        return scores, None if routed is None else replayed or routed.routes()
 
     def autocast(self) -> AbstractContextManager:
         """The precision context of every pass."""
@@ -522,8 +544,10 @@ def naming_micro_batch(micro: MicroBatch) -> Iterator[None]:
     """Turns running out of memory in the block into an error that names the micro-batch."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryShortage(micro, str(error).partition(". ")[0]) from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryShortage(micro, shortage_reason(error)) from None
 
 
 def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:

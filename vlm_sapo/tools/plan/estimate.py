@@ -10,7 +10,7 @@ from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
 from vlm_sapo.tools.plan.memory import GB, PHASES, UNSHARDED, Estimate, Gpus, MemoryRow, ParameterSpec
-from vlm_sapo.tools.plan.passes import BatchSpec
+from vlm_sapo.tools.plan.passes import BatchSpec, GenerationMemory
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,14 +86,29 @@ class Estimator:
         merged = MemoryRow("merged LoRA weights", sync=self._merged())
         if engine.type != "hf":
             return [merged], ""
-        prompts = min(self.config.rollout.prompts_per_batch, self.prompts)
-        generation = passes.generation_memory(self.model, self.batch, prompts)
+        (prompts, samples), generation = self._generation()
         unsharded = memory.unsharded_bytes(self.parameters, self.element_size) if self.sharded else 0.0
         return [
             MemoryRow("unsharded model", generating=unsharded),
-            MemoryRow("KV cache", generating=generation.kv_cache, note=f"{prompts} prompts per batch"),
+            MemoryRow("merged LoRA weights", generating=self._merged_while_sampling()),
+            MemoryRow("KV cache", generating=generation.kv_cache, note=f"{prompts} prompts x {samples}"),
             MemoryRow("generation activations", generating=generation.activations),
         ], ""
+
+    def _generation(self) -> tuple[tuple[int, int], GenerationMemory]:
+        """The larger generation batch of the `hf` engine: training's or an evaluation's. Its prompts and the
+        responses to each, and its memory."""
+        rollout, section = self.config.rollout, self.config.eval
+        batches = [(min(max(1, rollout.batch_sequences // rollout.group), self.prompts), rollout.group)]
+        if section.data is not None or section.benchmarks:
+            batches.append((max(1, rollout.batch_sequences // section.samples), section.samples))
+        sizes = {
+            (prompts, samples): passes.generation_memory(
+                self.model, replace(self.batch, group=samples), prompts
+            )
+            for prompts, samples in batches
+        }
+        return max(sizes.items(), key=lambda item: item[1].activations + item[1].kv_cache)
 
     def _vllm(self, engine: VllmConfig) -> tuple[list[MemoryRow], str]:
         share = engine.gpu_memory * self.gpus.memory
@@ -128,6 +143,15 @@ class Estimator:
         """Adapted weights with their adapters added, all at the same time."""
         size = BYTES[self.config.model.dtype]
         return sum(item.numel for item in self.parameters if item.adapted) * size if self.shards == 1 else 0.0
+
+    def _merged_while_sampling(self) -> float:
+        """The copy of the adapted weights that the `hf` engine samples with; weights of 4 bits stay as they
+        are."""
+        lora = self.config.model.lora
+        if lora is None or lora.bits:
+            return 0.0
+        size = self.element_size if self.sharded else BYTES[self.config.model.dtype]
+        return sum(item.numel for item in self.parameters if item.adapted) * size
 
     def _host(self, features: float) -> Iterator[tuple[str, float]]:
         """The host memory of a node, by name; `features` is what each GPU moves there of its cache."""

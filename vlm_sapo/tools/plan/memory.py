@@ -19,6 +19,8 @@ QUANTIZATION_BLOCK = 256
 """Elements that share a constant in an 8-bit optimizer."""
 MIN_QUANTIZED_ELEMENTS = 4096
 """An 8-bit optimizer stores the moments of smaller parameters in 32 bits."""
+MOMENT_BYTES = 4
+"""Bytes of an element of an AdamW moment that is not stored in 8 bits."""
 REDUCE_BYTES = 4
 """Bytes of an element while sharded gradients are reduced."""
 UNSHARDED = "unsharded"
@@ -65,14 +67,18 @@ def gradient_bytes(parameters: Iterable[ParameterSpec], shards: int = 1) -> floa
 
 
 def optimizer_bytes(parameters: Iterable[ParameterSpec], name: str, shards: int = 1) -> float:
-    """AdamW's two moments on one GPU, of the parameters' dtype or in 8 bits."""
+    """AdamW's two moments on one GPU, in float32 (also those of bfloat16 weights) or in 8 bits."""
     if name == "adamw":
-        return 2 * gradient_bytes(parameters, shards)
+        return sum(
+            2 * MOMENT_BYTES * item.numel / (1 if item.unit == UNSHARDED else shards)
+            for item in parameters
+            if item.trained
+        )
     return sum(
         2
         * item.numel
         / shards
-        * (REDUCE_BYTES if item.numel < MIN_QUANTIZED_ELEMENTS else 1 + 4 / QUANTIZATION_BLOCK)
+        * (MOMENT_BYTES if item.numel < MIN_QUANTIZED_ELEMENTS else 1 + 4 / QUANTIZATION_BLOCK)
         for item in parameters
         if item.trained
     )
@@ -103,6 +109,19 @@ def _largest_layer(parameters: Iterable[ParameterSpec]) -> int:
 def unsharded_bytes(parameters: Iterable[ParameterSpec], element_size: float) -> float:
     """All sharded parameters, gathered at once."""
     return sum(item.numel for item in parameters if item.unit != UNSHARDED) * element_size
+
+
+def loading_bytes(parameters: Sequence[ParameterSpec], shards: int = 1, *, offload: bool = False) -> float:
+    """Host memory of a process while it loads a model.
+
+    A model that is sharded or offloaded is read tensor by tensor: beside the largest one only shards that
+    stay in host memory (`offload`) count. Any other model is loaded whole before it is moved to the GPU.
+    """
+    if shards == 1 and not offload:
+        return weight_bytes(parameters)
+    largest = max((item.numel * item.element_size for item in parameters), default=0.0)
+    shard = [item for item in parameters if item.unit != UNSHARDED] if offload else []
+    return weight_bytes(shard, shards) + largest
 
 
 @dataclass(frozen=True)
