@@ -32,7 +32,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Converts a full tensor, the same on all processes, to the parameter's type, device and sharding."""
-    return from_rows(tensor[own_rows(parameter)], parameter)
+    return from_rows(tensor[own_rows(parameter)].to(parameter.dtype), parameter)
 
 
 def own_rows(parameter: torch.Tensor) -> slice:
@@ -48,12 +48,10 @@ def own_rows(parameter: torch.Tensor) -> slice:
     return slice(start, min(start + size, rows))
 
 
-def from_rows(
-    rows: torch.Tensor, parameter: torch.Tensor, *, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """A tensor of the parameter's size, device and sharding, by default of its type, from a copy of the rows
-    that this process holds."""
-    own = rows.to(parameter.device, dtype or parameter.dtype, copy=True)
+def from_rows(rows: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor of the parameter's size, device and sharding, from a copy of the rows that this process
+    holds."""
+    own = rows.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor):
         return own
     sizes = {"shape": parameter.shape, "stride": parameter.stride()}

@@ -128,8 +128,7 @@ def load_state(
                 name, _, field = key.rpartition("/")
                 stored, parameter = file.get_slice(key), parameters[name]
                 if isinstance(parameter, DTensor) and stored.get_shape() == list(parameter.shape):
-                    rows = stored[own_rows(parameter)]
-                    value = from_rows(rows, parameter, dtype=rows.dtype)
+                    value = from_rows(stored[own_rows(parameter)], parameter)
                 else:
                     value = file.get_tensor(key)
                 if value.dtype == torch.int64:  # bitsandbytes counts its steps with plain numbers

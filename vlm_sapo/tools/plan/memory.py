@@ -148,6 +148,19 @@ def unsharded_bytes(parameters: Iterable[ParameterSpec], element_size: float) ->
     return sum(item.numel for item in parameters if item.unit != UNSHARDED) * element_size
 
 
+def loading_bytes(parameters: Sequence[ParameterSpec], shards: int = 1, *, offload: bool = False) -> float:
+    """Host memory of a process while it loads a model.
+
+    A model that is sharded or offloaded is read tensor by tensor: beside the largest one only shards that
+    stay in host memory (`offload`) count. Any other model is loaded whole before it is moved to the GPU.
+    """
+    if shards == 1 and not offload:
+        return weight_bytes(parameters)
+    largest = max((item.numel * item.element_size for item in parameters), default=0.0)
+    shard = [item for item in parameters if item.unit != UNSHARDED] if offload else []
+    return weight_bytes(shard, shards) + largest
+
+
 @dataclass(frozen=True)
 class MemoryRow:
     """What one thing takes in each phase."""
