@@ -14,6 +14,7 @@ from vlm_sapo.config.load import check as check_section
 from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models import device as devices
 from vlm_sapo.models.device import Device, find_device, out_of_memory, shortage_reason
+from vlm_sapo.models.loading import load_outline
 
 KERNEL_MODULE = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.129.03  Release Build\nGCC version: 11.4.0\n"
 OLD_DRIVER = (
@@ -189,3 +190,21 @@ def test_segments_are_expandable_unless_the_user_says_otherwise(monkeypatch):
     assert configured(shared) == {}
     for name in ALLOCATOR_VARIABLES:
         assert configured(hf, **{name: "max_split_size_mb:512"}) == {name: "max_split_size_mb:512"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_linear_attention_without_its_kernels_is_named(model_folder, monkeypatch, family):
+    """On a GPU, once; transformers' own warning is silenced."""
+    kinds = load_outline(str(model_folder(family))).layer_kinds
+    gpu, cpu = Device(torch.device("cuda", 0)), Device(torch.device("cpu"))
+
+    def warnings(device: Device, *installed: str) -> list[str]:
+        monkeypatch.setattr(devices, "find_spec", lambda name: name if name in installed else None)
+        said = []
+        device.check_kernels(kinds, said.append)
+        return said
+
+    assert warnings(cpu) == warnings(gpu, "fla") == []
+    said = warnings(gpu)
+    assert len(said) == (family == "qwen3_5")
+    assert all("pip install 'vlm-sapo[qwen3_5]'" in line for line in said)

@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,6 +69,15 @@ class Device:
             warn(
                 f"no GPU is visible, so {count / 1e9:.1f} billion parameters run on the CPU, hundreds of "
                 "times slower; --cpu says that this is meant"
+            )
+
+    def check_kernels(self, layer_kinds: Collection[str], warn: Warn) -> None:
+        """Warns if a GPU computes linear attention by plain operations, which are correct and several times
+        slower. transformers says so too, in a log that is silenced."""
+        if self.torch.type == "cuda" and "linear_attention" in layer_kinds and find_spec("fla") is None:
+            warn(
+                "this model has linear attention, and without the package flash-linear-attention it is "
+                "several times slower; pip install 'vlm-sapo[qwen3_5]'"
             )
 
     def check_half_precision(self, fields: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from vlm_sapo.models.weights import (
     full_tensor,
     gather_and_drop,
     hf_state_dict,
+    save_config,
     save_model,
     stored_weights,
     stream_weights,
@@ -87,11 +88,15 @@ class VLM(nn.Module):
         """The language model's maximum context length in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of language layers, as transformers names them."""
+        return set(self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"])
+
     @cached_property
     def attends_fully(self) -> bool:
         """Whether every language layer is full attention, so that branches can share a prefix."""
-        kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
-        return set(kinds) == {"full_attention"}
+        return self.layer_kinds == {"full_attention"}
 
     @cached_property
     def cache_argument(self) -> str:
@@ -249,6 +254,11 @@ class VLM(nn.Module):
         """Writes weights (by default the present ones), configs, tokenizer and processor so that
         transformers' Auto classes load them."""
         save_model(self.model, folder, weights)
+        self.processor.save_pretrained(folder)
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `save` writes, without weights."""
+        save_config(self.model, folder)
         self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

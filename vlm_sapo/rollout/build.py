@@ -99,6 +99,7 @@ def open_model(
         device.check(lambda: count_parameters(path), warn)
         device.check_half_precision({"dtype": dtype})
         vlm = load_vlm(path, dtype=dtype, device=device.torch, freeze=list(PARTS))
+        device.check_kernels(vlm.layer_kinds, warn)
         vlm.eval()
     else:
         vlm = load_outline(path)

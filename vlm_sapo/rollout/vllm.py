@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
-from vlm_sapo.rollout.vllm_lora import ServedAdapter, lora_arguments, memory_folder, why_merged
+from vlm_sapo.rollout.vllm_lora import AdapterShape, ServedAdapter, memory_folder, served_beside
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     EXPERTS_ARGUMENTS,
@@ -88,8 +87,9 @@ class VllmEngine:
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
-        self.adapter = _served_adapter(adapter, needs, dtype)
-        arguments |= {} if self.adapter is None else lora_arguments(needs.vlm)
+        shape = AdapterShape.of(needs.vlm)
+        self.adapter = ServedAdapter() if served_beside(adapter, shape, needs, dtype) else None
+        arguments |= shape.arguments if self.adapter is not None else {}
         threads = torch.get_num_threads()
         try:
             self.llm = LLM(**arguments | (options or {}))
@@ -201,26 +201,6 @@ class VllmEngine:
             self._wake(*ALL_PARTS)  # it falls asleep as a whole
             self.llm.sleep(level=1)
             self.asleep = set(ALL_PARTS)
-
-
-def _served_adapter(choice: str, needs: EngineNeeds, dtype: str) -> ServedAdapter | None:
-    """What serves the model's adapters beside the base, or None if they are merged."""
-    if choice == "merged" or not adapters.attached(needs.vlm.model):
-        return None
-    reason = why_merged(needs.vlm)
-    if choice == "native":
-        if reason:
-            raise ValueError(f"rollout.engine.adapter (native) must be merged here: {reason}")
-        return ServedAdapter()
-    if dtype == "float32":
-        return None  # nothing is rounded away
-    if reason:
-        needs.warn(
-            f"vLLM gets the adapters merged into {dtype} weights, which round small changes away, so that it "
-            f"follows the first updates late ({reason}); see `policy/mismatch`, or set algo.correction"
-        )
-        return None
-    return ServedAdapter()
 
 
 def _output(output: Any) -> VllmOutput:

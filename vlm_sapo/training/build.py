@@ -142,6 +142,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     checkpoint = checkpoints.newest()
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
     path, vlm = load_trained(config, checkpoint, processes)
+    processes.device.check_kernels(vlm.layer_kinds, console.warn)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_rows(config, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
