@@ -190,6 +190,7 @@ def test_bytes_of_weights_gradients_optimizer_and_all_gather():
     assert memory.optimizer_bytes(half, "adamw") == 8000  # moments of bfloat16 weights are float32
     assert memory.optimizer_bytes(parameters, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
     assert memory.all_gather_bytes(parameters, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
+    assert memory.all_gather_bytes(parameters, 2, 2) == 2 * (1000 + 4 * 5000) + 6 * 1000 + 10 * 5000
     assert memory.unsharded_bytes(parameters, 2) == 22_000
     assert memory.loading_bytes(parameters) == 52_000
     assert memory.loading_bytes(parameters, 2) == 20_000

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.models.parallel import prefetched_layers
 from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
 from vlm_sapo.tools.plan.cards import visible_memory
@@ -121,7 +122,10 @@ class Estimator:
         return bool(self.config.algo.kl) and self.config.model.lora is None
 
     def _gathered(self) -> float:
-        return memory.all_gather_bytes(self.parameters, self.element_size) if self.sharded else 0.0
+        if not self.sharded:
+            return 0.0
+        prefetch = prefetched_layers(self.shards, self.gpus.per_node)
+        return memory.all_gather_bytes(self.parameters, self.element_size, prefetch)
 
     def _engine(self) -> tuple[list[MemoryRow], str]:
         """The rollout engine's rows, and why it does not fit, if so."""

@@ -107,15 +107,15 @@ def optimizer_bytes(parameters: Iterable[ParameterSpec], name: str, shards: int 
     )
 
 
-def all_gather_bytes(parameters: Sequence[ParameterSpec], element_size: float) -> float:
+def all_gather_bytes(parameters: Sequence[ParameterSpec], element_size: float, prefetch: int = 1) -> float:
     """What FSDP gathers during a pass, with elements of `element_size` bytes: the root unit for the whole
-    pass; of the layers the current one, the next, and a buffer of the same size. In the backward pass also a
-    layer's full gradient, twice while it is reduced, and the root's."""
+    pass; of the layers the current one, the next `prefetch`, and a buffer as large as one. In the backward
+    pass also a layer's full gradient, twice while it is reduced, and the root's."""
     trained = [item for item in parameters if item.trained]
     root, trained_root = (
         sum(item.numel for item in items if item.unit == "root") for items in (parameters, trained)
     )
-    forward = element_size * (root + 3 * largest_layer(parameters))
+    forward = element_size * (root + (2 + prefetch) * largest_layer(parameters))
     backward = (element_size + 2 * REDUCE_BYTES) * largest_layer(trained)
     return forward + (element_size + REDUCE_BYTES) * trained_root + backward
 
