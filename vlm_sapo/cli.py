@@ -15,7 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_sapo.api import evaluate_with, load_config, load_sft_config, sft, silence_libraries, train
+from vlm_sapo.api import (
+    evaluate_with,
+    load_config,
+    load_sft_config,
+    sft,
+    silence_libraries,
+    train,
+    use_expandable_segments,
+)
 from vlm_sapo.config.evaluation import EvalOptions, ScoreOptions
 from vlm_sapo.config.fields import Section, as_parameter, scalar
 from vlm_sapo.config.load import check as check_section
@@ -38,6 +46,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to set, such as train.lr=1e-6."),
 ]
+OnCpu = Annotated[
+    bool,
+    typer.Option("--cpu", help="Run on the CPU, whatever the machine has and the model needs."),
+]
 Command = Callable[..., None]
 SMALLEST = 1e-9
 """Lower end of an option that must be greater than 0."""
@@ -46,6 +58,12 @@ SMALLEST = 1e-9
 def load_without_steps(config: str, overrides: list[str] | None) -> TrainConfig:
     """A config for a command that doesn't train, so that train.steps may be missing."""
     return load(TrainConfig, config, ["train.steps=1", *(overrides or [])])
+
+
+def hide_gpus(cpu: bool) -> None:
+    """Carries out `--cpu`: hides the GPUs from this process before torch looks for them."""
+    if cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def with_options(section: type[Section]) -> Callable[[Command], Command]:
@@ -77,14 +95,16 @@ def with_options(section: type[Section]) -> Callable[[Command], Command]:
 
 
 @app.command("train")
-def train_(config: ConfigArgument, overrides: Overrides = None) -> None:
+def train_(config: ConfigArgument, overrides: Overrides = None, cpu: OnCpu = False) -> None:
     """Train a model with reinforcement learning."""
+    hide_gpus(cpu)
     _report(train(load_config(config, *(overrides or []))))
 
 
 @app.command("sft")
-def sft_(config: ConfigArgument, overrides: Overrides = None) -> None:
+def sft_(config: ConfigArgument, overrides: Overrides = None, cpu: OnCpu = False) -> None:
     """Supervised fine-tuning on demonstrations (cold start)."""
+    hide_gpus(cpu)
     _report(sft(load_sft_config(config, *(overrides or []))))
 
 
@@ -127,8 +147,9 @@ def score(
 
 @app.command("eval")
 @with_options(EvalOptions)
-def evaluate_(options: EvalOptions) -> None:
+def evaluate_(options: EvalOptions, cpu: OnCpu = False) -> None:
     """Evaluate a model, or recorded responses, on benchmarks."""
+    hide_gpus(cpu)
     evaluate_with(options)
 
 
@@ -177,6 +198,7 @@ def filter_rows(
         str, typer.Option(help="Keep rows whose pass rate is in this range, ends included.")
     ] = "0.05..0.9",
     out: Annotated[Path, typer.Option(help="Folder for responses and selected rows.")] = Path("runs/filter"),
+    cpu: OnCpu = False,
 ) -> None:
     """Keep training rows that the model solves sometimes.
 
@@ -189,6 +211,8 @@ def filter_rows(
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
+    hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.filter import filter_command
 
@@ -201,12 +225,15 @@ def check(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to use.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Responses per row.")] = 4,
+    cpu: OnCpu = False,
 ) -> None:
     """Compare generation engine and trainer on the same prompts.
 
     Compares token ids, images, log-probs, banned tokens and weight sync. Exit code 1 if they differ.
     """
     parsed = load_without_steps(config, overrides)
+    hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.check import check_command
 
@@ -238,19 +265,24 @@ def plan(
     gpus: Annotated[
         str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
     ] = "1x80GB",
+    card: Annotated[
+        str | None, typer.Option(help="H100, RTX 4090, ...: for the duration; the usual one of that memory.")
+    ] = None,
     recommend: Annotated[
         Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Estimate the memory that a config needs on your GPUs.
+    """Estimate the memory that a config needs on your GPUs, and how long a step takes.
 
     If it doesn't fit, suggests the nearest settings that do; exit code 1.
     """
     load(TrainConfig, config, overrides or [])
     silence_libraries()
+    from vlm_sapo.tools.plan.cards import find_card
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
-    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
+    named = None if card is None else find_card(card)
+    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend, card=named):
         raise typer.Exit(1)
 
 

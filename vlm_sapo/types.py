@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -215,6 +215,16 @@ def positions_after(positions: torch.Tensor, count: int) -> torch.Tensor:
     return (positions.max() + 1 + torch.arange(count)).expand(3, -1)
 
 
+class Report(Protocol):
+    """Hears of a context's responses before the others are finished."""
+
+    def __call__(self, responses: Sequence[Response]) -> None: ...
+
+
+def no_report(responses: Sequence[Response]) -> None:
+    """Nobody waits for single groups."""
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """A prompt with its responses so far, which an engine continues."""
@@ -224,6 +234,9 @@ class Context:
     """Responses so far; empty to start a new group of `Sampling.group` responses."""
     branches: tuple[int, ...] = ()
     """Index of each of these responses in its group; its random numbers depend on it."""
+    report: Report = no_report
+    """Called by engines that can with a new group's responses as soon as all are finished, in the thread of
+    `generate`. What `generate` returns counts: a call saves time, and more or none make no difference."""
 
 
 class ResponseText(str):

@@ -91,6 +91,10 @@ def test_overrides_set_list_entries_and_replace_lists(load):
         ("run.name=5", "run.name (5) must be text; put it in quotes"),
         ("data=5", "data (5) must be fields such as {source: rows.jsonl}"),
         ("data.template=hello", "template must contain {problem}"),
+        (
+            "rollout={prompts_per_batch: 4, sequences_per_batch: 64}",
+            "rollout: prompts_per_batch (4) must not be set together with sequences_per_batch (64)",
+        ),
         ("rollout.group=1", "rollout.group (1) must be a whole number of at least 2"),
         ("eval.part=style", "eval.part (style) must be one of the reward's parts: math"),
         ("reward.parts.3.weight=1", "must name an entry by its number from 0 to 0, not 3"),
@@ -300,3 +304,27 @@ def test_any_bytes_load_or_raise_value_error(tmp_path, content):
 def test_an_override_with_invalid_yaml_is_named(value):
     with pytest.raises(ValueError, match=r"override \(train.lr=.*must be valid YAML"):
         configfile.load(cfg.TrainConfig, "quickstart", [f"train.lr={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.dtype=float16"], "model.dtype (float16) must be bfloat16 or float32 without model.lora"),
+        (
+            ["model.dtype=bfloat16", "train.optimizer=adamw_8bit"],
+            "train.optimizer (adamw_8bit) must be adamw with model.dtype=bfloat16",
+        ),
+    ],
+)
+def test_weights_that_would_not_learn_are_refused(load, overrides, sentence):
+    for kind in (cfg.TrainConfig, cfg.SftConfig):
+        with pytest.raises(ValueError) as error:
+            values = load(["data.columns.response=text"]).model_dump(exclude={"algo", "alarms"})
+            values["train"] = {"steps": 1}
+            for name, _, value in (item.partition("=") for item in overrides):
+                section, field = name.split(".")
+                values[section] = values[section] | {field: value}
+            configfile.check(kind, values)
+        assert sentence in str(error.value) and "train.precision=bf16" in str(error.value)
+    load([*overrides, "model.lora={rank: 16}"])
+    load(["model.dtype=bfloat16"])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -112,3 +113,21 @@ def test_an_image_that_cannot_be_resized_is_named(encoder):
 def test_images_of_any_mode(encoder, mode):
     prompt = encoder(dataclasses.replace(example(), images=(Image.new(mode, (48, 48)),)))
     assert prompt.images[0].mode == "RGB" and torch.isfinite(prompt.pixels).all()
+
+
+def test_several_threads_encode_what_one_does(vlm):
+    """Also beside the main thread, which encodes plain text: that must not change the processor's tokenizer."""
+    encode = Encoder(vlm)
+    items = [example(number, problem=f"{number} <|im_end|> of these?") for number in range(24)]
+    expected = [encode(item) for item in items]
+    with ThreadPoolExecutor(3) as pool:
+        prompts = pool.map(encode, items)
+        texts = [encode.plain.ids("<|im_start|>a") for _ in range(200)]
+        assert not vlm.tokenizer.backend_tokenizer.encode_special_tokens
+    for prompt, other in zip(prompts, expected, strict=True):
+        assert prompt.text == other.text
+        assert all(
+            torch.equal(getattr(prompt, name), getattr(other, name))
+            for name in ("ids", "positions", "pixels")
+        )
+    assert all(text == texts[0] and len(text) > 2 for text in texts)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
 from tests.conftest import SHARING, example, group_slice
-from vlm_sapo.models.attention import PackedGroup, Segments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -187,12 +186,3 @@ def test_packing_repeats_few_prompts():
         for group, rows in parts
     )
     assert needed <= computed < 1.05 * needed
-
-
-def test_the_variable_length_plan_matches_brute_force():
-    """The GPU kernel's arguments: queries and keys of each sequence."""
-    plan = Segments((PackedGroup(0, 3, (2, 1)), PackedGroup(6, 2, (1, 4)))).varlen
-    keys, queries = plan.key_offsets.tolist(), plan.query_offsets.tolist()
-    listed = [plan.keys[a:b].tolist() for a, b in zip(keys, keys[1:], strict=False)]
-    assert listed == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7], [6, 7, 8], [6, 7, 9, 10, 11, 12]]
-    assert queries == [0, 3, 5, 6, 8, 9, 13] and (plan.longest_query, plan.longest_key) == (4, 6)

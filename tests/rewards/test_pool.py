@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -86,6 +87,14 @@ def halves(responses, examples):
         os._exit(1)
     return numpy.ones(len(responses), dtype=numpy.float32) / 2
 
+def together(responses, examples):
+    return [100 * len(responses) + place for place in range(len(responses))]
+
+async def judges(response, example):
+    if "sleep" in response:
+        await asyncio.sleep(1000)
+    return float(len(response))
+
 def counts(response, example):
     with open(example.columns["log"], "a") as file:
         file.write("x")
@@ -164,6 +173,59 @@ def test_hostile_responses_never_hang_a_verifier(reward, text):
         [(ResponseText(text), row()), (ResponseText(r"\boxed{3}"), row())]
     )
     assert hostile.total == 0.0 and fine.total == 1.0
+
+
+def outcomes(scores) -> list[tuple]:
+    return [(score.total, score.parts, score.outcomes) for score in scores]
+
+
+@pytest.mark.parametrize("kinds", [["math"], ["sleeps", "together", "judges", "math"], ["judges", "dies"]])
+def test_scores_do_not_depend_on_when_responses_arrive(reward, kinds):
+    """In parts and another order, some twice, some never; with responses that hang, crash and are cached."""
+    texts = [r"\boxed{3}", "die", "sleep", r"\boxed{4}", "seen", "a", r"\boxed{3}", "bb", "late"]
+    items = [(ResponseText(text), row()) for text in texts]
+    scores = []
+    for arrivals in ([], [items[3:5], items[:2], items[5:8], items[6:7], [(ResponseText("unused"), row())]]):
+        specs = [{"name": kind, "label": kind, "batched": kind == "together"} for kind in kinds]
+        grade = reward(*specs, timeout=1.5)
+        grade(items[4:5])
+        with grade.scoring() as scoring:
+            for arrived in arrivals:
+                scoring.add(arrived)
+            scores.append(outcomes(scoring.results(items)))
+    assert scores[0] == scores[1]
+    assert (
+        "together" not in kinds or scores[0][0][1]["together"] == 700
+    )  # one call, of those that are not cached
+
+
+def test_grading_begins_when_a_response_arrives(reward, tmp_path):
+    example = row(log=str(tmp_path / "log"))
+    grade = reward("counts")
+    with grade.scoring() as scoring:
+        scoring.add([(ResponseText("early"), example)])
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        scoring.results([(ResponseText("early"), example), (ResponseText("late"), example)])
+    assert (tmp_path / "log").read_text() == "xx"
+
+
+def test_what_is_not_graded_ends_with_the_block(reward):
+    grade = reward("sleeps", timeout=600.0, workers=1)
+    with pytest.raises(OSError), grade.scoring() as scoring:
+        scoring.add([(ResponseText("sleep"), row())])
+        raise OSError
+    assert grade([(ResponseText("awake"), row())])[0].total == 1.0  # or the only worker would still sleep
+
+
+def test_an_error_is_that_of_the_first_response_whichever_came_first(reward):
+    items = [(ResponseText("first"), row()), (ResponseText("second"), row())]
+    with reward("broken").scoring() as scoring:
+        scoring.add(items[1:])
+        with pytest.raises(RewardError, match="'first'"):
+            scoring.results(items)
 
 
 def test_kinds_of_functions(reward):

@@ -17,9 +17,10 @@ import torch
 
 from tests.conftest import CORPUS, ROOT, example
 from vlm_sapo.config.rollout import RolloutConfig
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
@@ -117,7 +118,7 @@ class Setting:
 
 def needs_of(vlm, path, *, dtype="float32", **options) -> EngineNeeds:
     return EngineNeeds(
-        vlm, str(path), longest=LONGEST, dtype=dtype, prompts_per_batch=8, warn=print, **options
+        vlm, str(path), longest=LONGEST, dtype=dtype, sequences_per_batch=32, warn=print, **options
     )
 
 
@@ -204,6 +205,34 @@ def test_vllm_without_its_newer_runner_cannot_report_experts(tmp_path, monkeypat
         )
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_adapters_are_served_beside_the_base(tmp_path, monkeypatch, family):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    new_model(tmp_path / "base", family=family, corpus=CORPUS, shape=SHAPE)
+    vlm = load_vlm(str(tmp_path / "base"), lora=Adapters("base", rank=4))
+    options = {"adapter": "native", "options": {"max_num_seqs": 64}}
+    engine = build_engine(
+        RolloutConfig.model_validate({"engine": {"type": "vllm"} | options}).engine,
+        needs_of(vlm, tmp_path / "base", max_pixels=SHAPE.max_pixels // 2),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with closing(engine):
+        setting, seen = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine), []
+        for _ in range(3):
+            engine.sync(vlm)
+            prompts, groups = setting.sample()
+            assert setting.differences(prompts, groups).max() < setting.rounding
+            seen.append(ids_of(groups))
+            with torch.no_grad():
+                for layer in adapters.layers(vlm.model).values():
+                    factor = layer.lora_B["default"].weight
+                    factor += 0.05 * torch.randn(factor.shape, generator=generator)
+            vlm.version += 1
+            assert setting.differences(prompts, groups).max() > 100 * setting.rounding
+    assert seen[0] != seen[1] != seen[2]
+
+
 def ids_of(groups):
     return [item.ids.tolist() for responses in groups for item in responses]
 
@@ -244,6 +273,22 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
     prompts, groups = setting.sample(slots=(7, 8, 9), temperature=1.5)
     alone = setting.engine.generate(as_contexts(prompts[2:]), Sampling(4, 12, 1.5, seed=5, slots=(9,)))
     assert ids_of(alone) == ids_of(groups[2:])
+
+
+def test_a_group_is_reported_once_as_it_is_returned(setting):
+    """But for vLLM in this process, which returns all at once."""
+    reports: list[tuple[int, list]] = []
+
+    def context(index: int) -> Context:
+        prompt = setting.encoder(example(index, images=index))
+        return Context(prompt, report=lambda responses: reports.append((index, responses)))
+
+    groups = setting.engine.generate(list(map(context, range(3))), SAMPLING)
+    assert sorted(index for index, _ in reports) == (
+        [] if type(setting.engine).__name__ == "VllmEngine" else [0, 1, 2]
+    )
+    for index, responses in reports:
+        assert all(one is other for one, other in zip(responses, groups[index], strict=True))
 
 
 def test_responses_so_far_are_continued(setting):

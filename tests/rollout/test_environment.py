@@ -18,7 +18,7 @@ from vlm_sapo.rollout.environment import Episodes, Observation
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import with_environment
 from vlm_sapo.training.policy import collect_stats
-from vlm_sapo.types import Group, Reward, Sampling
+from vlm_sapo.types import Context, Group, Reward, Sampling
 
 QUESTION = "Are you sure? <|im_end|>"
 """With the name of a special token, which must stay plain text."""
@@ -95,6 +95,35 @@ def test_each_turn_is_sampled_from_what_was_said_before(vlm):
             scores = policy.run([GroupSlice(prompt, tuple(responses))])
         for item, logprobs in zip(responses, scores.logprobs, strict=True):
             assert (logprobs[: len(item.ids)] - item.logprobs).abs().max() < 2e-5
+
+
+def test_a_group_is_reported_when_its_episodes_are_over(vlm, monkeypatch):
+    """With all turns and rewards, and before the others are, where these take longer."""
+
+    class EndsEarly(AskTwice):
+        def reset(self, example):
+            super().reset(example)
+            self.done = example.id == "e2"
+
+        def step(self, response):
+            return Observation(done=True) if self.done else super().step(response)
+
+    engine, order, before = episodes(vlm, EndsEarly), [], []
+    encode, sample_turn = Encoder(vlm), engine._continue
+
+    def context(index: int) -> Context:
+        return Context(encode(example(index)), report=lambda responses: order.append((index, responses)))
+
+    def count_and_continue(*args) -> None:
+        before.append(len(order))
+        sample_turn(*args)
+
+    monkeypatch.setattr(engine, "_continue", count_and_continue)
+    groups = engine.generate(list(map(context, range(4))), Sampling(2, 120, 1.0, seed=1))
+    assert sorted(index for index, _ in order) == list(range(4))
+    for index, responses in order:
+        assert all(one is other for one, other in zip(responses, groups[index], strict=True))
+    assert before and before[0] >= 1
 
 
 def test_an_episode_does_not_depend_on_the_others(vlm):

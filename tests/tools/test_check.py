@@ -12,6 +12,7 @@ from tests.rollout.model_server import ModelServer
 from vlm_sapo.cli import app
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import Plain
+from vlm_sapo.tools import serve
 
 
 @pytest.fixture
@@ -126,6 +127,19 @@ def test_serve_prints_the_options_that_training_needs(run):
     assert options["--max-model-len"] == "208" and words[-2:] == ["--max-num-seqs", "7"]
     assert "--weight-transfer-config" not in words and "--enable-return-routed-experts" not in words
     assert "--enable-return-routed-experts" in run("serve", "algo.replay=r3", "--print").output
+    smaller = run("serve", "model.max_pixels=65536", "--print").output
+    assert '\'{"do_resize": false, "max_pixels": 65536}\'' in smaller
+    lora = ("rollout.engine=vllm_server", "train.precision=bf16", "model.lora.rank=20")
+    served = run("serve", *lora, "--print").output
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve" in served
+    assert "--enable-lora --max-lora-rank 32 " in served
+    for merged in (
+        "rollout.engine.adapter=merged",
+        "model.lora.parts=[language, vision]",
+        "rollout.engine.weights=nccl",
+        "train.precision=no",
+    ):
+        assert "lora" not in run("serve", *lora, merged, "--print").output.lower(), merged
     nccl = run(
         "serve", "rollout.engine={type: vllm_server, weights: nccl}", "train.precision=bf16", "--print"
     )
@@ -133,6 +147,21 @@ def test_serve_prints_the_options_that_training_needs(run):
         '--weight-transfer-config \'{"backend": "nccl"}\'' in nccl.output
         and "--dtype bfloat16" in nccl.output
     )
+
+
+def test_serve_prints_for_a_gpu_and_runs_on_what_is_here(run, monkeypatch):
+    """A command that is printed on a machine without GPU is for one that has one."""
+    executed = []
+    monkeypatch.setattr(serve.os, "execve", lambda program, command, environment: executed.append(command))
+    monkeypatch.setattr(serve.shutil, "which", lambda name: "vllm")
+    printed = run("serve", "--print").output
+    assert "--enforce-eager" not in printed and "chunked-prefill" not in printed
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    said = run("serve", "--port", port).output
+    assert "--enforce-eager" in said and "--no-enable-chunked-prefill" in said
+    assert "--enforce-eager" in executed[0]
 
 
 def test_serve_names_a_port_that_is_in_use(run):

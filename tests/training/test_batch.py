@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import example, response
+from tests.models.shortages import SHORTAGES
 from vlm_sapo.algo.advantages import zscore
 from vlm_sapo.config.schema import AlgoConfig
 from vlm_sapo.distributed import World
@@ -19,7 +20,14 @@ from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import Batch, collate
 from vlm_sapo.training.loss import GroupAdvantage, build_loss
 from vlm_sapo.training.optimizer import OptimizerSettings
-from vlm_sapo.training.policy import MemoryBudget, Policy, PolicySettings, UpdateGuard
+from vlm_sapo.training.policy import (
+    MemoryBudget,
+    MemoryShortage,
+    Policy,
+    PolicySettings,
+    UpdateGuard,
+    naming_micro_batch,
+)
 from vlm_sapo.types import Group, Reward, Sampling
 
 OBJECTIVES = {
@@ -58,10 +66,10 @@ def make_policy(
     )
 
 
-def sample_groups(policy, encoder, rewards) -> list[Group]:
+def sample_groups(policy, encoder, rewards, *, tokens=12) -> list[Group]:
     prompts = [encoder(example(number, images=number % 3)) for number in range(len(rewards))]
     groups = HfEngine(policy.vlm, prompts_per_batch=8).generate(
-        as_contexts(prompts), Sampling(len(rewards[0]), 12, 1.0, seed=0)
+        as_contexts(prompts), Sampling(len(rewards[0]), tokens, 1.0, seed=0)
     )
     return [
         Group(prompt, tuple(responses), tuple(Reward(value, {}) for value in values))
@@ -262,7 +270,7 @@ class SmallDevice:
         length = inputs[0].ids.numel()
         self.lengths.append(length)
         if length > self.limit:
-            raise torch.OutOfMemoryError(f"{length} tokens tried. More advice")
+            raise SHORTAGES[len(self.lengths) % len(SHORTAGES)]
 
 
 @pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=["shared", "plain"])
@@ -288,6 +296,14 @@ def test_a_pass_that_runs_out_of_memory_is_split_and_retried(model_folder, encod
     for first, second in zip(grads, again, strict=True):
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
     assert "set train.tokens_per_microbatch=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: str(error)[:30])
+def test_a_shortage_names_its_micro_batch_and_other_errors_pass(error):
+    with pytest.raises(MemoryShortage), naming_micro_batch(None):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), naming_micro_batch(None):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_response_too_large_for_the_device_is_named(model_folder, encoder):
@@ -373,3 +389,22 @@ def test_prepared_tensors_do_not_depend_on_the_token_budget(model_folder, encode
         share = float(second.prepared[second.mask].double().mean())
         assert 0.6 < share < 0.8 and first.prepared[first.mask].all()  # on policy no ratio is farther
     assert (changes[0] - changes[1]).norm() < 1e-4 * changes[0].norm()
+
+
+def test_an_updates_numbers_reach_the_host_in_one_copy(model_folder, encoder, monkeypatch):
+    """Whatever the number of its micro-batches; and they are those of each micro-batch."""
+    policy = make_policy(model_folder())
+    policy.memory.tokens = 1
+    batch, copies = off_policy(policy, sample_groups(policy, encoder, REWARDS)), []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (copies.append(self.shape), copy(self))[1])
+    learnt = policy._accumulate(batch, loss_of())
+    assert len(learnt) == 12 and len(copies) == 1
+    monkeypatch.undo()
+    policy.optimizer.zero_grad()
+    for item in learnt:
+        passed, value = policy._learn(item.micro, batch, loss_of())
+        assert torch.equal(item.passed.logprobs, passed.logprobs)
+        assert torch.equal(item.passed.entropies, passed.entropies)
+        assert torch.equal(item.passed.old, item.micro.old)
+        assert item.loss == float(value)

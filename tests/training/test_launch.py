@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
+from vlm_sapo.models import device as devices
+from vlm_sapo.training import launch
 from vlm_sapo.training.trainer import train
 
 BASE = {
@@ -48,11 +51,6 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
         (["train.optimizer=adamw_8bit", "train.offload=true"], 1, r"or offloaded; use adamw"),
         (["model.lora.bits=4", "train.shard=all"], 2, r"model.lora.bits \(4\) can't be sharded"),
         (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, r"tensor_parallel must be 1"),
-        (
-            ["rollout.engine=vllm_server", "rollout.engine.weights=nccl", "train.shard=2"],
-            2,
-            r"nccl.* use folder",
-        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, message, tmp_path):
@@ -63,8 +61,9 @@ def test_a_config_that_does_not_fit_is_refused_before_loading(overrides, size, m
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_config_that_fits_passes(size, tmp_path):
     for value, shard in (("1", 1), ("all", size)):
-        options = ("rollout.engine=vllm_server", f"train.shard={value}")
-        assert check_processes(load(*options, tmp_path=tmp_path), size) == shard
+        for weights in ("folder", "nccl"):
+            options = ("rollout.engine=vllm_server", f"rollout.engine.weights={weights}")
+            assert check_processes(load(*options, f"train.shard={value}", tmp_path=tmp_path), size) == shard
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):
@@ -116,8 +115,9 @@ def metrics(folder) -> list[dict]:
         ("model.lora.rank=4", "algo.kl=0.1"),
         ("model.lora.rank=4", "model.lora.bits=4", "train.optimizer=adamw_8bit"),
         ("model.freeze=[vision, merger]", "train.optimizer=paged_adamw_8bit"),
+        ("model.dtype=bfloat16", "train.weight_decay=0.1"),
     ],
-    ids=["adapters", "4-bit", "8-bit optimizer"],
+    ids=["adapters", "4-bit", "8-bit optimizer", "bfloat16 weights"],
 )
 def test_resumed_runs_equal_whole_ones(run, overrides, tmp_path):
     """A checkpoint holds the adapter alone; the end holds the merged model, and the adapter beside it."""
@@ -146,8 +146,46 @@ def test_with_adapters_the_reference_is_the_model_without_them(run):
     assert last["minibatch0/kl_reference"] > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("overrides", "recomputed"),
+    [
+        (("model.dtype=bfloat16",), True),
+        (("train.precision=bf16",), True),
+        ((), False),
+        (("model.dtype=bfloat16", "train.old_logprobs=rollout"), False),
+    ],
+)
+def test_adapters_merged_in_half_precision_need_recomputed_old_logprobs(run, capsys, overrides, recomputed):
+    """From the start: the adapters have no effect in the first step, which is compared."""
+    run("merged", "model.lora.rank=4", "train.steps=1", *overrides)
+    assert ("merged in half precision" in capsys.readouterr().out) == recomputed
+
+
 def test_training_continues_from_an_adapter(run):
     first = run("first", "model.lora.rank=4")
     second = run("second", f"model.lora.adapter={first / 'final/adapter'}", "train.lr=1e-9")
     one, two = (load_file(folder / "final/model.safetensors") for folder in (first, second))
     assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+
+
+def test_a_real_model_is_not_trained_beside_a_gpu_that_cannot_be_used(run, monkeypatch, tmp_path):
+    """The run ends before its model is loaded; a small one goes on."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(devices, "DEVICE_NODES", tmp_path)
+    monkeypatch.setattr(devices, "REAL_MODEL", 1000)
+    with pytest.raises(ValueError, match="this machine has a GPU that can't be used"):
+        run("large")
+    monkeypatch.setattr(devices, "REAL_MODEL", 10**9)
+    run("small", "train.steps=1")
+
+
+def test_nccl_connects_to_the_process_s_own_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: calls.append((backend, options))
+    )
+    launch._connect(8, torch.device("cuda", 3))
+    [current, (backend, options)] = calls
+    assert current == options["device_id"] == torch.device("cuda", 3)
+    assert backend == "cpu:gloo,cuda:nccl"

@@ -46,6 +46,32 @@ def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
     assert "held-out pass@1 after 0 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_threads_that_prepare_prompts_change_no_number(settings, tmp_path, ahead):
+    """With rows that are skipped, groups that are replaced, and a checkpoint in the middle."""
+    (tmp_path / "own.py").write_text(
+        "import os, threading\n"
+        "from data.shapes import rows as shapes\n"
+        "def rows(size):\n"
+        "    broken = {'problem': '', 'answer': '1'}\n"
+        "    return [broken if n % 7 == 3 else row for n, row in enumerate(shapes(size=size))]\n"
+    )
+    common = (
+        f"data={{source: {tmp_path}/own.py:rows, args: {{size: 20}}, on_error: skip}}",
+        "rollout.resample=1",
+        "rollout.group=2",
+        "eval.data=null",
+        f"rollout.ahead={ahead}",
+    )
+    for workers in (0, 3):
+        train(settings(*common, f"run.dir={tmp_path}/{workers}", f"data.workers={workers}"))
+    without, threads = tmp_path / "0", tmp_path / "3"
+    assert metrics(without) == metrics(threads)
+    one, two = (torch.load(run / "checkpoints/step_000002/rollouts.pt") for run in (without, threads))
+    assert one["stream"] == two["stream"]
+    assert sum(task["skipped"] for task in one["stream"].values()) > 0
+
+
 def test_a_resumed_run_equals_the_whole_one(settings, tmp_path):
     train(settings(f"run.dir={tmp_path}/whole"))
     train(settings(f"run.dir={tmp_path}/cut", "train.steps=2"))

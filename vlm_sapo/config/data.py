@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from vlm_sapo.config.fields import AlsoCalled, Note, Positive, Rate, Section
+from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Section
 from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config.secrets import check_secrets
 
@@ -167,6 +167,12 @@ class DataConfig(SourceConfig):
         Literal["stop", "skip"], AlsoCalled("filter_overlong_prompts", "truncation", "truncation_strategy")
     ] = "stop"
     """On a row that can't be used: `stop` the run, or `skip` the row and count it."""
+    workers: Annotated[
+        Count | None, Note.FREE_ON_RESUME, AlsoCalled("dataloader_num_workers", "preprocessing_num_workers")
+    ] = None
+    """Threads that read and encode rows, the next step's while this one trains; null for one per core, at
+    most 4. With 0 the main thread reads a row when it is needed: for a function of yours that must run there,
+    or whose random numbers must come in the same order in every run."""
 
     @model_validator(mode="before")
     @classmethod

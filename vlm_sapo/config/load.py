@@ -23,7 +23,7 @@ from vlm_sapo.config.fields import (
 )
 from vlm_sapo.config.files import find, parse, read_mapping
 from vlm_sapo.config.names import without_field
-from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
+from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig, TrainerConfig, free_on_resume
 
 T = TypeVar("T", bound=Section)
@@ -361,11 +361,6 @@ def _check_combinations(config: TrainConfig | SftConfig, size: int, shard: int) 
             size > 1 and isinstance(engine, VllmConfig) and engine.tensor_parallel > 1,
             f"rollout.engine.tensor_parallel must be 1 where {size} processes train, each with an engine of "
             "its own; use vllm_server for engines on several GPUs",
-        ),
-        (
-            sharded and isinstance(engine, VllmServerConfig) and engine.weights == "nccl",
-            "rollout.engine.weights (nccl) sends whole weights from one GPU, which train.shard and "
-            "train.offload leave with a part of them; use folder",
         ),
     ):
         if wrong:

@@ -41,7 +41,6 @@ WITHOUT_FIELD: dict[str, str] = {
     "do_train": "`vlm-sapo train` trains; leave it out",
     "do_eval": "eval.data and eval.benchmarks say what is evaluated",
     "remove_unused_columns": "every column reaches the reward, as example.columns; leave it out",
-    "dataloader_num_workers": "rows are read ahead by themselves; leave it out",
     "shuffle": "rows are always shuffled, by run.seed",
     "disable_dropout": "dropout is always off; leave it out",
     "fp16": "train.precision is bf16 or no",

@@ -59,8 +59,8 @@ class ModelConfig(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], AlsoCalled("torch_dtype", "model_dtype", "params_dtype")
     ] = "float32"
-    """Data type of the trained weights. In bfloat16 small updates are rounded away; float32 with
-    `train.precision: bf16` keeps them."""
+    """Data type of the weights. Without `lora`, bfloat16 weights are rounded stochastically after each update
+    (docs/gpus.md); float32 with `train.precision: bf16` is more exact. float16 is for a model with `lora`."""
     freeze: Annotated[
         list[Literal["vision", "merger", "language", "router"]],
         AlsoCalled(
@@ -536,6 +536,28 @@ class EvalConfig(Section):
         return value
 
 
+def check_updates_survive(model: ModelConfig, train: OptimConfig) -> None:
+    """Raises ValueError where updates of half-precision weights would be rounded away, so that nothing is
+    learnt."""
+    if model.lora is not None or model.dtype == "float32":
+        return
+    other = (
+        "float32 with train.precision=bf16, or train adapters with `model.lora={rank: 16}` and train.lr ten "
+        "times as large"
+    )
+    if model.dtype == "float16":
+        raise ValueError(
+            "model.dtype (float16) must be bfloat16 or float32 without model.lora: small updates and small "
+            f"gradients become 0 in it; use bfloat16, whose weights are rounded stochastically, {other}"
+        )
+    if train.optimizer != "adamw":
+        raise ValueError(
+            f"train.optimizer ({train.optimizer}) must be adamw with model.dtype=bfloat16 and without "
+            "model.lora: it rounds updates of 1e-6 away, and adamw rounds such weights stochastically. Or "
+            f"use model.dtype={other}"
+        )
+
+
 PROMPT = ("system", "template", "verifier")
 
 
@@ -565,6 +587,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
+        check_updates_survive(self.model, self.train)
         self.checkpoint.check_best(self.eval.every, self.eval.data or self.eval.benchmarks)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
@@ -603,6 +626,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _complete(self):
         self.eval.data = with_prompt_of(self.data, self.eval.data)
+        check_updates_survive(self.model, self.train)
         self.checkpoint.check_best(self.eval.every, self.eval.data)
         if any("response" not in task.columns for task in self.data.tasks):
             raise ValueError("data.columns.response is missing; set it to the column with the demonstrations")

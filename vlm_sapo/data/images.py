@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ LONGEST_SCHEME = 20
 LONGEST_PATH = 300
 """Characters of a path in a message."""
 
+_READING = Lock()
+"""Several rows may share a PIL image, which reads its file when it is first used."""
+
 
 def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
     """The image behind `value`: a PIL image, bytes, base64, a data URL, a path, or a mapping with such.
@@ -46,7 +50,8 @@ def decode(value: Any, folder: Path, *, anywhere: bool = True) -> Image.Image:
     otherwise become black on black. Raises ValueError with one sentence.
     """
     if isinstance(value, Image.Image):
-        return _upright(value)
+        with _READING:
+            return _upright(value)
     if isinstance(value, Mapping):
         inner = next((value[key] for key in KEYS if value.get(key)), None)
         return decode(inner, folder, anywhere=anywhere)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from inspect import iscoroutinefunction, signature
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -137,6 +138,7 @@ class ExampleSet(Sequence):
 
     def __init__(self, rows: Sequence[Row], section: SourceConfig, *, task: str | None = None):
         self.rows, self.name = rows, str(section.source)
+        self._reading = Lock()
         self.anywhere = section.pictures_anywhere or ".py:" in self.name
         self.transform = resolve(section.transform, field="data.transform") if section.transform else None
         verifier = section.verifier
@@ -228,6 +230,10 @@ class ExampleSet(Sequence):
         return self.rows[self.indices[index]]
 
     def _row(self, index: int) -> Row:
+        with self._reading:  # rows and transform may be a user's, and nobody told them of threads
+            return self._transformed(index)
+
+    def _transformed(self, index: int) -> Row:
         row = self.raw(index)
         try:
             return self.transform(row) if self.transform else row

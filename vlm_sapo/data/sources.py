@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sapo.config.data import DataConfig, RowsConfig
 from vlm_sapo.data.rows import ExampleSet, open_rows
-from vlm_sapo.data.stream import PromptStream, TaskMixture
+from vlm_sapo.data.stream import Preparation, PromptStream, TaskMixture
 from vlm_sapo.distributed import World
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def build_stream(
     seed: Any,
     minibatch: int,
     world: World | None = None,
+    preparation: Preparation | None = None,
 ) -> TaskMixture:
     """The training rows as an endless stream, each mini-batch with every task's share."""
     tasks = data.tasks
@@ -40,4 +41,4 @@ def build_stream(
         for task in tasks
     }
     shares = {task.task: task.share / total for task in tasks}
-    return TaskMixture(streams, shares, minibatch=minibatch, world=world)
+    return TaskMixture(streams, shares, minibatch=minibatch, world=world, preparation=preparation)

@@ -5,15 +5,78 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vlm_sapo.distributed import World
 from vlm_sapo.types import Example, Prompt, RowError
 
 if TYPE_CHECKING:
     from vlm_sapo.models.encode import Encoder
+
+Key = tuple[str, int]
+"""A task and a position in its order."""
+
+
+class Job(NamedTuple):
+    """A prompt that is not prepared yet."""
+
+    key: Key
+    prepare: Callable[[], Prompt]
+    """Reads the row, decodes its images and encodes them. Always gives the same; may run in any thread."""
+
+
+class Preparation(Protocol):
+    """Decides when and where prompts are prepared. What they are doesn't depend on it."""
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Says that these will be taken next, and no others that were announced before."""
+
+    def take(self, job: Job) -> Prompt:
+        """The job's prompt; raises what the job raised."""
+
+    def close(self) -> None:
+        """Ends its threads."""
+
+
+class OnDemand:
+    """Prepares a prompt when it is taken."""
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        pass
+
+    def take(self, job: Job) -> Prompt:
+        return job.prepare()
+
+    def close(self) -> None:
+        pass
+
+
+class InThreads:
+    """Prepares announced prompts in threads, several at a time, while the caller does something else."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prompts")
+        self._announced: dict[Key, Future[Prompt]] = {}
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        before, self._announced = self._announced, {}
+        for job in jobs:
+            self._announced[job.key] = before.pop(job.key, None) or self._pool.submit(job.prepare)
+        for future in before.values():
+            future.cancel()
+
+    def take(self, job: Job) -> Prompt:
+        future = self._announced.pop(job.key, None)
+        return job.prepare() if future is None else future.result()
+
+    def close(self) -> None:
+        """Waits for the prompts that are in the middle of it, a fraction of a second."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 class PromptStream:
@@ -49,7 +112,7 @@ class TaskMixture:
 
     A task's count in a mini-batch is its share rounded up or down; later mini-batches even out the rounding,
     so the shares of a run are exact. `shares` sum to 1. Every process of `world` goes through the same rows,
-    and encodes only those of its own slots: a slot is a prompt's index in a step.
+    and encodes only those of its own slots, as `preparation` says: a slot is a prompt's index in a step.
     """
 
     def __init__(
@@ -59,9 +122,10 @@ class TaskMixture:
         *,
         minibatch: int,
         world: World | None = None,
+        preparation: Preparation | None = None,
     ):
         self.streams, self.shares, self.minibatch = dict(streams), dict(shares), minibatch
-        self.world = world or World()
+        self.world, self.preparation = world or World(), preparation or OnDemand()
         self.taken = dict.fromkeys(streams, 0)
         """Prompts taken so far, by task."""
 
@@ -87,16 +151,16 @@ class TaskMixture:
         prompts: dict[int, Prompt] = {}
         failures: Counter[str] = Counter()
         while tasks:
-            rows = {slot: self.streams[task].next() for slot, task in tasks.items()}
+            jobs = self._next_jobs(tasks)
+            self.preparation.prefetch(list(jobs.values()))
             errors: dict[int, str] = {}
-            for slot, row in rows.items():
-                if self.world.is_local(slot):
-                    try:
-                        prompts[slot] = self.streams[tasks[slot]].prompt(row)
-                    except RowError as error:
-                        if not self.streams[tasks[slot]].skip:
-                            raise
-                        errors[slot] = str(error)
+            for slot, job in jobs.items():
+                try:
+                    prompts[slot] = self.preparation.take(job)
+                except RowError as error:
+                    if not self.streams[tasks[slot]].skip:
+                        raise
+                    errors[slot] = str(error)
             errors = {slot: text for part in self.world.all_gather(errors) for slot, text in part.items()}
             tasks = {slot: task for slot, task in tasks.items() if slot in errors}
             for slot, task in tasks.items():
@@ -112,6 +176,18 @@ class TaskMixture:
         """This process's prompts of the next `count`."""
         return list(self.next_prompts(dict(enumerate(self.tasks(count)))).values())
 
+    def prefetch(self, count: int) -> None:
+        """Announces this process's prompts of the next `count`; takes none. If rows are skipped or replaced
+        before, those that are taken differ, and are prepared when they are."""
+        ahead = copy(self)
+        ahead.streams = {task: copy(stream) for task, stream in self.streams.items()}
+        ahead.taken = dict(self.taken)
+        self.preparation.prefetch(list(ahead._next_jobs(dict(enumerate(ahead.tasks(count)))).values()))
+
+    def close(self) -> None:
+        """Ends what prepares prompts."""
+        self.preparation.close()
+
     def state(self) -> dict[str, dict[str, int]]:
         """What `restore` needs to go on from here; checkpoints store it under these keys."""
         return {
@@ -121,6 +197,7 @@ class TaskMixture:
 
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Goes on from where `state` was taken."""
+        self.preparation.prefetch([])
         for task, saved in state.items():
             self.streams[task].position, self.streams[task].skipped = saved["position"], saved["skipped"]
             self.taken[task] = saved["drawn"]
@@ -136,6 +213,17 @@ class TaskMixture:
             self.restore(before)
             self.world.fail_everywhere(error)
             raise
+
+    def _next_jobs(self, tasks: Mapping[int, str]) -> dict[int, Job]:
+        """Takes the next row of each slot's task. Returns the jobs of this process's slots."""
+        jobs = {}
+        for slot, task in tasks.items():
+            stream = self.streams[task]
+            key = task, stream.position
+            row = stream.next()
+            if self.world.is_local(slot):
+                jobs[slot] = Job(key, partial(stream.prompt, row))
+        return jobs
 
     def _quotas(self, count: int) -> dict[str, int]:
         """How many prompts of each task come next."""

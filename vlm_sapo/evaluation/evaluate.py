@@ -10,9 +10,10 @@ from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.reporting.console import ShowProgress
 from vlm_sapo.reporting.images import save_images
-from vlm_sapo.rewards.pool import RewardPool, score_groups
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.answers import stated_answer
-from vlm_sapo.rollout.engine import RolloutEngine, as_contexts
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.scored import sample_and_score
 from vlm_sapo.types import Example, Prompt, Response, Reward, RowError, Sampling
 
 MAX_COLUMN_CHARACTERS = 200
@@ -63,8 +64,7 @@ class Evaluation:
         prompts = self._prompts(examples, rows)
         self.world.barrier()  # a bad row in one process must not leave the others waiting in a sharded model
         sampling = replace(self.sampling, slots=tuple(prompts))
-        groups = self.engine.generate(as_contexts(list(prompts.values())), sampling)
-        scores = score_groups(self.reward, list(prompts.values()), groups)
+        groups, scores = sample_and_score(self.engine, self.reward, list(prompts.values()), sampling)
         return [
             {"benchmark": samples.name, "row": row}
             | _record(prompt, responses, rewards, self.measure)

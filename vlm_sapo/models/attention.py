@@ -22,11 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vlm_sapo.models import flash
+from vlm_sapo.models.flash import Lengths, PackedAttention, PackedRow
+
 NAME = "vlm_sapo_prefix"
 VISION_NAME = "vlm_sapo_flash_vision"
 """transformers passes cumulative lengths only to vision attention with `flash` in its name, and loops over
 sequences for all others."""
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -63,28 +65,20 @@ class Segments:
     """The groups of a packed row, in order and without gaps."""
 
     groups: tuple[PackedGroup, ...]
+    packed_row: PackedRow | None = None
+    """The same on a GPU; see `to`."""
 
     @cached_property
     def sizes(self) -> list[int]:
         """For each group, the tokens of its prompt and the sum over its branches."""
         return [size for group in self.groups for size in (group.prompt, sum(group.branches))]
 
-    @cached_property
-    def varlen(self) -> VarlenPlan:
-        """The groups as sequences of queries and keys, for kernels that take cumulative lengths."""
-        queries: list[int] = []
-        keys: list[torch.Tensor] = []
-        for group in self.groups:
-            prompt = torch.arange(group.start, group.start + group.prompt)
-            queries.append(group.prompt)
-            keys.append(prompt)
-            start = group.start + group.prompt
-            for length in group.branches:
-                queries.append(length)
-                keys.append(torch.cat([prompt, torch.arange(start, start + length)]))
-                start += length
-        lengths = [len(key) for key in keys]
-        return VarlenPlan(torch.cat(keys), _offsets(queries), _offsets(lengths), max(queries), max(lengths))
+    def to(self, device: torch.device) -> Segments:
+        """With what the kernels on a GPU need, moved there once for all layers."""
+        if device.type == "cpu":
+            return self
+        groups = [(group.prompt, group.branches) for group in self.groups]
+        return Segments(self.groups, PackedRow.of_groups(groups, device))
 
 
 @dataclass(frozen=True)
@@ -127,21 +121,6 @@ class Prefix:
         return Prefix(keys, values, padding, own)
 
 
-@dataclass(frozen=True)
-class VarlenPlan:
-    """`keys` [sum of key lengths] are indices in the packed row; offsets [sequences + 1] int32."""
-
-    keys: torch.Tensor
-    query_offsets: torch.Tensor
-    key_offsets: torch.Tensor
-    longest_query: int
-    longest_key: int
-
-
-def _offsets(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
 def prefix_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -165,8 +144,8 @@ def prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and query.dtype in HALF_PRECISION:
-        return _varlen(query, key, value, scaling, segments.varlen), None
+    if segments.packed_row is not None and flash.runs_on(query):
+        return _packed((query, key, value), segments.packed_row, scaling), None
     pieces = [tensor.split(segments.sizes, dim=2) for tensor in (query, key, value)]
     pairs = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
     outputs = [
@@ -255,12 +234,9 @@ def vision_attention(
 
     Every patch attends to its own image or window; cu_seq_lens_q [sequences + 1] are their offsets.
     """
-    if query.is_cuda and query.dtype in HALF_PRECISION:
-        from torch.nn.attention.varlen import varlen_attn
-
-        rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-        offsets = cu_seq_lens_q.int()
-        return varlen_attn(*rows, offsets, offsets, max_length_q, max_length_q, scale=scaling)[None], None
+    if flash.runs_on(query):
+        images = PackedRow(Lengths(cu_seq_lens_q.int(), max_length_q), causal=False)
+        return _packed((query, key, value), images, scaling), None
     runs = [(size, len(list(same))) for size, same in groupby(cu_seq_lens_q.diff().tolist())]
     lengths = [size * count for size, count in runs]
     pieces = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
@@ -273,28 +249,10 @@ def vision_attention(
     return torch.cat(outputs)[None], None
 
 
-def _varlen(query, key, value, scaling: float | None, plan: VarlenPlan) -> torch.Tensor:
-    """[1, L, H, D] by one variable-length kernel; a prompt's keys are repeated for each branch.
-
-    The kernel aligns its causal diagonal to the end of a sequence, where a branch's own tokens are.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # its kernels need a GPU
-
-    device = query.device
-    keys = plan.keys.to(device)
-    output = varlen_attn(
-        query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1)[keys],
-        value[0].transpose(0, 1)[keys],
-        plan.query_offsets.to(device),
-        plan.key_offsets.to(device),
-        plan.longest_query,
-        plan.longest_key,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=True,
-    )
-    return output[None]
+def _packed(tensors, row: PackedRow, scaling: float | None) -> torch.Tensor:
+    """[1, L, H, D] for [1, heads, L, D] tensors, by kernels on the GPU."""
+    rows = (tensor[0].transpose(0, 1).contiguous() for tensor in tensors)
+    return PackedAttention.apply(*rows, row, scaling)[None]
 
 
 AttentionInterface.register(NAME, prefix_attention)

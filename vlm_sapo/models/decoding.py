@@ -6,7 +6,7 @@ a branch so far, [V] vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
@@ -24,6 +25,11 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Context, Response
 
 Recorder = ExpertRecorder | NullRecorder
+CACHE_BLOCK = 64
+"""Tokens by which a cache grows: its keys and values are copied when it does."""
+PREFILL_TOKENS = 2**14
+"""Tokens of prompts and responses so far in one pass, unless a single prompt has more: its activations must
+not grow with the number of prompts."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,19 @@ class BranchGrid:
             for item in self.contexts
         ]
 
+    def split(self, tokens: int) -> Iterator[BranchGrid]:
+        """Its contexts in order, in parts of at most so many tokens, or of a single context; without the
+        branches."""
+        part: list[Context] = []
+        total = 0
+        for context, (prompt, lengths) in zip(self.contexts, self.sizes, strict=True):
+            total += prompt + sum(lengths)
+            if part and total > tokens:
+                yield BranchGrid(part, ())
+                part, total = [], prompt + sum(lengths)
+            part.append(context)
+        yield BranchGrid(part, ())
+
     @cached_property
     def rows(self) -> list[tuple[int, int | None]]:
         """What is prefilled: indices of a context and one of its responses, None for the prompt alone."""
@@ -107,39 +126,70 @@ def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tenso
     return kind.prefill(vlm, grid, recorder)
 
 
-def new_cache(vlm: VLM) -> DynamicCache:
-    return DynamicCache(config=vlm.model.config.get_text_config())
+class BufferedLayer(DynamicLayer):
+    """Keys and values [A, K, S, D] of a layer as the beginning of buffers with room for further tokens, which
+    grow by CACHE_BLOCK tokens; transformers' own layer copies all of them for each token."""
+
+    buffers: tuple[torch.Tensor, torch.Tensor]
+    """Of keys and values; set with the first token."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = (key_states, value_states)
+        length = self.keys.shape[2] if self.is_initialized else 0
+        total = length + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = tuple(_buffer(states, total) for states in new)
+        elif total > self.buffers[0].shape[2]:
+            old, self.buffers = (self.keys, self.values), tuple(_buffer(states, total) for states in new)
+            for buffer, states in zip(self.buffers, old, strict=True):
+                buffer[:, :, :length] = states
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, length:total] = states
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        length = self.keys.shape[2]
+        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+def _buffer(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Room for at least so many tokens of keys or values [A, K, ..., D]."""
+    rows, heads, _, size = states.shape
+    return states.new_empty(rows, heads, -(-tokens // CACHE_BLOCK) * CACHE_BLOCK, size)
+
+
+def new_cache(vlm: VLM) -> Cache:
+    layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
+    return Cache(layers=[BufferedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
 
 
 class SharedDecodeState:
     """Branches that share their prompt's keys and values, for models that attend fully."""
 
-    def __init__(self, vlm: VLM, prefix: Prefix, cache: DynamicCache):
+    def __init__(self, vlm: VLM, prefix: Prefix, cache: Cache):
         self.vlm, self.prefix, self.cache = vlm, prefix, cache
 
     @staticmethod
     def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, SharedDecodeState]:
-        """All prompts in one packed row, each followed by its responses so far, as in training."""
-        starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
-        segments = Segments(
-            tuple(
-                PackedGroup(start, prompt, tuple(lengths))
-                for start, (prompt, lengths) in zip(starts, grid.sizes, strict=False)
-            )
-        )
-        pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
-        cache = new_cache(vlm)
+        """Prompts in packed rows, each followed by its responses so far, as in training."""
         with recorder.prefill(grid.sizes, grid.sources.tolist()):
-            hidden = vlm.hidden(
-                ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
-                positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
-                features=vlm.vision([context.prompt for context in grid.contexts]),
-                cache=cache,
-                segments=segments,
-            )
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        prefix = Prefix.from_row(keys, values, segments)
-        logits = vlm.logits(hidden[0, _ends(grid)])
+            passes = [_prefill_row(vlm, part) for part in grid.split(PREFILL_TOKENS)]
+        logits = torch.cat([logits for logits, _ in passes])
+        rows = [cache.layers for _, cache in passes]
+        keys = [torch.cat([layer.keys for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
+        values = [torch.cat([layer.values for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
+        del passes, rows
+        prefix = Prefix.from_row(keys, values, _segments(grid))
         own = new_cache(vlm)
         if any(lengths for _, lengths in grid.sizes):
             padding = _fill(own, keys, values, grid, grid.sources.to(vlm.device))
@@ -165,6 +215,32 @@ class SharedDecodeState:
         return self.vlm.logits(hidden[:, -1])
 
 
+def _prefill_row(vlm: VLM, grid: BranchGrid) -> tuple[torch.Tensor, Cache]:
+    """Runs a grid's prompts and responses so far in one packed row. Returns the logits [rows, V] that follow
+    each of the grid's rows, and the row's keys and values."""
+    pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
+    cache = new_cache(vlm)
+    hidden = vlm.hidden(
+        ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
+        positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
+        features=vlm.vision([context.prompt for context in grid.contexts]),
+        cache=cache,
+        segments=_segments(grid).to(vlm.device),
+    )
+    return vlm.logits(hidden[0, _ends(grid)]), cache
+
+
+def _segments(grid: BranchGrid) -> Segments:
+    """The groups of a grid's packed row."""
+    starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
+    return Segments(
+        tuple(
+            PackedGroup(start, prompt, tuple(lengths))
+            for start, (prompt, lengths) in zip(starts, grid.sizes, strict=False)
+        )
+    )
+
+
 def _ends(grid: BranchGrid) -> torch.Tensor:
     """[rows] index in the packed row of the last token of each row of the grid."""
     ends, start = [], 0
@@ -178,7 +254,7 @@ def _ends(grid: BranchGrid) -> torch.Tensor:
 
 
 def _fill(
-    cache: DynamicCache,
+    cache: Cache,
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
     grid: BranchGrid,
@@ -205,7 +281,7 @@ class ForkedDecodeState:
     """Branches that each start from a copy of their prompt's state: the recurrent state of linear attention,
     and the keys and values of other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
-    def __init__(self, vlm: VLM, cache: DynamicCache, mask: torch.Tensor):
+    def __init__(self, vlm: VLM, cache: Cache, mask: torch.Tensor):
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod

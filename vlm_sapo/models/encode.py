@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from copy import deepcopy
 from functools import cached_property
 
 import torch
 from qwen_vl_utils import fetch_image
+from transformers import PreTrainedTokenizerBase
 
 from vlm_sapo.models.families import THOUGHT_TAGS
 from vlm_sapo.models.vlm import VLM
@@ -18,7 +20,7 @@ ASSISTANT_MARK, USER_MARK = "ASSISTANT TEXT", "USER TEXT"
 
 
 class Encoder:
-    """Encodes examples for one model.
+    """Encodes examples for one model. Several threads may use it at the same time.
 
     `min_pixels` and `max_pixels` bound the area of a resized image (None: the processor's own bounds);
     `max_tokens` bounds the prompt, and `limit` names that bound and the remedy in errors.
@@ -207,7 +209,13 @@ class PlainText:
 
     def ids(self, text: str) -> list[int]:
         """Encodes a text without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._splitting(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    @cached_property
+    def _splitting(self) -> PreTrainedTokenizerBase:
+        """A tokenizer of its own: whether special tokens are split is a setting of the object, and other
+        threads may be encoding with the processor's."""
+        return deepcopy(self.tokenizer)
 
     def hide(self, example: Example) -> tuple[str, list[str]]:
         """The problem with the stand-in for every special token's name, and the stand-in followed by those

@@ -73,19 +73,20 @@ class Routers:
 
 
 class ExpertTrace:
-    """Records the experts that each router selects for the tokens of one pass."""
+    """Records the experts that each router selects for the tokens of a pass, or of several in turn."""
 
     def __init__(self):
-        self.by_layer: dict[int, torch.Tensor] = {}
+        self.by_layer: dict[int, list[torch.Tensor]] = {}
 
     def __call__(self, layer: int, output: Output) -> Output | None:
         logits, _, experts = output
-        self.by_layer[layer] = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
+        narrow = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
+        self.by_layer.setdefault(layer, []).append(narrow)
         return None
 
     def experts(self) -> torch.Tensor:
         """[L, M, k] uint8, or int16 for more than 256 experts."""
-        return torch.stack([self.by_layer[layer] for layer in sorted(self.by_layer)], dim=1)
+        return torch.stack([torch.cat(self.by_layer[layer]) for layer in sorted(self.by_layer)], dim=1)
 
 
 @dataclass(frozen=True)

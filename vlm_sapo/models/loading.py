@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,10 +18,12 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
 )
+from transformers.initialization import no_init_weights
 
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import check_family
+from vlm_sapo.models.unread import TensorFiles, UnreadWeights
 from vlm_sapo.models.vlm import VLM, part_of
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -47,11 +51,15 @@ def load_vlm(
     gradient_checkpointing: bool = False,
     freeze: list[str] = (),
     lora: Adapters | None = None,
+    defer: bool = False,
 ) -> VLM:
     """Loads a checkpoint of a supported family (models/families.py) from a folder or a hub id.
 
-    Dropout is disabled: old and new log-probs must come from the same function.
-    Raises ValueError if the folder lacks a model or a processor, or the family is not supported.
+    Dropout is disabled: old and new log-probs must come from the same function. With `defer` the model stays
+    on the meta device, and its weights are read when it is sharded (`parallel.shard`); not if they are
+    quantized: then they can't be read tensor by tensor.
+    Raises ValueError if the folder lacks a model or a processor, its weights are not the model's, or the
+    family is not supported.
     """
 
     def build(config: PreTrainedConfig) -> nn.Module:
@@ -59,16 +67,12 @@ def load_vlm(
         if lora is not None and lora.bits:
             quantized = _four_bits(config, lora.parts, dtype)
             extra = {"quantization_config": quantized, "device_map": {"": device}}
-        return AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",  # not the folder's choice, which may be code from the hub
-            **extra,
-        )
+        elif defer and "quantization_config" not in config.to_dict():
+            extra = {"device_map": {"": "meta"}}
+        return _pretrained(path, config, dtype=dtype, **extra)
 
     processor, model = _open(path, build)
+    unread = UnreadWeights(model, path) if model.device.type == "meta" else None
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):  # bitsandbytes' layers in 4 bits
             # Some CPUs would repack them at the first generation, with constants rounded to bfloat16, so that
@@ -95,8 +99,48 @@ def load_vlm(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": vlm.routers.recomputing}
         )
     vlm.patch_embed_as_linear()
-    vlm.to_device(device)
+    vlm.unread = unread
+    if unread is None:
+        vlm.to_device(device)
     return vlm
+
+
+def _pretrained(path: str, config: PreTrainedConfig, *, dtype: str, **options: Any) -> nn.Module:
+    """Loads a model. On the meta device its buffers that no file holds, such as rotary frequencies, have
+    their values. Raises ValueError if the checkpoint lacks a tensor or has one that the model has not."""
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation="eager",  # not the folder's choice, which may be code from the hub
+        output_loading_info=True,
+        **options,
+    )
+    _check_complete(path, report, config.model_type)
+    if model.device.type == "meta":
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            twin = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
+        for name, buffer in twin.named_buffers():
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, buffer)
+    return model
+
+
+def _check_complete(path: str, report: dict[str, Any], family: str) -> None:
+    """Raises ValueError if the checkpoint lacks a tensor or has one that the model has not."""
+    text = f"model.path ({path}) must hold the weights of a {family} model and no others; "
+    if missing := sorted(report["missing_keys"]):
+        files = sorted({file.name for file in TensorFiles(path).files.values()})
+        raise ValueError(f"{text}{_listed(missing)} is in none of its files ({_listed(files)})")
+    if unexpected := sorted(report["unexpected_keys"]):
+        file = TensorFiles(path).files.get(unexpected[0])
+        holder = "its files" if file is None else file.name
+        raise ValueError(f"{text}{_listed(unexpected)} in {holder} belongs to no parameter")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _four_bits(config: PreTrainedConfig, parts: tuple[str, ...], dtype: str) -> BitsAndBytesConfig:
@@ -123,6 +167,11 @@ def load_outline(path: str) -> VLM:
 
     processor, model = _open(path, build)
     return VLM(model, processor)
+
+
+def count_parameters(path: str) -> int:
+    """Number of a checkpoint's parameters, by its config."""
+    return load_outline(path).model.num_parameters()
 
 
 def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:

@@ -18,7 +18,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
+from vlm_sapo.distributed import deferring_signals
 from vlm_sapo.models.file_modes import use_umask
 
 NAME = "default"
@@ -116,7 +118,7 @@ def load(model: nn.Module, folder: Path, *, frozen: Callable[[str], bool] = lamb
             f"the adapter in {folder} belongs to another base model: this one has no {unexpected[0]}; "
             "give one that was trained on model.path"
         )
-    if trained := [name for name in _layers(model) if frozen(name)]:
+    if trained := [name for name in layers(model) if frozen(name)]:
         raise ValueError(
             f"the adapter in {folder} changes {trained[0]}, which model.freeze freezes; "
             "remove its part from that list"
@@ -124,9 +126,25 @@ def load(model: nn.Module, folder: Path, *, frozen: Callable[[str], bool] = lamb
 
 
 def _inject(model: nn.Module, config: LoraConfig) -> None:
-    inject_adapter_in_model(config, model, NAME)
-    for layer in _layers(model).values():
+    with _stand_ins(model):
+        inject_adapter_in_model(config, model, NAME)
+    for layer in layers(model).values():
         layer.lora_A.float(), layer.lora_B.float()
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within the block the weights of linear layers on the meta device are zeros that share one element: peft
+    moves adapters to the device of their layer, where they would lose their values."""
+    linear = [item for item in model.modules() if isinstance(item, nn.Linear) and item.weight.is_meta]
+    metas = [layer.weight for layer in linear]
+    for layer, weight in zip(linear, metas, strict=True):
+        zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        layer.weight = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+    yield
+    for layer, weight in zip(linear, metas, strict=True):
+        weight.requires_grad_(layer.weight.requires_grad)
+        layer.weight = weight
 
 
 def weights(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,36 +163,85 @@ def save(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor]) -> No
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Disables the adapters within the block: the model is its base model."""
-    layers = _layers(model).values()
-    for layer in layers:
+    adapted = layers(model).values()
+    for layer in adapted:
         layer.set_scale(NAME, 0.0)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in adapted:
             layer.set_scale(NAME, 1.0)
 
 
-def merged(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters under the names of the base model, with adapters merged, in their own dtype; weights of 4
-    bits in their compute dtype. `gather` makes a full tensor of a parameter."""
-    layers = _layers(model)
-    merged = {
-        name.replace(".base_layer.", "."): gather(parameter)
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name and not name.endswith(".base_layer.weight")
-    }
-    for name, layer in layers.items():
-        base = gather(dequantize_module_weight(layer.get_base_layer()))
-        delta = gather(layer.lora_B[NAME].weight) @ gather(layer.lora_A[NAME].weight)
-        merged[f"{name}.weight"] = (base + layer.scaling[NAME] * delta).to(base.dtype)
+def merged(layer: LoraLayer, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The weight of a layer with its adapter merged, in its own dtype; one of 4 bits in its compute dtype.
+    That of a sharded layer is sharded. `move` brings each factor to the device that computes."""
+    base = move(dequantize_module_weight(layer.get_base_layer()).detach())
+    first, second = (move(item[NAME].weight.detach()) for item in (layer.lora_A, layer.lora_B))
+    if isinstance(first, DTensor):  # the second has the rows that the base has
+        first = first.redistribute(placements=[Replicate()] * first.device_mesh.ndim)
+    return (base + layer.scaling[NAME] * (second @ first)).to(base.dtype)
+
+
+def weight_shape(layer: LoraLayer) -> tuple[int, int]:
+    """[out, in] of a layer's weight, also of one that is stored in 4 bits."""
+    return layer.lora_B[NAME].weight.shape[0], layer.lora_A[NAME].weight.shape[1]
+
+
+@contextmanager
+def merged_inside(model: nn.Module) -> Iterator[None]:
+    """Replaces the adapted linear layers by plain ones with the merged weights within the block, which must
+    not train: a third of the kernels to launch for a token. Layers of 4 bits keep their adapters.
+
+    The sums are in float32 and rounded to the base's dtype. Base and adapters are not written to, and the
+    adapted layers return whatever ends the block.
+    """
+    layers = mergeable(model)
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    try:
+        with deferring_signals():
+            for name, layer in layers.items():
+                setattr(parents[name], name.rpartition(".")[2], _merge(layer))
+        yield
+    finally:
+        with deferring_signals():
+            for name, layer in layers.items():
+                setattr(parents[name], name.rpartition(".")[2], layer)
+
+
+@torch.no_grad()
+def _merge(layer: LoraLayer) -> nn.Linear:
+    base = layer.get_base_layer()
+    delta = layer.lora_B[NAME].weight.float() @ layer.lora_A[NAME].weight.float()
+    with torch.device("meta"):
+        merged = nn.Linear(base.in_features, base.out_features, bias=False)
+    weight = (base.weight + layer.scaling[NAME] * delta).to(base.weight.dtype)
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged.bias = base.bias
     return merged
+
+
+def mergeable(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers, by name, whose base has a weight that adapters can be added to: none of 4 bits."""
+    return {name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear}
+
+
+def rank(model: nn.Module) -> int:
+    """The largest rank of the adapters."""
+    return max(layer.r[NAME] for layer in layers(model).values())
+
+
+def bits(model: nn.Module) -> int | None:
+    """4 if the layers that have adapters are stored in 4 bits, else None."""
+    bases = (layer.get_base_layer().weight for layer in layers(model).values())
+    return None if all(base.is_floating_point() for base in bases) else 4
 
 
 def attached(model: nn.Module) -> bool:
     """Whether the model has adapters."""
-    return bool(_layers(model))
+    return bool(layers(model))
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+def layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

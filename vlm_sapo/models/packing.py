@@ -65,7 +65,7 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            name: value.to(device) if isinstance(value, torch.Tensor | Segments) else value
             for name, value in vars(self).items()
         }
         return Inputs(**moved)

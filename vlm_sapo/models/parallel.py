@@ -21,6 +21,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.experts import RoutedPass
 from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import Inputs
+from vlm_sapo.models.unread import give_memory
 from vlm_sapo.models.vlm import VLM
 
 T = TypeVar("T")
@@ -42,7 +43,8 @@ def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: boo
 
     Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` unless None; embeddings,
     head and norms stay gathered during a pass. A frozen tower is replicated on each device, since processes
-    encode different numbers of images. Gradients are summed, not averaged.
+    encode different numbers of images. Gradients are summed, not averaged. Weights that are still unread are
+    read then, by each process its own rows.
     """
     visual, device = vlm.model.model.visual, torch.device(mesh.device_type)
     replicated = set(visual.parameters()) if vlm.vision.frozen else set()
@@ -60,10 +62,20 @@ def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: boo
     for unit in _units(root):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    if replicated:
+    if vlm.unread is not None:
+        _read(root, vlm, device=torch.device("cpu") if offload else device, whole_on=device)
+    elif replicated:
         visual.to(device)
     vlm.vision.device, vlm.vision.always = device, not replicated
     return root
+
+
+def _read(root: Root, vlm: VLM, *, device: torch.device, whole_on: torch.device) -> None:
+    """Gives a sharded model memory on a device and reads its weights; what is replicated is on `whole_on`."""
+    tower = vlm.model.model.visual if vlm.vision.frozen else None
+    filled = give_memory(root, device=device, whole=tower, whole_on=whole_on)
+    vlm.unread.read(vlm.model, filled=filled)
+    vlm.unread = None
 
 
 @torch.no_grad()
@@ -97,6 +109,9 @@ BUCKET_SIZE = 2**26
 class Parallelism(Protocol):
     """How the model's parameters are distributed over processes."""
 
+    sharded: bool
+    """Whether a process holds only its share of each parameter."""
+
     def distribute(self, vlm: VLM) -> None:
         """Moves the model to the devices; must be called before the optimizer is built."""
 
@@ -116,6 +131,8 @@ class Parallelism(Protocol):
 class Replicated:
     """Each process has a copy; gradients are summed once per update, however many passes there were.
     Parameters that no pass used get a gradient of zero, also with a single process."""
+
+    sharded = False
 
     def __init__(self, world: World, device: torch.device):
         self.world, self.device = world, device
@@ -148,6 +165,8 @@ class Replicated:
 
 class FullySharded:
     """FSDP over the last dimension of `mesh`; see `shard`. Gradients are reduced during the backward pass."""
+
+    sharded = True
 
     def __init__(self, mesh: DeviceMesh, world: World, *, dtype: torch.dtype | None, offload: bool):
         self.mesh, self.world, self.dtype, self.offload = mesh, world, dtype, offload

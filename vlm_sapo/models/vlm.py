@@ -10,12 +10,24 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
+from vlm_sapo.models.head import ban, is_plain, operand_dtype, product
+from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
-from vlm_sapo.models.weights import full_tensor, gather_and_drop, hf_state_dict, save_model
+from vlm_sapo.models.weights import (
+    StoredWeight,
+    full_tensor,
+    gather_and_drop,
+    hf_state_dict,
+    save_config,
+    save_model,
+    stored_weights,
+    stream_weights,
+)
 from vlm_sapo.types import Prompt
 
 PARTS = {
@@ -53,6 +65,11 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.head_casts: dict[torch.dtype, torch.Tensor] | None = None
+        self.unread: UnreadWeights | None = None
+        """The weights, until they are read from their files (Parallelism.distribute)."""
+        if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
+            model.model.language_model._deepstack_process = add_features
 
     @property
     def tokenizer(self):
@@ -71,11 +88,15 @@ class VLM(nn.Module):
         """The language model's maximum context length in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of language layers, as transformers names them."""
+        return set(self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"])
+
     @cached_property
     def attends_fully(self) -> bool:
         """Whether every language layer is full attention, so that branches can share a prefix."""
-        kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
-        return set(kinds) == {"full_attention"}
+        return self.layer_kinds == {"full_attention"}
 
     @cached_property
     def cache_argument(self) -> str:
@@ -88,6 +109,11 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         """The device that passes run on."""
         return self.vision.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts of the weights, so that all of them must gather them together."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def to_device(self, device: torch.device | str) -> None:
         """Moves the weights to a device, on which passes run from then on."""
@@ -119,7 +145,8 @@ class VLM(nn.Module):
             where = ids == self.model.config.image_token_id
             embeds = embeds.masked_scatter(where[..., None], features.tokens.to(embeds.dtype))
             if features.deep:
-                extra |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features.deep)}
+                indices = where.flatten().nonzero_static(size=len(features.tokens))[:, 0]
+                extra |= {"visual_pos_masks": indices, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
             assert self.attends_fully, "linear attention supports neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
@@ -133,10 +160,32 @@ class VLM(nn.Module):
         ).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [..., V] with the banned tokens at minus infinity."""
-        logits = self.model.lm_head(hidden).float()
-        logits[..., self.banned] = float("-inf")
-        return logits
+        """Float32 logits [..., V] with the banned tokens at minus infinity. For the gradients of a plain head
+        in half precision see models/head.py."""
+        head = self.model.lm_head
+        if not is_plain(head):
+            return ban(head(hidden).float(), self.banned)
+        weight = self._head_operand(head.weight)
+        logits = product(hidden.flatten(0, -2).to(weight.dtype), weight)
+        return ban(logits.unflatten(0, hidden.shape[:-1]), self.banned)
+
+    def _head_operand(self, weight: torch.Tensor) -> torch.Tensor:
+        """The head's weight in the dtype that it is multiplied in."""
+        dtype = operand_dtype(weight)
+        if self.head_casts is None or dtype == weight.dtype:
+            return weight.to(dtype)
+        if dtype not in self.head_casts:
+            self.head_casts[dtype] = weight.detach().to(dtype)
+        return self.head_casts[dtype]
+
+    @contextmanager
+    def weights_fixed(self) -> Iterator[None]:
+        """Within the block the weights do not change, so that autocast needs the head's only once."""
+        self.head_casts = {}
+        try:
+            yield
+        finally:
+            self.head_casts = None
 
     @contextmanager
     def without_bans(self) -> Iterator[None]:
@@ -187,7 +236,15 @@ class VLM(nn.Module):
     def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """The weights in the format of published checkpoints; see `hf_state_dict`. For a sharded model they
         are in host memory and all processes must call this; without `keep` the tensors are empty."""
-        return hf_state_dict(self.model, full_tensor if keep else gather_and_drop)
+        return hf_state_dict(self.model, keep=keep)
+
+    def stored_weights(self) -> list[StoredWeight]:
+        """Names, shapes and where to get the weights of published checkpoints; see `stored_weights`."""
+        return stored_weights(self.model)
+
+    def stream_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights for an engine of this dtype, one after the other; see `stream_weights`."""
+        return stream_weights(self.model, dtype)
 
     def adapter_weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """The adapter's weights in peft's format; see `weights`."""
@@ -199,6 +256,11 @@ class VLM(nn.Module):
         save_model(self.model, folder, weights)
         self.processor.save_pretrained(folder)
 
+    def save_config(self, folder: Path) -> None:
+        """Writes what `save` writes, without weights."""
+        save_config(self.model, folder)
+        self.processor.save_pretrained(folder)
+
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the adapter in peft's format."""
         adapters.save(self.model, folder, self.adapter_weights() if weights is None else weights)
@@ -207,6 +269,18 @@ class VLM(nn.Module):
 def part_of(name: str) -> str:
     """The part, a key of PARTS, that a parameter or module belongs to."""
     return next(part for part in SPECIFIC_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
+
+
+def add_features(hidden: torch.Tensor, indices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Adds features [M, H] to the hidden states [B, L, H] at indices [M] of the flattened tokens, or where a
+    mask [B, L] is true.
+
+    It takes the place of a language model's `_deepstack_process`, which selects the tokens by a mask: to know
+    how many there are, the host would wait for the GPU six times in a pass. A test says when this changes.
+    """
+    if indices.dtype == torch.bool:  # from the whole model's own forward
+        indices = indices.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1).index_add(0, indices, features.to(hidden.dtype)).view_as(hidden)
 
 
 class PatchProjection(nn.Module):

@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, TimeoutError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -47,6 +47,8 @@ CACHE_SIZE = 10_000
 """Verdicts that are cached."""
 CACHED_OUTCOMES = ("graded", "no_answer", "outside", "bad_gold")
 """Outcomes that another try would not change."""
+Key = tuple
+"""What a verdict depends on."""
 _PARTS: list[Part] = []
 """The parts of the reward, in a worker process."""
 _SETUP_ERRORS: list[str] = []
@@ -85,21 +87,13 @@ def _grade_each(items: Sequence[Item]) -> list[list[Verdict]]:
     return [[part.grade([item])[0] for part in _parts() if part.kind == "each"] for item in items]
 
 
-def _grade_part(number: int, items: Sequence[Item], timeout: float) -> list[Verdict]:
+def _grade_part(items: Sequence[Item], number: int, timeout: float) -> list[Verdict]:
     return _parts()[number].grade([load_images(item) for item in items], timeout)
 
 
-def score_groups(
-    reward: RewardPool, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]
-) -> list[list[Reward]]:
-    """Scores of each prompt's responses."""
-    items = [
-        (ResponseText.of(prompt, response), prompt.example)
-        for prompt, group in zip(prompts, responses, strict=True)
-        for response in group
-    ]
-    scores = iter(reward(items))
-    return [[next(scores) for _ in group] for group in responses]
+def items_of(prompt: Prompt, responses: Sequence[Response]) -> list[Item]:
+    """What rewards read of a prompt's responses."""
+    return [(ResponseText.of(prompt, response), prompt.example) for response in responses]
 
 
 class RewardPool:
@@ -126,7 +120,8 @@ class RewardPool:
         self.on_error, self.timeout = on_error, timeout
         self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
         """Whether the workers, which parse what a model wrote, run without the network."""
-        self._cache: dict[tuple, list[Verdict]] = {}
+        self.cache: dict[Key, list[Verdict]] = {}
+        """Verdicts of every part, by response."""
         path = library_path()
         self._context = _start_server(path)
         self._pool = ProcessPool(
@@ -140,24 +135,33 @@ class RewardPool:
 
     def __call__(self, items: Sequence[Item]) -> list[Reward]:
         """Scores of (response, example) pairs, in order."""
-        keys = [_cache_key(item) for item in items]
-        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
-        try:
-            graded = dict(zip(new, self._grade(list(new.values())), strict=True))
-        except BrokenProcessPool as error:
-            raise RewardError(
-                "the reward's processes end as they start; they import the script that was started, so "
-                "what it runs must be under `if __name__ == '__main__':`"
-            ) from error
-        verdicts = [graded.get(key) or self._cache[key] for key in keys]
-        if len(self._cache) + len(graded) > CACHE_SIZE:
-            self._cache.clear()
-        self._cache |= {
+        with self.scoring() as scoring:
+            return scoring.results(items)
+
+    @contextmanager
+    def scoring(self) -> Iterator[Scoring]:
+        """Scores responses while others are still being sampled. The end of the block ends what is not
+        graded yet."""
+        with TemporaryDirectory() as folder:
+            scoring = Scoring(self, Path(folder))
+            try:
+                yield scoring
+            finally:
+                scoring.cancel()
+
+    def schedule(self, function: Callable[..., list], *args: Any, limit: float | None = None) -> Future:
+        """Runs a function in a worker, for at most `limit` seconds."""
+        return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
+
+    def remember(self, verdicts: Mapping[Key, list[Verdict]]) -> None:
+        """Caches the verdicts that another try would not change."""
+        if len(self.cache) + len(verdicts) > CACHE_SIZE:
+            self.cache.clear()
+        self.cache |= {
             key: row
-            for key, row in graded.items()
+            for key, row in verdicts.items()
             if all(verdict.outcome in CACHED_OUTCOMES for verdict in row)
         }
-        return [combine(self.parts, row) for row in verdicts]
 
     def close(self) -> None:
         """Ends the workers."""
@@ -165,77 +169,164 @@ class RewardPool:
         self._pool.stop()
         self._pool.join()
 
-    def _grade(self, items: list[Item]) -> list[list[Verdict]]:
-        """Verdicts of every part for every item."""
-        if not items:
-            return []
-        with TemporaryDirectory() as folder:
-            if all(part.builtin for part in self.parts):
-                return self._grade_sent(items, [without_pixels(item) for item in items], CHUNK_SIZE)
-            return self._grade_sent(items, share_images(items, folder), 1)
 
-    def _grade_sent(self, items: list[Item], sent: list[Item], chunk_size: int) -> list[list[Verdict]]:
-        """Verdicts of every part; `sent` are the items as they go to the workers."""
-        table: list[list[Verdict]] = [[] for _ in self.parts]
-        each = [number for number, part in enumerate(self.parts) if part.kind == "each"]
-        starts = range(0, len(items), chunk_size) if each else ()
-        chunks = [self._schedule(_grade_each, sent[start : start + chunk_size]) for start in starts]
-        whole_batches = {
-            number: self._schedule(
-                _grade_part, number, sent, self.timeout, limit=self._time_limit(part, len(sent))
-            )
-            for number, part in enumerate(self.parts)
-            if part.kind != "each"
+@dataclass(eq=False)
+class Task:
+    """Responses that a worker grades together."""
+
+    keys: list[Key]
+    sent: list[Item]
+    """The responses as they go to the worker."""
+    future: Future
+
+
+class Scoring:
+    """The responses of one call of the engine, and what grades them.
+
+    Parts that are called per response grade those that `add` names right away. An async part gets those that
+    came while it was busy, so that no more calls run at once than with all responses in one task. A batched
+    part gets all responses at the end, in their order. Scores don't depend on what was added, or when.
+    """
+
+    def __init__(self, pool: RewardPool, folder: Path):
+        self.pool, self.folder = pool, folder
+        self.each = [number for number, part in enumerate(pool.parts) if part.kind == "each"]
+        self._cached: dict[Key, list[Verdict]] = {}
+        self._sent: dict[Key, Item] = {}
+        self._graded_in: dict[Key, Task] = {}
+        """The task of the parts that are called per response."""
+        self._rows: dict[Task, list[list[Verdict]]] = {}
+        self._async: dict[int, list[Task]] = {
+            number: [] for number, part in enumerate(pool.parts) if part.kind == "async"
         }
-        try:
-            for start, future in zip(starts, chunks, strict=True):
-                rows = self._chunk_verdicts(future, sent[start : start + chunk_size], each)
-                for item, verdicts in zip(items[start:], rows, strict=False):
-                    for number, verdict in zip(each, verdicts, strict=True):
-                        table[number].append(self._stop_on_error(verdict, self.parts[number], item))
-            for number, future in whole_batches.items():
-                verdicts = self._result(future) or self._grade_singly(number, sent)
-                table[number] = [
-                    self._stop_on_error(verdict, self.parts[number], item)
-                    for item, verdict in zip(items, verdicts, strict=True)
-                ]
-        except BaseException:
-            for future in (*chunks, *whole_batches.values()):
-                future.cancel()
-            raise
-        return [list(verdicts) for verdicts in zip(*table, strict=True)]
+        self._tasks: list[Task] = []
 
-    def _schedule(self, function, *args, limit: float | None = None) -> Future:
-        return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
+    def add(self, items: Sequence[Item]) -> None:
+        """Starts to grade responses; those that were added before are left out."""
+        new: dict[Key, Item] = {}
+        for item in items:
+            key = _cache_key(item)
+            if key in self.pool.cache:
+                self._cached[key] = self.pool.cache[key]
+            elif key not in self._sent:
+                new[key] = item
+        with _naming_broken_pool():
+            self._start(new)
 
-    def _chunk_verdicts(
-        self, future: Future, items: Sequence[Item], parts: Sequence[int]
-    ) -> list[list[Verdict]]:
+    def results(self, items: Sequence[Item]) -> list[Reward]:
+        """Waits for the scores of all responses, which need not have been added; in order."""
+        self.add(items)
+        keys = list(map(_cache_key, items))
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cached}
+        with _naming_broken_pool():
+            graded = self._collect(new)
+        self.pool.remember(graded)
+        verdicts = self._cached | graded
+        return [combine(self.pool.parts, verdicts[key]) for key in keys]
+
+    def cancel(self) -> None:
+        """Ends the tasks that run."""
+        for task in self._tasks:
+            task.future.cancel()
+
+    def _start(self, new: Mapping[Key, Item]) -> None:
+        builtin = all(part.builtin for part in self.pool.parts)
+        sent = list(map(without_pixels, new.values())) if builtin else self._share_images(list(new.values()))
+        self._sent |= zip(new, sent, strict=True)
+        size = CHUNK_SIZE if builtin else 1
+        for start in range(0, len(new), size) if self.each else ():
+            task = self._schedule_each(list(new)[start : start + size])
+            self._graded_in |= dict.fromkeys(task.keys, task)
+        for number, tasks in self._async.items():
+            if not tasks or tasks[-1].future.done():
+                self._start_async(number)
+
+    def _share_images(self, items: Sequence[Item]) -> list[Item]:
+        folder = self.folder / str(len(self._sent))
+        folder.mkdir(exist_ok=True)
+        return share_images(items, str(folder))
+
+    def _start_async(self, number: int) -> None:
+        """Starts an async part on all responses that it doesn't have yet."""
+        has = {key for task in self._async[number] for key in task.keys}
+        if keys := [key for key in self._sent if key not in has]:
+            self._async[number].append(self._schedule_part(number, keys))
+
+    def _schedule_each(self, keys: list[Key]) -> Task:
+        """The responses are graded one by one."""
+        sent = [self._sent[key] for key in keys]
+        return self._noted(keys, sent, self.pool.schedule(_grade_each, sent))
+
+    def _schedule_part(self, number: int, keys: list[Key]) -> Task:
+        """All of the responses go to one call of the part."""
+        sent = [self._sent[key] for key in keys]
+        limit = self._time_limit(self.pool.parts[number], len(sent))
+        future = self.pool.schedule(_grade_part, sent, number, self.pool.timeout, limit=limit)
+        return self._noted(keys, sent, future)
+
+    def _noted(self, keys: list[Key], sent: list[Item], future: Future) -> Task:
+        self._tasks.append(Task(keys, sent, future))
+        return self._tasks[-1]
+
+    def _collect(self, items: Mapping[Key, Item]) -> dict[Key, list[Verdict]]:
+        """Verdicts of every part for every response."""
+        parts, keys = self.pool.parts, list(items)
+        batched = {
+            number: [self._schedule_part(number, keys)]
+            for number, part in enumerate(parts)
+            if part.kind == "batched" and keys
+        }
+        table: dict[Key, dict[int, Verdict]] = {key: {} for key in items}
+        for key, item in items.items() if self.each else ():
+            for number, verdict in zip(self.each, self._row(key), strict=True):
+                table[key][number] = self._stop_on_error(verdict, parts[number], item)
+        for number in self._async:
+            if self._async[number]:
+                wait([self._async[number][-1].future])
+            self._start_async(number)
+        for number, tasks in sorted((self._async | batched).items()):
+            verdicts = {key: verdict for task in tasks for key, verdict in self._part_verdicts(number, task)}
+            for key, item in items.items():
+                table[key][number] = self._stop_on_error(verdicts[key], parts[number], item)
+        return {key: [row[number] for number in range(len(parts))] for key, row in table.items()}
+
+    def _row(self, key: Key) -> list[Verdict]:
+        """Verdicts of the parts that are called per response."""
+        task = self._graded_in[key]
+        if task not in self._rows:
+            self._rows[task] = self._chunk_verdicts(task.future, task.sent)
+        return self._rows[task][task.keys.index(key)]
+
+    def _part_verdicts(self, number: int, task: Task) -> Iterator[tuple[Key, Verdict]]:
+        verdicts = self._result(task.future) or self._grade_singly(number, task.sent)
+        return zip(task.keys, verdicts, strict=True)
+
+    def _chunk_verdicts(self, future: Future, items: Sequence[Item]) -> list[list[Verdict]]:
         """Verdicts of a chunk. If it timed out or crashed, every part gets the whole time for each response:
         only the verdict of the part that hangs is lost."""
         rows = self._result(future)
         if rows is not None:
             return rows
         if len(items) > 1:
-            singles = [self._schedule(_grade_each, [item]) for item in items]
-            return [
-                self._chunk_verdicts(single, [item], parts)[0]
-                for single, item in zip(singles, items, strict=True)
-            ]
-        if len(parts) == 1:
+            singles = [self._noted([], [item], self.pool.schedule(_grade_each, [item])) for item in items]
+            return [self._chunk_verdicts(single.future, single.sent)[0] for single in singles]
+        if len(self.each) == 1:
             return [[self._lost_verdict(future)]]
-        return [[self._grade_singly(number, items)[0] for number in parts]]
+        return [[self._grade_singly(number, items)[0] for number in self.each]]
 
     def _grade_singly(self, number: int, items: Sequence[Item]) -> list[Verdict]:
         """One part's verdicts, each response in a task of its own."""
-        limit = self._time_limit(self.parts[number], 1)
-        futures = [self._schedule(_grade_part, number, [item], self.timeout, limit=limit) for item in items]
-        return [(self._result(future) or [self._lost_verdict(future)])[0] for future in futures]
+        limit, timeout = self._time_limit(self.pool.parts[number], 1), self.pool.timeout
+        tasks = [
+            self._noted([], [item], self.pool.schedule(_grade_part, [item], number, timeout, limit=limit))
+            for item in items
+        ]
+        return [(self._result(task.future) or [self._lost_verdict(task.future)])[0] for task in tasks]
 
     def _time_limit(self, part: Part, count: int) -> float:
         """Seconds for all responses together; longer for async functions, which have a limit per call."""
         rounds = math.ceil(count / MAX_CONCURRENT_CALLS) + 1 if part.kind == "async" else count
-        return self.timeout * rounds
+        return self.pool.timeout * rounds
 
     @staticmethod
     def _result(future: Future) -> list | None:
@@ -253,10 +344,10 @@ class RewardPool:
         error = future.exception()
         if isinstance(error, ProcessExpired):
             return Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")
-        return Verdict(0.0, "timeout", detail=f"over {self.timeout} s")
+        return Verdict(0.0, "timeout", detail=f"over {self.pool.timeout} s")
 
     def _stop_on_error(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
-        if verdict.outcome == "error" and self.on_error == "stop":
+        if verdict.outcome == "error" and self.pool.on_error == "stop":
             response, example = item
             last_line = verdict.detail.strip().splitlines()[-1]
             raise RewardError(
@@ -264,6 +355,17 @@ class RewardPool:
                 f"fix the function, or set reward.on_error=zero to score such responses 0\n{verdict.detail}"
             )
         return verdict
+
+
+@contextmanager
+def _naming_broken_pool() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RewardError(
+            "the reward's processes end as they start; they import the script that was started, so "
+            "what it runs must be under `if __name__ == '__main__':`"
+        ) from error
 
 
 class _Context(ForkServerContext):
@@ -300,7 +402,7 @@ def _start_server(path: Sequence[str]) -> _Context:
     return context
 
 
-def _cache_key(item: Item) -> tuple:
+def _cache_key(item: Item) -> Key:
     """What a verdict depends on; rows of several splits may share source and id."""
     response, example = item
     row = (example.source, example.task, example.id, example.problem, example.answer)

@@ -16,8 +16,9 @@ from vlm_sapo.config.rollout import (
     VllmServerConfig,
 )
 from vlm_sapo.distributed import World
+from vlm_sapo.models.device import find_device
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_outline, load_vlm
+from vlm_sapo.models.loading import count_parameters, load_outline, load_vlm
 from vlm_sapo.models.vlm import PARTS, VLM
 from vlm_sapo.plugins import check_call, resolve, resolve_call
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutEngine
@@ -25,8 +26,9 @@ from vlm_sapo.rollout.environment import Episodes
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
+from vlm_sapo.rollout.vllm_lora import NO_FOLDER, AdapterShape, served_beside
 from vlm_sapo.rollout.vllm_servers import VllmServers
-from vlm_sapo.rollout.weight_transfer import Folder, Nccl
+from vlm_sapo.rollout.weight_transfer import AdapterFolder, Folder, Nccl
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -39,6 +41,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            adapter=engine.adapter,
             options=engine.options,
         )
     if isinstance(engine, VllmServerConfig):
@@ -60,7 +63,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         return built
     return HfEngine(
         needs.vlm,
-        prompts_per_batch=needs.prompts_per_batch,
+        sequences_per_batch=needs.sequences_per_batch,
         autocast=needs.autocast,
         with_full_params=needs.with_full_params,
         warn=needs.warn,
@@ -87,27 +90,36 @@ def open_model(
     *,
     dtype: str,
     longest: int | None,
-    prompts_per_batch: int,
+    sequences_per_batch: int,
     warn: Callable[[str], None],
 ) -> tuple[VLM, RolloutEngine]:
     """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
     model is an outline: enough to encode prompts. `longest` is None for the model's whole context."""
     if engine.shares_weights:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = load_vlm(path, dtype=dtype, device=device, freeze=list(PARTS))
+        device = find_device()
+        device.check(lambda: count_parameters(path), warn)
+        device.check_half_precision({"dtype": dtype})
+        vlm = load_vlm(path, dtype=dtype, device=device.torch, freeze=list(PARTS))
+        device.check_kernels(vlm.layer_kinds, warn)
         vlm.eval()
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    needs = EngineNeeds(vlm, path, longest, dtype, prompts_per_batch, warn)
+    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn)
     return vlm, build_engine(engine, needs)
 
 
 def _transfer(engine: VllmServerConfig, needs: EngineNeeds) -> Folder | Nccl | None:
-    dtype = DTYPES[engine.weights_dtype(needs.dtype)]
+    name = engine.weights_dtype(needs.dtype)
+    dtype = DTYPES[name]
     if needs.folder is None:
         return None
+    shape = AdapterShape.of(needs.vlm)
+    world = needs.world or World()
     if engine.weights == "nccl":
-        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout)
+        served_beside(engine.adapter, shape, needs.vlm, name, obstacle=NO_FOLDER, warn=needs.warn)
+        return Nccl(engine.address, dtype=dtype, timeout=engine.timeout, world=world)
     folder = Path(engine.folder) if engine.folder else needs.folder
-    return Folder(folder, dtype=dtype, world=needs.world or World())
+    if served_beside(engine.adapter, shape, needs.vlm, name, warn=needs.warn):
+        return AdapterFolder(folder, world=world)
+    return Folder(folder, dtype=dtype, world=world)

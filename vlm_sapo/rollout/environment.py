@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,7 +17,7 @@ import torch
 from vlm_sapo.distributed import Interrupted, World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutEngine, RolloutError
+from vlm_sapo.rollout.engine import RolloutEngine, RolloutError, as_contexts
 from vlm_sapo.types import Context, Example, Prompt, Response, Sampling, Span
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ class Episodes:
     def shares_weights(self) -> bool:
         return self.engine.shares_weights
 
-    @property
-    def problems_at_once(self) -> int:
-        return self.engine.problems_at_once
+    def problems_at_once(self, samples: int) -> int:
+        return self.engine.problems_at_once(samples)
 
     def sync(self, vlm: VLM) -> None:
         self.engine.sync(vlm)
@@ -115,13 +114,24 @@ class Episodes:
             [self._begin(context.prompt, number) for number in range(sampling.group)] for context in contexts
         ]
         self.world.barrier()  # a failure in one process must not leave the others in a model that all share
-        first = self.engine.generate(contexts, sampling)
+        first = self.engine.generate(as_contexts([context.prompt for context in contexts]), sampling)
         for episodes, responses in zip(groups, first, strict=True):
             for episode, response in zip(episodes, responses, strict=True):
                 self._answer(episode, response, sampling.max_tokens)
-        while any(self.world.all_gather(any(not item.over for group in groups for item in group))):
+        waiting = self._report(contexts, groups, range(len(groups)))
+        while any(self.world.all_gather(bool(waiting))):
             self._continue(groups, sampling)
+            waiting = self._report(contexts, groups, waiting)
         return [[episode.response for episode in episodes] for episodes in groups]
+
+    def _report(
+        self, contexts: Sequence[Context], groups: Sequence[Sequence[Episode]], waiting: Iterable[int]
+    ) -> list[int]:
+        """Reports the groups whose episodes are over. Returns the indices of the others."""
+        over = {index: all(item.over for item in groups[index]) for index in waiting}
+        for index in (index for index, done in over.items() if done):
+            contexts[index].report([episode.response for episode in groups[index]])
+        return [index for index, done in over.items() if not done]
 
     def _begin(self, prompt: Prompt, number: int) -> Episode:
         with _naming_row(prompt):

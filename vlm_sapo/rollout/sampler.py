@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rewards.pool import RewardPool, score_groups
-from vlm_sapo.rollout.engine import RolloutEngine, as_contexts
+from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rollout.engine import RolloutEngine
+from vlm_sapo.rollout.scored import Stopwatch, sample_and_score
 from vlm_sapo.types import Group, Prompt, Response, Reward, RolloutBatch, Sampling, Span
 
 T = TypeVar("T")
@@ -43,20 +43,6 @@ class Rollouts(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass
-class Stopwatch:
-    """Durations by name."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Adds the block's duration."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
 
 @dataclass
@@ -94,7 +80,7 @@ class Sampler:
         with self.tracking_cursor() as before:
             watch = Stopwatch()
             groups, replaced = self._sample(step, watch)
-            return RolloutBatch(
+            batch = RolloutBatch(
                 groups=tuple(groups.values()),
                 slots=tuple(groups),
                 version=version,
@@ -103,6 +89,8 @@ class Sampler:
                 replaced=tuple(replaced),
                 seconds=watch.seconds,
             )
+        self.stream.prefetch(self.prompts_per_step)  # while this step trains
+        return batch
 
     def _sample(self, step: int, watch: Stopwatch) -> tuple[dict[int, Group], list[Group]]:
         """Groups by slot, and the replaced ones."""
@@ -133,10 +121,9 @@ class Sampler:
         """Samples and scores groups, by slot. `order` has a number for each prompt, which determines its
         random numbers."""
         ordered = list(prompts.values())
-        with watch.time("rollout"):
-            responses = self.engine.generate(as_contexts(ordered), replace(sampling, slots=order))
-        with watch.time("reward"):
-            rewards = score_groups(self.reward, ordered, responses)
+        responses, rewards = sample_and_score(
+            self.engine, self.reward, ordered, replace(sampling, slots=order), watch
+        )
         return {
             slot: Group(prompt, tuple(answers), tuple(map(with_environment, answers, scores)))
             for (slot, prompt), answers, scores in zip(prompts.items(), responses, rewards, strict=True)
@@ -158,6 +145,7 @@ class Sampler:
     def close(self) -> None:
         self.engine.close()
         self.reward.close()
+        self.stream.close()
 
 
 def with_environment(response: Response, reward: Reward) -> Reward:

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
+from vlm_sapo.rollout.vllm_lora import AdapterShape, ServedAdapter, memory_folder, served_beside
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
-    ENGINE_ARGUMENTS,
     EXPERTS_ARGUMENTS,
     PROBLEMS_AT_ONCE,
     VllmOutput,
     by_context,
     check_ids,
+    engine_arguments,
     sampling_requests,
     to_responses,
 )
-from vlm_sapo.rollout.weight_transfer import contiguous
+from vlm_sapo.rollout.weight_transfer import exhaust, write_shards
 from vlm_sapo.types import Context, Response, Sampling
 
-MAX_IMAGES = 16
-"""Most images of a prompt, unless `rollout.engine.options` set another limit."""
+ALL_PARTS = ("weights", "kv_cache")
+"""What sleeps and can be woken apart."""
+MAX_SEQUENCES = 256
+"""Responses that are generated at the same time. On large GPUs vLLM's own default is four times as many, for
+which it keeps logits of the whole vocabulary and captures graphs."""
+BATCHED_TOKENS = 8192
+"""Tokens of a step of the engine, and of the images that it encodes in one; more cost memory and aren't
+faster."""
 
 
 class VllmEngine:
@@ -42,7 +48,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class VllmEngine:
         dtype: str,
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
+        adapter: str = "auto",
         options: dict[str, Any] | None = None,
     ):
         self.vlm, self.tensor_parallel, self.dtype = needs.vlm, tensor_parallel, getattr(torch, dtype)
@@ -73,14 +79,21 @@ class VllmEngine:
             "max_model_len": needs.longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
-            "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+            "max_num_seqs": MAX_SEQUENCES,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, needs.longest),
+            **engine_arguments(needs.max_pixels),
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
+        shape = AdapterShape.of(needs.vlm)
+        beside = served_beside(adapter, shape, needs.vlm, dtype, warn=needs.warn)
+        self.adapter = ServedAdapter() if beside else None
+        arguments |= shape.arguments if self.adapter is not None else {}
+        threads = torch.get_num_threads()
         try:
-            self.llm = LLM(**arguments | ENGINE_ARGUMENTS | (options or {}))
+            self.llm = LLM(**arguments | (options or {}))
         except ValueError as error:
             if not needs.experts:
                 raise
@@ -88,38 +101,50 @@ class VllmEngine:
                 f"vLLM can't report its tokens' experts here, and algo.replay (r3) needs them; set "
                 f"algo.replay=r2 ({' '.join(str(error).split())[:300]})"
             ) from error
+        finally:
+            torch.set_num_threads(threads)  # vLLM leaves one, and the trainer computes in this process, too
         self._sleep()
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""
         if self.version == vlm.version:
             return
         self._wake("weights")
-        if self.tensor_parallel == 1:
-            self.llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": iter(vlm.weights().items())}
-            )
+        if self.adapter is None:
+            self._send_weights(vlm)
         else:
-            weights = {name: weight.to("cpu", self.dtype) for name, weight in vlm.weights().items()}
-            size = sum(weight.nbytes for weight in weights.values())
-            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory(size)) as folder:
-                save_file(contiguous(weights), Path(folder) / "model.safetensors")
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self.adapter.update(self.llm, vlm)
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         if not self.asleep and not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
         self.version = vlm.version
 
+    def _send_weights(self, vlm: VLM) -> None:
+        weights = vlm.stream_weights(self.dtype)
+        if self.tensor_parallel == 1:
+            try:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            finally:
+                exhaust(weights)
+        else:
+            size = sum(math.prod(item.shape) for item in vlm.stored_weights()) * self.dtype.itemsize
+            with tempfile.TemporaryDirectory(prefix="weights_", dir=memory_folder(size)) as folder:
+                write_shards(weights, Path(folder))
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
-        if not contexts:
-            return []
-        self._wake("weights", "kv_cache")
         try:
+            if not contexts:
+                return []
+            self._wake(*ALL_PARTS)
             return self._generate(contexts, sampling)
         finally:
-            self._sleep()
+            self._sleep()  # `sync` woke it, also where a process has no contexts
 
     def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         from vllm import SamplingParams
@@ -132,7 +157,8 @@ class VllmEngine:
         ]
         parameters = [SamplingParams(**item.parameters) for item in requests]
         try:
-            results = self.llm.generate(inputs, parameters, use_tqdm=False)
+            request = None if self.adapter is None else self.adapter.request
+            results = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=request)
         except ValueError as error:
             rows = ", ".join(item.prompt.example.label for item in requests[:3])
             raise RolloutError(
@@ -156,7 +182,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.adapter is not None:
+            self.adapter.close()
+        self.llm.llm_engine.engine_core.shutdown()  # ends the default process group, too: nothing may follow
         del self.llm
         gc.collect()
         if torch.cuda.is_available():
@@ -170,18 +198,13 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         """Frees the GPU; weights move to host memory, so that waking up needs no new ones."""
-        if self.sleeps:
+        if self.sleeps and self.asleep != set(ALL_PARTS):
+            self._wake(*ALL_PARTS)  # it falls asleep as a whole
             self.llm.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+            self.asleep = set(ALL_PARTS)
 
 
 def _output(output: Any) -> VllmOutput:
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
     return VllmOutput(ids, logprobs, output.finish_reason, output.routed_experts)
-
-
-def _memory(size: int) -> str | None:
-    """A folder in memory with room for `size` bytes, if the system has one."""
-    folder = Path("/dev/shm")
-    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > size else None

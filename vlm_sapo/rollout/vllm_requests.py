@@ -15,6 +15,8 @@ from vlm_sapo.types import Context, Prompt, Response, Sampling
 
 PROBLEMS_AT_ONCE = 256
 """Problems that an evaluation passes to vLLM in one call; vLLM batches them itself."""
+MAX_IMAGES = 16
+"""Most images of a prompt, unless `rollout.engine.options` set another limit."""
 BAN = -100.0
 """Added to a banned token's logit, the most that vLLM allows: a factor of 4e-44 in its probability."""
 SEED_STRIDE = 65_537
@@ -22,12 +24,6 @@ SEED_STRIDE = 65_537
 than a group is large."""
 TURN_STRIDE = 1_000_003
 """Factor of the number of tokens so far in the seed of a continued response."""
-ENGINE_ARGUMENTS: dict[str, Any] = {
-    "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled, after temperature and bans
-    "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
-    "mm_processor_kwargs": {"do_resize": False},  # images arrive in their final size
-}
-
 EXPERTS_ARGUMENTS: dict[str, Any] = {"enable_return_routed_experts": True}
 """Added if responses must carry their tokens' experts."""
 CPU_ARGUMENTS: dict[str, Any] = {
@@ -35,6 +31,18 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "enforce_eager": True,
 }
 """Added without a GPU, as in tests."""
+
+
+def engine_arguments(max_pixels: int | None) -> dict[str, Any]:
+    """What makes vLLM compute what the trainer does, in this process and as a server. From the largest area
+    of an image vLLM derives how many it may encode at a time, and the memory that it keeps for that."""
+    images = {"do_resize": False}  # they arrive in their final size
+    return {
+        "logprobs_mode": "processed_logprobs",  # of the sampled distribution, after temperature and bans
+        "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
+        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "mm_processor_kwargs": images | ({"max_pixels": max_pixels} if max_pixels else {}),
+    }
 
 
 class VllmOutput(NamedTuple):

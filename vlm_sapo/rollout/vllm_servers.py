@@ -20,7 +20,7 @@ import httpx2 as httpx
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
-from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
+from vlm_sapo.rollout.vllm_client import START, AdapterLost, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.vllm_requests import (
     PROBLEMS_AT_ONCE,
     Incomplete,
@@ -55,7 +55,6 @@ class VllmServers:
 
     in_background = True
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -76,6 +75,9 @@ class VllmServers:
         self.syncing = False
         self._run(lambda: self._handshake(needs.path, needs.longest))
 
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
+
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine. A server that can't be reached now gets the weights when it is back."""
         if self.transfer is None or self.staged == vlm.version:
@@ -83,7 +85,7 @@ class VllmServers:
         version = f"{self.name}-{vlm.version}"
         self.transfer.stage(vlm, version)
         self.staged, self.version = vlm.version, version
-        self.world.on_main(self._push)
+        self.transfer.deliver(self._push)
         for server in self.servers:  # assumed; each response names its weights
             server.version = version if not self.world.main else server.version
 
@@ -97,7 +99,8 @@ class VllmServers:
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
         requests = sampling_requests(self.vlm, contexts, sampling)
-        return by_context(requests, self._run(lambda: self._sample(requests, sampling)), len(contexts))
+        responses = self._run(lambda: self._sample(requests, sampling, contexts))
+        return by_context(requests, responses, len(contexts))
 
     def close(self) -> None:
         """Cancels requests under way; the servers keep running."""
@@ -174,21 +177,31 @@ class VllmServers:
             await server.name(self.client, self.version)
             server.version = self.version
 
-    async def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    async def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, contexts: Sequence[Context]
+    ) -> list[list[Response]]:
         limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers))
 
         async def sample(request: Request) -> list[Response]:
             async def ask(server: Server) -> list[Response]:
                 await self._ensure_weights(server)
-                answer = await server.generate(
-                    self.client, request.unexpanded, request.prompt, request.parameters
-                )
+                adapter = self.version if self.transfer is not None and self.transfer.adapter else None
+                try:
+                    answer = await server.generate(
+                        self.client, request.unexpanded, request.prompt, request.parameters, adapter=adapter
+                    )
+                except AdapterLost:
+                    self._needs_weights(server)
+                    raise
                 return self._read(server, request, answer, sampling)
 
             async with limit:
                 first = request.context % len(self.servers)
                 order = [*self.servers[first:], *self.servers[:first]]
-                return await self._retry(order, ask, f"for {request.prompt.example.label}")
+                responses = await self._retry(order, ask, f"for {request.prompt.example.label}")
+            if request.so_far is None:  # the whole group
+                contexts[request.context].report(responses)
+            return responses
 
         tasks = [asyncio.create_task(sample(request)) for request in requests]
         try:
@@ -196,6 +209,10 @@ class VllmServers:
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _needs_weights(self, server: Server) -> None:
+        if server.version == self.version:
+            server.version = None
 
     def _read(
         self, server: Server, request: Request, answer: dict[str, Any], sampling: Sampling
@@ -209,8 +226,7 @@ class VllmServers:
                     f"{server.url} has the weights {', '.join(sorted(names))}, which a training run sent "
                     "it, and not those of its checkpoint; restart it"
                 )
-            if server.version == self.version:
-                server.version = None
+            self._needs_weights(server)
             raise Unavailable(
                 f"it sampled with the weights {', '.join(sorted(names))} and not with {expected}: it was "
                 "restarted, or another run sends it weights"

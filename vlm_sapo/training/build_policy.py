@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
@@ -17,7 +15,7 @@ from vlm_sapo.models.parallel import Replicated
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.training.launch import Processes, build_parallelism
+from vlm_sapo.training.launch import Processes, build_parallelism, is_sharded
 from vlm_sapo.training.optimizer import OptimizerSettings
 from vlm_sapo.training.policy import ADAPTER, MemoryBudget, Policy, PolicySettings, UpdateGuard
 from vlm_sapo.types import Sampling
@@ -49,13 +47,19 @@ def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
         raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
-def load_trained(model: cfg.ModelConfig, checkpoint: Path | None, device: torch.device) -> tuple[str, VLM]:
-    """Loads the model to train, from the checkpoint or from `model.path`: into host memory, or with 4-bit
-    weights onto the device. Returns also the path of its weights without adapters."""
-    if model.lora is None:
-        path = str(checkpoint or locate(model.path))
-        return path, _load(model, path, freeze=model.freeze)
-    path, lora = str(locate(model.path)), model.lora
+def weights_path(model: cfg.ModelConfig, checkpoint: Path | None) -> str:
+    """Where the trained model's weights without adapters are: in the checkpoint, or in `model.path`."""
+    return str(checkpoint if checkpoint and model.lora is None else locate(model.path))
+
+
+def load_trained(config: Config, checkpoint: Path | None, processes: Processes) -> tuple[str, VLM]:
+    """Loads the model to train, from the checkpoint or from `model.path`: into host memory, with 4-bit
+    weights onto the device, or without its weights if it will be sharded. Returns also the path of its
+    weights without adapters."""
+    model = config.model
+    path, lora = weights_path(model, checkpoint), model.lora
+    if lora is None:
+        return path, _load(config, path, processes, freeze=model.freeze)
     start = Path(locate(lora.adapter)) if lora.adapter else None
     if start is not None:
         adapters.check(start, model.path)
@@ -67,25 +71,34 @@ def load_trained(model: cfg.ModelConfig, checkpoint: Path | None, device: torch.
         folder=checkpoint / ADAPTER if checkpoint else start,
         bits=lora.bits,
     )
-    return path, _load(model, path, freeze=model.freeze, lora=shape, device=device if lora.bits else "cpu")
+    return path, _load(config, path, processes, freeze=model.freeze, lora=shape)
 
 
 def _load(
-    model: cfg.ModelConfig,
+    config: Config,
     path: str,
+    processes: Processes,
     *,
     freeze: Sequence[str] = (),
     lora: Adapters | None = None,
-    device: torch.device | str = "cpu",
 ) -> VLM:
-    return load_vlm(
+    sharded = is_sharded(config, processes)
+    vlm = load_vlm(
         path,
-        dtype=model.dtype,
-        device=device,
-        gradient_checkpointing=model.gradient_checkpointing,
+        dtype=config.model.dtype,
+        device=processes.accelerator.device if lora is not None and lora.bits else "cpu",
+        gradient_checkpointing=config.model.gradient_checkpointing,
         freeze=list(freeze),
         lora=lora,
+        defer=sharded,
     )
+    if sharded and vlm.unread is None:
+        size = sum(parameter.nbytes for parameter in vlm.parameters())
+        processes.console.warn(
+            f"the weights in {path} are quantized and can't be read in parts: until they are sharded each "
+            f"process holds all of them in host memory ({size / 1e9:.1f} GB)"
+        )
+    return vlm
 
 
 def build_encoder(vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int) -> Encoder:
@@ -97,7 +110,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
     """The policy with its optimizer, and the reference model if there is a KL term."""
     train, algo, reference = config.train, purpose.algo, None
     if algo.kl:
-        reference = vlm if config.model.lora else _load(config.model, str(locate(config.model.path)))
+        reference = vlm if config.model.lora else _load(config, str(locate(config.model.path)), processes)
     parallelism = build_parallelism(config, processes)
     optimizer = OptimizerSettings(
         lr=train.lr,
@@ -107,6 +120,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        seed=config.run.seed,
     )
     settings = PolicySettings(
         optimizer,

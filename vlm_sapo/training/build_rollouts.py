@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
-from vlm_sapo.data.stream import TaskMixture
+from vlm_sapo.data.stream import InThreads, OnDemand, Preparation, TaskMixture
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark
 from vlm_sapo.evaluation.periodic import HELD_OUT, EvaluationSet
@@ -25,6 +25,8 @@ from vlm_sapo.training.launch import Processes
 from vlm_sapo.types import RowError, Sampling
 
 EVAL_SEED = 1_000_003
+MAX_WORKERS = 4
+"""Threads that prepare prompts, unless `data.workers` says how many."""
 
 
 def build_rows(config: Config, encode: Encoder, processes: Processes, purpose: Purpose) -> TaskMixture:
@@ -32,13 +34,27 @@ def build_rows(config: Config, encode: Encoder, processes: Processes, purpose: P
     minibatch = purpose.prompts_per_step // purpose.minibatches
     # a prefetching sampler reports failures itself
     world = World() if config.rollout.ahead else processes.world
-    stream = build_stream(config.data, encode, seed=config.run.seed, minibatch=minibatch, world=world)
+    stream = build_stream(
+        config.data,
+        encode,
+        seed=config.run.seed,
+        minibatch=minibatch,
+        world=world,
+        preparation=_build_preparation(config.data.workers, processes.local),
+    )
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         processes.console.warn(
             f"not every mini-batch of {minibatch} prompts has one of {task}; its share is too small"
         )
     _check_layouts(config.reward, stream)
     return stream
+
+
+def _build_preparation(workers: int | None, trainers: int) -> Preparation:
+    """Threads that prepare prompts; `trainers` training processes share this machine's cores."""
+    if workers is None:
+        workers = max(min((os.cpu_count() or 1) // trainers, MAX_WORKERS), 1)
+    return InThreads(workers) if workers else OnDemand()
 
 
 def _check_layouts(reward: cfg.RewardConfig, stream: TaskMixture) -> None:

@@ -12,8 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, shortage_reason
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import GroupSlice, Layout, Part, Plain
 from vlm_sapo.models.vlm import VLM
@@ -22,7 +26,7 @@ from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Group, RolloutBatch
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RolloutBatch
 
 Autocast = Callable[[], AbstractContextManager]
 COMPARED_GROUPS = 2
@@ -40,18 +44,24 @@ RUN_CHECK = "run `vlm-sapo check` in one process to find it"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest differences that rounding explains."""
+    """Largest differences of two layouts that rounding explains."""
 
+    mean: float
+    """Of the tokens' log-probs, in absolute value."""
+    quantile: float
+    """The share of tokens that `logprob` bounds."""
     logprob: float
-    """Of one token."""
-    mean_logprob: float
-    """Mean over tokens, in absolute value."""
     gradient_norm: float
     """Relative."""
 
 
-FLOAT32 = Tolerance(logprob=1e-4, mean_logprob=1e-5, gradient_norm=1e-3)
-BFLOAT16 = Tolerance(logprob=0.5, mean_logprob=0.03, gradient_norm=0.05)
+FLOAT32 = Tolerance(mean=1e-5, quantile=1.0, logprob=1e-4, gradient_norm=1e-3)
+HALF_PRECISION = Tolerance(mean=0.03, quantile=0.99, logprob=0.25, gradient_norm=0.05)
+"""A single token may differ by more than 1, as between engines; a wrong mask shows in the mean."""
+ROUNDING_LIMIT = 0.2
+"""From this mean difference on, no rounding explains it, whatever float32 says."""
+REPEATED_TOKENS = 256
+"""Response tokens with which a comparison is repeated in float32, at least."""
 REUSE_TOLERANCE = 1e-4
 """Largest difference of a token's log-probs by engine and policy with which the engine's are reused as old
 ones; the narrowest clipping band, on a sequence's mean, is GSPO's 3e-4."""
@@ -351,9 +361,12 @@ class Parity:
 
 def kinds_of(vlm: VLM) -> dict[str, str]:
     """One parameter name of each kind, which is a name without its layer number. Successive kinds use
-    successive layers, so that all layers are covered."""
+    successive layers, so that all layers are covered. With adapters these alone: their base never changes."""
     kinds: dict[str, list[str]] = {}
+    adapted = adapters.attached(vlm.model)
     for name, parameter in vlm.model.named_parameters():
+        if adapted and not parameter.requires_grad:
+            continue
         if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
             kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
     return {kind: names[index % len(names)] for index, (kind, names) in enumerate(kinds.items())}
@@ -381,13 +394,66 @@ def perturbed(vlm: VLM, kinds: Sequence[str] | None = None) -> Iterator[None]:
                 parameters[name].copy_(saved[name])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A group under one layout."""
+
+    logprobs: torch.Tensor
+    """[K] of the sampled tokens."""
+    gradient_norm: float
+    """Of a loss with a term for every token."""
+    routes: ExpertRoutes | None
+    """The experts that were used; None for a dense model."""
+
+
+@dataclass(frozen=True)
+class LayoutDifference:
+    """The shared layout against the plain one."""
+
+    gap: torch.Tensor
+    """[K] absolute differences of the log-probs."""
+    gradient_norm: float
+    """Relative difference."""
+    worst: str
+    """The token that differs most."""
+
+    @classmethod
+    def of(cls, shared: Measured, plain: Measured) -> LayoutDifference:
+        gap = (shared.logprobs - plain.logprobs).abs()
+        index = int(gap.nan_to_num(nan=float("inf")).argmax())
+        values = f"{float(shared.logprobs[index]):.4f} shared, {float(plain.logprobs[index]):.4f} plain"
+        relative = abs(shared.gradient_norm - plain.gradient_norm) / max(plain.gradient_norm, 1e-12)
+        return cls(gap, relative, f"token {index} ({values})")
+
+    @property
+    def mean(self) -> float:
+        return float(self.gap.mean())
+
+    def within(self, tolerance: Tolerance) -> bool:
+        return bool(
+            torch.isfinite(self.gap).all()
+            and self.mean <= tolerance.mean
+            and self.gap.double().quantile(tolerance.quantile) <= tolerance.logprob
+            and self.gradient_norm <= tolerance.gradient_norm
+        )
+
+    def __str__(self) -> str:
+        p99 = float(self.gap.double().quantile(0.99))
+        return (
+            f"log-probs within {float(self.gap.max()):.1e} (mean {self.mean:.1e}, 99 of 100 within "
+            f"{p99:.1e}), gradient norm within {self.gradient_norm:.1e}, on {len(self.gap)} response tokens"
+        )
+
+
 class SelfCheck:
     """Runs once, on the first group; later calls do nothing.
 
-    If the shared layout disagrees with the plain one, the policy switches to the plain one. With
-    `choose_old`, old log-probs are recomputed if the engine's disagree with the policy's. `uncorrected` says
-    that older weights sample the responses and no correction is configured. Each process checks a group of
-    its own; a disagreement in one counts for all.
+    If the shared layout disagrees with the plain one, the policy switches to the plain one. In half precision
+    a comparison that fails is repeated in float32 where that is possible: rounding disappears there, a wrong
+    mask or position remains. An MoE model's shared pass replays the experts of the plain one, which rounding
+    would change. With `choose_old`, old log-probs are recomputed if the engine's disagree with the policy's.
+    `uncorrected` says that older weights sample the responses and no correction is configured. Each process
+    checks a group of its own; a disagreement in one counts for all.
     """
 
     def __init__(self, policy: Policy, console: Console, *, choose_old: bool, uncorrected: bool = False):
@@ -400,7 +466,7 @@ class SelfCheck:
             return {}
         self.done = True
         group = rollout.groups[0]
-        logprobs = self._compare_layouts(group)
+        logprobs = self._compare_layouts(GroupSlice(group.prompt, group.responses))
         if self.choose_old:
             sampled = torch.cat([item.logprobs[item.mask] for item in group.responses])
             self._choose_old_logprobs(logprobs, sampled)
@@ -411,41 +477,59 @@ class SelfCheck:
             )
         return {}
 
-    def _compare_layouts(self, group: Group) -> torch.Tensor:
-        policy = self.policy
-        # one response at a time needs the least memory
-        plain, plain_norm = self._measure(group, Plain(), single=True)
+    def _compare_layouts(self, group: GroupSlice) -> torch.Tensor:
+        """[K] log-probs under the layout that remains."""
+        policy, row = self.policy, group.prompt.example.label
+        plain = self._measure(group, Plain(), single=True)  # one response at a time needs the least memory
         if policy.layout.name == Plain.name:
-            return plain
-        shared, shared_norm = self._measure(group, policy.layout, single=False)
-        difference = (shared - plain).abs()
-        worst, mean = float(difference.max()), float(difference.mean())
-        relative = abs(shared_norm - plain_norm) / max(plain_norm, 1e-12)
-        measured = (
-            f"log-probs within {worst:.1e} (mean {mean:.1e}), gradient norm within {relative:.1e}, "
-            f"on {len(plain)} response tokens of {group.prompt.example.label}"
+            return plain.logprobs
+        replayed = None if policy.is_exact else plain.routes
+        shared = self._measure(group, policy.layout, single=False, replayed=replayed)
+        difference = LayoutDifference.of(shared, plain)
+        allowed = FLOAT32 if policy.is_exact else HALF_PRECISION
+        if all(self.world.all_gather(difference.within(allowed))):
+            self.console.say(f"check ok: shared-prefix and plain pass agree: {difference} of {row}")
+            return shared.logprobs
+        repeated = self._repeat_in_float32(group, difference)
+        if repeated is not None and all(self.world.all_gather(repeated.within(FLOAT32))):
+            self.console.say(
+                f"check ok: shared-prefix and plain pass agree in float32: {repeated} of {row}; in "
+                f"{policy.precision} rounding makes more of a difference than usual: {difference}"
+            )
+            return shared.logprobs
+        exact = f"; in float32 {repeated}" if repeated else ""
+        text = (
+            f"the shared-prefix pass DISAGREES with the plain pass: {difference} of {row}{exact}; the worst "
+            f"is {difference.worst}; allowed are {allowed}. The run continues with the plain pass, several "
+            "times slower; please report this model and these numbers"
         )
-        allowed = FLOAT32 if policy.is_exact else BFLOAT16
-        agrees = (
-            worst <= allowed.logprob
-            and mean <= allowed.mean_logprob
-            and relative <= allowed.gradient_norm
-            and bool(torch.isfinite(difference).all())
-        )
-        index = int(difference.nan_to_num(nan=float("inf")).argmax())
-        disagreement = (
-            f"the shared-prefix pass DISAGREES with the plain pass: {measured}; the worst token is number "
-            f"{index} ({float(shared[index]):.4f} shared, {float(plain[index]):.4f} plain); allowed are "
-            f"{allowed}. The run continues with the plain pass, several times slower; please report this "
-            "model and these numbers"
-        )
-        texts = [text for text in self.world.all_gather(None if agrees else disagreement) if text is not None]
-        if not texts:
-            self.console.say(f"check ok: shared-prefix and plain pass agree: {measured}")
-            return shared
-        self.console.warn(texts[0])
+        texts = self.world.all_gather(None if difference.within(allowed) else text)
+        self.console.warn(next(text for text in texts if text is not None))
         policy.use_plain_layout()
-        return plain
+        return plain.logprobs
+
+    def _repeat_in_float32(self, group: GroupSlice, difference: LayoutDifference) -> LayoutDifference | None:
+        """Compares a few responses in float32. None where that can't be done or can't help: the weights are
+        sharded or in 4 bits, or the difference is too large for rounding. All processes call it."""
+        policy = self.policy
+        possible = (
+            not policy.is_exact
+            and not policy.parallelism.sharded
+            and difference.mean <= ROUNDING_LIMIT
+            and all(parameter.is_floating_point() for parameter in policy.vlm.parameters())
+        )
+        if not all(self.world.all_gather(possible)):
+            return None
+        few, count = [], 0
+        for response in sorted(group.responses, key=lambda item: len(item.ids)):
+            if count < REPEATED_TOKENS:
+                few.append(response)
+                count += len(response.ids)
+        group = GroupSlice(group.prompt, tuple(few))
+        with in_float32(policy):
+            shared = self._measure(group, policy.layout, single=False, autocast=nullcontext)
+            plain = self._measure(group, Plain(), single=True, autocast=nullcontext)
+        return LayoutDifference.of(shared, plain)
 
     def _choose_old_logprobs(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
         worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
@@ -461,17 +545,26 @@ class SelfCheck:
         )
         self.policy.recompute_old_logprobs()
 
-    def _measure(self, group: Group, layout: Layout, *, single: bool) -> tuple[torch.Tensor, float]:
-        """Log-probs [K] of the sampled tokens, and the norm of a gradient with a term for every token;
-        `single` runs one response at a time."""
+    def _measure(
+        self,
+        group: GroupSlice,
+        layout: Layout,
+        *,
+        single: bool,
+        replayed: ExpertRoutes | None = None,
+        autocast: Autocast | None = None,
+    ) -> Measured:
+        """The group under a layout, by default in the policy's precision; `single` runs one response at a
+        time, `replayed` are the experts to use."""
         policy, memory = self.policy, self.policy.memory
-        sizes = [GroupSlice(group.prompt, group.responses).sizes]
         while True:
-            packed, short = layout.pack(sizes, 1 if single else memory.tokens), None
+            packed, short = layout.pack([group.sizes], 1 if single else memory.tokens), None
             try:
-                rows = self._run(group, layout, packed)
-            except torch.OutOfMemoryError as error:
-                short = str(error).partition(". ")[0]
+                rows, routes = self._run(group, layout, packed, replayed, autocast)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                short = shortage_reason(error)
                 if not memory.can_shrink:  # the others wait on their devices
                     memory.shrink(memory.tokens, short)
             reasons = [reason for reason in self.world.all_gather(short) if reason is not None]
@@ -479,26 +572,55 @@ class SelfCheck:
                 break
             policy.optimizer.zero_grad()
             row = group.prompt.example.label if single else None
-            memory.shrink(min(memory.tokens, sizes[0][0] + sum(sizes[0][1])), reasons[0], row=row)
+            prompt, responses = group.sizes
+            memory.shrink(min(memory.tokens, prompt + sum(responses)), reasons[0], row=row)
         norm = float(policy.grad_norm())
         policy.optimizer.zero_grad()
-        return torch.cat([rows[index] for index in sorted(rows)]), norm
+        return Measured(torch.cat([rows[index] for index in sorted(rows)]), norm, routes)
 
-    def _run(self, group: Group, layout: Layout, packed: list[list[Part]]) -> dict[int, torch.Tensor]:
-        """Log-probs by response; adds their gradient. All processes run equally many passes."""
+    def _run(
+        self,
+        group: GroupSlice,
+        layout: Layout,
+        packed: list[list[Part]],
+        replayed: ExpertRoutes | None,
+        autocast: Autocast | None,
+    ) -> tuple[dict[int, torch.Tensor], ExpertRoutes | None]:
+        """Log-probs by response, and their experts; adds the gradient. All processes run equally many
+        passes."""
         policy, responses = self.policy, group.responses
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, item.ids.shape, generator=generator) * 2.0 - 1.0 for item in responses]
         rows: dict[int, torch.Tensor] = {}
+        used: list[tuple[torch.Tensor, ExpertRoutes]] = []
         for number in range(max(self.world.all_gather(len(packed)))):
             indices = [index for _, own in packed[number % len(packed)] for index in own]
-            scores = policy.run([GroupSlice(group.prompt, tuple(responses[i] for i in indices))], layout)
+            slices = [GroupSlice(group.prompt, tuple(responses[index] for index in indices))]
+            part = None if replayed is None else replayed[indices]
+            scores, routes = policy.run_routed(slices, layout, replayed=part, autocast=autocast)
             own = [
                 values[: len(responses[index].ids)][responses[index].mask]
                 for index, values in zip(indices, scores.logprobs, strict=True)
             ]
             rows |= {index: values.detach().cpu() for index, values in zip(indices, own, strict=True)}
+            used += [] if routes is None else [(torch.tensor(indices), routes)]
             weights = torch.cat([signs[index][responses[index].mask] for index in indices])
             share = float(number < len(packed)) / len(responses)
             policy.backward((torch.cat(own) * weights.to(scores.logprobs.device)).sum() * share)
-        return rows
+        tokens = pad_sequence([response.mask for response in responses], batch_first=True)
+        return rows, ExpertRoutes.scatter(used, tokens)
+
+
+@contextmanager
+def in_float32(policy: Policy) -> Iterator[None]:
+    """Within the block all weights are in float32; what was in half precision is again afterwards, the same
+    to the bit."""
+    halves = {item: item.dtype for item in policy.vlm.parameters() if item.dtype != torch.float32}
+    try:
+        for parameter in halves:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        policy.optimizer.zero_grad()
+        for parameter, dtype in halves.items():
+            parameter.data = parameter.data.to(dtype)

@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
 from vlm_sapo.distributed import World
+from vlm_sapo.models.device import Device, find_device
 from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated
 from vlm_sapo.reporting.console import Console, SilentConsole
 
@@ -31,6 +33,7 @@ class Processes:
     accelerator: Accelerator
     world: World
     console: Console
+    device: Device
     shard: int
     """Processes that share one copy of the model."""
     local: int
@@ -39,7 +42,7 @@ class Processes:
 
 def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None) -> Processes:
     """Joins the processes that were started together. Raises ValueError if the config does not fit their
-    number."""
+    number, or asks for a precision that the GPU lacks."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shard = check_processes(config, size)
     _check_installed(config)
@@ -51,9 +54,13 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
         and devices > 1
     ):
         raise ValueError(forgotten)
+    device = find_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device.check_half_precision(
+        {"train.precision": config.train.precision, "model.dtype": config.model.dtype}
+    )
     if (size > 1 or config.train.offload) and not dist.is_initialized():
-        _connect(size)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
+        _connect(size, device.torch)
+    accelerator = Accelerator(cpu=device.torch.type == "cpu", mixed_precision=config.train.precision)
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, and this trainer shards by itself; "
@@ -64,7 +71,7 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     if forgotten:
         console.warn(forgotten)
     local = max(size // len(set(world.all_gather(socket.gethostname()))), 1)
-    return Processes(accelerator, world, console, shard, local)
+    return Processes(accelerator, world, console, device, shard, local)
 
 
 def forgotten_launcher(config: cfg.TrainConfig | cfg.SftConfig, size: int, devices: int) -> str:
@@ -106,20 +113,26 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
         raise ValueError(f"{field} needs bitsandbytes; pip install 'vlm-sapo[quantized]', or leave it out")
 
 
-def _connect(size: int) -> None:
+def _connect(size: int, device: torch.device) -> None:
     """Starts the process group: gloo for tensors on the host, nccl for those on GPUs. Sharding needs a group
     even with one process."""
-    devices = torch.cuda.is_available()
-    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    if devices:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=DEVICE_TIMEOUT, **single)
+    options: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device  # nccl connects now, and not within the first collective's time
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=DEVICE_TIMEOUT, **options)
+
+
+def is_sharded(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> bool:
+    """Whether processes share a model or it is in host memory, so that FSDP holds it."""
+    return processes.shard > 1 or config.train.offload
 
 
 def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> Parallelism:
     """Builds the configured parallelism: replicated or fully sharded."""
     train, device, size = config.train, processes.accelerator.device, processes.world.size
-    if processes.shard == 1 and not train.offload:
+    if not is_sharded(config, processes):
         return Replicated(processes.world, device)
     replicas = size // processes.shard
     shape = (replicas, processes.shard) if replicas > 1 else (processes.shard,)

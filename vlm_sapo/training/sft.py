@@ -49,6 +49,7 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
     lr = run.policy.set_step(step - 1)
     with run.before_update("data"), run.rollouts.tracking_cursor():
         groups = [demonstration(run, prompt, columns) for prompt in run.stream.take(rows)]
+    run.stream.prefetch(rows)  # while this step trains
     batch = collate(groups, minibatches=1, rewards_decide=False, world=run.world)
     batch = batch.replace(advantages=batch.mask.double())
     with run.watch.time("update"):

@@ -1,0 +1,169 @@
+"""Stands for the package vLLM where it isn't installed: records how it is called, and takes weights as it does.
+
+What it asks of a `WeightSource` are the rules of vLLM 0.32 (`iter`) and 0.33 (`iter_full`).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+class StandInLlm:
+    """`vllm.LLM`. `threads` is what the real one leaves torch with; it fails at weight number `fails_at`."""
+
+    threads: ClassVar[int | None] = None
+    fails_at: ClassVar[int | None] = None
+
+    def __init__(self, **arguments: Any):
+        self.arguments, self.calls, self.weights = arguments, [], []
+        self.llm_engine = SimpleNamespace(
+            reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache"),
+            add_lora=self.add_lora,
+            remove_lora=lambda number: self.calls.append(f"remove_lora {number}"),
+            engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
+        )
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+    def add_lora(self, request: LoRARequest) -> None:
+        self.calls.append(f"add_lora {request.lora_int_id}")
+        self.adapter = load_file(Path(request.lora_path) / "adapter_model.safetensors")
+        self.adapter_config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
+
+    def generate(self, inputs: list, parameters: list, *, use_tqdm: bool, lora_request: Any) -> None:
+        self.calls.append(f"generate with {lora_request.lora_name if lora_request else 'the base'}")
+        raise ValueError("it is only a stand-in")
+
+    def sleep(self, level: int) -> None:
+        self.calls.append("sleep")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def reset_mm_cache(self) -> None:
+        self.calls.append("reset_mm_cache")
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return True
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.calls.append(method)
+        self.weights = []
+        if "weights_path" in kwargs:
+            files = sorted(Path(kwargs["weights_path"]).glob("*.safetensors"))
+            self.calls.append(f"read {len(files)} files")
+            self.weights = [item for file in files for item in load_file(file).items()]
+            return
+        assert iter(kwargs["weights_iterator"]) is kwargs["weights_iterator"]
+        for name, weight in kwargs["weights_iterator"]:
+            self.weights.append((name, weight))
+            if len(self.weights) == self.fails_at:
+                raise RuntimeError("vLLM does not know this weight")
+
+
+class SourceOf032(ABC):
+    """Of vLLM 0.32.0: a method and plain iteration."""
+
+    @abstractmethod
+    def metadata(self): ...
+
+    @abstractmethod
+    def __iter__(self): ...
+
+    def read(self) -> tuple[list[Any], Iterator[tuple[str, torch.Tensor]]]:
+        return self.metadata(), iter(self)
+
+
+class SourceOf033(ABC):
+    """Of vLLM 0.33.0: a cached property, checked when a class is made, and `iter_full`."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if not isinstance(cls.__dict__.get("metadata"), cached_property | None):
+            raise TypeError(f"{cls.__name__}.metadata must be a functools.cached_property")
+
+    @property
+    @abstractmethod
+    def metadata(self): ...
+
+    def iter_full(self):
+        raise NotImplementedError
+
+    def read(self) -> tuple[list[Any], Iterator[tuple[str, torch.Tensor]]]:
+        if type(self).iter_full is SourceOf033.iter_full:
+            raise TypeError("NCCL broadcast sends full tensors, and there is no iter_full()")
+        return self.metadata, self.iter_full()
+
+
+SOURCES = {"iter": SourceOf032, "iter_full": SourceOf033}
+
+
+@dataclass(frozen=True)
+class ParamMeta:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def sources(kind: str, taken: list, breaks: dict[int, int]) -> dict[str, Any]:
+    """The names of `vllm.distributed.weight_transfer`, where attempt N to send breaks before weight `breaks[N]`.
+    What was sent in whole is appended to `taken` with its metadata."""
+    attempts = iter(range(1000))
+
+    class Sender:
+        def __init__(self, source):
+            self.source = source
+
+        def send_weights(self) -> None:
+            limit = breaks.get(next(attempts))
+            if limit == 0:
+                raise RuntimeError("the server does not answer")
+            sent = []
+            metadata, weights = self.source.read()
+            for item in weights:
+                if len(sent) == limit:
+                    raise RuntimeError("the server has gone")
+                sent.append(item)
+            taken.append((sent, metadata))
+
+        def shutdown(self) -> None: ...
+
+    return {
+        "HTTPVLLMWeightSyncClient": lambda url, timeout: None,
+        "ParamMeta": ParamMeta,
+        "WeightSource": SOURCES[kind],
+        "WeightTransferTrainerFactory": SimpleNamespace(
+            trainer_init=lambda info, client, source: Sender(source)
+        ),
+        "NCCLTrainerInitInfo": lambda **options: options,
+    }
+
+
+def modules(names: dict[str, Any] | None = None) -> dict[str, ModuleType]:
+    """What `sys.modules` must have so that `import vllm` finds this one, with `names` in its module for weight
+    transfers."""
+    package = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
+    package += ["vllm.distributed.weight_transfer.nccl_engine", "vllm.lora", "vllm.lora.request"]
+    made = {name: ModuleType(name) for name in package}
+    own = {"LLM": StandInLlm, "LoRARequest": LoRARequest, "SamplingParams": dict}
+    for module in made.values():
+        vars(module).update(own | (names or {}))
+    return made
