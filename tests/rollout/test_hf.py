@@ -158,6 +158,23 @@ def test_a_token_does_not_copy_the_cache(vlm, encoder):
     assert grown.data_ptr() != keys.data_ptr() and torch.equal(grown[:, :, :-1], keys)
 
 
+def test_keys_are_stored_in_the_precision_of_attention(vlm, encoder, monkeypatch):
+    """Under autocast: half the memory, and the same bits."""
+    vlm.stops = []
+    contexts, sampling = as_contexts([encoder(example())]), Sampling(4, 12, 1.0, seed=2)
+    engine = HfEngine(vlm, prompts_per_batch=1, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    caches = []
+    new_cache = decoding.new_cache
+    monkeypatch.setattr(decoding, "new_cache", lambda vlm: caches.append(new_cache(vlm)) or caches[-1])
+    [ours] = engine.generate(contexts, sampling)
+    assert {layer.keys.dtype for cache in caches for layer in cache.layers} == {torch.bfloat16}
+    config = vlm.model.config.get_text_config()
+    monkeypatch.setattr(decoding, "new_cache", lambda vlm: DynamicCache(config=config))
+    [theirs] = engine.generate(contexts, sampling)
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(ours, theirs, strict=True))
+    assert ids_of([ours]) == ids_of([theirs])
+
+
 def test_a_batch_counted_in_responses_takes_more_prompts_with_fewer_of_each(vlm, encoder, monkeypatch):
     """An evaluation with one response per problem fills the batch; the tokens are the same in any batch."""
     contexts = as_contexts([encoder(example(number)) for number in range(5)])

@@ -128,7 +128,10 @@ def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tenso
 
 class BufferedLayer(DynamicLayer):
     """Keys and values [A, K, S, D] of a layer as the beginning of buffers with room for further tokens, which
-    grow by CACHE_BLOCK tokens; transformers' own layer copies all of them for each token."""
+    grow by CACHE_BLOCK tokens; transformers' own layer copies all of them for each token.
+
+    Keys get the values' dtype: under autocast the rotary embedding makes them float32, and attention, which
+    computes in that dtype, would convert all of them for each token."""
 
     buffers: tuple[torch.Tensor, torch.Tensor]
     """Of keys and values; set with the first token."""
@@ -136,7 +139,7 @@ class BufferedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        new = (key_states, value_states)
+        new = (key_states.to(value_states.dtype), value_states)
         length = self.keys.shape[2] if self.is_initialized else 0
         total = length + key_states.shape[2]
         if not self.is_initialized:
