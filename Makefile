@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu study study-quick study-coldstart study-trl clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu gpu gpu-wheels study study-quick study-coldstart study-trl clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -76,6 +76,21 @@ bench: setup .venv-trl/installed
 
 bench-gpu: setup .venv-trl/installed
 	$(BIN)/python eval/bench.py --trl .venv-trl/bin/python --device cuda
+
+# A first GPU, in about 9 minutes and without a network: every path once, measured, as a table (docs/speed.md).
+# PYTHON's own torch is used; WHEELS is a folder with wheels of what it lacks, GPU the options of eval/gpu.py.
+gpu:
+	$(PYTHON) eval/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU)
+
+# Fills WHEELS, where there is a network, for x86-64 and Python TARGET: the first line with what these need, the
+# second without, since that is torch and transformers.
+TARGET ?= 3.12
+WHEEL_OPTIONS = --quiet --only-binary=:all: --implementation cp --python-version $(TARGET) -d $(WHEELS) \
+	$(foreach libc,28 27 17 12 5,--platform manylinux_2_$(libc)_x86_64) --platform manylinux2014_x86_64
+gpu-wheels:
+	@test -n "$(WHEELS)" || { echo "WHEELS must name a folder: make gpu-wheels WHEELS=wheels"; exit 1; }
+	$(PYTHON) -m pip download $(WHEEL_OPTIONS) pydantic pebble rapidfuzz math-verify 'antlr4-python3-runtime==4.13.2' httpx2 typer rich pyyaml
+	$(PYTHON) -m pip download $(WHEEL_OPTIONS) --no-deps qwen-vl-utils peft accelerate 'trl==1.16.*' datasets dill multiprocess liger-kernel flash-linear-attention fla-core
 
 .venv-trl/installed: pyproject.toml .venv/installed
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl

@@ -75,15 +75,18 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
 def predict(config: TrainConfig, device: str) -> float:
     """The peak of tensor memory that the plan predicts, in bytes."""
     from vlm_sapo.tools.plan.estimate import Estimator
-    from vlm_sapo.tools.plan.memory import CUDA_CONTEXT, GB, Gpus
+    from vlm_sapo.tools.plan.memory import GB, GPU_ONLY, OUTSIDE, Gpus
 
     estimate = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
     pixels = dict(estimate.host)["image pixels"] if device == "cpu" else 0
-    return max(estimate.totals["training"], estimate.totals["generating"]) + pixels - CUDA_CONTEXT
+    totals = estimate.without(GPU_ONLY if device == "cpu" else OUTSIDE)
+    return max(totals["training"], totals["generating"]) + pixels
 
 
 def measure(config: TrainConfig, device: str) -> float:
     """The peak memory of the steps, in bytes."""
+    import gc
+
     import torch
     from accelerate.state import AcceleratorState
 
@@ -95,6 +98,10 @@ def measure(config: TrainConfig, device: str) -> float:
     from vlm_sapo.training.trainer import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)  # each case may have another precision
+    gc.collect()  # an earlier case's model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     processes = join(config, Console())
     run, loss = build_training(config, open_folder(config, processes), processes)
     policy = run.policy

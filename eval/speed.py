@@ -62,11 +62,11 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
     )
 
 
-def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product."""
+def matmul_speed(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """Operations per second of a large matrix product, of `size` rows and columns."""
     import torch
 
-    size = 8192 if device.type == "cuda" else 1024
+    size = size or (8192 if device.type == "cuda" else 1024)
     one = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(10):
@@ -86,7 +86,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The options, by default those of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,11 +105,16 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU; none is visible here")
+    return args
+
+
+def main() -> None:
+    args = parse()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(args, folder)))
 

@@ -16,6 +16,7 @@ from typing import Any
 from vlm_sapo.config.evaluation import EvalOptions
 from vlm_sapo.config.fields import as_parameter
 from vlm_sapo.config.load import check, load
+from vlm_sapo.config.rollout import EngineConfig, VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig
 
 
@@ -32,6 +33,7 @@ def load_sft_config(config: str | Path, *overrides: str) -> SftConfig:
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains by reinforcement learning, or resumes the run in the config's folder. Returns the contents of
     `summary.json`: `steps`, `seconds`, `eval_before/NAME` and `eval_after/NAME` for each evaluation, ..."""
+    use_expandable_segments(config.rollout.engine)
     silence_libraries()
     from vlm_sapo.training.trainer import train as run
 
@@ -40,6 +42,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def sft(config: SftConfig) -> dict[str, Any]:
     """Supervised fine-tuning on demonstrations. Returns the contents of `summary.json`."""
+    use_expandable_segments(config.rollout.engine)
     silence_libraries()
     from vlm_sapo.training.sft import sft as run
 
@@ -70,10 +73,25 @@ def evaluate_with(options: EvalOptions) -> dict[str, Any]:
     for name in options.names:
         read_definition(name)  # before the heavy imports
     engine = options.engine_config()
+    use_expandable_segments(engine)
     silence_libraries()
     from vlm_sapo.tools.evaluate import eval_command
 
     return eval_command(options, engine)
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that configure torch's allocator of GPU memory, which reads them when CUDA starts. From torch
+2.11 to 2.15 the first one counts, and it is the only one that vLLM 0.30 to 0.32 look at."""
+
+
+def use_expandable_segments(engine: EngineConfig) -> None:
+    """Lets the allocator of GPU memory extend its segments, so that micro-batches of ever different lengths
+    leave fewer gaps, unless the user has configured it. vLLM switches that off where it doesn't bear it, but
+    not in each version where it shares memory between processes, so not for `tensor_parallel`."""
+    shared = isinstance(engine, VllmConfig) and engine.tensor_parallel > 1
+    if not shared and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def silence_libraries() -> None:

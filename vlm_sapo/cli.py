@@ -15,7 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_sapo.api import evaluate_with, load_config, load_sft_config, sft, silence_libraries, train
+from vlm_sapo.api import (
+    evaluate_with,
+    load_config,
+    load_sft_config,
+    sft,
+    silence_libraries,
+    train,
+    use_expandable_segments,
+)
 from vlm_sapo.config.evaluation import EvalOptions, ScoreOptions
 from vlm_sapo.config.fields import Section, as_parameter, scalar
 from vlm_sapo.config.load import check as check_section
@@ -204,6 +212,7 @@ def filter_rows(
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--keep ({keep}) must be two rates from 0 to 1 such as 0.05..0.9")
     hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.filter import filter_command
 
@@ -224,6 +233,7 @@ def check(
     """
     parsed = load_without_steps(config, overrides)
     hide_gpus(cpu)
+    use_expandable_segments(parsed.rollout.engine)
     silence_libraries()
     from vlm_sapo.tools.check import check_command
 
@@ -255,19 +265,24 @@ def plan(
     gpus: Annotated[
         str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
     ] = "1x80GB",
+    card: Annotated[
+        str | None, typer.Option(help="H100, RTX 4090, ...: for the duration; the usual one of that memory.")
+    ] = None,
     recommend: Annotated[
         Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Estimate the memory that a config needs on your GPUs.
+    """Estimate the memory that a config needs on your GPUs, and how long a step takes.
 
     If it doesn't fit, suggests the nearest settings that do; exit code 1.
     """
     load(TrainConfig, config, overrides or [])
     silence_libraries()
+    from vlm_sapo.tools.plan.cards import find_card
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
-    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
+    named = None if card is None else find_card(card)
+    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend, card=named):
         raise typer.Exit(1)
 
 

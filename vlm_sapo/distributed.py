@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -104,6 +106,27 @@ class World:
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
+    def exchange(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """Sends a value to each of some other processes; returns the values sent to this one, by sender. No
+        value passes through a third process. All call it."""
+        if self.size == 1:
+            return {}
+        import torch
+        import torch.distributed as dist
+
+        packed = {rank: torch.frombuffer(pack(value), dtype=torch.uint8) for rank, value in values.items()}
+        sizes = self.all_gather({rank: len(content) for rank, content in packed.items()})
+        received = {
+            sender: torch.empty(theirs[self.rank], dtype=torch.uint8)
+            for sender, theirs in enumerate(sizes)
+            if self.rank in theirs
+        }
+        transfers = [dist.isend(content, rank, group=self._group) for rank, content in packed.items()]
+        transfers += [dist.irecv(content, sender, group=self._group) for sender, content in received.items()]
+        for transfer in transfers:
+            transfer.wait()
+        return {sender: pickle.loads(content.numpy()) for sender, content in received.items()}
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` in the main process only and returns its result in all. All call it."""
         try:
@@ -133,3 +156,27 @@ class World:
             self._reported = ElsewhereError("; ".join(failed))
             raise self._reported
         return pairs
+
+
+def pack(value: Any) -> bytearray:
+    """The value, pickled. A tensor takes the bytes of its elements, also if it is a view of a larger one;
+    tensors must be in host memory."""
+    import torch
+
+    class TensorPickler(pickle.Pickler):
+        def reducer_override(self, item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return NotImplemented
+            content = item.detach().contiguous().flatten().view(torch.uint8).numpy()
+            return _tensor, (pickle.PickleBuffer(content), item.dtype, item.shape)
+
+    stream = io.BytesIO()
+    TensorPickler(stream, protocol=5).dump(value)
+    return bytearray(stream.getbuffer())
+
+
+def _tensor(content: bytearray, dtype: Any, shape: Sequence[int]) -> Any:
+    import torch
+
+    empty = torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).view(shape) if len(content) else empty

@@ -306,10 +306,24 @@ class Group:
         responses = tuple(replace(response, experts=None) for response in self.responses)
         return replace(self, prompt=prompt, responses=responses)
 
+    def for_training(self, rows: Sequence[int]) -> Group:
+        """A copy with some of the responses, and without the images and columns, which a pass through the
+        model doesn't read; it keeps the pixels and the experts."""
+        example = replace(self.prompt.example, images=(), columns={})
+        return Group(
+            replace(self.prompt, example=example, images=()),
+            tuple(self.responses[row] for row in rows),
+            tuple(self.rewards[row] for row in rows),
+        )
+
     @property
     def zero_variance(self) -> bool:
         """Whether all rewards are equal, so that there is nothing to learn from them."""
         return len({reward.total for reward in self.rewards}) == 1
+
+
+Origin = tuple[int, int]
+"""A response among all of a step: the slot of its group, and its index in the group."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def counting(needs, path):
     """`needs` is what an engine is built for (vlm_sapo/rollout/engine.py)."""
     engine = CountingEngine(
         needs.vlm,
-        prompts_per_batch=needs.prompts_per_batch,
+        sequences_per_batch=needs.sequences_per_batch,
         autocast=needs.autocast,
         with_full_params=needs.with_full_params,
         warn=needs.warn,

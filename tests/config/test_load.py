@@ -91,6 +91,10 @@ def test_overrides_set_list_entries_and_replace_lists(load):
         ("run.name=5", "run.name (5) must be text; put it in quotes"),
         ("data=5", "data (5) must be fields such as {source: rows.jsonl}"),
         ("data.template=hello", "template must contain {problem}"),
+        (
+            "rollout={prompts_per_batch: 4, sequences_per_batch: 64}",
+            "rollout: prompts_per_batch (4) must not be set together with sequences_per_batch (64)",
+        ),
         ("rollout.group=1", "rollout.group (1) must be a whole number of at least 2"),
         ("eval.part=style", "eval.part (style) must be one of the reward's parts: math"),
         ("reward.parts.3.weight=1", "must name an entry by its number from 0 to 0, not 3"),

@@ -67,6 +67,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 BOUNDS = {"split": 1e-4}
 """Bounds of the difference, where sums of other parts round differently; 1e-5 for the others. What "split" is
 for gave 6e-3."""
+OF_PROCESSES = "time/|rollout/tok|update/imbalance"
+"""Metrics that may differ by the number of processes."""
 SHARDED = ("train.shard=all",)
 HALF = ("train.shard=all", "train.offload=true")
 
@@ -123,7 +125,7 @@ class Runs:
     def metrics(self, name: str) -> list[dict]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [
-            {key: value for key, value in json.loads(line).items() if not re.match("time/|rollout/tok", key)}
+            {key: value for key, value in json.loads(line).items() if not re.match(OF_PROCESSES, key)}
             for line in lines
         ]
 

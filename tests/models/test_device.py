@@ -7,9 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.models.shortages import SHORTAGES
 from vlm_sapo import cli
+from vlm_sapo.api import ALLOCATOR_VARIABLES, use_expandable_segments
+from vlm_sapo.config.load import check as check_section
+from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models import device as devices
-from vlm_sapo.models.device import Device, find_device
+from vlm_sapo.models.device import Device, find_device, out_of_memory, shortage_reason
+from vlm_sapo.models.loading import load_outline
 
 KERNEL_MODULE = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.129.03  Release Build\nGCC version: 11.4.0\n"
 OLD_DRIVER = (
@@ -145,3 +150,61 @@ def test_cpu_hides_the_gpus(monkeypatch):
     for options in ([], ["--cpu"]):
         assert CliRunner().invoke(cli.app, ["train", "quickstart", *options]).exit_code == 0
     assert seen == ["0", ""]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: str(error)[:30])
+def test_memory_is_short_whoever_asked_for_it(error):
+    assert out_of_memory(error)
+    assert shortage_reason(error) == str(error).partition(". ")[0].partition("\n")[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        ValueError("CUDA error: out of memory"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_other_errors_are_no_shortage(error):
+    assert not out_of_memory(error)
+
+
+def test_segments_are_expandable_unless_the_user_says_otherwise(monkeypatch):
+    hf, vllm, shared = (
+        check_section(RolloutConfig, {"engine": engine}).engine
+        for engine in ("hf", {"type": "vllm"}, {"type": "vllm", "tensor_parallel": 2})
+    )
+
+    def configured(engine, **variables) -> dict[str, str]:
+        for name in ALLOCATOR_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        use_expandable_segments(engine)
+        return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+
+    expandable = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert configured(hf) == configured(vllm) == expandable
+    assert configured(shared) == {}
+    for name in ALLOCATOR_VARIABLES:
+        assert configured(hf, **{name: "max_split_size_mb:512"}) == {name: "max_split_size_mb:512"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_linear_attention_without_its_kernels_is_named(model_folder, monkeypatch, family):
+    """On a GPU, once; transformers' own warning is silenced."""
+    kinds = load_outline(str(model_folder(family))).layer_kinds
+    gpu, cpu = Device(torch.device("cuda", 0)), Device(torch.device("cpu"))
+
+    def warnings(device: Device, *installed: str) -> list[str]:
+        monkeypatch.setattr(devices, "find_spec", lambda name: name if name in installed else None)
+        said = []
+        device.check_kernels(kinds, said.append)
+        return said
+
+    assert warnings(cpu) == warnings(gpu, "fla") == []
+    said = warnings(gpu)
+    assert len(said) == (family == "qwen3_5")
+    assert all("pip install 'vlm-sapo[qwen3_5]'" in line for line in said)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.conftest import CORPUS, SHARED, SMALL, example, group_slice
+from vlm_sapo.distributed import Interrupted, deferring_signals
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
@@ -124,6 +125,67 @@ def test_an_adapter_of_another_model_is_refused(make, model_folder, tmp_path):
             load_vlm(str(folder), lora=Adapters(base="b", folder=tmp_path / "a"))
 
 
+def modules_and_weights(vlm):
+    modules = dict(vlm.named_modules())
+    return modules, {name: parameter.clone() for name, parameter in vlm.named_parameters()}
+
+
+def assert_unchanged(vlm, before):
+    modules, weights = before
+    now = dict(vlm.named_modules())
+    assert now.keys() == modules.keys() and all(now[name] is module for name, module in modules.items())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in vlm.named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_adapters_compute_the_same_and_leave_as_they_came(make, family):
+    vlm = with_random_adapters(make(family, parts=EVERYWHERE))
+    before, expected = modules_and_weights(vlm), logprobs(vlm)
+    with adapters.disabled(vlm.model):
+        assert (logprobs(vlm) - expected).abs().max() > 1e-2, "the adapters matter"
+    with adapters.merged_inside(vlm.model):
+        assert not adapters.attached(vlm.model)
+        torch.testing.assert_close(logprobs(vlm), expected, atol=1e-4, rtol=0)
+    assert_unchanged(vlm, before)
+    with pytest.raises(ZeroDivisionError), adapters.merged_inside(vlm.model):
+        raise ZeroDivisionError
+    assert_unchanged(vlm, before)
+    assert torch.equal(logprobs(vlm), expected)
+
+
+def test_merged_adapters_are_rounded_once(make, model_folder):
+    """The exact sum of base and adapter, rounded to the base's dtype, and the bias."""
+    vlm = load_vlm(str(model_folder("qwen2_5_vl")), dtype="bfloat16", lora=Adapters(base="a", rank=4))
+    layers = adapters.mergeable(with_random_adapters(vlm).model)
+    assert len(layers) == 2 * 7
+    with adapters.merged_inside(vlm.model):
+        for name, layer in layers.items():
+            plain, base = vlm.model.get_submodule(name), layer.get_base_layer()
+            delta = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+            exact = base.weight.double() + layer.scaling["default"] * delta
+            assert plain.weight.dtype == torch.bfloat16 and plain.bias is base.bias
+            assert torch.allclose(plain.weight.double(), exact, rtol=2**-8, atol=1e-7)
+
+
+def test_a_signal_while_adapters_are_merged_is_raised_after_they_are_back(make):
+    vlm = with_random_adapters(make())
+    before = modules_and_weights(vlm)
+    merge = adapters._merge
+
+    def interrupted(layer):
+        deferring_signals.raise_or_defer(Interrupted("signal"))
+        return merge(layer)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adapters, "_merge", interrupted)
+        with pytest.raises(Interrupted), adapters.merged_inside(vlm.model):
+            raise AssertionError("the signal comes first")
+    assert_unchanged(vlm, before)
+    with pytest.raises(Interrupted), adapters.merged_inside(vlm.model):
+        deferring_signals.raise_or_defer(Interrupted("signal"))
+    assert_unchanged(vlm, before)
+
+
 def test_four_bits(model_folder, tmp_path):
     """Only the adapted linear layers are quantized; gradients reach all adapters; saved weights are full."""
     plain = load_vlm(str(model_folder()))
@@ -136,6 +198,9 @@ def test_four_bits(model_folder, tmp_path):
     logprobs_4bit.sum().backward()
     assert all(parameter.grad is not None for parameter in vlm.parameters() if parameter.requires_grad)
     vlm.save(tmp_path)
+    assert not adapters.mergeable(vlm.model)
+    with adapters.merged_inside(vlm.model):
+        assert torch.equal(Pass(vlm)(inputs).logprobs, logprobs_4bit)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     merged = load_vlm(str(tmp_path))
     torch.testing.assert_close(Pass(merged)(inputs).logprobs, logprobs_4bit, atol=1e-3, rtol=0)

@@ -210,7 +210,7 @@ def test_servers_continue_as_the_embedded_engine_does(model_folder, family):
         str(path),
         longest=512,
         dtype="float32",
-        prompts_per_batch=4,
+        sequences_per_batch=16,
         warn=print,
         experts=setting.experts,
     )

@@ -117,7 +117,7 @@ class Setting:
 
 def needs_of(vlm, path, *, dtype="float32", **options) -> EngineNeeds:
     return EngineNeeds(
-        vlm, str(path), longest=LONGEST, dtype=dtype, prompts_per_batch=8, warn=print, **options
+        vlm, str(path), longest=LONGEST, dtype=dtype, sequences_per_batch=32, warn=print, **options
     )
 
 

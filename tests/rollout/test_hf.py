@@ -1,20 +1,25 @@
 """The embedded engine against the trainer's log-probs and transformers' own generation."""
 
+import itertools
 from contextlib import closing
 
 import pytest
 import torch
 
 from tests.conftest import FAMILIES, example
+from tests.conftest import response as response_of
+from tests.models.shortages import SHORTAGES
+from vlm_sapo.models import decoding
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rewards.pool import RewardPool, Scoring, items_of
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine, sample
 from vlm_sapo.rollout.scored import sample_and_score
-from vlm_sapo.types import Sampling
+from vlm_sapo.types import Context, Sampling
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,6 +52,108 @@ def test_responses_do_not_depend_on_how_prompts_are_batched(setting):
         return [response.ids.tolist() for group in groups for response in group]
 
     assert ids(together) == ids(alone) != ids(other)
+
+
+def ids_of(groups) -> list[list[int]]:
+    return [response.ids.tolist() for group in groups for response in group]
+
+
+def test_prefill_in_several_passes_changes_nothing(setting, monkeypatch):
+    """Also for responses so far, and for the experts of an MoE model."""
+    vlm, prompts = setting
+    engine = HfEngine(vlm, prompts_per_batch=3, experts=bool(vlm.routers))
+    contexts, sampling = as_contexts(prompts), Sampling(3, 8, 1.0, seed=1)
+    whole = engine.generate(contexts, sampling)
+    branch, longest = max(enumerate(whole[0]), key=lambda item: len(item[1].ids))
+    begun = response_of(longest.ids[:-1].tolist(), prompts[0])
+    contexts = [Context(prompts[0], (begun,), (branch,)), *contexts[1:]]
+    continued = engine.generate(contexts, sampling)
+    sizes = []
+    hidden = vlm.hidden
+    monkeypatch.setattr(vlm, "hidden", lambda **given: sizes.append(given["ids"].shape) or hidden(**given))
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", len(prompts[0].ids) + 4)
+    for before, again in ((whole, as_contexts(prompts)), (continued, contexts)):
+        sizes.clear()
+        groups = engine.generate(again, sampling)
+        assert ids_of(groups) == ids_of(before)
+        if vlm.attends_fully:  # others prefill one padded row for each prompt
+            assert [length for _, length in sizes if length > 1] == [
+                len(item.prompt.ids) + sum(len(response.ids) for response in item.responses) for item in again
+            ]
+        for group, other in zip(groups, before, strict=True):
+            for item, same in zip(group, other, strict=True):
+                assert torch.allclose(item.logprobs, same.logprobs, atol=1e-5)
+                assert item.experts is None or torch.equal(item.experts, same.experts)
+
+
+def test_adapters_are_merged_while_sampling(encoder, model_folder, monkeypatch):
+    """Also when sampling fails. Those of the vision tower stay: merged, it would look frozen, and the features
+    of these weights would be cached for later ones."""
+    lora = Adapters(base="a", rank=4, parts=("language", "vision"))
+    vlm = load_vlm(str(model_folder()), lora=lora)
+    with torch.no_grad():
+        for name, parameter in vlm.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+    prompts = [encoder(example(number)) for number in range(2)]
+    layers, engine = adapters.mergeable(vlm.model), HfEngine(vlm, prompts_per_batch=2)
+    seen = []
+    decode = engine._decode
+
+    def watched(*args):
+        seen.append(set(adapters.mergeable(vlm.model)))
+        return decode(*args)
+
+    monkeypatch.setattr(engine, "_decode", watched)
+    groups = engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
+    assert seen == [{name for name in layers if "visual" in name}] and seen[0] and not vlm.vision.cached
+    for prompt, responses in zip(prompts, groups, strict=True):
+        scores = Pass(vlm)(Plain().inputs([GroupSlice(prompt, tuple(responses))]))
+        for row, item in zip(scores.logprobs, responses, strict=True):
+            assert torch.allclose(row[: len(item.ids)], item.logprobs, atol=2e-5)
+    monkeypatch.setattr(engine, "_decode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
+    assert adapters.mergeable(vlm.model) == layers
+
+
+def test_a_batch_counted_in_responses_takes_more_prompts_with_fewer_of_each(vlm, encoder, monkeypatch):
+    """An evaluation with one response per problem fills the batch; the tokens are the same in any batch."""
+    contexts = as_contexts([encoder(example(number)) for number in range(5)])
+    engine, sizes = HfEngine(vlm, sequences_per_batch=12), []
+    generate = engine._generate
+
+    def counted(contexts, seeds, sampling):
+        sizes.append(len(contexts))
+        return generate(contexts, seeds, sampling)
+
+    monkeypatch.setattr(engine, "_generate", counted)
+    for group, batches in {1: [5], 4: [3, 2], 5: [2, 2, 1], 16: [1, 1, 1, 1, 1]}.items():
+        sampling = Sampling(group, 5, 1.0, seed=3)
+        sizes.clear()
+        groups = engine.generate(contexts, sampling)
+        assert sizes == batches and engine.problems_at_once(group) == max(1, 12 // group)
+        assert ids_of(groups) == ids_of(HfEngine(vlm, prompts_per_batch=1).generate(contexts, sampling))
+    assert HfEngine(vlm, prompts_per_batch=2).problems_at_once(16) == 2
+
+
+def test_out_of_memory_halves_a_batch_that_is_counted_in_responses(vlm, encoder, monkeypatch):
+    prompts = [encoder(example(number)) for number in range(5)]
+    said, sizes = [], []
+    engine = HfEngine(vlm, sequences_per_batch=12, warn=said.append)
+    generate = engine._generate
+
+    def small(contexts, seeds, sampling):
+        sizes.append(len(contexts) * sampling.group)
+        if sizes[-1] > 6:
+            raise torch.OutOfMemoryError("no room. Advice")
+        return generate(contexts, seeds, sampling)
+
+    monkeypatch.setattr(engine, "_generate", small)
+    sampled = engine.generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
+    expected = HfEngine(vlm, prompts_per_batch=1).generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
+    assert ids_of(sampled) == ids_of(expected) and sizes == [12, 6, 6, 3]
+    assert engine.problems_at_once(1) == 6 and "set rollout.sequences_per_batch=6" in said[0]
 
 
 def test_vision_tokens_are_never_sampled_and_stops_end(setting):
@@ -100,14 +207,14 @@ def test_prompts_that_do_not_fit_together_are_answered_in_turn(vlm, encoder, mon
     """The same responses; the second time at once in the size that fits."""
     prompts = [encoder(example(number)) for number in range(5)]
     expected = HfEngine(vlm, prompts_per_batch=8).generate(as_contexts(prompts), Sampling(3, 6, 1.0, seed=0))
-    said, sizes, room = [], [], [2]
+    said, sizes, room, errors = [], [], [2], itertools.cycle(SHORTAGES[1:])
     engine = HfEngine(vlm, prompts_per_batch=8, warn=said.append)
     generate = engine._generate
 
     def small(contexts, seeds, sampling):
         sizes.append(len(contexts))
         if len(contexts) > room[0]:
-            raise torch.OutOfMemoryError("no room. Advice")
+            raise next(errors)
         return generate(contexts, seeds, sampling)
 
     monkeypatch.setattr(engine, "_generate", small)

@@ -49,7 +49,7 @@ def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn
         str(servers[0].path),
         longest=longest,
         dtype="float32",
-        prompts_per_batch=4,
+        sequences_per_batch=16,
         warn=warn,
         folder=folder / "weights",
     )
@@ -228,7 +228,9 @@ def test_an_evaluation_refuses_the_weights_of_a_training_run(vlm, servers, promp
     warned = Warnings()
     engine = build_engine(
         RolloutConfig.model_validate({"engine": section}).engine,
-        EngineNeeds(vlm, "/models/another", longest=512, dtype="float32", prompts_per_batch=4, warn=warned),
+        EngineNeeds(
+            vlm, "/models/another", longest=512, dtype="float32", sequences_per_batch=16, warn=warned
+        ),
     )
     with closing(engine):
         assert "serves" in warned.lines[0] and "/models/another" in warned.lines[0]
@@ -353,7 +355,7 @@ def test_experts_of_the_tokens_are_reported(model_folder):
             str(path),
             longest=512,
             dtype="float32",
-            prompts_per_batch=4,
+            sequences_per_batch=16,
             warn=print,
             experts=True,
         ),

@@ -7,6 +7,9 @@ import torch
 
 from tests.conftest import example
 from tests.rollout.vllm_stand_in import StandInEngine, StandInLlm, modules
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.rollout import weight_transfer
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError, as_contexts
 from vlm_sapo.rollout.vllm import VllmEngine
@@ -23,17 +26,17 @@ def engine(vlm, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
-    def build(longest=512, max_pixels=None, **options) -> VllmEngine:
+    def build(longest=512, max_pixels=None, model=vlm, warn=print, dtype="bfloat16", **options) -> VllmEngine:
         needs = EngineNeeds(
-            vlm,
+            model,
             "model",
             longest=longest,
             dtype="bfloat16",
-            prompts_per_batch=4,
-            warn=print,
+            sequences_per_batch=16,
+            warn=warn,
             max_pixels=max_pixels,
         )
-        return VllmEngine(needs, dtype="bfloat16", **options)
+        return VllmEngine(needs, dtype=dtype, **options)
 
     return build
 
@@ -138,3 +141,74 @@ def test_after_a_fault_no_request_is_left(engine, vlm, prompts, monkeypatch, fau
             built.generate(as_contexts(prompts), SAMPLING)
     assert not built.llm.llm_engine.requests and built.llm.calls[-1] == "sleep"
     assert len(built.generate(as_contexts(prompts), SAMPLING)) == 3
+
+
+def adapted(model_folder, family="qwen3_vl", **shape):
+    return load_vlm(str(model_folder(family)), dtype="bfloat16", lora=Adapters("base", rank=4, **shape))
+
+
+def test_small_changes_of_adapters_arrive(engine, model_folder, tmp_path):
+    """Those of a first update, of which merging into bfloat16 weights leaves next to nothing."""
+    vlm = adapted(model_folder)
+    base = {name: weight.clone() for name, weight in vlm.stream_weights(torch.bfloat16)}
+    built = engine(model=vlm)
+    assert built.llm.arguments["enable_lora"] and built.llm.arguments["max_lora_rank"] == 8
+    built.sync(vlm)
+    with torch.no_grad():
+        for layer in adapters.layers(vlm.model).values():
+            layer.lora_B["default"].weight.fill_(1e-7)
+    merged = dict(vlm.stream_weights(torch.bfloat16))
+    moved = sum(int((weight != base[name]).sum()) for name, weight in merged.items() if "_proj" in name)
+    assert moved < 0.01 * sum(weight.numel() for name, weight in merged.items() if "_proj" in name)
+    vlm.version += 1
+    built.sync(vlm)
+    expected = vlm.adapter_weights()
+    assert built.llm.adapter.keys() == expected.keys() and len(expected) > 20
+    assert all(torch.equal(built.llm.adapter[name], weight) for name, weight in expected.items())
+    assert built.llm.adapter_config["r"] == 4 and built.llm.adapter_config["lora_alpha"] == 32
+    assert built.llm.calls.count("reset_encoder_cache") == 2 and "reload_weights" not in built.llm.calls
+    built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
+    order = [call for call in built.llm.calls if "lora" in call or "generate" in call]
+    assert order == ["add_lora 1", "remove_lora 1", "add_lora 2", "generate with policy-2"]
+    folder = built.adapter.folder
+    assert folder.is_dir()
+    built.close()
+    assert not folder.exists()
+
+
+def test_an_engine_without_adapters_uses_its_weights(engine, vlm):
+    built = engine()
+    assert "enable_lora" not in built.llm.arguments
+    built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
+    assert "generate with the base" in built.llm.calls
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "reason"),
+    [
+        ("qwen3_vl", {"parts": ("language", "vision")}, "these change vision"),
+        ("qwen3_vl", {"bits": 4}, "not to those of 4 bits"),
+        ("qwen3_vl", {"rank": 1024}, "ranks up to 512"),
+        ("qwen3_vl_moe", {}, "untested with experts"),
+        ("qwen3_5", {}, "linear attention"),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve_are_merged(engine, model_folder, family, shape, reason):
+    vlm = load_vlm(str(model_folder(family)), dtype="bfloat16", lora=Adapters("base", **{"rank": 4} | shape))
+    warnings = []
+    built = engine(model=vlm, warn=warnings.append)
+    built.sync(vlm)
+    assert "reload_weights" in built.llm.calls and "enable_lora" not in built.llm.arguments
+    assert len(warnings) == 1 and reason in warnings[0] and "algo.correction" in warnings[0]
+    with pytest.raises(
+        ValueError, match=r"rollout.engine.adapter \(native\) must be merged here: .*" + reason
+    ):
+        engine(model=vlm, adapter="native")
+    assert engine(model=vlm, adapter="merged", warn=None).adapter is None
+
+
+def test_float32_engines_get_merged_adapters(engine, model_folder):
+    """They round nothing away, and merged weights are faster."""
+    vlm = adapted(model_folder)
+    assert engine(model=vlm, dtype="float32", warn=None).adapter is None
+    assert engine(model=vlm, dtype="float32", adapter="native").adapter is not None

@@ -5,6 +5,7 @@ What it asks of a `WeightSource` are the rules of vLLM 0.32 (`iter`) and 0.33 (`
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 
+@dataclass(frozen=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
 class StandInLlm:
     """`vllm.LLM`. `threads` is what the real one leaves torch with; it fails at weight number `fails_at`."""
 
@@ -25,18 +33,20 @@ class StandInLlm:
 
     def __init__(self, **arguments: Any):
         self.arguments, self.calls, self.weights = arguments, [], []
-        self.llm_engine = StandInEngine(self.calls)
+        self.llm_engine = StandInEngine(self)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+
+    def add_lora(self, request: LoRARequest) -> None:
+        self.calls.append(f"add_lora {request.lora_int_id}")
+        self.adapter = load_file(Path(request.lora_path) / "adapter_model.safetensors")
+        self.adapter_config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
 
     def sleep(self, level: int) -> None:
         self.calls.append("sleep")
 
     def wake_up(self, tags: list[str]) -> None:
         self.calls.append(f"wake {' '.join(tags)}")
-
-    def reset_mm_cache(self) -> None:
-        self.calls.append("reset_mm_cache")
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset_prefix_cache")
@@ -65,14 +75,21 @@ class StandInEngine:
     longest: ClassVar[int] = 10**6
     fails_at: ClassVar[int | None] = None
 
-    def __init__(self, calls: list[str]):
-        self.calls, self.requests, self.added, self.steps = calls, {}, [], 0
-        self.engine_core = SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
+    def __init__(self, llm: StandInLlm):
+        self.calls, self.requests, self.added, self.steps = llm.calls, {}, [], 0
+        self.add_lora = llm.add_lora
+        self.engine_core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+
+    def remove_lora(self, number: int) -> None:
+        self.calls.append(f"remove_lora {number}")
 
     def reset_encoder_cache(self) -> None:
         self.calls.append("reset_encoder_cache")
 
-    def add_request(self, name: str, prompt: dict[str, Any], parameters: SimpleNamespace) -> None:
+    def add_request(
+        self, name: str, prompt: dict[str, Any], parameters: SimpleNamespace, *, lora_request: Any
+    ) -> None:
+        self.calls.append(f"generate with {lora_request.lora_name if lora_request else 'the base'}")
         if len(prompt["prompt_token_ids"]) > self.longest:
             raise ValueError("the prompt is too long")
         self.requests[name] = prompt, parameters
@@ -208,8 +225,10 @@ def modules(names: dict[str, Any] | None = None) -> dict[str, ModuleType]:
     """What `sys.modules` must have so that `import vllm` finds this one, with `names` in its module for weight
     transfers."""
     package = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
+    package += ["vllm.distributed.weight_transfer.nccl_engine", "vllm.lora", "vllm.lora.request"]
     package += ["vllm.inputs", "vllm.multimodal", "vllm.multimodal.inputs", "vllm.sampling_params"]
-    made = {name: ModuleType(name) for name in [*package, "vllm.distributed.weight_transfer.nccl_engine"]}
+    made = {name: ModuleType(name) for name in package}
+    own = {"LLM": StandInLlm, "LoRARequest": LoRARequest}
     for module in made.values():
-        vars(module).update({"LLM": StandInLlm} | INPUTS | (names or {}))
+        vars(module).update(own | INPUTS | (names or {}))
     return made

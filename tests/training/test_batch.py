@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import example, response
+from tests.models.shortages import SHORTAGES
 from vlm_sapo.algo.advantages import zscore
 from vlm_sapo.config.schema import AlgoConfig
 from vlm_sapo.distributed import World
@@ -19,7 +20,14 @@ from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.training.batch import Batch, collate
 from vlm_sapo.training.loss import GroupAdvantage, build_loss
 from vlm_sapo.training.optimizer import OptimizerSettings
-from vlm_sapo.training.policy import MemoryBudget, Policy, PolicySettings, UpdateGuard
+from vlm_sapo.training.policy import (
+    MemoryBudget,
+    MemoryShortage,
+    Policy,
+    PolicySettings,
+    UpdateGuard,
+    naming_micro_batch,
+)
 from vlm_sapo.types import Group, Reward, Sampling
 
 OBJECTIVES = {
@@ -262,7 +270,7 @@ class SmallDevice:
         length = inputs[0].ids.numel()
         self.lengths.append(length)
         if length > self.limit:
-            raise torch.OutOfMemoryError(f"{length} tokens tried. More advice")
+            raise SHORTAGES[len(self.lengths) % len(SHORTAGES)]
 
 
 @pytest.mark.parametrize("layout", [SharedPrefix(), Plain()], ids=["shared", "plain"])
@@ -288,6 +296,14 @@ def test_a_pass_that_runs_out_of_memory_is_split_and_retried(model_folder, encod
     for first, second in zip(grads, again, strict=True):
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
     assert "set train.tokens_per_microbatch=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: str(error)[:30])
+def test_a_shortage_names_its_micro_batch_and_other_errors_pass(error):
+    with pytest.raises(MemoryShortage), naming_micro_batch(None):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), naming_micro_batch(None):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_response_too_large_for_the_device_is_named(model_folder, encoder):

@@ -52,6 +52,10 @@ def out_of_memory(log_ratio):
     raise torch.OutOfMemoryError("full")
 
 
+def out_of_cublas_memory(log_ratio):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def raising_advantage(batch):
     raise RuntimeError("not today")
 
@@ -118,6 +122,8 @@ def test_what_an_own_function_raises_ends_with_its_field():
 def test_memory_that_runs_out_is_no_fault_of_the_function():
     with pytest.raises(torch.OutOfMemoryError):
         loss_of("out_of_memory").objective(TENSORS)
+    with pytest.raises(RuntimeError, match="^CUDA error: CUBLAS_STATUS_ALLOC_FAILED"):
+        loss_of("out_of_cublas_memory").objective(TENSORS)
 
 
 def test_a_misspelt_parameter_is_corrected():

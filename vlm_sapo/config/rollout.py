@@ -70,6 +70,11 @@ class VllmConfig(_Engine):
     dtype: Precision = "auto"
     """Data type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
+    adapter: Literal["auto", "merged", "native"] = "auto"
+    """How the engine gets LoRA adapters: `merged` into its weights, where half precision rounds the small
+    changes of the first updates away, or `native`, served beside the base model. `auto` is `native` where the
+    engine computes in half precision and vLLM can serve them: of the language part, not in 4 bits, without
+    experts or linear attention."""
     options: Annotated[
         dict[str, Any],
         AlsoCalled(
@@ -127,6 +132,7 @@ class VllmServerConfig(_Engine):
 EngineConfig = Annotated[
     HfConfig | VllmConfig | VllmServerConfig | OwnEngineConfig, Field(discriminator="type")
 ]
+DEFAULT_PROMPTS_PER_BATCH = 16
 TRUNCATIONS = ("top_p", "top_k", "min_p")
 """Sampling options that training refuses: under them the engine's log-probs are not the policy's."""
 
@@ -188,9 +194,14 @@ class RolloutConfig(Section):
     """Maximum length of a response, in tokens."""
     temperature: Annotated[Rate, Note.IN_REPORT] = 1.0
     """Sampling temperature. All log-probs, the trainer's too, are of logits divided by it."""
-    prompts_per_batch: Annotated[Positive, Note.FREE_ON_RESUME, AlsoCalled("generation_batch_size")] = 16
-    """Generation batch size of `hf`: prompts that it generates for together. Lower it when generation runs
-    out of memory."""
+    prompts_per_batch: Annotated[
+        Positive | None, Note.FREE_ON_RESUME, AlsoCalled("generation_batch_size")
+    ] = None
+    """Generation batch size of `hf`, in prompts with `rollout.group` responses each; 16 if
+    `rollout.sequences_per_batch` is not set either. Lower it when generation runs out of memory."""
+    sequences_per_batch: Annotated[Positive | None, Note.FREE_ON_RESUME] = None
+    """The same in responses that are generated together, at least those to one prompt. Larger is faster on a
+    GPU, as far as memory goes (`vlm-sapo plan`); no response depends on it. Set one of the two."""
     resample: Annotated[
         Count,
         AlsoCalled(
@@ -213,6 +224,22 @@ class RolloutConfig(Section):
     ahead: Annotated[Count, AlsoCalled("max_async_level", "staleness", "max_staleness", "async_generate")] = 0
     """Sample responses N steps ahead (off-policy by N steps). With 1, servers generate the next step while
     this one trains. More than 1, or another engine, is no faster: it is for studying staleness."""
+
+    @property
+    def batch_sequences(self) -> int:
+        """Responses that `hf` generates together, in training and evaluation."""
+        if self.sequences_per_batch is not None:
+            return self.sequences_per_batch
+        return (self.prompts_per_batch or DEFAULT_PROMPTS_PER_BATCH) * self.group
+
+    @model_validator(mode="after")
+    def _one_batch_size(self):
+        if self.prompts_per_batch is not None and self.sequences_per_batch is not None:
+            raise ValueError(
+                f"prompts_per_batch ({self.prompts_per_batch}) must not be set together with "
+                f"sequences_per_batch ({self.sequences_per_batch}); set one of them to null"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -81,7 +81,7 @@ class Evaluator:
                 reward,
                 item.sampling,
                 item.measure,
-                batch=self.rollouts.engine.problems_at_once,
+                batch=self.rollouts.engine.problems_at_once(item.sampling.group),
                 skip=self.skip_bad_rows,
                 world=self.world,
             )

@@ -6,7 +6,7 @@ a branch so far, [V] vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +24,9 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Context, Response
 
 Recorder = ExpertRecorder | NullRecorder
+PREFILL_TOKENS = 2**14
+"""Tokens of prompts and responses so far in one pass, unless a single prompt has more: its activations must
+not grow with the number of prompts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ class BranchGrid:
             (len(item.prompt.ids), [len(response.ids) for response in item.responses])
             for item in self.contexts
         ]
+
+    def split(self, tokens: int) -> Iterator[BranchGrid]:
+        """Its contexts in order, in parts of at most so many tokens, or of a single context; without the
+        branches."""
+        part: list[Context] = []
+        total = 0
+        for context, (prompt, lengths) in zip(self.contexts, self.sizes, strict=True):
+            total += prompt + sum(lengths)
+            if part and total > tokens:
+                yield BranchGrid(part, ())
+                part, total = [], prompt + sum(lengths)
+            part.append(context)
+        yield BranchGrid(part, ())
 
     @cached_property
     def rows(self) -> list[tuple[int, int | None]]:
@@ -119,27 +135,15 @@ class SharedDecodeState:
 
     @staticmethod
     def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, SharedDecodeState]:
-        """All prompts in one packed row, each followed by its responses so far, as in training."""
-        starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
-        segments = Segments(
-            tuple(
-                PackedGroup(start, prompt, tuple(lengths))
-                for start, (prompt, lengths) in zip(starts, grid.sizes, strict=False)
-            )
-        )
-        pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
-        cache = new_cache(vlm)
+        """Prompts in packed rows, each followed by its responses so far, as in training."""
         with recorder.prefill(grid.sizes, grid.sources.tolist()):
-            hidden = vlm.hidden(
-                ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
-                positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
-                features=vlm.vision([context.prompt for context in grid.contexts]),
-                cache=cache,
-                segments=segments.to(vlm.device),
-            )
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        prefix = Prefix.from_row(keys, values, segments)
-        logits = vlm.logits(hidden[0, _ends(grid)])
+            passes = [_prefill_row(vlm, part) for part in grid.split(PREFILL_TOKENS)]
+        logits = torch.cat([logits for logits, _ in passes])
+        rows = [cache.layers for _, cache in passes]
+        keys = [torch.cat([layer.keys for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
+        values = [torch.cat([layer.values for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
+        del passes, rows
+        prefix = Prefix.from_row(keys, values, _segments(grid))
         own = new_cache(vlm)
         if any(lengths for _, lengths in grid.sizes):
             padding = _fill(own, keys, values, grid, grid.sources.to(vlm.device))
@@ -163,6 +167,32 @@ class SharedDecodeState:
             prefix=self.prefix,
         )
         return self.vlm.logits(hidden[:, -1])
+
+
+def _prefill_row(vlm: VLM, grid: BranchGrid) -> tuple[torch.Tensor, DynamicCache]:
+    """Runs a grid's prompts and responses so far in one packed row. Returns the logits [rows, V] that follow
+    each of the grid's rows, and the row's keys and values."""
+    pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
+    cache = new_cache(vlm)
+    hidden = vlm.hidden(
+        ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
+        positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
+        features=vlm.vision([context.prompt for context in grid.contexts]),
+        cache=cache,
+        segments=_segments(grid).to(vlm.device),
+    )
+    return vlm.logits(hidden[0, _ends(grid)]), cache
+
+
+def _segments(grid: BranchGrid) -> Segments:
+    """The groups of a grid's packed row."""
+    starts = accumulate((prompt + sum(lengths) for prompt, lengths in grid.sizes), initial=0)
+    return Segments(
+        tuple(
+            PackedGroup(start, prompt, tuple(lengths))
+            for start, (prompt, lengths) in zip(starts, grid.sizes, strict=False)
+        )
+    )
 
 
 def _ends(grid: BranchGrid) -> torch.Tensor:

@@ -1,13 +1,16 @@
-"""The device that a model runs on: whether the machine's GPU works, and what to say if it doesn't."""
+"""The device that a model runs on: whether the machine's GPU works, what to say if it doesn't, and how errors
+say that its memory is full."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,6 +29,11 @@ HIDDEN = {"", "-1", "NoDevFiles"}
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; a scheduler sets the last."""
 NVIDIA_SMI_TIMEOUT = 20.0
 """Seconds; a broken driver may make it hang."""
+SHORTAGE = re.compile(
+    r"CUDA( driver)? error: out of memory|\[CUDA\]: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+)
+"""How libraries that allocate past torch's allocator say that memory is short: the driver, Triton, and the
+workspaces of cuBLAS and cuDNN."""
 Warn = Callable[[str], None]
 
 
@@ -61,6 +69,15 @@ class Device:
             warn(
                 f"no GPU is visible, so {count / 1e9:.1f} billion parameters run on the CPU, hundreds of "
                 "times slower; --cpu says that this is meant"
+            )
+
+    def check_kernels(self, layer_kinds: Collection[str], warn: Warn) -> None:
+        """Warns if a GPU computes linear attention by plain operations, which are correct and several times
+        slower. transformers says so too, in a log that is silenced."""
+        if self.torch.type == "cuda" and "linear_attention" in layer_kinds and find_spec("fla") is None:
+            warn(
+                "this model has linear attention, and without the package flash-linear-attention it is "
+                "several times slower; pip install 'vlm-sapo[qwen3_5]'"
             )
 
     def check_half_precision(self, fields: Mapping[str, str]) -> None:
@@ -137,6 +154,26 @@ def _nvidia_smi() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the device has too little memory, so that less work at a time may help."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and SHORTAGE.search(str(error)) is not None
+
+
+def shortage_reason(error: BaseException) -> str:
+    """The first sentence of an error that `out_of_memory` recognizes."""
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def release_memory() -> None:
+    """Gives unused memory of the devices back, after an error: also what only cycles of objects, such as a
+    traceback's, still refer to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _dotted(capability: tuple[int, int]) -> str:

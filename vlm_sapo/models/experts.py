@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.types import Prompt
@@ -72,19 +73,20 @@ class Routers:
 
 
 class ExpertTrace:
-    """Records the experts that each router selects for the tokens of one pass."""
+    """Records the experts that each router selects for the tokens of a pass, or of several in turn."""
 
     def __init__(self):
-        self.by_layer: dict[int, torch.Tensor] = {}
+        self.by_layer: dict[int, list[torch.Tensor]] = {}
 
     def __call__(self, layer: int, output: Output) -> Output | None:
         logits, _, experts = output
-        self.by_layer[layer] = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
+        narrow = experts.to(torch.uint8 if logits.shape[-1] <= 256 else torch.int16)
+        self.by_layer.setdefault(layer, []).append(narrow)
         return None
 
     def experts(self) -> torch.Tensor:
         """[L, M, k] uint8, or int16 for more than 256 experts."""
-        return torch.stack([self.by_layer[layer] for layer in sorted(self.by_layer)], dim=1)
+        return torch.stack([torch.cat(self.by_layer[layer]) for layer in sorted(self.by_layer)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,17 @@ class ExpertRoutes:
     def __getitem__(self, rows) -> ExpertRoutes:
         """The routes of some responses; `rows` is any index into the first dimension."""
         return ExpertRoutes(self.responses[rows], self.prompts)
+
+    def of_prompt(self, prompt: Prompt, other: Prompt, width: int) -> ExpertRoutes:
+        """The routes of one prompt, for a copy of it, and of its responses' first `width` tokens."""
+        prompts = {other: self.prompts[prompt]} if prompt in self.prompts else {}
+        return ExpertRoutes(self.responses[:, :width], prompts)
+
+    def padded(self, width: int) -> ExpertRoutes:
+        """With `width` tokens for each response."""
+        return ExpertRoutes(
+            pad(self.responses, (0, 0, 0, 0, 0, width - self.responses.shape[1])), self.prompts
+        )
 
     @classmethod
     def reported(cls, rows: list[tuple[Prompt, torch.Tensor]]) -> ExpertRoutes:

@@ -16,9 +16,9 @@ from functools import cache
 
 import torch
 
+from vlm_sapo.models.device import HALF_PRECISION_CAPABILITY
+
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-OLDEST_CAPABILITY = (8, 0)
-"""Compute capability of Ampere, the first that the kernels run on."""
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [Q, H, D], key and value [K, G, D], or their gradients."""
 
@@ -27,7 +27,7 @@ def runs_on(tensor: torch.Tensor) -> bool:
     """Whether the kernels take this tensor: half precision, on a GPU of compute capability 8.0 or newer."""
     if not tensor.is_cuda or tensor.dtype not in HALF_PRECISION:
         return False
-    return _capability(tensor.device) >= OLDEST_CAPABILITY
+    return _capability(tensor.device) >= HALF_PRECISION_CAPABILITY
 
 
 @cache

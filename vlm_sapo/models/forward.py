@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm_sapo.models.experts import RoutedPass
+from vlm_sapo.models.head import is_plain, score_tokens
 from vlm_sapo.models.packing import Inputs
 from vlm_sapo.models.vlm import VLM
 
@@ -51,9 +52,16 @@ class Pass(nn.Module):
         return Scores(empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropies))
 
     def score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, H] hidden states and [S] targets to [S] log-probs and entropies; logits are recomputed in the
-        backward pass."""
-        size = max(1, CHUNK_LOGITS // self.vlm.vocabulary)
+        """[S, H] hidden states and [S] targets to [S] log-probs and entropies; logits are made anew in the
+        backward pass, a chunk at a time.
+
+        Only a head that is no plain Linear (with an adapter, 4 bits, hooks) is run as a module, with
+        checkpoints: autograd then keeps a chunk's logits several times, and computes the entropy twice.
+        """
+        size, head = max(1, CHUNK_LOGITS // self.vlm.vocabulary), self.vlm.model.lm_head
+        if is_plain(head):
+            options = {"banned": self.vlm.banned, "temperature": self.temperature, "chunk": size}
+            return score_tokens(hidden, head.weight, targets, **options)
         scored = [
             checkpoint(self._score_chunk, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), targets.split(size), strict=True)

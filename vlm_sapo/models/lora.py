@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from vlm_sapo.distributed import deferring_signals
 from vlm_sapo.models.file_modes import use_umask
 
 NAME = "default"
@@ -185,6 +186,55 @@ def merged(layer: LoraLayer, move: Callable[[torch.Tensor], torch.Tensor]) -> to
 def weight_shape(layer: LoraLayer) -> tuple[int, int]:
     """[out, in] of a layer's weight, also of one that is stored in 4 bits."""
     return layer.lora_B[NAME].weight.shape[0], layer.lora_A[NAME].weight.shape[1]
+
+
+@contextmanager
+def merged_inside(model: nn.Module) -> Iterator[None]:
+    """Replaces the adapted linear layers by plain ones with the merged weights within the block, which must
+    not train: a third of the kernels to launch for a token. Layers of 4 bits keep their adapters.
+
+    The sums are in float32 and rounded to the base's dtype. Base and adapters are not written to, and the
+    adapted layers return whatever ends the block.
+    """
+    layers = mergeable(model)
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    try:
+        with deferring_signals():
+            for name, layer in layers.items():
+                setattr(parents[name], name.rpartition(".")[2], _merge(layer))
+        yield
+    finally:
+        with deferring_signals():
+            for name, layer in layers.items():
+                setattr(parents[name], name.rpartition(".")[2], layer)
+
+
+@torch.no_grad()
+def _merge(layer: LoraLayer) -> nn.Linear:
+    base = layer.get_base_layer()
+    delta = layer.lora_B[NAME].weight.float() @ layer.lora_A[NAME].weight.float()
+    with torch.device("meta"):
+        merged = nn.Linear(base.in_features, base.out_features, bias=False)
+    weight = (base.weight + layer.scaling[NAME] * delta).to(base.weight.dtype)
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged.bias = base.bias
+    return merged
+
+
+def mergeable(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers, by name, whose base has a weight that adapters can be added to: none of 4 bits."""
+    return {name: layer for name, layer in layers(model).items() if type(layer.get_base_layer()) is nn.Linear}
+
+
+def rank(model: nn.Module) -> int:
+    """The largest rank of the adapters."""
+    return max(layer.r[NAME] for layer in layers(model).values())
+
+
+def bits(model: nn.Module) -> int | None:
+    """4 if the layers that have adapters are stored in 4 bits, else None."""
+    bases = (layer.get_base_layer().weight for layer in layers(model).values())
+    return None if all(base.is_floating_point() for base in bases) else 4
 
 
 def attached(model: nn.Module) -> bool:

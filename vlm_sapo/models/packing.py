@@ -82,6 +82,10 @@ class Layout(Protocol):
     def size(self, groups: Sequence[GroupSlice]) -> int:
         """Tokens of a micro-batch, padding included."""
 
+    def costs(self, sizes: Sizes) -> Sizes:
+        """Tokens that go through the model for a group: once for each process that has some of its responses,
+        and for each response."""
+
     def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         """The responses of a micro-batch, in the order of the groups."""
 
@@ -103,6 +107,9 @@ class SharedPrefix:
 
     def size(self, groups: Sequence[GroupSlice]) -> int:
         return sum(prompt + sum(responses) for prompt, responses in (group.sizes for group in groups))
+
+    def costs(self, sizes: Sizes) -> Sizes:
+        return sizes
 
     def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         start, segments = 0, []
@@ -157,6 +164,10 @@ class Plain:
             prompt + length for prompt, lengths in (group.sizes for group in groups) for length in lengths
         ]
         return len(rows) * max(rows)
+
+    def costs(self, sizes: Sizes) -> Sizes:
+        prompt, responses = sizes
+        return 0, [prompt + length for length in responses]
 
     def inputs(self, groups: Sequence[GroupSlice]) -> Inputs:
         rows = [(group.prompt, response) for group in groups for response in group.responses]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
+from vlm_sapo.models.head import ban, is_plain, operand_dtype, product
 from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import (
@@ -22,6 +23,7 @@ from vlm_sapo.models.weights import (
     full_tensor,
     gather_and_drop,
     hf_state_dict,
+    save_config,
     save_model,
     stored_weights,
     stream_weights,
@@ -63,6 +65,7 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.head_casts: dict[torch.dtype, torch.Tensor] | None = None
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
@@ -85,11 +88,15 @@ class VLM(nn.Module):
         """The language model's maximum context length in tokens."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of language layers, as transformers names them."""
+        return set(self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"])
+
     @cached_property
     def attends_fully(self) -> bool:
         """Whether every language layer is full attention, so that branches can share a prefix."""
-        kinds = self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"]
-        return set(kinds) == {"full_attention"}
+        return self.layer_kinds == {"full_attention"}
 
     @cached_property
     def cache_argument(self) -> str:
@@ -153,11 +160,32 @@ class VLM(nn.Module):
         ).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [..., V] with the banned tokens at minus infinity."""
-        logits = self.model.lm_head(hidden).float()
-        for token in self.banned:  # a list as an index would be copied to the GPU
-            logits[..., token] = float("-inf")
-        return logits
+        """Float32 logits [..., V] with the banned tokens at minus infinity. For the gradients of a plain head
+        in half precision see models/head.py."""
+        head = self.model.lm_head
+        if not is_plain(head):
+            return ban(head(hidden).float(), self.banned)
+        weight = self._head_operand(head.weight)
+        logits = product(hidden.flatten(0, -2).to(weight.dtype), weight)
+        return ban(logits.unflatten(0, hidden.shape[:-1]), self.banned)
+
+    def _head_operand(self, weight: torch.Tensor) -> torch.Tensor:
+        """The head's weight in the dtype that it is multiplied in."""
+        dtype = operand_dtype(weight)
+        if self.head_casts is None or dtype == weight.dtype:
+            return weight.to(dtype)
+        if dtype not in self.head_casts:
+            self.head_casts[dtype] = weight.detach().to(dtype)
+        return self.head_casts[dtype]
+
+    @contextmanager
+    def weights_fixed(self) -> Iterator[None]:
+        """Within the block the weights do not change, so that autocast needs the head's only once."""
+        self.head_casts = {}
+        try:
+            yield
+        finally:
+            self.head_casts = None
 
     @contextmanager
     def without_bans(self) -> Iterator[None]:
@@ -234,6 +262,11 @@ class VLM(nn.Module):
         """Writes weights (by default the present ones), configs, tokenizer and processor so that
         transformers' Auto classes load them."""
         save_model(self.model, folder, weights)
+        self.processor.save_pretrained(folder)
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `save` writes, without weights."""
+        save_config(self.model, folder)
         self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

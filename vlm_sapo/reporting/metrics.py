@@ -95,7 +95,7 @@ def traces(stats: UpdateStats, loss: Diagnosed) -> dict[int, Trace]:
     log_ratio = torch.where(stats.mask, stats.logprobs - stats.old, 0.0)
     effective = torch.where(stats.mask, loss.effective(stats), 0.0)
     return {
-        int(row): Trace(log_ratio[index], effective[index], stats.entropies[index])
+        int(row): Trace(log_ratio[index].clone(), effective[index].clone(), stats.entropies[index].clone())
         for index, row in enumerate(stats.rows)
     }
 

@@ -26,7 +26,7 @@ from vlm_sapo.reporting.metrics import (
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.types import Group, ResponseText, RolloutBatch
+from vlm_sapo.types import Group, Origin, ResponseText, RolloutBatch
 
 TRACED_TOKENS = 32_768
 """Most tokens that are traced in a step, shared by its logged responses."""
@@ -47,8 +47,8 @@ class StepRecords:
     """By group, the advantage of each response: the mean over its tokens."""
     updates: list[UpdateStats | None]
     """By mini-batch; None if no group was trained on."""
-    first_rows: list[int]
-    """By mini-batch, the index of its first response among all."""
+    origins: list[Sequence[Origin]]
+    """By mini-batch, which response is in each of the rows that this process trained on."""
     seconds: Mapping[str, float]
     """Durations of the step's parts, by name."""
     further: Mapping[str, float]
@@ -89,7 +89,8 @@ class StepReport:
         self.alarms(record)
         histograms = [self.loss.distributions(update) for update in updates if not update.skipped]
         self.folder.append("histograms.jsonl", {"step": step, "minibatches": histograms})
-        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot))
+        traces_of = {origin: trace for p in parts for origin, trace in p.traces.items()}
+        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot), traces_of)
         self.rewards.append(record["reward/mean"])
         return headline(record, self.rewards)
 
@@ -113,30 +114,30 @@ class StepReport:
     def _own(self, records: StepRecords) -> ProcessRecords:
         rollout = records.rollout
         logged_slots = evenly(len(rollout.groups) * self.world.size, self.rollouts)
-        traces_of: dict[int, Trace] = {}
-        for first, update in zip(records.first_rows, records.updates, strict=True):
-            if update is not None:
-                traces_of |= {first + row: trace for row, trace in traces(update, self.loss).items()}
-        logged, first = [], 0
-        for slot, group, values in zip(rollout.slots, rollout.groups, records.advantages, strict=True):
-            if slot in logged_slots:
-                rows = range(first, first + len(group.responses))
-                logged.append(self._logged(slot, group, values, [traces_of.get(row) for row in rows]))
-            first += len(group.responses)
+        traced = {
+            origins[row]: trace
+            for origins, update in zip(records.origins, records.updates, strict=True)
+            if update is not None
+            for row, trace in traces(update, self.loss).items()
+        }
+        logged = [
+            self._logged(slot, group, values)
+            for slot, group, values in zip(rollout.slots, rollout.groups, records.advantages, strict=True)
+            if slot in logged_slots
+        ]
         return ProcessRecords(
             groups=[
                 (slot, g.without_images()) for slot, g in zip(rollout.slots, rollout.groups, strict=True)
             ],
             replaced=[group.without_images() for group in rollout.replaced],
             logged=logged,
+            traces={origin: trace for origin, trace in traced.items() if origin[0] in logged_slots},
             updates=records.updates,
             shortages=records.shortages,
             tokens_per_microbatch=records.tokens_per_microbatch,
         )
 
-    def _logged(
-        self, slot: int, group: Group, values: list[float], traces: list[Trace | None]
-    ) -> LoggedGroup:
+    def _logged(self, slot: int, group: Group, values: list[float]) -> LoggedGroup:
         """Saves a group's images; adds boxes if a verifier of the reward reads them."""
         names = save_images(self.folder.path, group.prompt.images)
         example = group.prompt.example
@@ -146,31 +147,35 @@ class StepReport:
         if args is not None:
             texts = [ResponseText.of(group.prompt, response) for response in group.responses]
             boxes = [shown(text, example, args) for text in texts]
-        lengths = [len(response.ids) for response in group.responses]
-        trimmed = [trace and trace.first(length) for trace, length in zip(traces, lengths, strict=True)]
-        return LoggedGroup(slot, group.without_images(), values, names, trimmed, boxes)
+        return LoggedGroup(slot, group.without_images(), values, names, boxes)
 
-    def _write_groups(self, step: int, groups: Sequence[LoggedGroup]) -> None:
+    def _write_groups(
+        self, step: int, groups: Sequence[LoggedGroup], traces_of: Mapping[Origin, Trace]
+    ) -> None:
         for item in groups:
             for line in rollout_lines(item):
                 self.folder.append("rollouts.jsonl", {"step": step, "place": item.slot} | line)
             if step <= TRACED_STEPS or step % TRACE_EVERY == 0:
-                limit = TRACED_TOKENS // sum(len(other.traces) for other in groups)
-                trace = {"step": step, "place": item.slot} | self._trace(item, limit)
+                limit = TRACED_TOKENS // sum(len(other.group.responses) for other in groups)
+                trace = {"step": step, "place": item.slot} | self._trace(item, limit, traces_of)
                 self.folder.append("traces.jsonl", trace)
 
-    def _trace(self, item: LoggedGroup, limit: int) -> dict[str, list]:
+    def _trace(self, item: LoggedGroup, limit: int, traces_of: Mapping[Origin, Trace]) -> dict[str, list]:
         """Columns with a list per response: text and trace of each of the first `limit` tokens, an empty list
         without a trace."""
+        responses = item.group.responses
         columns: dict[str, list] = {
-            "pieces": [
-                pieces(self.tokenizer, response.ids[:limit].tolist()) for response in item.group.responses
-            ]
+            "pieces": [pieces(self.tokenizer, response.ids[:limit].tolist()) for response in responses]
         }
+        own = [traces_of.get((item.slot, row)) for row in range(len(responses))]
+        trimmed = [
+            trace and trace.first(min(len(response.ids), limit))
+            for trace, response in zip(own, responses, strict=True)
+        ]
         for name in ("log_ratio", "effective", "entropy"):
             columns[name] = [
-                [float(f"{value:.4g}") for value in vars(trace)[name][:limit].tolist()] if trace else []
-                for trace in item.traces
+                [float(f"{value:.4g}") for value in vars(trace)[name].tolist()] if trace else []
+                for trace in trimmed
             ]
         return columns
 
@@ -217,7 +222,6 @@ class LoggedGroup:
     advantages: list[float]
     images: list[str]
     """Files of small copies of the images, relative to the run's folder."""
-    traces: list[Trace | None]
     boxes: list[Boxes]
 
 
@@ -229,6 +233,8 @@ class ProcessRecords:
     """Slots and groups."""
     replaced: list[Group]
     logged: list[LoggedGroup]
+    traces: dict[Origin, Trace]
+    """Of the logged groups' responses that were trained on by this process."""
     updates: list[UpdateStats | None]
     shortages: int
     tokens_per_microbatch: int

@@ -40,6 +40,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
             dtype=engine.weights_dtype(needs.dtype),
             tensor_parallel=engine.tensor_parallel,
             gpu_memory=engine.gpu_memory,
+            adapter=engine.adapter,
             options=engine.options,
         )
     if isinstance(engine, VllmServerConfig):
@@ -61,7 +62,7 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
         return built
     return HfEngine(
         needs.vlm,
-        prompts_per_batch=needs.prompts_per_batch,
+        sequences_per_batch=needs.sequences_per_batch,
         autocast=needs.autocast,
         with_full_params=needs.with_full_params,
         warn=needs.warn,
@@ -88,7 +89,7 @@ def open_model(
     *,
     dtype: str,
     longest: int | None,
-    prompts_per_batch: int,
+    sequences_per_batch: int,
     warn: Callable[[str], None],
 ) -> tuple[VLM, RolloutEngine]:
     """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
@@ -98,11 +99,12 @@ def open_model(
         device.check(lambda: count_parameters(path), warn)
         device.check_half_precision({"dtype": dtype})
         vlm = load_vlm(path, dtype=dtype, device=device.torch, freeze=list(PARTS))
+        device.check_kernels(vlm.layer_kinds, warn)
         vlm.eval()
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    needs = EngineNeeds(vlm, path, longest, dtype, prompts_per_batch, warn)
+    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn)
     return vlm, build_engine(engine, needs)
 
 

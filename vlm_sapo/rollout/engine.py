@@ -34,8 +34,6 @@ class RolloutEngine(Protocol):
     """Whether it can sample while the policy trains, on devices of its own."""
     shares_weights: bool
     """Whether it computes with the policy's own modules, so that its log-probs need no comparison."""
-    problems_at_once: int
-    """Prompts that an evaluation passes in one call."""
 
     def sync(self, vlm: VLM) -> None:
         """Copies the weights, unless it has this `VLM.version` of them."""
@@ -43,6 +41,9 @@ class RolloutEngine(Protocol):
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """Continues each response so far of each context, or samples `sampling.group` new ones; in the order
         of the contexts. All processes call it, also those without a context. May call `Context.report`."""
+
+    def problems_at_once(self, samples: int) -> int:
+        """Prompts that an evaluation with so many samples of each passes in one call."""
 
     def close(self) -> None:
         """Frees the engine's memory and processes."""
@@ -64,7 +65,8 @@ class EngineNeeds:
     """The most tokens of a prompt and its response."""
     dtype: str
     """Of the weights, if the engine's config says `auto`."""
-    prompts_per_batch: int
+    sequences_per_batch: int
+    """Responses to sample together, for an engine in this process."""
     warn: Callable[[str], None]
     folder: Path | None = None
     """Where weights for servers are written unless the config names a folder; None for servers that keep the

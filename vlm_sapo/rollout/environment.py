@@ -92,9 +92,8 @@ class Episodes:
     def shares_weights(self) -> bool:
         return self.engine.shares_weights
 
-    @property
-    def problems_at_once(self) -> int:
-        return self.engine.problems_at_once
+    def problems_at_once(self, samples: int) -> int:
+        return self.engine.problems_at_once(samples)
 
     def sync(self, vlm: VLM) -> None:
         self.engine.sync(vlm)

@@ -20,7 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import Branch, BranchGrid, DecodeState, Recorder, prefill
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutError, call, continue_response
@@ -32,9 +34,10 @@ GPU_STRIDE = 16
 
 
 class HfEngine:
-    """Generates for `prompts_per_batch` prompts at a time. `autocast` is the trainer's precision context;
-    `with_full_params` runs work with the full parameters of a sharded model; with `experts` responses carry
-    the experts of their tokens.
+    """Generates for `prompts_per_batch` prompts at a time, or for as many as have `sequences_per_batch`
+    responses together; for one at least. Adapters are merged meanwhile. `autocast` is the trainer's precision
+    context; `with_full_params` runs work with the full parameters of a sharded model; with `experts`
+    responses carry the experts of their tokens.
 
     The responses to a prompt depend on the seed and the prompt's slot alone, not on how prompts are batched.
     """
@@ -46,17 +49,22 @@ class HfEngine:
         self,
         vlm: VLM,
         *,
-        prompts_per_batch: int,
+        prompts_per_batch: int | None = None,
+        sequences_per_batch: int | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         with_full_params: Callable[[Callable[[], T]], T] = call,
         warn: Callable[[str], None] = print,
         experts: bool = False,
     ):
-        self.vlm, self.prompts_per_batch, self.autocast = vlm, prompts_per_batch, autocast
+        assert (prompts_per_batch is None) != (sequences_per_batch is None), "one of the two"
+        self.vlm, self.autocast = vlm, autocast
+        self.prompts_per_batch, self.sequences_per_batch = prompts_per_batch, sequences_per_batch
         self.with_full_params, self.warn, self.records_experts = with_full_params, warn, experts
 
-    @property
-    def problems_at_once(self) -> int:
+    def problems_at_once(self, samples: int) -> int:
+        """Prompts of a batch, with so many responses to each."""
+        if self.sequences_per_batch is not None:
+            return max(1, self.sequences_per_batch // samples)
         return self.prompts_per_batch
 
     def sync(self, vlm: VLM) -> None:
@@ -75,7 +83,9 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            with self.autocast():
+            # merged outside autocast, which would round the adapters' product
+            merged = adapters.merged_inside(self.vlm.model.model.language_model)
+            with merged, self.autocast(), self.vlm.weights_fixed():
                 return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
@@ -83,7 +93,8 @@ class HfEngine:
     def _generate_batches(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         groups: list[list[Response]] = []
         while len(groups) < len(contexts):
-            numbers = range(len(contexts))[len(groups) : len(groups) + self.prompts_per_batch]
+            width = max(len(item.responses) or sampling.group for item in contexts[len(groups) :])
+            numbers = range(len(contexts))[len(groups) :][: self.problems_at_once(width)]
             batch = [contexts[number] for number in numbers]
             try:
                 finished = self._generate(batch, [sampling.seed_of(number) for number in numbers], sampling)
@@ -91,24 +102,30 @@ class HfEngine:
                     context.report(responses)
                 groups += finished
                 continue
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
-            self._shrink(batch, reason)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = shortage_reason(error)
+            self._shrink(batch, width, reason)
         return groups
 
-    def _shrink(self, contexts: Sequence[Context], reason: str) -> None:
-        """Halves the batch of prompts, for the rest of the run."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _shrink(self, contexts: Sequence[Context], width: int, reason: str) -> None:
+        """Halves the batch, for the rest of the run. `width` is the number of responses to each prompt."""
+        release_memory()
         if len(contexts) == 1:
             raise RolloutError(
                 f"the responses to {contexts[0].prompt.example.label} do not fit into memory ({reason}); "
                 "lower rollout.group, rollout.max_tokens or model.max_pixels"
             )
-        self.prompts_per_batch = len(contexts) // 2
+        prompts = len(contexts) // 2
+        if self.sequences_per_batch is None:
+            remedy, self.prompts_per_batch = f"rollout.prompts_per_batch={prompts}", prompts
+        else:
+            self.sequences_per_batch = prompts * width
+            remedy = f"rollout.sequences_per_batch={prompts * width} (without rollout.prompts_per_batch)"
         self.warn(
-            f"out of memory with {len(contexts)} prompts per batch ({reason}); continuing with "
-            f"{self.prompts_per_batch}: set rollout.prompts_per_batch={self.prompts_per_batch}"
+            f"out of memory with {len(contexts)} prompts per batch, {width} responses to each ({reason}); "
+            f"continuing with {prompts}: set {remedy}"
         )
 
     def _generate(

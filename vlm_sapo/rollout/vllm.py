@@ -6,7 +6,6 @@ import gc
 import itertools
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
 from vlm_sapo.rollout.vllm_inputs import engine_input
+from vlm_sapo.rollout.vllm_lora import AdapterShape, ServedAdapter, memory_folder, served_beside
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     EXPERTS_ARGUMENTS,
@@ -51,7 +51,6 @@ class VllmEngine:
 
     in_background = False
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -60,6 +59,7 @@ class VllmEngine:
         dtype: str,
         tensor_parallel: int = 1,
         gpu_memory: float = 0.4,
+        adapter: str = "auto",
         options: dict[str, Any] | None = None,
     ):
         self.vlm, self.tensor_parallel, self.dtype = needs.vlm, tensor_parallel, getattr(torch, dtype)
@@ -92,6 +92,9 @@ class VllmEngine:
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
+        shape = AdapterShape.of(needs.vlm)
+        self.adapter = ServedAdapter() if served_beside(adapter, shape, needs, dtype) else None
+        arguments |= shape.arguments if self.adapter is not None else {}
         threads = torch.get_num_threads()
         try:
             self.llm = LLM(**arguments | (options or {}))
@@ -106,11 +109,24 @@ class VllmEngine:
             torch.set_num_threads(threads)  # vLLM leaves one, and the trainer computes in this process, too
         self._sleep()
 
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
+
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine."""
         if self.version == vlm.version:
             return
         self._wake("weights")
+        if self.adapter is None:
+            self._send_weights(vlm)
+        else:
+            self.adapter.update(self.llm, vlm)
+        self.llm.llm_engine.reset_encoder_cache()  # features of images; their pixels are the same as before
+        if not self.asleep and not self.llm.reset_prefix_cache():
+            raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
+        self.version = vlm.version
+
+    def _send_weights(self, vlm: VLM) -> None:
         weights = vlm.stream_weights(self.dtype)
         if self.tensor_parallel == 1:
             try:
@@ -119,13 +135,9 @@ class VllmEngine:
                 exhaust(weights)
         else:
             size = sum(math.prod(item.shape) for item in vlm.stored_weights()) * self.dtype.itemsize
-            with tempfile.TemporaryDirectory(prefix="weights_", dir=_memory(size)) as folder:
+            with tempfile.TemporaryDirectory(prefix="weights_", dir=memory_folder(size)) as folder:
                 write_shards(weights, Path(folder))
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        self.llm.llm_engine.reset_encoder_cache()  # features of images; their pixels are the same as before
-        if not self.asleep and not self.llm.reset_prefix_cache():
-            raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
-        self.version = vlm.version
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine."""
@@ -163,9 +175,11 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(**request.parameters, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = engine_input(self.vlm, request, self.dtype)
+        adapter = None if self.adapter is None else self.adapter.request
         name = str(next(self.numbers))
         try:
-            self.llm.llm_engine.add_request(name, engine_input(self.vlm, request, self.dtype), parameters)
+            self.llm.llm_engine.add_request(name, prompt, parameters, lora_request=adapter)
         except ValueError as error:
             raise RolloutError(
                 f"vLLM refused the prompt of {request.prompt.example.label}: {error}"
@@ -185,7 +199,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.adapter is not None:
+            self.adapter.close()
+        self.llm.llm_engine.engine_core.shutdown()  # ends the default process group, too: nothing may follow
         del self.llm
         gc.collect()
         if torch.cuda.is_available():
@@ -209,9 +225,3 @@ def _output(output: Any) -> VllmOutput:
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs or [], strict=False)]
     return VllmOutput(ids, logprobs, output.finish_reason, output.routed_experts)
-
-
-def _memory(size: int) -> str | None:
-    """A folder in memory with room for `size` bytes, if the system has one."""
-    folder = Path("/dev/shm")
-    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > size else None

@@ -55,7 +55,6 @@ class VllmServers:
 
     in_background = True
     shares_weights = False
-    problems_at_once = PROBLEMS_AT_ONCE
 
     def __init__(
         self,
@@ -75,6 +74,9 @@ class VllmServers:
         self.closed = False
         self.syncing = False
         self._run(lambda: self._handshake(needs.path, needs.longest))
+
+    def problems_at_once(self, samples: int) -> int:
+        return PROBLEMS_AT_ONCE
 
     def sync(self, vlm: VLM) -> None:
         """See RolloutEngine. A server that can't be reached now gets the weights when it is back."""

@@ -247,14 +247,14 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
         str(locate(options.model)),
         dtype=options.dtype,
         longest=longest,
-        prompts_per_batch=options.batch,
+        sequences_per_batch=options.batch * options.samples,
         warn=console.warn,
     )
 
     def encoder_for(max_tokens: int) -> Encoder:
         return _encoder(vlm, options, max_tokens, min(longest or vlm.context, vlm.context))
 
-    batch = max(rollout_engine.problems_at_once, options.batch)
+    batch = max(rollout_engine.problems_at_once(options.samples), options.batch)
     return Source(rollout_engine, encoder_for, options.samples, batch)
 
 
@@ -308,7 +308,6 @@ class Recorded:
 
     in_background = False
     shares_weights = True
-    problems_at_once = 1
 
     def __init__(self, path: Path, encoder: Encoder | None = None):
         self.path, self.encoder = path, encoder
@@ -352,6 +351,10 @@ class Recorded:
                 "only config and processor are read; or "
                 + missing_coordinates(f"a copy of {benchmark.name}.yaml, in verifier.args,")
             )
+
+    def problems_at_once(self, samples: int) -> int:
+        """One: there is nothing to compute."""
+        return 1
 
     def sync(self, vlm: VLM) -> None:
         """Recorded responses need no weights."""

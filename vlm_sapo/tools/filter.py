@@ -40,7 +40,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
         str(locate(config.model.path)),
         dtype=config.model.dtype,
         longest=config.data.max_prompt_tokens + rollout.max_tokens,
-        prompts_per_batch=rollout.prompts_per_batch,
+        sequences_per_batch=rollout.batch_sequences,
         warn=console.warn,
     )
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
@@ -57,7 +57,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
             reward,
             sampling,
             measure,
-            batch=max(engine.problems_at_once, rollout.prompts_per_batch),
+            batch=engine.problems_at_once(samples),
             skip=config.data.on_error == "skip",
         )
         for number, task in enumerate(config.data.tasks):

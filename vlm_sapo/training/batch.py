@@ -6,17 +6,18 @@ through the model each).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.packing import GroupSlice, Layout
-from vlm_sapo.types import Group
+from vlm_sapo.types import Group, Origin
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class Batch:
     """Whether equal rewards in a group mean zero advantages."""
     counts: tuple[tuple[int, int], ...] = ()
     """Responses and tokens with a loss in each mini-batch, over all processes."""
+    group_counts: tuple[int, ...] = ()
+    """Groups of this process in each mini-batch."""
+    assigned: tuple[bool, ...] | None = None
+    """Which groups this process trains on, once groups are assigned to processes: a part of a group can't
+    say whether the group has a signal."""
+    origins: tuple[Origin, ...] = ()
+    """By response, once groups are assigned to processes."""
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -91,6 +99,8 @@ class Batch:
     def trained(self) -> list[bool]:
         """Which groups go through the model: those with a loss and, once there are advantages, with one that
         isn't zero."""
+        if self.assigned is not None:
+            return list(self.assigned)
         rows = self.mask.any(1)
         parts = rows.split(self.sizes)
         if self.advantages is not None and not self.keep_zero_advantages:
@@ -118,21 +128,85 @@ class Batch:
         return [part.tolist() for part in torch.tensor(means, dtype=torch.float64).split(self.sizes)]
 
     def split(self) -> list[Batch]:
-        """The mini-batches, in order and of equally many groups, each with the denominators of its update."""
-        size = len(self.groups) // len(self.counts)
-        starts = [sum(self.sizes[: index * size]) for index in range(len(self.counts) + 1)]
-        parts = []
-        for index, counts in enumerate(self.counts):
-            part = self._rows(slice(starts[index], starts[index + 1]))
-            groups = self.groups[index * size : (index + 1) * size]
+        """The mini-batches, in order, each with the denominators of its update."""
+        parts, first, row = [], 0, 0
+        for size, counts in zip(self.group_counts, self.counts, strict=True):
+            groups = slice(first, first + size)
+            rows = slice(row, row + sum(self.sizes[groups]))
             sequences, tokens = (max(count, 1) for count in counts)
             parts.append(
-                replace(part, groups=groups, num_sequences=sequences, num_tokens=tokens, counts=(counts,))
+                replace(
+                    self._rows(rows),
+                    groups=self.groups[groups],
+                    num_sequences=sequences,
+                    num_tokens=tokens,
+                    counts=(counts,),
+                    group_counts=(size,),
+                    assigned=None if self.assigned is None else self.assigned[groups],
+                    origins=self.origins[rows],
+                )
             )
+            first, row = groups.stop, rows.stop
         return parts
 
-    def _rows(self, rows: slice) -> Batch:
-        tensors = {name: item[rows] for name, item in vars(self).items() if isinstance(item, torch.Tensor)}
+    def remaining(self, rows: Mapping[int, Sequence[int]]) -> Batch:
+        """The same responses, of which this process trains on these, by index of the group."""
+        flags = [
+            not trained or row in rows.get(index, ())
+            for index, (trained, size) in enumerate(zip(self.trained, self.sizes, strict=True))
+            for row in range(size)
+        ]
+        return replace(
+            self,
+            mask=self.mask & torch.tensor(flags)[:, None],
+            assigned=tuple(index in rows for index in range(len(self.groups))),
+        )
+
+    def part(self, index: int, rows: Sequence[int]) -> Batch:
+        """Some of the responses of one group, to be trained on by another process: without what training
+        doesn't read."""
+        group, first = self.groups[index], sum(self.sizes[:index])
+        lean = group.for_training(rows)
+        indices = torch.tensor([first + row for row in rows])
+        width = max(len(response.ids) for response in lean.responses)
+        part = self._rows(indices)
+        tensors = {name: item[:, :width] for name, item in part.tensors().items() if item.dim() == 2}
+        return replace(
+            part,
+            **tensors,
+            groups=(lean,),
+            routes=None if part.routes is None else part.routes.of_prompt(group.prompt, lean.prompt, width),
+            group_counts=(1,),
+            assigned=(True,),
+            origins=tuple(self.origins[row] for row in indices),
+        )
+
+    def join(self, parts: Sequence[Batch], *, group_counts: Sequence[int]) -> Batch:
+        """This batch with the groups of `parts` instead, `group_counts` of them in each mini-batch."""
+        width = max(part.mask.shape[1] for part in parts)
+        tensors = {}
+        for name in self.tensors():
+            items = [part.tensors()[name] for part in parts]
+            padded = [pad(item, (0, width - item.shape[1])) if item.dim() == 2 else item for item in items]
+            tensors[name] = torch.cat(padded)
+        return replace(
+            self,
+            **tensors,
+            groups=tuple(group for part in parts for group in part.groups),
+            routes=ExpertRoutes.join(
+                [(len(part.mask), part.routes and part.routes.padded(width)) for part in parts]
+            ),
+            group_counts=tuple(group_counts),
+            assigned=tuple(flag for part in parts for flag in part.trained),
+            origins=tuple(origin for part in parts for origin in part.origins),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields with a row for each response, by name; not the routes."""
+        return {name: item for name, item in vars(self).items() if isinstance(item, torch.Tensor)}
+
+    def _rows(self, rows: slice | torch.Tensor) -> Batch:
+        tensors = {name: item[rows] for name, item in self.tensors().items()}
         return replace(self, **tensors, routes=None if self.routes is None else self.routes[rows])
 
     def fit(self, budget: int, layout: Layout) -> list[MicroBatch]:
@@ -246,6 +320,7 @@ def collate(
         keep_zero_advantages=keep_zero_advantages,
         rewards_decide=rewards_decide,
         counts=totals,
+        group_counts=(len(groups) // minibatches,) * minibatches,
     )
 
 

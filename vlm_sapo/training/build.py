@@ -11,6 +11,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.evaluation.periodic import Evaluator
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.loading import count_parameters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.run_folder import RunFolder
@@ -64,10 +65,15 @@ def build_training(
         score_all=not advantage.rewards_decide,
     )
     run = _build_run(config, folder, processes, purpose)
+    auto = train.old_logprobs == "auto" and not own_old
+    if auto and _rounds_adapters(run):
+        console.say("adapters are merged in half precision to sample: recomputing old log-probs")
+        run.policy.recompute_old_logprobs()
+        auto = False
     self_check = SelfCheck(
         run.policy,
         console,
-        choose_old=train.old_logprobs == "auto" and not own_old and not run.progress.step,
+        choose_old=auto and not run.progress.step,
         uncorrected=bool(rollout.ahead) and algo.correction is None,
     )
     shares_weights = run.rollouts.engine.shares_weights
@@ -90,6 +96,13 @@ def build_training(
         report=report,
     )
     return training_run, loss
+
+
+def _rounds_adapters(run: Run) -> bool:
+    """Whether the engine samples with the policy's modules, but with adapters merged in half precision. The
+    first step can't show the difference: adapters start without effect."""
+    adapted = adapters.mergeable(run.policy.vlm.model.model.language_model)
+    return run.rollouts.engine.shares_weights and bool(adapted) and not run.policy.is_exact
 
 
 def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) -> Run:
@@ -129,6 +142,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     checkpoint = checkpoints.newest()
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
     path, vlm = load_trained(config, checkpoint, processes)
+    processes.device.check_kernels(vlm.layer_kinds, console.warn)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
     stream = build_rows(config, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
@@ -138,7 +152,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         path,
         longest=longest_row(config, benchmarks, vlm),
         dtype=default_dtype(config),
-        prompts_per_batch=config.rollout.prompts_per_batch,
+        sequences_per_batch=config.rollout.batch_sequences,
         warn=console.warn,
         folder=folder.path / "weights",
         autocast=processes.accelerator.autocast,

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, shortage_reason
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
@@ -359,9 +361,12 @@ class Parity:
 
 def kinds_of(vlm: VLM) -> dict[str, str]:
     """One parameter name of each kind, which is a name without its layer number. Successive kinds use
-    successive layers, so that all layers are covered."""
+    successive layers, so that all layers are covered. With adapters these alone: their base never changes."""
     kinds: dict[str, list[str]] = {}
+    adapted = adapters.attached(vlm.model)
     for name, parameter in vlm.model.named_parameters():
+        if adapted and not parameter.requires_grad:
+            continue
         if ".lora_A" not in name and parameter.numel() > 1 and parameter.is_floating_point():
             kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).append(name)
     return {kind: names[index % len(names)] for index, (kind, names) in enumerate(kinds.items())}
@@ -556,8 +561,10 @@ class SelfCheck:
             packed, short = layout.pack([group.sizes], 1 if single else memory.tokens), None
             try:
                 rows, routes = self._run(group, layout, packed, replayed, autocast)
-            except torch.OutOfMemoryError as error:
-                short = str(error).partition(". ")[0]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                short = shortage_reason(error)
                 if not memory.can_shrink:  # the others wait on their devices
                     memory.shrink(memory.tokens, short)
             reasons = [reason for reason in self.world.all_gather(short) if reason is not None]

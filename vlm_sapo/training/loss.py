@@ -26,6 +26,7 @@ from vlm_sapo.algo.diagnostics import (
 from vlm_sapo.algo.objectives import OBJECTIVES, TOKEN_TENSORS, TokenTensors, k3
 from vlm_sapo.algo.reductions import DENOMINATORS, REDUCTIONS
 from vlm_sapo.config.schema import AlgoConfig, OwnFunctionConfig
+from vlm_sapo.models.device import out_of_memory
 from vlm_sapo.models.experts import ExpertUsage
 from vlm_sapo.plugins import check_call, resolve, resolve_call
 from vlm_sapo.reporting.metrics import UpdateStats
@@ -42,9 +43,9 @@ def naming_function(field: str, name: str) -> Iterator[None]:
     ran out stays as it is: the pass is repeated with fewer tokens."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, MemoryError) or out_of_memory(error):
+            raise
         lines = "".join(traceback.format_exception(error))
         raise ValueError(f"{lines}{field} ({name}) failed: {type(error).__name__}: {error}") from error
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,17 +17,19 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sapo.distributed import World
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.device import out_of_memory, release_memory, shortage_reason
 from vlm_sapo.models.experts import ExpertRoutes, ExpertUsage, RoutedPass
 from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, Plain, SharedPrefix
 from vlm_sapo.models.parallel import Parallelism
 from vlm_sapo.models.vlm import PARTS, VLM
-from vlm_sapo.models.weights import full_tensor
+from vlm_sapo.models.weights import full_tensor, save_index, save_share
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import UpdateStats
 from vlm_sapo.training.batch import Batch, MicroBatch
 from vlm_sapo.training.optimizer import (
     OptimizerSettings,
+    Shares,
     Write,
     build_optimizer,
     load_state,
@@ -112,8 +115,7 @@ class MemoryBudget:
     def shrink(self, tokens: int, reason: str, *, row: str | None = None) -> None:
         """Halves the budget, after `tokens` were too many. `row` names the row of a single response, which
         can't be split: raises ValueError."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         remedy = "use model.gradient_checkpointing=true, model.lora, train.offload or smaller images"
         if not self.can_shrink:
             raise SystemExit(  # the others wait for this process on their devices, not for a message
@@ -487,19 +489,44 @@ class Policy:
         """The state for a checkpoint, besides weights and optimizer."""
         return PolicyState(self.vlm.version, self.guard.skipped_in_a_row, self.reuse_sampled)
 
-    def parts(self, *, keep: bool = True, copy: bool = False) -> Iterator[Write]:
-        """Functions that write a checkpoint into a folder, part by part: what `load_vlm` needs to resume (the
-        adapter, if there is one, else the model) and the optimizer. With `copy` the parts don't change while
-        training continues. For a sharded model all processes iterate, and one of them has `keep`."""
-        attached = adapters.attached(self.vlm.model)
-        weights = (self.vlm.adapter_weights if attached else self.vlm.weights)(keep=keep)
-        if copy:
-            weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
-        if attached:
-            yield lambda folder: self.vlm.save_adapter(folder / ADAPTER, weights)
+    @property
+    def writers(self) -> int:
+        """The number of processes that write a checkpoint: all that hold a part of the model, else one."""
+        return self.world.size if self.vlm.sharded else 1
+
+    def parts(self, *, copy: bool = False) -> Iterator[Write]:
+        """Functions that write this process's part of a checkpoint into a folder: of what `load_vlm` needs to
+        resume (the adapter, if there is one, else the model) and of the optimizer. With `copy` they don't
+        change while training continues. All processes must iterate to the end."""
+        shares = Shares(self.world.rank, self.writers)
+        if adapters.attached(self.vlm.model):
+            weights = self.vlm.adapter_weights(keep=self.world.main)
+            if self.world.main:
+                weights = _copied(weights) if copy else weights
+                yield lambda folder: self.vlm.save_adapter(folder / ADAPTER, weights)
         else:
-            yield lambda folder: self.vlm.save(folder, weights)
-        yield from state_parts(self.optimizer, self.named, keep=keep)
+            yield from self._model_parts(shares, copy=copy)
+        yield from state_parts(self.optimizer, self.named, shares)
+
+    def _model_parts(self, shares: Shares, *, copy: bool) -> Iterator[Write]:
+        weights, writer_of = {}, {}
+        for item in self.vlm.stored_weights():
+            writer_of[item.name] = shares.deal(item.parameter.nbytes)
+            own = writer_of[item.name] == shares.rank
+            weight = item.gather() if own else item.drop()
+            if own:
+                weights[item.name] = weight
+        weights = _copied(weights) if copy else weights
+        if shares.writers == 1:
+            if self.world.main:
+                yield lambda folder: self.vlm.save(folder, weights)
+            return
+        counts = {"writers": shares.writers}
+        if weights:
+            yield partial(save_share, weights=weights, writer=shares.rank, **counts)
+        if self.world.main:
+            yield self.vlm.save_config
+            yield partial(save_index, writer_of=writer_of, size=sum(shares.sizes), **counts)
 
     def export(self, folder: Path, *, write: bool = True) -> None:
         """Writes model and processor, loadable by transformers' Auto classes, and the adapter if any."""
@@ -524,8 +551,10 @@ def naming_micro_batch(micro: MicroBatch) -> Iterator[None]:
     """Turns running out of memory in the block into an error that names the micro-batch."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryShortage(micro, str(error).partition(". ")[0]) from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryShortage(micro, shortage_reason(error)) from None
 
 
 def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
@@ -533,6 +562,10 @@ def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
     rows = torch.full((len(minibatch.mask),), on_policy)
     nothing = torch.zeros_like(minibatch.sampled)
     return minibatch.replace(on_policy=rows, old=minibatch.sampled.clone(), reference=nothing, routes=None)
+
+
+def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
 
 
 def _write_rows(target: torch.Tensor, micro: MicroBatch, values: torch.Tensor) -> None:

@@ -266,17 +266,18 @@ class TrainingRun(Run):
         self,
         step: int,
         rollout: RolloutBatch,
-        batch: Batch,
+        batches: tuple[Batch, Batch],
         updates: list[UpdateStats | None],
         further: Mapping[str, float],
     ) -> str:
-        """Writes the step's report; returns its console line."""
-        sizes = [len(minibatch.mask) for minibatch in batch.split()]
+        """Writes the step's report; returns its console line. `batches` are the one with the responses that
+        this process sampled and the one that it trained on."""
+        sampled, trained = batches
         records = StepRecords(
             rollout=rollout,
-            advantages=batch.mean_advantages(),
+            advantages=sampled.mean_advantages(),
             updates=updates,
-            first_rows=[sum(sizes[:index]) for index in range(len(sizes))],
+            origins=[minibatch.origins for minibatch in trained.split()],
             seconds=self.seconds | dict(rollout.seconds),
             further=further,
             shortages=self.policy.memory.shortages,

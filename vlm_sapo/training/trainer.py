@@ -7,6 +7,7 @@ from contextlib import closing
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.sampler import Rollouts
+from vlm_sapo.training.assignment import reassign
 from vlm_sapo.training.batch import collate
 from vlm_sapo.training.build import build_training
 from vlm_sapo.training.folder import open_folder
@@ -56,10 +57,15 @@ def train_step(step: int, run: TrainingRun, rollouts: Rollouts, policy: Policy, 
         rewards_decide=run.advantage.rewards_decide,
         world=run.world,
     )
+    scored_first = not run.advantage.rewards_decide  # the advantage may read log-probs
     with run.watch.time("old_logprobs"):
-        batch = policy.score(batch, fresh=behind == 0)  # old log-probs, reference
+        batch = policy.score(batch, fresh=behind == 0) if scored_first else batch
     batch = batch.replace(advantages=run.advantage(batch))
+    assigned, balance = reassign(batch, slots=rollout.slots, layout=policy.layout, world=run.world)
+    with run.watch.time("old_logprobs"):  # and the reference's
+        assigned = assigned if scored_first else policy.score(assigned, fresh=behind == 0)
     with run.watch.time("update"):
-        updates = [policy.update(minibatch, loss) for minibatch in batch.split()]
+        updates = [policy.update(minibatch, loss) for minibatch in assigned.split()]
     run.end_step(step)
-    return run.log(step, rollout, batch, updates, {"lr": lr, "rollout/updates_behind": behind} | checked)
+    further = {"lr": lr, "rollout/updates_behind": behind} | checked | balance
+    return run.log(step, rollout, (batch, assigned), updates, further)

@@ -133,8 +133,11 @@ def _generation_changes(config: TrainConfig) -> list[Overrides]:
         return [(), *((f"rollout.engine.gpu_memory={share}",) for share in shares)]
     if engine.type == "vllm_server":
         return [()]
-    prompts, options = config.rollout.prompts_per_batch, [()]
-    while prompts > 1:
-        prompts //= 2
-        options.append((f"rollout.prompts_per_batch={prompts}",))
+    sequences, options = config.rollout.batch_sequences, [()]
+    field, size = "sequences_per_batch", 1
+    if config.rollout.sequences_per_batch is None:
+        field, size = "prompts_per_batch", config.rollout.group
+    while sequences > config.rollout.group:
+        sequences = max(sequences // 2, config.rollout.group)
+        options.append((f"rollout.{field}={sequences // size}",))
     return options

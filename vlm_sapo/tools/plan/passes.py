@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from vlm_sapo.models.decoding import BranchGrid, prefill
+from vlm_sapo.models.decoding import PREFILL_TOKENS, BranchGrid, prefill
 from vlm_sapo.models.experts import NullRecorder
 from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
 from vlm_sapo.models.packing import GroupSlice, Inputs, choose
@@ -200,7 +200,8 @@ def generation_memory(spec: ModelSpec, batch: BatchSpec, prompts_per_batch: int)
             simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(prompts_per_batch)
         ]
         with MemoryCounter() as counter, _autocast(spec):
-            vlm.vision(prompts)
+            first = next(BranchGrid.of(as_contexts(prompts), batch.group).split(PREFILL_TOKENS))
+            vlm.vision([context.prompt for context in first.contexts])
         vision = counter.peak - (counter.live if vlm.vision.frozen else 0)
         with _cached_features(vlm, prompts):
             prefill_peak, decode_peak, cache = simulate.at_full_depth(
