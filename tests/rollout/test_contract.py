@@ -276,7 +276,6 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
 
 
 def test_a_group_is_reported_once_as_it_is_returned(setting):
-    """But for vLLM in this process, which returns all at once."""
     reports: list[tuple[int, list]] = []
 
     def context(index: int) -> Context:
@@ -284,9 +283,7 @@ def test_a_group_is_reported_once_as_it_is_returned(setting):
         return Context(prompt, report=lambda responses: reports.append((index, responses)))
 
     groups = setting.engine.generate(list(map(context, range(3))), SAMPLING)
-    assert sorted(index for index, _ in reports) == (
-        [] if type(setting.engine).__name__ == "VllmEngine" else [0, 1, 2]
-    )
+    assert sorted(index for index, _ in reports) == [0, 1, 2]
     for index, responses in reports:
         assert all(one is other for one, other in zip(responses, groups[index], strict=True))
 

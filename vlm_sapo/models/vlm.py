@@ -212,16 +212,24 @@ class VLM(nn.Module):
         )
         return positions[:, 0]
 
-    def unexpanded(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
+    def image_ranges(self, prompt: Prompt) -> list[tuple[int, int]]:
+        """First token and number of tokens of each of a prompt's images."""
         merge = self.model.config.vision_config.spatial_merge_size**2
         sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
-        ids, collapsed, image_token = prompt.ids.tolist(), [], self.model.config.image_token_id
-        index = 0
-        while index < len(ids):
-            collapsed.append(ids[index])
-            index += sizes.pop(0) if ids[index] == image_token else 1
-        return collapsed
+        ids, image_token = prompt.ids.tolist(), self.model.config.image_token_id
+        ranges, end = [], 0
+        for size in sizes:
+            start = ids.index(image_token, end)
+            end = start + size
+            ranges.append((start, size))
+        return ranges
+
+    def unexpanded(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
+        ids = prompt.ids.tolist()
+        for start, size in reversed(self.image_ranges(prompt)):
+            del ids[start + 1 : start + size]
+        return ids
 
     def freeze(self, parts: list[str]) -> None:
         """Turns gradients off for the named parts (keys of PARTS), and on for all others."""

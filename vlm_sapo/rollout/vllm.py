@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import tempfile
@@ -14,11 +15,13 @@ import torch
 
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
+from vlm_sapo.rollout.vllm_inputs import engine_input
 from vlm_sapo.rollout.vllm_lora import AdapterShape, ServedAdapter, memory_folder, served_beside
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     EXPERTS_ARGUMENTS,
     PROBLEMS_AT_ONCE,
+    Request,
     VllmOutput,
     by_context,
     check_ids,
@@ -63,6 +66,7 @@ class VllmEngine:
         self.records_experts = needs.experts
         self.version: int | None = None
         self.asleep: set[str] = set()
+        self.numbers = itertools.count()
         if tensor_parallel == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can't be passed to another process
         try:
@@ -79,6 +83,7 @@ class VllmEngine:
             "max_model_len": needs.longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
+            "mm_device_do_normalize": False,  # pixels arrive normalized
             "max_num_seqs": MAX_SEQUENCES,
             "max_num_batched_tokens": max(BATCHED_TOKENS, needs.longest),
             **engine_arguments(needs.max_pixels),
@@ -117,8 +122,7 @@ class VllmEngine:
             self._send_weights(vlm)
         else:
             self.adapter.update(self.llm, vlm)
-        self.llm.reset_mm_cache()
-        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.llm_engine.reset_encoder_cache()  # features of images; their pixels are the same as before
         if not self.asleep and not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
         self.version = vlm.version
@@ -147,38 +151,52 @@ class VllmEngine:
             self._sleep()  # `sync` woke it, also where a process has no contexts
 
     def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
-        from vllm import SamplingParams
-
         requests = sampling_requests(self.vlm, contexts, sampling)
-        inputs = [
-            {"prompt_token_ids": item.unexpanded}
-            | ({"multi_modal_data": {"image": list(item.prompt.images)}} if item.prompt.images else {})
-            for item in requests
-        ]
-        parameters = [SamplingParams(**item.parameters) for item in requests]
+        responses: list[list[Response]] = [[] for _ in requests]
+        engine, waiting = self.llm.llm_engine, {}
         try:
-            request = None if self.adapter is None else self.adapter.request
-            results = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=request)
-        except ValueError as error:
-            rows = ", ".join(item.prompt.example.label for item in requests[:3])
-            raise RolloutError(
-                f"vLLM refused a prompt of {rows} or one of those after it: {error}"
-            ) from error
-        responses = []
-        for request, result in zip(requests, results, strict=True):
-            check_ids(self.vlm, request, list(result.prompt_token_ids))
-            outputs = [_output(item) for item in result.outputs]
-            responses.append(
-                to_responses(
-                    self.vlm,
-                    request,
-                    outputs,
-                    sampling,
-                    experts=self.records_experts,
-                    version=self.version,
-                )
-            )
+            for index, request in enumerate(requests):
+                waiting[self._add(request)] = index
+            while engine.has_unfinished_requests():
+                for result in engine.step():
+                    if not result.finished:
+                        continue
+                    index = waiting.pop(result.request_id)
+                    request = requests[index]
+                    responses[index] = self._read(request, result, sampling)
+                    if request.so_far is None:  # the whole group
+                        contexts[request.context].report(responses[index])
+        finally:
+            engine.abort_request(list(waiting))  # after an error or a signal
         return by_context(requests, responses, len(contexts))
+
+    def _add(self, request: Request) -> str:
+        """Passes a request to the engine; returns the name of its output."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(**request.parameters, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = engine_input(self.vlm, request, self.dtype)
+        adapter = None if self.adapter is None else self.adapter.request
+        name = str(next(self.numbers))
+        try:
+            self.llm.llm_engine.add_request(name, prompt, parameters, lora_request=adapter)
+        except ValueError as error:
+            raise RolloutError(
+                f"vLLM refused the prompt of {request.prompt.example.label}: {error}"
+            ) from error
+        return name
+
+    def _read(self, request: Request, result: Any, sampling: Sampling) -> list[Response]:
+        check_ids(self.vlm, request, list(result.prompt_token_ids))
+        return to_responses(
+            self.vlm,
+            request,
+            [_output(item) for item in result.outputs],
+            sampling,
+            experts=self.records_experts,
+            version=self.version,
+        )
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
