@@ -20,6 +20,7 @@ from transformers import (
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import check_family
+from vlm_sapo.models.fused import fuse
 from vlm_sapo.models.vlm import VLM, part_of
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -47,8 +48,10 @@ def load_vlm(
     gradient_checkpointing: bool = False,
     freeze: list[str] = (),
     lora: Adapters | None = None,
+    fused: bool = False,
 ) -> VLM:
-    """Loads a checkpoint of a supported family (models/families.py) from a folder or a hub id.
+    """Loads a checkpoint of a supported family (models/families.py) from a folder or a hub id. With `fused`,
+    norms and SwiGLU are fused kernels (models/fused.py).
 
     Dropout is disabled: old and new log-probs must come from the same function.
     Raises ValueError if the folder lacks a model or a processor, or the family is not supported.
@@ -76,6 +79,8 @@ def load_vlm(
             module.support_avx512bf16_for_cpu = False
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.VISION_NAME})
     vlm = VLM(model, processor)
+    if fused:
+        vlm.fused_modules = fuse(model)
     if lora is None:
         vlm.freeze(freeze)
     elif lora.folder is not None:

@@ -54,6 +54,7 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.fused_modules = 0
         self.head_casts: dict[torch.dtype, torch.Tensor] | None = None
 
     @property

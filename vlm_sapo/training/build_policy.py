@@ -11,6 +11,7 @@ import torch
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.fused import should_fuse
 from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
 from vlm_sapo.models.packing import Layout, choose
 from vlm_sapo.models.parallel import Replicated
@@ -85,6 +86,7 @@ def _load(
         gradient_checkpointing=model.gradient_checkpointing,
         freeze=list(freeze),
         lora=lora,
+        fused=should_fuse(model.fused),
     )
 
 
