@@ -26,7 +26,7 @@ WITHOUT_FIELD: dict[str, str] = {
     **dict.fromkeys(("n_gpus_per_node", "nnodes", "num_processes", "nproc_per_node", "num_gpus"), LAUNCHER),
     **dict.fromkeys(("entropy_coeff", "entropy_coef", "top_entropy_quantile"), NO_ENTROPY),
     **dict.fromkeys(("padding_free", "use_remove_padding", "packing", "padding_side"), PACKED),
-    **dict.fromkeys(("attn_implementation", "attn_impl", "use_liger_kernel"), ATTENTION),
+    **dict.fromkeys(("attn_implementation", "attn_impl"), ATTENTION),
     **dict.fromkeys(("kl_loss_type", "kl_estimator", "kl_ctrl.type", "horizon", "target_kl"), KL),
     **dict.fromkeys(("overlong_buffer", "overlong_buffer_cfg", "soft_cache_length"), LENGTH),
     "loss_type": "set algo.objective (sapo, grpo, gspo, cispo, ...) and algo.reduction: TRL's grpo is "

@@ -79,6 +79,9 @@ class ModelConfig(Section):
         bool, Note.FREE_ON_RESUME, AlsoCalled("enable_gradient_checkpointing", "activation_checkpointing")
     ] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused: Annotated[bool | None, Note.FREE_ON_RESUME, AlsoCalled("use_liger_kernel", "use_liger")] = None
+    """Compute norms and SwiGLU with Liger's fused kernels: the same up to rounding, faster on a GPU. Null:
+    where liger-kernel is installed and there is a GPU. Qwen3.5 has none."""
     min_pixels: Positive | None = None
     """Images smaller than this many pixels (width x height) are enlarged; null for the processor's
     default."""

@@ -39,23 +39,23 @@ def operand_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Hidden states [N, H] times a weight [V, H] of the same dtype: [N, V] in float32 (float64 for float64).
+    """Hidden states [N, H] times a weight [V, H], both in `operand_dtype`: [N, V] in float32 (float64 for
+    float64).
 
     Products of half-precision numbers are summed in float32; the sum isn't rounded to half precision, where
     the distance of two neighbours is .125 for logits of 16 to 32 in bfloat16. Not differentiable in half
     precision.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.dtype not in HALF:
-            return nn.functional.linear(hidden, weight)
-        if hidden.is_cuda:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        # Kernels of the CPU only return what they were given. The second product subtracts the rounded first
-        # one before it is rounded itself: what rounding took. Twice the time of one product, and a fraction
-        # of a float32 one's.
-        rounded = torch.mm(hidden, weight.T)
-        lost = torch.addmm(rounded, hidden, weight.T, beta=-1)
-        return rounded.float().add_(lost)
+    if hidden.dtype not in HALF:
+        return nn.functional.linear(hidden, weight)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    # Kernels of the CPU only return what they were given. The second product subtracts the rounded first one
+    # before it is rounded itself: what rounding took. Twice the time of one product, and a fraction of a
+    # float32 one's.
+    rounded = torch.mm(hidden, weight.T)
+    lost = torch.addmm(rounded, hidden, weight.T, beta=-1)
+    return rounded.float().add_(lost)
 
 
 def ban(logits: torch.Tensor, banned: Sequence[int]) -> torch.Tensor:

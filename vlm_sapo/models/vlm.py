@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
+from vlm_sapo.models.fused import fuse
 from vlm_sapo.models.head import ban, is_plain, operand_dtype, product
 from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
@@ -65,6 +66,7 @@ class VLM(nn.Module):
         self.vision = Vision(model, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
+        self.fused_modules = 0
         self.head_casts: dict[torch.dtype, torch.Tensor] | None = None
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
@@ -235,6 +237,10 @@ class VLM(nn.Module):
         """Turns gradients off for the named parts (keys of PARTS), and on for all others."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(part_of(name) not in parts)
+
+    def fuse(self) -> None:
+        """Replaces norms and SwiGLU by fused kernels; see models/fused.py."""
+        self.fused_modules = fuse(self.model)
 
     def patch_embed_as_linear(self) -> None:
         """Computes the patch embedding, a convolution, as the linear layer that it is equal to."""

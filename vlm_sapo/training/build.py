@@ -210,6 +210,8 @@ def _banner(
     if size > 1:
         copies = "each with a copy" if shard == 1 else f"{shard} of which share a copy"
         where = f"{size} processes ({where}), {copies}"
+    if vlm.fused_modules:
+        where += f", {vlm.fused_modules} norms and MLPs fused"
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
         f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.fused import should_fuse
 from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
 from vlm_sapo.models.packing import Layout, choose
 from vlm_sapo.models.parallel import Replicated
@@ -92,6 +93,8 @@ def _load(
         lora=lora,
         defer=sharded,
     )
+    if should_fuse(config.model.fused):
+        vlm.fuse()
     if sharded and vlm.unread is None:
         size = sum(parameter.nbytes for parameter in vlm.parameters())
         processes.console.warn(
