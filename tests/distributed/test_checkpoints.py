@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write together."""
+"""Checkpoints that several processes write together; resuming from them is in test_processes.py."""
 
 import json
 import re
@@ -32,9 +32,6 @@ class Written(Runs):
 def runs(tmp_path_factory, model_folder):
     runs = Written(tmp_path_factory.mktemp("written"), model_folder(), model_folder("qwen3_vl_moe"))
     common = ("eval.data=null", *SHARDED)
-    runs.here(runs.run("alone", "eval.data=null"))
-    runs.here(runs.run("moe-alone", "eval.data=null", "model.path={moe}"))
-    runs.resumed_from("one-then-two", "alone", 1)
     runs.in_several(
         runs.run("two", *common),
         runs.run("background", *common, "checkpoint.background=true"),
@@ -42,8 +39,6 @@ def runs(tmp_path_factory, model_folder):
         runs.run("full-background", *common, "checkpoint.background=true"),
         runs.run("full-stop", *common, "checkpoint.on_error=stop"),
         runs.run("moe", *common, "model.path={moe}"),
-        runs.run("lora", *common, "model.lora.rank=4"),
-        runs.run("one-then-two", *common, "run.accept_changes=true"),
     )
     return runs
 
@@ -73,22 +68,14 @@ def test_each_process_writes_its_share(runs):
     assert not tensors[0] & tensors[1]
 
 
-@pytest.mark.parametrize(("name", "alone"), [("two", "alone"), ("moe", "moe-alone")])
-def test_they_are_whole_models(runs, name, alone):
+@pytest.mark.parametrize("name", ["two", "moe"])
+def test_they_are_whole_models(runs, name):
     """For transformers, too, which engines and users load them with."""
     folder = runs.folder / f"{name}/checkpoints/step_000003"
     loaded = dict(load_vlm(str(folder)).named_parameters())
     final = dict(load_vlm(str(runs.folder / name / "final")).named_parameters())
     assert loaded.keys() == final.keys()
     assert all(torch.equal(loaded[key], final[key]) for key in loaded)
-    assert same(runs.final(alone), runs.final(name))
-
-
-def test_runs_resume_with_another_number_of_processes(runs):
-    runs.resumed_from("two-then-one", "two", 2)
-    runs.here(runs.run("two-then-one", "eval.data=null", "run.accept_changes=true"))
-    assert same(runs.final("two"), runs.final("two-then-one"))
-    assert same(runs.final("two"), runs.final("one-then-two"))
 
 
 def test_the_background_changes_nothing(runs):
@@ -96,15 +83,10 @@ def test_the_background_changes_nothing(runs):
     assert all(manifest(runs, "two", step) == manifest(runs, "background", step) for step in (1, 2, 3))
 
 
-def test_adapters_are_written_by_one_and_their_moments_by_all(runs):
-    names = manifest(runs, "lora", 3).keys()
-    assert {"adapter/adapter_model.safetensors", "optimizer-00001-00001.safetensors"} <= names
-    assert "optimizer-00002-00001.safetensors" in names
-
-
 @pytest.mark.parametrize("name", ["full", "full-background"])
 def test_a_full_disk_of_one_process_costs_that_checkpoint_alone(runs, name):
     assert steps(runs, name) == [1, 3]
+    assert runs.said.count("could not be written") == 2
     assert "could not be written ([Errno 28] No space left on device)" in runs.said
     assert same(runs.final("two"), runs.final(name))
 

@@ -318,6 +318,7 @@ def _seal(folder: Path) -> None:
         shutil.rmtree(other)
         listed |= own
     _list(folder, listed)
+    _sync(folder)
 
 
 def _list(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
@@ -330,9 +331,8 @@ def _list(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
     }
     sync_to_disk(folder)
     (folder / UNFINISHED).write_text(json.dumps(listed, indent=1))
-    os.replace(folder / UNFINISHED, folder / MANIFEST)
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    _sync(folder / UNFINISHED)
+    os.replace(folder / UNFINISHED, folder / MANIFEST)  # last: then the main process may empty the folder
 
 
 def sync_to_disk(folder: Path) -> None:
