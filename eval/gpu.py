@@ -169,7 +169,7 @@ def missing(modules: Iterable[str]) -> list[str]:
 
 
 def install(wheels: Path, site: Path) -> Outcome:
-    """Installs the wheels of a folder into `site`, which is put on this process's path and its children's."""
+    """Installs the wheels of a folder into `site`, which is put on this process's path."""
     started, step = time.monotonic(), ("wheels", "packages from wheels")
     files = sorted(wheels.glob("*.whl"))
     if not files:
@@ -195,6 +195,8 @@ class Runner:
     """For models and runs."""
     deadline: float
     """On the monotonic clock."""
+    site: Path | None = None
+    """Folder of the installed wheels."""
 
     def run(self, step: Step) -> Outcome:
         """Runs a step, unless something that it needs is missing."""
@@ -217,7 +219,11 @@ class Runner:
             file.flush()
             start = log.stat().st_size
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(self.site),
+                start_new_session=True,
             )
             try:
                 code: int | None = process.wait(limit)
@@ -248,10 +254,10 @@ def end(process: subprocess.Popen) -> None:
             continue
 
 
-def _environment() -> dict[str, str]:
+def environment(site: Path | None) -> dict[str, str]:
     """The repository's root and the installed wheels are importable; nothing is fetched."""
-    paths = [str(HERE.parent), *(path for path in sys.path if path.endswith("/site"))]
-    paths += [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+    inherited = os.environ.get("PYTHONPATH", "")
+    paths = [str(path) for path in (HERE.parent, site, inherited) if path]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return os.environ | offline | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
@@ -323,9 +329,11 @@ def main() -> int:
     (args.out / "gpu.log").write_text("", encoding="utf-8")
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     report = Report(args.out.resolve(), date=date, device=args.device)
-    if args.wheels:
-        report.add(install(args.wheels, args.work.resolve() / "site"))
-    code = run_all(steps, Runner(args.device, report, args.work.resolve(), deadline), print)
+    work = args.work.resolve()
+    site = work / "site" if args.wheels else None
+    if site is not None:
+        report.add(install(args.wheels, site))
+    code = run_all(steps, Runner(args.device, report, work, deadline, site), print)
     if code != NO_GPU:
         print((args.out / "gpu.md").read_text(encoding="utf-8"))
     return code

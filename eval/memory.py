@@ -75,11 +75,12 @@ def configure(args: argparse.Namespace, case: dict[str, dict], folder: str) -> T
 def predict(config: TrainConfig, device: str) -> float:
     """The peak of tensor memory that the plan predicts, in bytes."""
     from vlm_sapo.tools.plan.estimate import Estimator
-    from vlm_sapo.tools.plan.memory import CUDA_CONTEXT, GB, Gpus
+    from vlm_sapo.tools.plan.memory import GB, GPU_ONLY, OUTSIDE, Gpus
 
     estimate = Estimator(config, Gpus(1, 1, 1000 * GB)).estimate()
     pixels = dict(estimate.host)["image pixels"] if device == "cpu" else 0
-    return max(estimate.totals["training"], estimate.totals["generating"]) + pixels - CUDA_CONTEXT
+    totals = estimate.without(GPU_ONLY if device == "cpu" else OUTSIDE)
+    return max(totals["training"], totals["generating"]) + pixels
 
 
 def measure(config: TrainConfig, device: str) -> float:

@@ -99,7 +99,8 @@ def test_wheels_are_installed_beside_the_interpreters_own_packages(tmp_path, mon
     assert gpu.missing(["for_a_test"]) == ["for_a_test"]
     assert gpu.install(tmp_path / "wheels", tmp_path / "site").status == "ok"
     assert gpu.missing(["for_a_test"]) == []
-    assert str(tmp_path / "site") in gpu._environment()["PYTHONPATH"].split(os.pathsep)
+    paths = gpu.environment(tmp_path / "site")["PYTHONPATH"].split(os.pathsep)
+    assert paths[:2] == [str(ROOT), str(tmp_path / "site")]
 
 
 def wheel(folder: Path) -> None:

@@ -82,7 +82,7 @@ def evaluate_with(options: EvalOptions) -> dict[str, Any]:
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that configure torch's allocator of GPU memory, which reads them when CUDA starts. From torch
-2.11 to 2.15 the first one counts, and it is the only one that vLLM 0.30 looks at."""
+2.11 to 2.15 the first one counts, and it is the only one that vLLM 0.30 to 0.32 look at."""
 
 
 def use_expandable_segments(engine: EngineConfig) -> None:

@@ -265,19 +265,24 @@ def plan(
     gpus: Annotated[
         str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
     ] = "1x80GB",
+    card: Annotated[
+        str | None, typer.Option(help="H100, RTX 4090, ...: for the duration; the usual one of that memory.")
+    ] = None,
     recommend: Annotated[
         Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Estimate the memory that a config needs on your GPUs.
+    """Estimate the memory that a config needs on your GPUs, and how long a step takes.
 
     If it doesn't fit, suggests the nearest settings that do; exit code 1.
     """
     load(TrainConfig, config, overrides or [])
     silence_libraries()
+    from vlm_sapo.tools.plan.cards import find_card
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
-    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend):
+    named = None if card is None else find_card(card)
+    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend, card=named):
         raise typer.Exit(1)
 
 

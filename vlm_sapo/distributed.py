@@ -159,15 +159,15 @@ class World:
 
 
 def pack(value: Any) -> bytearray:
-    """The value, pickled. A tensor takes the bytes of its elements, also if it is a view of a larger one;
-    tensors must be in host memory."""
+    """The value, pickled. A tensor takes the bytes of its elements, also if it is a view of a larger one, and
+    is unpickled into host memory."""
     import torch
 
     class TensorPickler(pickle.Pickler):
         def reducer_override(self, item: Any) -> Any:
             if not isinstance(item, torch.Tensor):
                 return NotImplemented
-            content = item.detach().contiguous().flatten().view(torch.uint8).numpy()
+            content = item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             return _tensor, (pickle.PickleBuffer(content), item.dtype, item.shape)
 
     stream = io.BytesIO()

@@ -18,13 +18,16 @@ from safetensors.torch import load_file
 
 from tests.conftest import example, response
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
+from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.types import Context, Prompt, Sampling
 
 HANG_UP = object()
 OPENING = "<|im_start|>assistant\n"
 """Where a prompt ends and a response begins."""
+LOADING = threading.Lock()
+"""transformers loads one model at a time."""
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
 
 
@@ -41,6 +44,7 @@ class ModelServer:
         self.vlm = load_vlm(str(self.path))
         self.encoder = Encoder(self.vlm)
         self.version, self.lock = "default", threading.Lock()
+        self.adapters: dict[str, VLM] = {}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -74,10 +78,13 @@ class ModelServer:
         if answer is HANG_UP:
             handler.connection.close()
             return
-        status = answer if isinstance(answer, int) else 200
         if answer is None:
             answer = self.act(route, body)
-        text = json.dumps(answer if status == 200 else {"error": {"message": "made by the test"}}).encode()
+        status = answer if isinstance(answer, int) else 200
+        error = {"error": {"message": "made by the test"}}
+        text = (
+            answer if isinstance(answer, str) else json.dumps(answer if status == 200 else error)
+        ).encode()
         try:
             handler.send_response(status)
             handler.send_header("Content-Length", str(len(text)))
@@ -97,6 +104,13 @@ class ModelServer:
             assert not unexpected and missing in ([], ["lm_head.weight"])
             self.vlm.version += 1
             return {}
+        if route == "v1/load_lora_adapter":
+            lora = Adapters("base", folder=Path(body["lora_path"]))
+            with LOADING:
+                self.adapters[body["lora_name"]] = load_vlm(str(self.path), lora=lora)
+            return "Success: the adapter was added."
+        if route == "v1/unload_lora_adapter":
+            return "Success: removed." if self.adapters.pop(body["lora_name"], None) else 404
         if route == "weight_info":
             return {"weight_version": self.version}
         if route == "update_weight_version":
@@ -105,6 +119,8 @@ class ModelServer:
         if route in CACHES:
             return {"success": True}
         assert route == "inference/v1/generate", route
+        if "model" in body and body["model"] not in self.adapters:
+            return 404
         with self.lock:
             return self.generate(body)
 
@@ -113,7 +129,8 @@ class ModelServer:
         assert set(map(int, asked["logit_bias"])) == set(self.vlm.banned)
         longest, start = len(before) + asked["max_tokens"], len(before)
         sampling = Sampling(asked["n"], longest, asked["temperature"], asked["seed"])
-        engine = HfEngine(self.vlm, prompts_per_batch=1, experts=self.experts)
+        vlm = self.adapters.get(body.get("model"), self.vlm)
+        engine = HfEngine(vlm, prompts_per_batch=1, experts=self.experts)
         context = Context(prompt, (response(before, prompt),), (0,)) if before else Context(prompt)
         [responses] = engine.generate([context], sampling)
         return {

@@ -17,9 +17,10 @@ import torch
 
 from tests.conftest import CORPUS, ROOT, example
 from vlm_sapo.config.rollout import RolloutConfig
+from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
@@ -204,6 +205,34 @@ def test_vllm_without_its_newer_runner_cannot_report_experts(tmp_path, monkeypat
         )
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_adapters_are_served_beside_the_base(tmp_path, monkeypatch, family):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    new_model(tmp_path / "base", family=family, corpus=CORPUS, shape=SHAPE)
+    vlm = load_vlm(str(tmp_path / "base"), lora=Adapters("base", rank=4))
+    options = {"adapter": "native", "options": {"max_num_seqs": 64}}
+    engine = build_engine(
+        RolloutConfig.model_validate({"engine": {"type": "vllm"} | options}).engine,
+        needs_of(vlm, tmp_path / "base", max_pixels=SHAPE.max_pixels // 2),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with closing(engine):
+        setting, seen = Setting(f"vllm-{family}", tmp_path, vlm, Encoder(vlm), engine), []
+        for _ in range(3):
+            engine.sync(vlm)
+            prompts, groups = setting.sample()
+            assert setting.differences(prompts, groups).max() < setting.rounding
+            seen.append(ids_of(groups))
+            with torch.no_grad():
+                for layer in adapters.layers(vlm.model).values():
+                    factor = layer.lora_B["default"].weight
+                    factor += 0.05 * torch.randn(factor.shape, generator=generator)
+            vlm.version += 1
+            assert setting.differences(prompts, groups).max() > 100 * setting.rounding
+    assert seen[0] != seen[1] != seen[2]
+
+
 def ids_of(groups):
     return [item.ids.tolist() for responses in groups for item in responses]
 
@@ -247,7 +276,6 @@ def test_slots_decide_the_random_numbers_and_not_the_order(setting):
 
 
 def test_a_group_is_reported_once_as_it_is_returned(setting):
-    """But for vLLM in this process, which returns all at once."""
     reports: list[tuple[int, list]] = []
 
     def context(index: int) -> Context:
@@ -255,9 +283,7 @@ def test_a_group_is_reported_once_as_it_is_returned(setting):
         return Context(prompt, report=lambda responses: reports.append((index, responses)))
 
     groups = setting.engine.generate(list(map(context, range(3))), SAMPLING)
-    assert sorted(index for index, _ in reports) == (
-        [] if type(setting.engine).__name__ == "VllmEngine" else [0, 1, 2]
-    )
+    assert sorted(index for index, _ in reports) == [0, 1, 2]
     for index, responses in reports:
         assert all(one is other for one, other in zip(responses, groups[index], strict=True))
 

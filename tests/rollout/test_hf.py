@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.conftest import FAMILIES, example
 from tests.conftest import response as response_of
@@ -115,6 +116,63 @@ def test_adapters_are_merged_while_sampling(encoder, model_folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
     assert adapters.mergeable(vlm.model) == layers
+
+
+def test_buffers_for_keys_and_values_change_no_bit(setting, monkeypatch):
+    """Against transformers' own cache, with branches that leave and buffers that grow, also behind responses
+    so far."""
+    vlm, prompts = setting
+    vlm.stops = list(range(0, vlm.vocabulary, 7))  # responses of many lengths
+    engine, sampling = HfEngine(vlm, prompts_per_batch=3), Sampling(6, 30, 1.0, seed=2)
+    contexts = as_contexts(prompts)
+
+    def both():
+        monkeypatch.setattr(decoding, "CACHE_BLOCK", 4)
+        ours = engine.generate(contexts, sampling)
+        with monkeypatch.context() as patched:
+            config = vlm.model.config.get_text_config()
+            patched.setattr(decoding, "new_cache", lambda vlm: DynamicCache(config=config))
+            return ours, engine.generate(contexts, sampling)
+
+    ours, theirs = both()
+    lengths = {len(ids) for ids in ids_of(ours)}
+    assert len(lengths) > 5 and max(lengths) > 8, "branches leave at different times, after the buffers grew"
+    for _ in range(2):
+        assert ids_of(ours) == ids_of(theirs)
+        for group, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(group, other, strict=True))
+        branch, longest = max(enumerate(ours[0]), key=lambda item: len(item[1].ids))
+        begun = response_of(longest.ids[:-1].tolist(), prompts[0])
+        contexts = [Context(prompts[0], (begun,), (branch,)), *as_contexts(prompts)[1:]]
+        ours, theirs = both()
+
+
+def test_a_token_does_not_copy_the_cache(vlm, encoder):
+    """The storage of keys and values stays until the block is full."""
+    cache, places = decoding.new_cache(vlm), set()
+    for _ in range(decoding.CACHE_BLOCK):
+        keys, values = cache.update(torch.ones(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
+        places.add((keys.data_ptr(), values.data_ptr()))
+    assert len(places) == 1 and keys.shape == (3, 2, decoding.CACHE_BLOCK, 8) and bool((keys == 1).all())
+    grown, _ = cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
+    assert grown.data_ptr() != keys.data_ptr() and torch.equal(grown[:, :, :-1], keys)
+
+
+def test_keys_are_stored_in_the_precision_of_attention(vlm, encoder, monkeypatch):
+    """Under autocast: half the memory, and the same bits."""
+    vlm.stops = []
+    contexts, sampling = as_contexts([encoder(example())]), Sampling(4, 12, 1.0, seed=2)
+    engine = HfEngine(vlm, prompts_per_batch=1, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    caches = []
+    new_cache = decoding.new_cache
+    monkeypatch.setattr(decoding, "new_cache", lambda vlm: caches.append(new_cache(vlm)) or caches[-1])
+    [ours] = engine.generate(contexts, sampling)
+    assert {layer.keys.dtype for cache in caches for layer in cache.layers} == {torch.bfloat16}
+    config = vlm.model.config.get_text_config()
+    monkeypatch.setattr(decoding, "new_cache", lambda vlm: DynamicCache(config=config))
+    [theirs] = engine.generate(contexts, sampling)
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(ours, theirs, strict=True))
+    assert ids_of([ours]) == ids_of([theirs])
 
 
 def test_a_batch_counted_in_responses_takes_more_prompts_with_fewer_of_each(vlm, encoder, monkeypatch):

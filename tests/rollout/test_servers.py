@@ -11,7 +11,8 @@ from tests.conftest import example
 from tests.rollout.model_server import HANG_UP, ModelServer
 from vlm_sapo.config.rollout import RolloutConfig
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_vlm
+from vlm_sapo.models.loading import Adapters, load_vlm
+from vlm_sapo.models.lora import layers
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine
@@ -39,8 +40,8 @@ class Warnings:
         self.lines.append(line)
 
 
-def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn=print):
-    section = {"type": "vllm_server", "servers": [server.url for server in servers]}
+def build(vlm, servers, folder, *, patience=3.0, timeout=20.0, longest=512, warn=print, **section):
+    section |= {"type": "vllm_server", "servers": [server.url for server in servers]}
     engine = RolloutConfig.model_validate(
         {"engine": section | {"patience": patience, "timeout": timeout}}
     ).engine
@@ -376,3 +377,47 @@ def test_experts_of_the_tokens_are_reported(model_folder):
         with pytest.raises(RolloutError, match=r"returned no experts, .* algo.replay=r2"):
             engine.generate(as_contexts(prompts), SAMPLING)
     server.close()
+
+
+def test_adapters_are_sent_beside_the_base(servers, encoder, model_folder, tmp_path):
+    """Each version under its own name, the one before it dropped."""
+    vlm = load_vlm(str(model_folder()), lora=Adapters("base", rank=4))
+    prompts = [Encoder(vlm)(example(number, images=number % 3)) for number in range(4)]
+    with closing(build(vlm, servers, tmp_path, adapter="native")) as engine:
+        answers = []
+        for number in range(3):
+            with torch.no_grad():
+                for layer in layers(vlm.model).values():
+                    layer.lora_B["default"].weight.add_(0.5 * number)
+            vlm.version += 1
+            engine.sync(vlm)
+            answers.append(ids_of(engine.generate(as_contexts(prompts), SAMPLING)))
+            assert answers[-1] == ids_of(expected(vlm, prompts))
+            assert all(list(server.adapters) == [engine.version] for server in servers)
+        assert answers[0] != answers[1] != answers[2]
+    assert not any(route == "collective_rpc" for server in servers for route, _ in server.requests)
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_server_that_lost_its_adapter_gets_it_again(servers, model_folder, tmp_path):
+    vlm = load_vlm(str(model_folder()), lora=Adapters("base", rank=4))
+    with torch.no_grad():
+        for layer in layers(vlm.model).values():
+            layer.lora_B["default"].weight.fill_(0.5)
+    prompts = [Encoder(vlm)(example(number, images=number)) for number in range(2)]
+    with closing(build(vlm, servers[:1], tmp_path, adapter="native")) as engine:
+        engine.sync(vlm)
+        for lose in (servers[0].restart, lambda: servers[0].adapters.clear()):
+            lose()
+            assert ids_of(engine.generate(as_contexts(prompts), SAMPLING)) == ids_of(expected(vlm, prompts))
+            assert list(servers[0].adapters) == [engine.version]
+
+
+def test_merged_adapters_in_half_precision_are_noted(servers, model_folder, tmp_path):
+    warned = Warnings()
+    vlm = load_vlm(str(model_folder()), lora=Adapters("base", rank=4, parts=("language", "vision")))
+    with closing(build(vlm, servers, tmp_path, warn=warned, dtype="bfloat16")):
+        [line] = warned.lines
+        assert "round small changes away" in line and "these change vision" in line
+    with pytest.raises(ValueError, match=r"rollout.engine.adapter \(native\) must be merged here"):
+        build(vlm, servers, tmp_path, adapter="native")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import example
-from tests.rollout.vllm_stand_in import StandInLlm, modules
+from tests.rollout.vllm_stand_in import StandInEngine, StandInLlm, modules
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.rollout import weight_transfer
-from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
+from vlm_sapo.rollout.engine import EngineNeeds, RolloutError, as_contexts
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.types import Context, Sampling
 
@@ -32,7 +32,7 @@ def engine(vlm, monkeypatch):
             "model",
             longest=longest,
             dtype="bfloat16",
-            prompts_per_batch=4,
+            sequences_per_batch=16,
             warn=warn,
             max_pixels=max_pixels,
         )
@@ -90,6 +90,59 @@ def test_weights_come_in_the_dtype_of_the_engine(engine, vlm, monkeypatch, gpus)
     assert not read if gpus == 1 else int(read[0].split()[1]) > 5
 
 
+@pytest.fixture
+def prompts(encoder):
+    return [encoder(example(number, images=count)) for number, count in enumerate((1, 0, 2))]
+
+
+def test_images_arrive_as_the_trainers_pixels(engine, vlm, prompts, monkeypatch):
+    """Neither images nor their sizes are processed again, and a group is one request."""
+    monkeypatch.setattr(StandInEngine, "token", vlm.stops[0])
+    built = engine()
+    assert built.llm.arguments["mm_device_do_normalize"] is False
+    built.generate(as_contexts(prompts), SAMPLING)
+    one, text, two = built.llm.llm_engine.added
+    assert text == {"prompt_token_ids": prompts[1].ids.tolist()}
+    for sent, prompt in ((one, prompts[0]), (two, prompts[2])):
+        assert sent["prompt_token_ids"] == prompt.ids.tolist()
+        tensors, fields = sent["items"]
+        assert torch.equal(tensors["pixel_values"], prompt.pixels.bfloat16())
+        assert torch.equal(tensors["image_grid_thw"], prompt.grid)
+        assert fields["pixel_values"] == ("flat", "image", prompt.grid.prod(-1).tolist())
+        image_token = vlm.model.config.image_token_id
+        inside = {start + step for start, length in sent["ranges"]["image"] for step in range(length)}
+        assert inside == {index for index, token in enumerate(prompt.ids.tolist()) if token == image_token}
+        assert len(sent["hashes"]["image"]) == len(sent["ranges"]["image"]) == len(prompt.images)
+    assert len({*one["hashes"]["image"], *two["hashes"]["image"]}) == 3
+
+
+def test_groups_are_reported_as_they_finish_and_returned_in_order(engine, vlm, prompts, monkeypatch):
+    monkeypatch.setattr(StandInEngine, "token", vlm.stops[0])
+    built, reports = engine(), []
+
+    def context(index: int) -> Context:
+        return Context(prompts[index], report=lambda responses: reports.append((index, responses)))
+
+    groups = built.generate(list(map(context, range(3))), SAMPLING)
+    assert [index for index, _ in reports] == [2, 1, 0]
+    assert all(responses == groups[index] and len(responses) == 4 for index, responses in reports)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("longest", "row e2: the prompt is too long"), ("fails_at", "died")]
+)
+def test_after_a_fault_no_request_is_left(engine, vlm, prompts, monkeypatch, fault, words):
+    """One that was left would be answered in the next call."""
+    monkeypatch.setattr(StandInEngine, "token", vlm.stops[0])
+    built = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(StandInEngine, fault, {"longest": len(prompts[2].ids) - 1, "fails_at": 2}[fault])
+        with pytest.raises((RolloutError, RuntimeError), match=words):
+            built.generate(as_contexts(prompts), SAMPLING)
+    assert not built.llm.llm_engine.requests and built.llm.calls[-1] == "sleep"
+    assert len(built.generate(as_contexts(prompts), SAMPLING)) == 3
+
+
 def adapted(model_folder, family="qwen3_vl", **shape):
     return load_vlm(str(model_folder(family)), dtype="bfloat16", lora=Adapters("base", rank=4, **shape))
 
@@ -113,9 +166,8 @@ def test_small_changes_of_adapters_arrive(engine, model_folder, tmp_path):
     assert built.llm.adapter.keys() == expected.keys() and len(expected) > 20
     assert all(torch.equal(built.llm.adapter[name], weight) for name, weight in expected.items())
     assert built.llm.adapter_config["r"] == 4 and built.llm.adapter_config["lora_alpha"] == 32
-    assert built.llm.calls.count("reset_mm_cache") == 2 and "reload_weights" not in built.llm.calls
-    with pytest.raises(RolloutError, match="only a stand-in"):
-        built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
+    assert built.llm.calls.count("reset_encoder_cache") == 2 and "reload_weights" not in built.llm.calls
+    built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
     order = [call for call in built.llm.calls if "lora" in call or "generate" in call]
     assert order == ["add_lora 1", "remove_lora 1", "add_lora 2", "generate with policy-2"]
     folder = built.adapter.folder
@@ -127,8 +179,7 @@ def test_small_changes_of_adapters_arrive(engine, model_folder, tmp_path):
 def test_an_engine_without_adapters_uses_its_weights(engine, vlm):
     built = engine()
     assert "enable_lora" not in built.llm.arguments
-    with pytest.raises(RolloutError, match="only a stand-in"):
-        built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
+    built.generate([Context(Encoder(vlm)(example(images=0)))], SAMPLING)
     assert "generate with the base" in built.llm.calls
 
 

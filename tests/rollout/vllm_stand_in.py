@@ -33,12 +33,7 @@ class StandInLlm:
 
     def __init__(self, **arguments: Any):
         self.arguments, self.calls, self.weights = arguments, [], []
-        self.llm_engine = SimpleNamespace(
-            reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache"),
-            add_lora=self.add_lora,
-            remove_lora=lambda number: self.calls.append(f"remove_lora {number}"),
-            engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
-        )
+        self.llm_engine = StandInEngine(self)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
@@ -47,18 +42,11 @@ class StandInLlm:
         self.adapter = load_file(Path(request.lora_path) / "adapter_model.safetensors")
         self.adapter_config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
 
-    def generate(self, inputs: list, parameters: list, *, use_tqdm: bool, lora_request: Any) -> None:
-        self.calls.append(f"generate with {lora_request.lora_name if lora_request else 'the base'}")
-        raise ValueError("it is only a stand-in")
-
     def sleep(self, level: int) -> None:
         self.calls.append("sleep")
 
     def wake_up(self, tags: list[str]) -> None:
         self.calls.append(f"wake {' '.join(tags)}")
-
-    def reset_mm_cache(self) -> None:
-        self.calls.append("reset_mm_cache")
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset_prefix_cache")
@@ -77,6 +65,82 @@ class StandInLlm:
             self.weights.append((name, weight))
             if len(self.weights) == self.fails_at:
                 raise RuntimeError("vLLM does not know this weight")
+
+
+class StandInEngine:
+    """`LLM.llm_engine`. Finishes the requests one per step, the last one first, with one token each, `token`. It
+    refuses prompts of more than `longest` tokens, and fails at the step number `fails_at`."""
+
+    token: ClassVar[int] = 0
+    longest: ClassVar[int] = 10**6
+    fails_at: ClassVar[int | None] = None
+
+    def __init__(self, llm: StandInLlm):
+        self.calls, self.requests, self.added, self.steps = llm.calls, {}, [], 0
+        self.add_lora = llm.add_lora
+        self.engine_core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+
+    def remove_lora(self, number: int) -> None:
+        self.calls.append(f"remove_lora {number}")
+
+    def reset_encoder_cache(self) -> None:
+        self.calls.append("reset_encoder_cache")
+
+    def add_request(
+        self, name: str, prompt: dict[str, Any], parameters: SimpleNamespace, *, lora_request: Any
+    ) -> None:
+        self.calls.append(f"generate with {lora_request.lora_name if lora_request else 'the base'}")
+        if len(prompt["prompt_token_ids"]) > self.longest:
+            raise ValueError("the prompt is too long")
+        self.requests[name] = prompt, parameters
+        self.added.append(prompt)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[SimpleNamespace]:
+        self.steps += 1
+        if self.steps == self.fails_at:
+            raise RuntimeError("the engine died")
+        name, (prompt, parameters) = self.requests.popitem()
+        output = SimpleNamespace(
+            token_ids=[self.token],
+            logprobs=[{self.token: SimpleNamespace(logprob=-0.5)}],
+            finish_reason="stop",
+            routed_experts=None,
+        )
+        running = [SimpleNamespace(request_id=other, finished=False) for other in self.requests]
+        done = SimpleNamespace(
+            request_id=name,
+            finished=True,
+            prompt_token_ids=prompt["prompt_token_ids"],
+            outputs=[output] * parameters.n,
+        )
+        return [*running, done]
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            self.requests.pop(name, None)
+
+
+INPUTS = {
+    "tokens_input": lambda ids: {"prompt_token_ids": ids},
+    "mm_input": lambda ids, items, hashes, ranges: {
+        "prompt_token_ids": ids,
+        "items": items,
+        "hashes": hashes,
+        "ranges": ranges,
+    },
+    "MultiModalFieldConfig": SimpleNamespace(
+        flat_from_sizes=lambda modality, sizes: ("flat", modality, sizes.tolist()),
+        batched=lambda modality, *, keep_on_cpu: ("batched", modality, keep_on_cpu),
+    ),
+    "MultiModalKwargsItems": SimpleNamespace(from_hf_inputs=lambda tensors, fields: (tensors, fields)),
+    "PlaceholderRange": lambda *, offset, length: (offset, length),
+    "SamplingParams": SimpleNamespace,
+    "RequestOutputKind": SimpleNamespace(FINAL_ONLY="final"),
+}
+"""What `VllmEngine` builds its requests with."""
 
 
 class SourceOf032(ABC):
@@ -162,8 +226,9 @@ def modules(names: dict[str, Any] | None = None) -> dict[str, ModuleType]:
     transfers."""
     package = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
     package += ["vllm.distributed.weight_transfer.nccl_engine", "vllm.lora", "vllm.lora.request"]
+    package += ["vllm.inputs", "vllm.multimodal", "vllm.multimodal.inputs", "vllm.sampling_params"]
     made = {name: ModuleType(name) for name in package}
-    own = {"LLM": StandInLlm, "LoRARequest": LoRARequest, "SamplingParams": dict}
+    own = {"LLM": StandInLlm, "LoRARequest": LoRARequest}
     for module in made.values():
-        vars(module).update(own | (names or {}))
+        vars(module).update(own | INPUTS | (names or {}))
     return made

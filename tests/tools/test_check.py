@@ -129,6 +129,17 @@ def test_serve_prints_the_options_that_training_needs(run):
     assert "--enable-return-routed-experts" in run("serve", "algo.replay=r3", "--print").output
     smaller = run("serve", "model.max_pixels=65536", "--print").output
     assert '\'{"do_resize": false, "max_pixels": 65536}\'' in smaller
+    lora = ("rollout.engine=vllm_server", "train.precision=bf16", "model.lora.rank=20")
+    served = run("serve", *lora, "--print").output
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve" in served
+    assert "--enable-lora --max-lora-rank 32 " in served
+    for merged in (
+        "rollout.engine.adapter=merged",
+        "model.lora.parts=[language, vision]",
+        "rollout.engine.weights=nccl",
+        "train.precision=no",
+    ):
+        assert "lora" not in run("serve", *lora, merged, "--print").output.lower(), merged
     nccl = run(
         "serve", "rollout.engine={type: vllm_server, weights: nccl}", "train.precision=bf16", "--print"
     )

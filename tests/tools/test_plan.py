@@ -12,6 +12,7 @@ from tests.conftest import CORPUS, FAMILIES, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes, load
+from vlm_sapo.models.decoding import CACHE_BLOCK
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import choose
@@ -141,7 +142,8 @@ def test_the_kv_cache_holds_all_tokens_of_a_generation_batch(model_folder):
     spec = ModelSpec(str(model_folder()), "float32", False, False)
     text = simulate.read_config(spec.path).get_text_config()
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    tokens = 2 * (BATCH.prompt + BATCH.group * (BATCH.response - 1))
+    response = -(-(BATCH.response - 1) // CACHE_BLOCK) * CACHE_BLOCK
+    tokens = 2 * (BATCH.prompt + BATCH.group * response)
     assert passes.generation_memory(spec, BATCH, 2).kv_cache == pytest.approx(tokens * token, rel=0.01)
 
 
@@ -188,7 +190,12 @@ def test_bytes_of_weights_gradients_optimizer_and_all_gather():
     assert memory.optimizer_bytes(half, "adamw") == 8000  # moments of bfloat16 weights are float32
     assert memory.optimizer_bytes(parameters, "adamw_8bit") == 2 * (1000 * 4 + 5000 * (1 + 4 / 256))
     assert memory.all_gather_bytes(parameters, 2) == 2 * (1000 + 3 * 5000) + 6 * 1000 + 10 * 5000
+    assert memory.all_gather_bytes(parameters, 2, 2) == 2 * (1000 + 4 * 5000) + 6 * 1000 + 10 * 5000
     assert memory.unsharded_bytes(parameters, 2) == 22_000
+    assert memory.loading_bytes(parameters) == 52_000
+    assert memory.loading_bytes(parameters, 2) == 20_000
+    assert memory.loading_bytes(parameters, 2, offload=True) == 22_000 + 20_000
+    assert memory.loading_bytes(parameters, offload=True) == 44_000 + 20_000
 
 
 @pytest.mark.parametrize("text", ["80GB", "x80GB", "8x80", "0x80GB", "8x0GB", "2x4x8x80GB", "eight"])
@@ -216,9 +223,15 @@ def test_configs_that_train_refuses_are_not_planned(tiny, override, gpus, senten
         plan_command(tiny, ["train.shard=all", override], gpus, None)
 
 
+def without_cuda(monkeypatch) -> None:
+    """What CUDA takes is more than a tiny model."""
+    for name in ("CUDA_CONTEXT", "LIBRARY_WORKSPACE", "NCCL_COMMUNICATOR"):
+        monkeypatch.setattr(memory, name, 0.0)
+
+
 def test_settings_that_train_refuses_are_not_recommended(tiny, monkeypatch):
     """8-bit moments would fit sooner, and can't be sharded."""
-    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0.0)
+    without_cuda(monkeypatch)
     overrides = ["train.shard=all", "model.gradient_checkpointing=true", "rollout.prompts_per_batch=1"]
     overrides += ["data.max_prompt_tokens=12", "rollout.max_tokens=2", "rollout.group=2"]
     overrides += ["train.tokens_per_microbatch=14"]
@@ -242,7 +255,9 @@ def test_a_reference_model_goes_to_host_memory_with_the_weights(tiny):
         for kl in ("algo.kl=0", "algo.kl=0.1")
     )
     assert with_reference.peak == without.peak
-    (_, before), (_, after) = without.host[0], with_reference.host[0]
+    before, after = (
+        dict(estimate.host)["weights, gradients and optimizer"] for estimate in (without, with_reference)
+    )
     assert after - before == memory.weight_bytes(
         passes.parameters(ModelSpec(tiny_model(tiny), "float32", False, False))
     )
@@ -258,7 +273,7 @@ def test_a_config_that_fits(tiny):
 
 @pytest.mark.slow
 def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0.0)
+    without_cuda(monkeypatch)
     whole = Estimator(load(cfg.TrainConfig, tiny), Gpus(1, 1, GB)).estimate()
     assert whole.totals["training"] > whole.totals["generating"]
     gpus = Gpus(1, 1, int(whole.totals["training"]) - 1)
@@ -281,7 +296,8 @@ def test_sharding_offload_and_engines(tiny):
 
     replicated, shared = estimate(), estimate("train.shard=all")
     rows = {row.name: row for row in shared.rows}
-    assert rows["weights"].training == pytest.approx(replicated.rows[1].training / 2)
+    weights = {row.name: row for row in replicated.rows}["weights"]
+    assert rows["weights"].training == pytest.approx(weights.training / 2)
     assert (
         rows["FSDP all-gather buffer"].training > 0
         and rows["unsharded model"].generating > rows["weights"].generating
@@ -290,12 +306,86 @@ def test_sharding_offload_and_engines(tiny):
     assert "optimizer" not in {row.name for row in offloaded.rows}
     assert dict(offloaded.host)["weights, gradients and optimizer"] > 0
     kl = estimate("algo.kl=0.1")
-    assert kl.peak - replicated.peak == pytest.approx(replicated.rows[1].training)
+    assert kl.peak - replicated.peak == pytest.approx(weights.training)
     engine = estimate("rollout.engine={type: vllm, gpu_memory: 0.5}", gpus="2x8GB")
     assert {row.name: row for row in engine.rows}["engine"].generating == 4 * GB
     assert dict(engine.host)["weights of the sleeping engine"] > 0
     shortage = estimate("rollout.engine={type: vllm, gpu_memory: 0.1}", gpus="2x8GB")
     assert not shortage.fits and "rollout.engine.gpu_memory (0.1)" in shortage.shortage
+
+
+def rows_of(tiny, *overrides: str, gpus: str = "1x80GB"):
+    estimate = Estimator(load(cfg.TrainConfig, tiny, overrides), parse_gpus(gpus)).estimate()
+    return {row.name: row for row in estimate.rows}, dict(estimate.host), estimate
+
+
+def test_what_only_a_gpu_takes_has_rows_of_its_own(tiny):
+    rows, _, estimate = rows_of(tiny)
+    assert not {memory.COMMUNICATORS, memory.FLASH} & rows.keys()
+    assert rows[memory.LOST].training == pytest.approx(
+        memory.FRAGMENTATION * (rows["activations"].training + rows["logits"].training)
+    )
+    assert rows[memory.LOST].generating > 0
+    outside = estimate.without(memory.OUTSIDE)["training"] + memory.CUDA_CONTEXT + rows[memory.LOST].training
+    assert outside == pytest.approx(estimate.totals["training"])
+    half, _, _ = rows_of(tiny, "train.precision=bf16")
+    assert half[memory.FLASH].training > 0
+    assert memory.FLASH not in rows_of(tiny, "train.precision=bf16", "train.layout=plain")[0]
+
+
+def test_flash_attention_holds_float32_queries_and_keys_of_every_query_head():
+    """Qwen3-VL-8B, one group of 1,500 and 8 times 1,024 tokens."""
+    own = 4096 * (1500 + 8192) * (4 + 4)
+    to_prompts = 4096 * (8192 * (4 + 8) + 1500 * 4)
+    assert memory.flash_backward_bytes(4096, prompts=1500, responses=8192) == max(own, to_prompts)
+    assert memory.flash_backward_bytes(4096, prompts=8000, responses=100) == 4096 * 8100 * 8
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "groups"),
+    [
+        ("1x80GB", ["rollout.engine=vllm"], 0),
+        ("2x80GB", [], 1),
+        ("2x80GB", ["train.shard=all"], 2),
+        ("2x80GB", ["train.shard=all", "rollout.engine=vllm"], 3),
+        ("4x80GB", ["train.shard=2"], 3),
+        ("1x80GB", ["rollout.engine={type: vllm_server, weights: nccl}"], 1),
+    ],
+)
+def test_communicators_are_those_of_the_groups_that_exchange_tensors(tiny, gpus, overrides, groups):
+    rows, _, _ = rows_of(tiny, "train.minibatches=2", *overrides, gpus=gpus)
+    size = rows[memory.COMMUNICATORS].training if groups else 0
+    assert size == groups * memory.NCCL_COMMUNICATOR and (memory.COMMUNICATORS in rows) == bool(groups)
+
+
+def test_an_engines_share_is_of_what_the_card_has(tiny):
+    """A card of 80 GB shows 85.0e9 bytes; of one that isn't known the name is all there is."""
+    engine = "rollout.engine={type: vllm, gpu_memory: 0.4}"
+    assert rows_of(tiny, engine)[0]["engine"].generating == pytest.approx(0.4 * 85.0e9)
+    assert rows_of(tiny, engine, gpus="1x77GB")[0]["engine"].generating == pytest.approx(0.4 * 77e9)
+
+
+def test_weights_go_to_an_engine_one_by_one(tiny):
+    parameters = passes.parameters(ModelSpec(tiny_model(tiny), "float32", False, False))
+    rows, host, _ = rows_of(tiny, "train.shard=all", "rollout.engine=vllm", gpus="2x80GB")
+    tensor, layer = memory.largest_tensor(parameters), memory.largest_layer(parameters)
+    assert rows["weights on their way"].sync == 4 * (2 * tensor + layer)
+    assert "weights on their way" not in host
+    _, host, _ = rows_of(tiny, "rollout.engine=vllm_server")
+    assert host["weights on their way"] == 4 * tensor
+
+
+def test_host_memory_while_loading_and_while_training(tiny):
+    weights = memory.weight_bytes(passes.parameters(ModelSpec(tiny_model(tiny), "float32", False, False)))
+    _, whole, estimate = rows_of(tiny, gpus="2x80GB")
+    assert whole[memory.LOADING] == 2 * weights and whole[memory.PROCESSES] == 2 * memory.HOST_PROCESS
+    rest = sum(size for name, size in whole.items() if name not in (memory.LOADING, memory.PROCESSES))
+    assert estimate.host_total == 2 * memory.HOST_PROCESS + max(2 * weights, rest)
+    _, sharded, _ = rows_of(tiny, "train.shard=all", gpus="2x80GB")
+    assert weights < sharded[memory.LOADING] < 2 * weights
+    _, background, _ = rows_of(tiny, "checkpoint.background=true")
+    assert background["checkpoint"] == 3 * weights > 20 * whole["checkpoint"] / 4
+    assert "checkpoint" not in rows_of(tiny, "checkpoint.every=0")[1]
 
 
 def test_the_exit_code_says_whether_a_config_fits(tiny):

@@ -389,3 +389,22 @@ def test_prepared_tensors_do_not_depend_on_the_token_budget(model_folder, encode
         share = float(second.prepared[second.mask].double().mean())
         assert 0.6 < share < 0.8 and first.prepared[first.mask].all()  # on policy no ratio is farther
     assert (changes[0] - changes[1]).norm() < 1e-4 * changes[0].norm()
+
+
+def test_an_updates_numbers_reach_the_host_in_one_copy(model_folder, encoder, monkeypatch):
+    """Whatever the number of its micro-batches; and they are those of each micro-batch."""
+    policy = make_policy(model_folder())
+    policy.memory.tokens = 1
+    batch, copies = off_policy(policy, sample_groups(policy, encoder, REWARDS)), []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (copies.append(self.shape), copy(self))[1])
+    learnt = policy._accumulate(batch, loss_of())
+    assert len(learnt) == 12 and len(copies) == 1
+    monkeypatch.undo()
+    policy.optimizer.zero_grad()
+    for item in learnt:
+        passed, value = policy._learn(item.micro, batch, loss_of())
+        assert torch.equal(item.passed.logprobs, passed.logprobs)
+        assert torch.equal(item.passed.entropies, passed.entropies)
+        assert torch.equal(item.passed.old, item.micro.old)
+        assert item.loss == float(value)

@@ -50,6 +50,12 @@ def load(*overrides: str, kind=cfg.TrainConfig, tmp_path=None):
         ),
         (["train.optimizer=adamw_8bit", "train.offload=true"], 1, r"or offloaded; use adamw"),
         (["model.lora.bits=4", "train.shard=all"], 2, r"model.lora.bits \(4\) can't be sharded"),
+        (
+            ["train.reduce_dtype=bfloat16", "train.shard=2"],
+            2,
+            r"reduce_dtype \(bfloat16\) must be float32 unless",
+        ),
+        (["train.reduce_dtype=bfloat16", "train.precision=bf16"], 2, r"unless the model is sharded"),
         (["rollout.engine=vllm", "rollout.engine.tensor_parallel=2"], 2, r"tensor_parallel must be 1"),
     ],
 )

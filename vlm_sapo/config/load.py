@@ -358,6 +358,11 @@ def _check_combinations(config: TrainConfig | SftConfig, size: int, shard: int) 
             "train.offload",
         ),
         (
+            train.reduce_dtype == "bfloat16" and not (sharded and train.precision == "bf16"),
+            "train.reduce_dtype (bfloat16) must be float32 unless the model is sharded and train.precision "
+            "is bf16; leave it out",
+        ),
+        (
             size > 1 and isinstance(engine, VllmConfig) and engine.tensor_parallel > 1,
             f"rollout.engine.tensor_parallel must be 1 where {size} processes train, each with an engine of "
             "its own; use vllm_server for engines on several GPUs",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from vlm_sapo.config.fields import AlsoCalled, Count, Note, NotNegative, Positive, Rate, Section
 from vlm_sapo.config.secrets import check_address
 
+AdapterForm = Literal["auto", "merged", "native"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -70,7 +71,7 @@ class VllmConfig(_Engine):
     dtype: Precision = "auto"
     """Data type of the engine's weights; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
-    adapter: Literal["auto", "merged", "native"] = "auto"
+    adapter: AdapterForm = "auto"
     """How the engine gets LoRA adapters: `merged` into its weights, where half precision rounds the small
     changes of the first updates away, or `native`, served beside the base model. `auto` is `native` where the
     engine computes in half precision and vLLM can serve them: of the language part, not in 4 bits, without
@@ -106,6 +107,11 @@ class VllmServerConfig(_Engine):
     dtype: Precision = "auto"
     """Data type of the weights that are sent; `auto` is bfloat16 with `train.precision: bf16`, else
     `model.dtype`."""
+    adapter: AdapterForm = "auto"
+    """How the engine gets LoRA adapters: `merged` into its weights, where half precision rounds the small
+    changes of the first updates away, or `native`, served beside the base model. `auto` is `native` where the
+    engine computes in half precision and vLLM can serve them: of the language part, not in 4 bits, without
+    experts or linear attention, and through a folder."""
     timeout: Annotated[Rate, Note.FREE_ON_RESUME] = 600.0
     """Seconds that a server may take for all responses to one prompt, queueing included, or for a weight
     update."""

@@ -417,6 +417,12 @@ class OptimConfig(Section):
     ] = 1
     """FSDP group size: GPUs that share one copy of weights, gradients and optimizer state. It must divide the
     number of GPUs; `all` uses all of them, 1 is plain data parallelism."""
+    reduce_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        AlsoCalled("fsdp_reduce_dtype", "mp_reduce_dtype", "grad_reduce_dtype"),
+    ] = "float32"
+    """Type in which the GPUs that share a model add up a pass's gradients. `bfloat16` halves this traffic,
+    which is the largest between nodes, and rounds each sum; it needs `shard` and `precision: bf16`."""
     offload: Annotated[
         bool,
         Note.FREE_ON_RESUME,

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
@@ -24,6 +25,8 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Context, Response
 
 Recorder = ExpertRecorder | NullRecorder
+CACHE_BLOCK = 64
+"""Tokens by which a cache grows: its keys and values are copied when it does."""
 PREFILL_TOKENS = 2**14
 """Tokens of prompts and responses so far in one pass, unless a single prompt has more: its activations must
 not grow with the number of prompts."""
@@ -123,14 +126,60 @@ def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tenso
     return kind.prefill(vlm, grid, recorder)
 
 
-def new_cache(vlm: VLM) -> DynamicCache:
-    return DynamicCache(config=vlm.model.config.get_text_config())
+class BufferedLayer(DynamicLayer):
+    """Keys and values [A, K, S, D] of a layer as the beginning of buffers with room for further tokens, which
+    grow by CACHE_BLOCK tokens; transformers' own layer copies all of them for each token.
+
+    Keys get the values' dtype: under autocast the rotary embedding makes them float32, and attention, which
+    computes in that dtype, would convert all of them for each token."""
+
+    buffers: tuple[torch.Tensor, torch.Tensor]
+    """Of keys and values; set with the first token."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = (key_states.to(value_states.dtype), value_states)
+        length = self.keys.shape[2] if self.is_initialized else 0
+        total = length + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = tuple(_buffer(states, total) for states in new)
+        elif total > self.buffers[0].shape[2]:
+            old, self.buffers = (self.keys, self.values), tuple(_buffer(states, total) for states in new)
+            for buffer, states in zip(self.buffers, old, strict=True):
+                buffer[:, :, :length] = states
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, length:total] = states
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        length = self.keys.shape[2]
+        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+def _buffer(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Room for at least so many tokens of keys or values [A, K, ..., D]."""
+    rows, heads, _, size = states.shape
+    return states.new_empty(rows, heads, -(-tokens // CACHE_BLOCK) * CACHE_BLOCK, size)
+
+
+def new_cache(vlm: VLM) -> Cache:
+    layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
+    return Cache(layers=[BufferedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
 
 
 class SharedDecodeState:
     """Branches that share their prompt's keys and values, for models that attend fully."""
 
-    def __init__(self, vlm: VLM, prefix: Prefix, cache: DynamicCache):
+    def __init__(self, vlm: VLM, prefix: Prefix, cache: Cache):
         self.vlm, self.prefix, self.cache = vlm, prefix, cache
 
     @staticmethod
@@ -169,7 +218,7 @@ class SharedDecodeState:
         return self.vlm.logits(hidden[:, -1])
 
 
-def _prefill_row(vlm: VLM, grid: BranchGrid) -> tuple[torch.Tensor, DynamicCache]:
+def _prefill_row(vlm: VLM, grid: BranchGrid) -> tuple[torch.Tensor, Cache]:
     """Runs a grid's prompts and responses so far in one packed row. Returns the logits [rows, V] that follow
     each of the grid's rows, and the row's keys and values."""
     pieces = [piece for context in grid.contexts for piece in (context.prompt, *context.responses)]
@@ -208,7 +257,7 @@ def _ends(grid: BranchGrid) -> torch.Tensor:
 
 
 def _fill(
-    cache: DynamicCache,
+    cache: Cache,
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
     grid: BranchGrid,
@@ -235,7 +284,7 @@ class ForkedDecodeState:
     """Branches that each start from a copy of their prompt's state: the recurrent state of linear attention,
     and the keys and values of other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
-    def __init__(self, vlm: VLM, cache: DynamicCache, mask: torch.Tensor):
+    def __init__(self, vlm: VLM, cache: Cache, mask: torch.Tensor):
         self.vlm, self.cache, self.mask = vlm, cache, mask
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,25 +38,42 @@ class Root(nn.Module):
         return work(*args)
 
 
-def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: bool) -> Root:
+def prefetched_layers(shard: int, local: int) -> int:
+    """How many layers are gathered ahead of the current one, if `shard` processes share a model and a node
+    has `local`: over a network, whose delays vary, one more."""
+    return 1 if shard <= local else 2
+
+
+def shard(
+    vlm: VLM,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None,
+    offload: bool,
+    reduce_dtype: torch.dtype = torch.float32,
+    prefetch: int = 1,
+) -> Root:
     """Shards the model in place over the last dimension of `mesh`; a dimension before it replicates.
 
     Decoder layers and the vision tower's blocks are gathered one by one, in `dtype` unless None; embeddings,
     head and norms stay gathered during a pass. A frozen tower is replicated on each device, since processes
-    encode different numbers of images. Gradients are summed, not averaged. Weights that are still unread are
-    read then, by each process its own rows.
+    encode different numbers of images. Gradients are summed, not averaged, over processes in `reduce_dtype`
+    and over passes in the parameters' own. While a layer computes, the next `prefetch` ones are gathered.
+    Weights that are still unread are read then, by each process its own rows.
     """
     visual, device = vlm.model.model.visual, torch.device(mesh.device_type)
     replicated = set(visual.parameters()) if vlm.vision.frozen else set()
     options = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         "ignored_params": replicated,
     }
-    layers = list(vlm.model.model.language_model.layers)
-    for layer in layers if replicated else [*visual.blocks, *layers]:
-        fully_shard(layer, **options)
+    stacks = [vlm.model.model.language_model.layers, *([] if replicated else [visual.blocks])]
+    for stack in stacks:
+        for layer in stack:
+            fully_shard(layer, **options)
+        _gather_ahead(list(stack), prefetch)
     root = Root(vlm)
     fully_shard(root, **options)
     for unit in _units(root):
@@ -68,6 +85,15 @@ def shard(vlm: VLM, mesh: DeviceMesh, *, dtype: torch.dtype | None, offload: boo
         visual.to(device)
     vlm.vision.device, vlm.vision.always = device, not replicated
     return root
+
+
+def _gather_ahead(layers: list[FSDPModule], count: int) -> None:
+    """Lets each layer start to gather the `count` layers that run after it, in both directions. Forwards FSDP
+    would start a layer's gathering when the host reaches it, which is too late where the host waits for the
+    device, as in routers."""
+    for index, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + count])
+        layer.set_modules_to_backward_prefetch(layers[max(index - count, 0) : index][::-1])
 
 
 def _read(root: Root, vlm: VLM, *, device: torch.device, whole_on: torch.device) -> None:
@@ -164,16 +190,17 @@ class Replicated:
 
 
 class FullySharded:
-    """FSDP over the last dimension of `mesh`; see `shard`. Gradients are reduced during the backward pass."""
+    """FSDP over the last dimension of `mesh`, with the `options` of `shard`. Gradients are reduced during the
+    backward pass."""
 
     sharded = True
 
-    def __init__(self, mesh: DeviceMesh, world: World, *, dtype: torch.dtype | None, offload: bool):
-        self.mesh, self.world, self.dtype, self.offload = mesh, world, dtype, offload
+    def __init__(self, mesh: DeviceMesh, world: World, **options: Any):
+        self.mesh, self.world, self.options = mesh, world, options
         self.roots: dict[VLM, Root] = {}
 
     def distribute(self, vlm: VLM) -> None:
-        self.roots[vlm] = shard(vlm, self.mesh, dtype=self.dtype, offload=self.offload)
+        self.roots[vlm] = shard(vlm, self.mesh, **self.options)
 
     def run(self, forward_pass: Pass, inputs: Inputs, routed: RoutedPass | None = None) -> Scores:
         return self.roots[forward_pass.vlm](forward_pass, inputs, routed)

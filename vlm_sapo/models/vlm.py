@@ -23,6 +23,7 @@ from vlm_sapo.models.weights import (
     full_tensor,
     gather_and_drop,
     hf_state_dict,
+    save_config,
     save_model,
     stored_weights,
     stream_weights,
@@ -211,16 +212,24 @@ class VLM(nn.Module):
         )
         return positions[:, 0]
 
-    def unexpanded(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
+    def image_ranges(self, prompt: Prompt) -> list[tuple[int, int]]:
+        """First token and number of tokens of each of a prompt's images."""
         merge = self.model.config.vision_config.spatial_merge_size**2
         sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
-        ids, collapsed, image_token = prompt.ids.tolist(), [], self.model.config.image_token_id
-        index = 0
-        while index < len(ids):
-            collapsed.append(ids[index])
-            index += sizes.pop(0) if ids[index] == image_token else 1
-        return collapsed
+        ids, image_token = prompt.ids.tolist(), self.model.config.image_token_id
+        ranges, end = [], 0
+        for size in sizes:
+            start = ids.index(image_token, end)
+            end = start + size
+            ranges.append((start, size))
+        return ranges
+
+    def unexpanded(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
+        ids = prompt.ids.tolist()
+        for start, size in reversed(self.image_ranges(prompt)):
+            del ids[start + 1 : start + size]
+        return ids
 
     def freeze(self, parts: list[str]) -> None:
         """Turns gradients off for the named parts (keys of PARTS), and on for all others."""
@@ -253,6 +262,11 @@ class VLM(nn.Module):
         """Writes weights (by default the present ones), configs, tokenizer and processor so that
         transformers' Auto classes load them."""
         save_model(self.model, folder, weights)
+        self.processor.save_pretrained(folder)
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `save` writes, without weights."""
+        save_config(self.model, folder)
         self.processor.save_pretrained(folder)
 
     def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import FAMILIES
@@ -29,12 +32,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Converts a full tensor, the same on all processes, to the parameter's type, device and sharding."""
-    if not isinstance(parameter, DTensor):
-        return tensor.to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    own = distribute_tensor(tensor.to(parameter.dtype), mesh, placements, src_data_rank=None).to_local()
-    sizes = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(own.to(parameter.device), mesh, placements, run_check=False, **sizes)
+    return from_rows(tensor[own_rows(parameter)].to(parameter.dtype), parameter)
 
 
 def own_rows(parameter: torch.Tensor) -> slice:
@@ -48,6 +46,16 @@ def own_rows(parameter: torch.Tensor) -> slice:
     size = -(-rows // mesh.size(mesh.ndim - 1))
     start = min(mesh.get_local_rank(mesh.ndim - 1) * size, rows)
     return slice(start, min(start + size, rows))
+
+
+def from_rows(rows: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor of the parameter's size, device and sharding, from a copy of the rows that this process
+    holds."""
+    own = rows.to(parameter.device, copy=True)
+    if not isinstance(parameter, DTensor):
+        return own
+    sizes = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False, **sizes)
 
 
 def gather_and_drop(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,6 +168,14 @@ def stream_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 def save_model(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Writes config and weights so that both transformers and vLLM load them."""
+    save_config(model, folder)
+    weights = hf_state_dict(model) if weights is None else weights
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    use_umask(folder)
+
+
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Writes the configs of model and generation, without weights."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if adapters.attached(model):  # merged weights are not in 4 bits
@@ -167,6 +183,21 @@ def save_model(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    weights = hf_state_dict(model) if weights is None else weights
-    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+
+
+def save_share(folder: Path, weights: dict[str, torch.Tensor], *, writer: int, writers: int) -> None:
+    """Writes the weights of one of several processes, which together write a model."""
+    tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    save_file(tensors, folder / _share(writer, writers), metadata={"format": "pt"})
     use_umask(folder)
+
+
+def save_index(folder: Path, writer_of: dict[str, int], *, size: int, writers: int) -> None:
+    """Writes which file of `save_share` holds which weight; `size` is the bytes of all."""
+    files = {name: _share(writer, writers) for name, writer in writer_of.items()}
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1))
+
+
+def _share(writer: int, writers: int) -> str:
+    return f"model-{writer + 1:05d}-of-{writers:05d}.safetensors"

@@ -26,8 +26,9 @@ from vlm_sapo.rollout.environment import Episodes
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
+from vlm_sapo.rollout.vllm_lora import NO_FOLDER, AdapterShape, served_beside
 from vlm_sapo.rollout.vllm_servers import VllmServers
-from vlm_sapo.rollout.weight_transfer import Folder, Nccl
+from vlm_sapo.rollout.weight_transfer import AdapterFolder, Folder, Nccl
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -109,11 +110,16 @@ def open_model(
 
 
 def _transfer(engine: VllmServerConfig, needs: EngineNeeds) -> Folder | Nccl | None:
-    dtype = DTYPES[engine.weights_dtype(needs.dtype)]
+    name = engine.weights_dtype(needs.dtype)
+    dtype = DTYPES[name]
     if needs.folder is None:
         return None
+    shape = AdapterShape.of(needs.vlm)
     world = needs.world or World()
     if engine.weights == "nccl":
+        served_beside(engine.adapter, shape, needs.vlm, name, obstacle=NO_FOLDER, warn=needs.warn)
         return Nccl(engine.address, dtype=dtype, timeout=engine.timeout, world=world)
     folder = Path(engine.folder) if engine.folder else needs.folder
+    if served_beside(engine.adapter, shape, needs.vlm, name, warn=needs.warn):
+        return AdapterFolder(folder, world=world)
     return Folder(folder, dtype=dtype, world=world)

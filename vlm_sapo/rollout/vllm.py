@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import tempfile
@@ -12,14 +13,15 @@ from typing import Any
 
 import torch
 
-from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
-from vlm_sapo.rollout.vllm_lora import ServedAdapter, lora_arguments, memory_folder, why_merged
+from vlm_sapo.rollout.vllm_inputs import engine_input
+from vlm_sapo.rollout.vllm_lora import AdapterShape, ServedAdapter, memory_folder, served_beside
 from vlm_sapo.rollout.vllm_requests import (
     CPU_ARGUMENTS,
     EXPERTS_ARGUMENTS,
     PROBLEMS_AT_ONCE,
+    Request,
     VllmOutput,
     by_context,
     check_ids,
@@ -64,6 +66,7 @@ class VllmEngine:
         self.records_experts = needs.experts
         self.version: int | None = None
         self.asleep: set[str] = set()
+        self.numbers = itertools.count()
         if tensor_parallel == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can't be passed to another process
         try:
@@ -80,6 +83,7 @@ class VllmEngine:
             "max_model_len": needs.longest,
             "tensor_parallel_size": tensor_parallel,
             "enable_sleep_mode": self.sleeps,
+            "mm_device_do_normalize": False,  # pixels arrive normalized
             "max_num_seqs": MAX_SEQUENCES,
             "max_num_batched_tokens": max(BATCHED_TOKENS, needs.longest),
             **engine_arguments(needs.max_pixels),
@@ -88,8 +92,10 @@ class VllmEngine:
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU
             arguments |= {"distributed_executor_backend": "external_launcher"}
         arguments |= EXPERTS_ARGUMENTS if needs.experts else {}
-        self.adapter = _served_adapter(adapter, needs, dtype)
-        arguments |= {} if self.adapter is None else lora_arguments(needs.vlm)
+        shape = AdapterShape.of(needs.vlm)
+        beside = served_beside(adapter, shape, needs.vlm, dtype, warn=needs.warn)
+        self.adapter = ServedAdapter() if beside else None
+        arguments |= shape.arguments if self.adapter is not None else {}
         threads = torch.get_num_threads()
         try:
             self.llm = LLM(**arguments | (options or {}))
@@ -116,8 +122,7 @@ class VllmEngine:
             self._send_weights(vlm)
         else:
             self.adapter.update(self.llm, vlm)
-        self.llm.reset_mm_cache()
-        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.llm_engine.reset_encoder_cache()  # features of images; their pixels are the same as before
         if not self.asleep and not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM could not clear its prefix cache of the old weights; please report this")
         self.version = vlm.version
@@ -146,38 +151,52 @@ class VllmEngine:
             self._sleep()  # `sync` woke it, also where a process has no contexts
 
     def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
-        from vllm import SamplingParams
-
         requests = sampling_requests(self.vlm, contexts, sampling)
-        inputs = [
-            {"prompt_token_ids": item.unexpanded}
-            | ({"multi_modal_data": {"image": list(item.prompt.images)}} if item.prompt.images else {})
-            for item in requests
-        ]
-        parameters = [SamplingParams(**item.parameters) for item in requests]
+        responses: list[list[Response]] = [[] for _ in requests]
+        engine, waiting = self.llm.llm_engine, {}
         try:
-            request = None if self.adapter is None else self.adapter.request
-            results = self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=request)
-        except ValueError as error:
-            rows = ", ".join(item.prompt.example.label for item in requests[:3])
-            raise RolloutError(
-                f"vLLM refused a prompt of {rows} or one of those after it: {error}"
-            ) from error
-        responses = []
-        for request, result in zip(requests, results, strict=True):
-            check_ids(self.vlm, request, list(result.prompt_token_ids))
-            outputs = [_output(item) for item in result.outputs]
-            responses.append(
-                to_responses(
-                    self.vlm,
-                    request,
-                    outputs,
-                    sampling,
-                    experts=self.records_experts,
-                    version=self.version,
-                )
-            )
+            for index, request in enumerate(requests):
+                waiting[self._add(request)] = index
+            while engine.has_unfinished_requests():
+                for result in engine.step():
+                    if not result.finished:
+                        continue
+                    index = waiting.pop(result.request_id)
+                    request = requests[index]
+                    responses[index] = self._read(request, result, sampling)
+                    if request.so_far is None:  # the whole group
+                        contexts[request.context].report(responses[index])
+        finally:
+            engine.abort_request(list(waiting))  # after an error or a signal
         return by_context(requests, responses, len(contexts))
+
+    def _add(self, request: Request) -> str:
+        """Passes a request to the engine; returns the name of its output."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(**request.parameters, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = engine_input(self.vlm, request, self.dtype)
+        adapter = None if self.adapter is None else self.adapter.request
+        name = str(next(self.numbers))
+        try:
+            self.llm.llm_engine.add_request(name, prompt, parameters, lora_request=adapter)
+        except ValueError as error:
+            raise RolloutError(
+                f"vLLM refused the prompt of {request.prompt.example.label}: {error}"
+            ) from error
+        return name
+
+    def _read(self, request: Request, result: Any, sampling: Sampling) -> list[Response]:
+        check_ids(self.vlm, request, list(result.prompt_token_ids))
+        return to_responses(
+            self.vlm,
+            request,
+            [_output(item) for item in result.outputs],
+            sampling,
+            experts=self.records_experts,
+            version=self.version,
+        )
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
@@ -201,26 +220,6 @@ class VllmEngine:
             self._wake(*ALL_PARTS)  # it falls asleep as a whole
             self.llm.sleep(level=1)
             self.asleep = set(ALL_PARTS)
-
-
-def _served_adapter(choice: str, needs: EngineNeeds, dtype: str) -> ServedAdapter | None:
-    """What serves the model's adapters beside the base, or None if they are merged."""
-    if choice == "merged" or not adapters.attached(needs.vlm.model):
-        return None
-    reason = why_merged(needs.vlm)
-    if choice == "native":
-        if reason:
-            raise ValueError(f"rollout.engine.adapter (native) must be merged here: {reason}")
-        return ServedAdapter()
-    if dtype == "float32":
-        return None  # nothing is rounded away
-    if reason:
-        needs.warn(
-            f"vLLM gets the adapters merged into {dtype} weights, which round small changes away, so that it "
-            f"follows the first updates late ({reason}); see `policy/mismatch`, or set algo.correction"
-        )
-        return None
-    return ServedAdapter()
 
 
 def _output(output: Any) -> VllmOutput:

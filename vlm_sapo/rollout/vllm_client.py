@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from contextlib import suppress
 from typing import Any
 
 import httpx2 as httpx
@@ -19,11 +20,19 @@ MOST_BYTES = 64 * 2**20
 CONNECT_TIMEOUT = 10.0
 """Seconds to reach a server."""
 CACHES = ("reset_prefix_cache?reset_running_requests=true", "reset_mm_cache", "reset_encoder_cache")
+NAMES_ADAPTER = {"model", "lora_name"}
+"""Fields of a request that name an adapter."""
+PLAIN = ("v1/load_lora_adapter", "v1/unload_lora_adapter")
+"""Routes that answer with text."""
 START = "start it with `vlm-sapo serve`"
 
 
 class Unavailable(Exception):
     """A server that fails now and may answer later, or a response that may be requested again."""
+
+
+class AdapterLost(Unavailable):
+    """A server that doesn't have the adapter that a request names."""
 
 
 class Server:
@@ -39,10 +48,18 @@ class Server:
         """Time of the monotonic clock before which it gets requests only if no other server can."""
 
     async def generate(
-        self, client: httpx.AsyncClient, ids: list[int], prompt: Prompt, sampling: dict[str, Any]
+        self,
+        client: httpx.AsyncClient,
+        ids: list[int],
+        prompt: Prompt,
+        sampling: dict[str, Any],
+        *,
+        adapter: str | None = None,
     ) -> dict[str, Any]:
-        """Samples responses to a prompt; returns the answer with `prompt_token_ids` and `choices`."""
+        """Samples responses to a prompt, with an adapter of this name; returns the answer with
+        `prompt_token_ids` and `choices`. Raises AdapterLost if the server has none."""
         body = {"token_ids": ids, "return_token_ids": True, "sampling_params": sampling}
+        body |= {} if adapter is None else {"model": adapter}
         if prompt.images:
             urls = await asyncio.to_thread(image_urls, prompt)
             body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
@@ -56,6 +73,15 @@ class Server:
         """Loads new weights from a folder."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         await self.call(client, "collective_rpc", body, about=f"weights in {folder}")
+
+    async def load_adapter(self, client: httpx.AsyncClient, name: str, folder: str) -> None:
+        """Loads an adapter from a folder, also a second time."""
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+        await self.call(client, "v1/load_lora_adapter", body, about=f"the adapter in {folder}")
+
+    async def unload_adapter(self, client: httpx.AsyncClient, name: str) -> None:
+        """Drops an adapter."""
+        await self.call(client, "v1/unload_lora_adapter", {"lora_name": name}, about=f"the adapter {name}")
 
     async def name(self, client: httpx.AsyncClient, version: str) -> None:
         """Sets the name of its weights, which it reports with each response."""
@@ -89,6 +115,8 @@ class Server:
             raise Unavailable(f"no answer in time ({type(error).__name__})") from error
         except httpx.TransportError as error:
             raise Unavailable(str(error) or type(error).__name__) from error
+        if response.status_code == 404 and body is not None and NAMES_ADAPTER & set(body):
+            _raise_if_lost(response, about)
         return self._read(response, route, about)
 
     def _read(self, response: httpx.Response, route: str, about: str) -> dict[str, Any]:
@@ -109,10 +137,19 @@ class Server:
             )
         if response.status_code >= 400:
             raise RolloutError(summary)
+        if route in PLAIN:
+            return {}
         try:
             return response.json() if response.content else {}
         except json.JSONDecodeError as error:
             raise Unavailable(f"{summary}: the answer is truncated") from error
+
+
+def _raise_if_lost(response: httpx.Response, about: str) -> None:
+    """Raises AdapterLost if vLLM knows the route and not the adapter, or not its folder."""
+    with suppress(json.JSONDecodeError):
+        if "error" in response.json():
+            raise AdapterLost(f"{about}: it has no such adapter ({_reason(response)})")
 
 
 def _reason(response: httpx.Response) -> str:

@@ -5,36 +5,94 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.vlm import VLM, part_of
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank."""
+NO_FOLDER = "an adapter goes through a folder that both sides see, and rollout.engine.weights is nccl"
 
 
-def why_merged(vlm: VLM) -> str:
-    """Why the model's adapters can't be served beside their base; empty if they can."""
-    layers = adapters.layers(vlm.model)
-    if not layers:
-        return "the model has no adapters"
-    if other := sorted({part_of(name) for name in layers} - {"language"}):
-        return f"vLLM takes adapters of the language model only, and these change {', '.join(other)}"
-    if adapters.bits(vlm.model) is not None:
-        return "vLLM would add them to the checkpoint's weights and not to those of 4 bits"
-    if vlm.routers or not vlm.attends_fully:
-        return "it is untested with experts and linear attention"
-    if adapters.rank(vlm.model) > MAX_RANKS[-1]:
-        return f"vLLM takes ranks up to {MAX_RANKS[-1]}"
-    return ""
+@dataclass(frozen=True)
+class AdapterShape:
+    """What a model's adapters change."""
+
+    parts: frozenset[str]
+    rank: int
+    bits: int | None = None
+    """Of the weights beside them."""
+
+    @classmethod
+    def of(cls, vlm: VLM) -> AdapterShape | None:
+        """That of a model, None without adapters."""
+        layers = adapters.layers(vlm.model)
+        if not layers:
+            return None
+        return cls(frozenset(map(part_of, layers)), adapters.rank(vlm.model), adapters.bits(vlm.model))
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterShape:
+        """That of a folder in peft's format."""
+        with safe_open(folder / adapters.FILE, framework="pt") as file:
+            names = list(file.keys())
+            ranks = [file.get_slice(name).get_shape()[0] for name in names if ".lora_A." in name]
+        return cls(frozenset(map(part_of, names)), max(ranks))
+
+    def why_merged(self, vlm: VLM) -> str:
+        """Why vLLM can't serve them beside the base; empty if it can. `vlm` may be an outline."""
+        if other := sorted(self.parts - {"language"}):
+            return f"vLLM takes adapters of the language model only, and these change {', '.join(other)}"
+        if self.bits is not None:
+            return "vLLM would add them to the checkpoint's weights and not to those of 4 bits"
+        if vlm.routers or not vlm.attends_fully:
+            return "it is untested with experts and linear attention"
+        if self.rank > MAX_RANKS[-1]:
+            return f"vLLM takes ranks up to {MAX_RANKS[-1]}"
+        return ""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of vLLM for them."""
+        return {"enable_lora": True, "max_lora_rank": next(size for size in MAX_RANKS if size >= self.rank)}
 
 
-def lora_arguments(vlm: VLM) -> dict[str, Any]:
-    """Arguments of vLLM for the model's adapters."""
-    rank = adapters.rank(vlm.model)
-    return {"enable_lora": True, "max_lora_rank": next(size for size in MAX_RANKS if size >= rank)}
+def served_beside(
+    choice: str,
+    shape: AdapterShape | None,
+    vlm: VLM,
+    dtype: str,
+    *,
+    obstacle: str = "",
+    warn: Callable[[str], None] | None = None,
+) -> bool:
+    """Whether vLLM serves adapters beside the base rather than merged. `choice` is `rollout.engine.adapter`;
+    `obstacle` is a further reason to merge them. `warn` hears where merging into half
+    precision rounds them away.
+
+    Raises ValueError if they shall be served and can't.
+    """
+    if shape is None or choice == "merged":
+        return False
+    reason = shape.why_merged(vlm) or obstacle
+    if choice == "native":
+        if reason:
+            raise ValueError(f"rollout.engine.adapter (native) must be merged here: {reason}")
+        return True
+    if dtype == "float32":
+        return False  # merged weights are faster, and round nothing away
+    if reason and warn is not None:
+        warn(
+            f"vLLM gets the adapters merged into {dtype} weights, which round small changes away, so that "
+            f"it follows the first updates late ({reason}); see `policy/mismatch`, or set algo.correction"
+        )
+    return not reason
 
 
 class ServedAdapter:

@@ -20,7 +20,7 @@ import httpx2 as httpx
 from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
-from vlm_sapo.rollout.vllm_client import START, Server, Unavailable, decode_experts
+from vlm_sapo.rollout.vllm_client import START, AdapterLost, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.vllm_requests import (
     PROBLEMS_AT_ONCE,
     Incomplete,
@@ -185,9 +185,14 @@ class VllmServers:
         async def sample(request: Request) -> list[Response]:
             async def ask(server: Server) -> list[Response]:
                 await self._ensure_weights(server)
-                answer = await server.generate(
-                    self.client, request.unexpanded, request.prompt, request.parameters
-                )
+                adapter = self.version if self.transfer is not None and self.transfer.adapter else None
+                try:
+                    answer = await server.generate(
+                        self.client, request.unexpanded, request.prompt, request.parameters, adapter=adapter
+                    )
+                except AdapterLost:
+                    self._needs_weights(server)
+                    raise
                 return self._read(server, request, answer, sampling)
 
             async with limit:
@@ -205,6 +210,10 @@ class VllmServers:
             for task in tasks:
                 task.cancel()
 
+    def _needs_weights(self, server: Server) -> None:
+        if server.version == self.version:
+            server.version = None
+
     def _read(
         self, server: Server, request: Request, answer: dict[str, Any], sampling: Sampling
     ) -> list[Response]:
@@ -217,8 +226,7 @@ class VllmServers:
                     f"{server.url} has the weights {', '.join(sorted(names))}, which a training run sent "
                     "it, and not those of its checkpoint; restart it"
                 )
-            if server.version == self.version:
-                server.version = None
+            self._needs_weights(server)
             raise Unavailable(
                 f"it sampled with the weights {', '.join(sorted(names))} and not with {expected}: it was "
                 "restarted, or another run sends it weights"

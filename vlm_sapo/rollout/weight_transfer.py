@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +32,8 @@ class Transfer(Protocol):
 
     live: bool
     """Whether `send` reads the live parameters, and must not run while they are trained."""
+    adapter: bool
+    """Whether it sends an adapter, which requests must name by its version."""
 
     def stage(self, vlm: VLM, version: str) -> None: ...
 
@@ -47,6 +49,7 @@ class Folder:
     stays until the next is written, for servers that restart."""
 
     live = False
+    adapter = False
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, world: World):
         self.folder, self.dtype, self.is_new_folder = folder.resolve(), dtype, not folder.exists()
@@ -55,19 +58,19 @@ class Folder:
 
     def stage(self, vlm: VLM, version: str) -> None:
         if self.world.main:
-            self._write(vlm.stream_weights(self.dtype), version)
+            self._write(version, partial(write_shards, vlm.stream_weights(self.dtype)))
         elif vlm.sharded:
             exhaust(vlm.stream_weights(self.dtype))
         self.current = self.folder / version
 
-    def _write(self, weights: Iterator[tuple[str, torch.Tensor]], version: str) -> None:
+    def _write(self, version: str, write: Callable[[Path], None]) -> None:
         target = self.folder / version
-        partial = self.folder / f".{version}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_shards(weights, partial)
-        use_umask(partial)
-        partial.rename(target)
+        unfinished = self.folder / f".{version}.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        use_umask(unfinished)
+        unfinished.rename(target)
         self._remove()
 
     def deliver(self, push: Callable[[], None]) -> None:
@@ -85,6 +88,30 @@ class Folder:
         if self.current is not None and self.world.main:
             shutil.rmtree(self.current)
         self.current = None
+
+
+class AdapterFolder(Folder):
+    """Writes the adapter in peft's format, and servers add it beside their base model under the version's
+    name."""
+
+    adapter = True
+
+    def __init__(self, folder: Path, *, world: World):
+        super().__init__(folder, dtype=torch.float32, world=world)
+        self.loaded: dict[str, str] = {}
+        """The version that each server has, by its URL."""
+
+    def stage(self, vlm: VLM, version: str) -> None:
+        weights = vlm.adapter_weights(keep=self.world.main)
+        if self.world.main:
+            self._write(version, partial(vlm.save_adapter, weights=weights))
+        self.current = self.folder / version
+
+    async def send(self, client: httpx.AsyncClient, server: Server, *, restarted: bool) -> None:
+        await server.load_adapter(client, self.current.name, str(self.current))
+        previous, self.loaded[server.url] = self.loaded.get(server.url), self.current.name
+        if previous not in (None, self.current.name) and not restarted:
+            await server.unload_adapter(client, previous)
 
 
 def write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
@@ -124,6 +151,7 @@ class Nccl:
     gets a new NCCL group. The other processes take part in gathering a sharded model, once per server."""
 
     live = True
+    adapter = False
 
     def __init__(self, address: str, *, dtype: torch.dtype, timeout: float, world: World):
         if not torch.cuda.is_available():

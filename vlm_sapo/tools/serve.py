@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,16 @@ import torch
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
 from vlm_sapo.models.loading import load_outline
+from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
+from vlm_sapo.rollout.vllm_lora import NO_FOLDER, AdapterShape, served_beside
 from vlm_sapo.rollout.vllm_requests import CPU_ARGUMENTS, EXPERTS_ARGUMENTS, engine_arguments
 from vlm_sapo.training.build_rollouts import default_dtype, longest_row
 
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 """Opens the routes for new weights and for dropping caches."""
+ADAPTER_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+"""Opens those for new adapters."""
 
 
 def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only_print: bool) -> None:
@@ -29,7 +34,8 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
     cpu = not only_print and not torch.cuda.is_available()
     command = build_command(config, host=host, port=port, extra=extra, cpu=cpu)
     os.environ.pop("VLLM_LOGGING_LEVEL", None)  # the server's own log lines are useful here
-    variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    environment = ENVIRONMENT | (ADAPTER_ENVIRONMENT if "--enable-lora" in command else {})
+    variables = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{variables} {shlex.join(command)}", flush=True)
     if config.rollout.engine.type != "vllm_server":
         print(
@@ -46,7 +52,7 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
         raise ValueError(
             "vllm is not installed here; install vlm-sapo[vllm], or run the printed command where it is"
         )
-    os.execve(program, command, os.environ | ENVIRONMENT)
+    os.execve(program, command, os.environ | environment)
 
 
 def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu: bool) -> list[str]:
@@ -54,15 +60,18 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
     path = str(locate(config.model.path))
     engine = config.rollout.engine
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    outline = load_outline(path)
     options = {
         "host": host,
         "port": port,
         "dtype": engine.weights_dtype(default_dtype(config)),
-        "max-model-len": longest_row(config, benchmarks, load_outline(path)),
+        "max-model-len": longest_row(config, benchmarks, outline),
         **engine_arguments(config.model.max_pixels),
     }
     if engine.type == "vllm_server" and engine.weights == "nccl":
         options["weight-transfer-config"] = {"backend": "nccl"}
+    if (shape := served_shape(config, outline)) is not None:
+        options |= shape.arguments
     options |= EXPERTS_ARGUMENTS if config.algo.replay == "r3" else {}
     options |= CPU_ARGUMENTS if cpu else {}
     arguments = ["vllm", "serve", path, "--enable-scale-out"]
@@ -73,6 +82,20 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
         else:
             arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return arguments + shlex.split(extra)
+
+
+def served_shape(config: TrainConfig, outline: VLM) -> AdapterShape | None:
+    """The adapters that training will send beside the base; None if it has none or merges them."""
+    engine, lora = config.rollout.engine, config.model.lora
+    if engine.type != "vllm_server" or lora is None:
+        return None
+    shape = AdapterShape(frozenset(lora.parts), lora.rank, lora.bits)
+    if lora.adapter is not None:
+        shape = replace(AdapterShape.read(locate(lora.adapter)), bits=lora.bits)
+    dtype = engine.weights_dtype(default_dtype(config))
+    obstacle = NO_FOLDER if engine.weights == "nccl" else ""
+    beside = served_beside(engine.adapter, shape, outline, dtype, obstacle=obstacle)
+    return shape if beside else None
 
 
 def check_port(host: str, port: int) -> None:

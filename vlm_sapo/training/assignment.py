@@ -102,7 +102,7 @@ class _Packing:
         for index in sorted(range(len(self.groups)), key=lambda index: -self.groups[index].total()):
             group = self.groups[index]
             rows = sorted(group.responses, key=lambda row: (-group.responses[row], row))
-            if self._fits(group.home, index, rows):
+            if self._room(group.home, index) >= self._tokens(index, rows):
                 self._add(group.home, index, rows)
             elif self.rows[group.home]:
                 waiting.append((index, rows))
@@ -113,15 +113,16 @@ class _Packing:
 
     def _move(self, index: int, rows: list[int]) -> bool:
         """Assigns responses of a group, longest first, to processes with room; returns whether all fit."""
-        host = self.hosts[self.groups[index].home]
+        host, processes = self.hosts[self.groups[index].home], range(len(self.hosts))
         while rows:
-            fitting = [process for process in range(len(self.hosts)) if self._fits(process, index, rows)]
-            if fitting:
+            room = [self._room(process, index) for process in processes]
+            tokens = self._tokens(index, rows)
+            if max(room) >= tokens:
+                fitting = [process for process in processes if room[process] >= tokens]
                 process = max(fitting, key=lambda process: (self.hosts[process] == host, self.free[process]))
                 self._add(process, index, rows)
                 return True
-            roomiest = max(range(len(self.hosts)), key=lambda process: self._room(process, index))
-            others = self._add_what_fits(roomiest, index, rows)
+            others = self._add_what_fits(room.index(max(room)), index, rows)
             if len(others) == len(rows):
                 return False
             rows = others
@@ -131,12 +132,12 @@ class _Packing:
         """Tokens of a group's responses for which a process has room."""
         return self.free[process] - (0 if index in self.rows[process] else self.groups[index].once)
 
-    def _fits(self, process: int, index: int, rows: list[int]) -> bool:
-        return sum(self.groups[index].responses[row] for row in rows) <= self._room(process, index)
+    def _tokens(self, index: int, rows: list[int]) -> int:
+        """Tokens of some of a group's responses."""
+        return sum(self.groups[index].responses[row] for row in rows)
 
     def _add(self, process: int, index: int, rows: list[int]) -> None:
-        tokens = sum(self.groups[index].responses[row] for row in rows)
-        self.free[process] = self._room(process, index) - tokens
+        self.free[process] = self._room(process, index) - self._tokens(index, rows)
         self.rows[process][index] = sorted([*self.rows[process].get(index, ()), *rows])
 
     def _add_what_fits(self, process: int, index: int, rows: list[int]) -> list[int]:

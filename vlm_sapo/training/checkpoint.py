@@ -8,12 +8,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from threading import Event
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +28,13 @@ from vlm_sapo.training.policy import Policy, PolicyState
 
 NAME = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
+UNFINISHED = ".manifest.json"
+PROCESS = "process_{}"
+"""Folder of another process's files, until the checkpoint is complete."""
+POLL_SECONDS = 0.2
+PATIENCE = 120.0
+"""Seconds after which what one host has written to a shared disk must be seen by the others."""
+T = TypeVar("T")
 FAILURES = (OSError, SafetensorError)
 """Errors of writing to a full or broken disk."""
 
@@ -42,6 +51,20 @@ class Progress:
         self.step, self.seconds = step, self.seconds + seconds
 
 
+@dataclass
+class Writing:
+    """A checkpoint that is being written, by the first `writers` processes."""
+
+    step: int
+    writers: int
+    done: Future[None] = field(default_factory=Future)
+    """This process's part."""
+    sealed: Future[bool] | None = None
+    """In the main process: whether it was completed in the background."""
+    over: Event = field(default_factory=Event)
+    """The training thread waits for it."""
+
+
 class TornError(ValueError):
     """A checkpoint's files differ from its manifest."""
 
@@ -49,6 +72,9 @@ class TornError(ValueError):
 class Checkpoints:
     """The checkpoints of a run, `step_<n>` in a folder: model or adapter, optimizer, progress, state of the
     rollouts, and a manifest with the size and SHA-256 of every file.
+
+    All processes that hold a part of the model write: each into a folder of its own inside the checkpoint's,
+    which the main process empties when all are done.
 
     The newest `keep_last` and those of the `keep_best` best evaluations stay. With `background` they are
     written while training continues, from a copy in host memory. A full disk leaves earlier ones intact; then
@@ -70,7 +96,7 @@ class Checkpoints:
         self.keep_last, self.keep_best, self.on_error = keep_last, keep_best, on_error
         self.console, self.world = console, world
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
-        self.pending: Future[None] | None = None
+        self.pending: Writing | None = None
         self.newest_step: int | None = None
         """Step of the newest checkpoint that was started or read."""
 
@@ -78,74 +104,125 @@ class Checkpoints:
         """Writes a checkpoint. All processes call it."""
         self.wait()
         self.newest_step = progress.step
-        parts = policy.parts(keep=self.world.main, copy=self.worker is not None)
-        state = write_state(progress, policy.state(), rollouts)
-        if not self.world.main:
-            for _ in parts:
-                pass
-        elif self.worker is not None:
-            copies = [state, *parts]
-            # not in the background, since training appends to the logs meanwhile
-            flushed = _completed(self.run_folder.flush)
-            write = self.worker.submit
-            self.pending = flushed if flushed.exception() else write(self._write, progress.step, copies)
+        writing = Writing(progress.step, policy.writers)
+        refused = self.world.on_main(lambda: self._prepare(writing))
+        if refused is not None:
+            writing.done = _completed(_raise, OSError(refused))
         else:
-            self.pending = _completed(self._write_after_logs, progress.step, chain([state], parts))
+            state = [write_state(progress, policy.state(), rollouts)] if self.world.main else []
+            parts = chain(state, policy.parts(copy=self.worker is not None))
+            if self.worker is None:
+                writing.done = _completed(self._write, writing, parts)
+            else:
+                writing.done = self.worker.submit(self._write, writing, [*parts])
+                if self.world.main:
+                    writing.sealed = self.worker.submit(self._seal_early, writing)
+        self.pending = writing
         if self.worker is None:
             self.wait()
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written. All processes call it."""
-        if not self.world.on_main(self._wait):
+        writing, self.pending = self.pending, None
+        if writing is None:
+            return
+        try:
+            problem = _problem(writing.done)
+        except Exception as error:
+            writing.over.set()
+            self.world.fail_everywhere(error)
+            raise
+        problems = [text for text in self.world.all_gather(problem) if text]
+        if not self.world.on_main(lambda: self._finish(writing, problems)):
             self.newest_step = None
 
-    def _wait(self) -> bool:
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return True
+    def _finish(self, writing: Writing, problems: list[str]) -> bool:
+        """Completes a checkpoint that all processes have written. Returns whether it is complete."""
+        writing.over.set()
         try:
-            pending.result()
+            complete = writing.sealed is not None and writing.sealed.result()
+            if not problems and not complete:
+                self._complete(writing)
         except FAILURES as error:
-            text = f"a checkpoint could not be written ({error}); earlier ones in {self.folder} are intact"
-            if self.on_error == "stop":
-                raise ValueError(f"{text}; make room, then start the same command again") from error
-            self.console.warn(f"{text}, and the run continues (checkpoint.on_error)")
-            return False
-        return True
+            problems = [f"{error}"]
+        if not problems:
+            return True
+        shutil.rmtree(self._partial(writing.step), ignore_errors=True)
+        text = f"a checkpoint could not be written ({problems[0]}); earlier ones in {self.folder} are intact"
+        if self.on_error == "stop":
+            raise ValueError(f"{text}; make room, then start the same command again")
+        self.console.warn(f"{text}, and the run continues (checkpoint.on_error)")
+        return False
 
     def close(self) -> None:
         """Ends the background writer."""
+        if self.pending is not None:
+            self.pending.over.set()
         if self.worker is not None:
             self.worker.shutdown()
 
-    def _write_after_logs(self, step: int, parts: Iterator[Write]) -> None:
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step_{step:06d}.partial"
+
+    def _prepare(self, writing: Writing) -> str | None:
+        """Writes the logs, which must not be behind the checkpoint, and makes the folder. Returns why it
+        can't."""
+        partial = self._partial(writing.step)
         try:
             self.run_folder.flush()
-        except Exception:
-            for _ in parts:  # other processes take part
-                pass
-            raise
-        self._write(step, parts)
-
-    def _write(self, step: int, parts: Iterable[Write]) -> None:
-        target = self.folder / f"step_{step:06d}"
-        partial = self.folder / f".{target.name}.partial"
-        remaining = iter(parts)
-        try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for part in remaining:
-                part(partial)
-            _seal(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            _sync(self.folder)
-            self._prune()
+        except FAILURES as error:
+            return str(error)
+        return None
+
+    def _write(self, writing: Writing, parts: Iterable[Write]) -> None:
+        """Writes this process's parts."""
+        rank, remaining = self.world.rank, iter(parts)
+        folder = self._partial(writing.step) / ("" if self.world.main else PROCESS.format(rank))
+        try:
+            for number, part in enumerate(remaining):
+                if not number:
+                    folder.mkdir(exist_ok=True)
+                part(folder)
+            if not self.world.main and rank < writing.writers:
+                folder.mkdir(exist_ok=True)
+                _list(folder)
         except Exception:
             for _ in remaining:  # other processes take part
                 pass
-            shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _seal_early(self, writing: Writing) -> bool:
+        """In the background: completes a checkpoint as soon as all processes have written it. Returns False
+        if the training thread came first."""
+        while _problem(writing.done) is None:
+            if self._is_written(writing):
+                self._complete(writing, patience=0.0)
+                return True
+            if writing.over.wait(POLL_SECONDS):
+                break
+        return False
+
+    def _is_written(self, writing: Writing) -> bool:
+        folder = self._partial(writing.step)
+        lists = [folder / PROCESS.format(rank) / MANIFEST for rank in range(1, writing.writers)]
+        return all(file.is_file() for file in lists)
+
+    def _complete(self, writing: Writing, patience: float = PATIENCE) -> None:
+        """Merges what the processes have written, and makes it a checkpoint. Raises OSError if the files of
+        others can't be seen `patience` seconds after they were written."""
+        partial, target = self._partial(writing.step), self.folder / f"step_{writing.step:06d}"
+        deadline = time.monotonic() + patience
+        while not self._is_written(writing):
+            if time.monotonic() > deadline:
+                raise OSError(f"other processes' files in {partial} can't be seen; is it on a shared disk?")
+            time.sleep(POLL_SECONDS)
+        _seal(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        _sync(self.folder)
+        self._prune()
 
     def _prune(self) -> None:
         steps, best = _steps(self.folder), self.run_folder.best(self.keep_best)
@@ -231,13 +308,31 @@ def check(path: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Writes the manifest and syncs everything to disk."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    """Moves the files of other processes into the folder, writes the manifest and syncs everything to disk.
+    Each process has hashed its own files."""
+    listed = {}
+    for other in sorted(folder.glob(PROCESS.format("*"))):
+        own = json.loads((other / MANIFEST).read_text())
+        for name in own:
+            os.replace(other / name, folder / name)
+        shutil.rmtree(other)
+        listed |= own
+    _list(folder, listed)
+
+
+def _list(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Writes the manifest of a folder, with the entries of `known` files as they are, after everything else
+    is on disk."""
+    names = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
     listed = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files
+        name: (known or {}).get(name) or {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        for name, file in sorted(names.items())
     }
-    (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
     sync_to_disk(folder)
+    (folder / UNFINISHED).write_text(json.dumps(listed, indent=1))
+    os.replace(folder / UNFINISHED, folder / MANIFEST)
+    _sync(folder / MANIFEST)
+    _sync(folder)
 
 
 def sync_to_disk(folder: Path) -> None:
@@ -266,9 +361,22 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def _completed(function: Callable[..., None], *arguments: Any, **options: Any) -> Future[None]:
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _problem(future: Future) -> str | None:
+    """Waits for a future. Returns why it could not write; other errors are raised."""
+    try:
+        future.result()
+    except FAILURES as error:
+        return str(error)
+    return None
+
+
+def _completed(function: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
     """A future with the result or error of the call, which runs now."""
-    future: Future[None] = Future()
+    future: Future[T] = Future()
     try:
         future.set_result(function(*arguments, **options))
     except Exception as error:

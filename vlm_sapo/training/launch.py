@@ -18,7 +18,7 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
 from vlm_sapo.distributed import World
 from vlm_sapo.models.device import Device, find_device
-from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated
+from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated, prefetched_layers
 from vlm_sapo.reporting.console import Console, SilentConsole
 
 DEVICE_TIMEOUT = timedelta(hours=1)
@@ -139,4 +139,11 @@ def build_parallelism(config: cfg.TrainConfig | cfg.SftConfig, processes: Proces
     names = ("replicate", "shard") if replicas > 1 else ("shard",)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if train.precision == "bf16" else None
-    return FullySharded(mesh, processes.world, dtype=dtype, offload=train.offload)
+    return FullySharded(
+        mesh,
+        processes.world,
+        dtype=dtype,
+        offload=train.offload,
+        reduce_dtype=torch.bfloat16 if train.reduce_dtype == "bfloat16" else torch.float32,
+        prefetch=prefetched_layers(processes.shard, processes.local),
+    )

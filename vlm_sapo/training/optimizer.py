@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vlm_sapo.models.file_modes import use_umask
-from vlm_sapo.models.weights import full_tensor, gather_and_drop, shard_like
+from vlm_sapo.models.weights import from_rows, full_tensor, gather_and_drop, own_rows
 from vlm_sapo.training.stochastic_adamw import StochasticAdamW
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -69,46 +69,68 @@ def build_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerSetti
     return vars(bitsandbytes.optim)[kinds[settings.name]](parameters, **options)
 
 
+class Shares:
+    """Deals tensors out to `writers` processes, each to the one with the fewest bytes so far; of two equal
+    ones to the first. All processes deal alike, so each knows its own."""
+
+    def __init__(self, rank: int, writers: int):
+        self.rank, self.writers = rank, writers
+        self.sizes = [0] * writers
+
+    def deal(self, size: int) -> int:
+        """The rank of the process that writes a tensor of so many bytes."""
+        writer = self.sizes.index(min(self.sizes))
+        self.sizes[writer] += size
+        return writer
+
+
 def state_parts(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, keep: bool
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], shares: Shares
 ) -> Iterator[Write]:
-    """Functions that write the state from copies in host memory, a few GB each. For a sharded state all
-    processes must iterate; without `keep` the parts are empty."""
+    """Functions that write this process's share of the state from copies in host memory, a few GB each. For a
+    sharded state all processes must iterate."""
     tensors: dict[str, torch.Tensor] = {}
-    size = number = 0
+    number = 1
     for name, parameter in parameters.items():
         for field, value in optimizer.state.get(parameter, {}).items():
             moment = torch.as_tensor(value)
-            if keep:
+            if shares.deal(moment.nbytes) == shares.rank:
                 tensors[f"{name}/{field}"] = full_tensor(moment).to("cpu", copy=True)
-                size += tensors[f"{name}/{field}"].nbytes
             else:
                 gather_and_drop(moment)
-        if size > MAX_FILE_BYTES:
-            number, size = number + 1, 0
-            yield partial(_write_state, tensors, number)
-            tensors = {}
-    yield partial(_write_state, tensors, number + 1)
+        if sum(tensor.nbytes for tensor in tensors.values()) > MAX_FILE_BYTES:
+            yield partial(_write_state, tensors, _file(number, shares))
+            tensors, number = {}, number + 1
+    if tensors or not shares.rank:
+        yield partial(_write_state, tensors, _file(number, shares))
 
 
-def _write_state(tensors: dict[str, torch.Tensor], number: int, folder: Path) -> None:
-    save_file(tensors, folder / FILES.replace("*", f"{number:05d}"))
+def _file(number: int, shares: Shares) -> str:
+    writer = f"{shares.rank + 1:05d}-" if shares.writers > 1 else ""
+    return FILES.replace("*", f"{writer}{number:05d}")
+
+
+def _write_state(tensors: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+    save_file(tensors, folder / name)
     use_umask(folder)
 
 
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
 ) -> None:
-    """Loads what `state_parts` wrote; the parameters may be sharded differently now."""
+    """Loads what `state_parts` wrote, by however many processes; the parameters may be sharded differently
+    now. Of a sharded one only this process's rows are read."""
     indices = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for path in sorted(folder.glob(FILES)):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 name, _, field = key.rpartition("/")
-                value, parameter = file.get_tensor(key), parameters[name]
-                if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                    value = shard_like(value, torch.empty_like(parameter, dtype=value.dtype))
+                stored, parameter = file.get_slice(key), parameters[name]
+                if isinstance(parameter, DTensor) and stored.get_shape() == list(parameter.shape):
+                    value = from_rows(stored[own_rows(parameter)], parameter)
+                else:
+                    value = file.get_tensor(key)
                 if value.dtype == torch.int64:  # bitsandbytes counts its steps with plain numbers
                     value = int(value)
                 state.setdefault(indices[name], {})[field] = value

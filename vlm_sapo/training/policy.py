@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,12 +23,13 @@ from vlm_sapo.models.forward import Pass, Scores
 from vlm_sapo.models.packing import GroupSlice, Inputs, Layout, Plain, SharedPrefix
 from vlm_sapo.models.parallel import Parallelism
 from vlm_sapo.models.vlm import PARTS, VLM
-from vlm_sapo.models.weights import full_tensor
+from vlm_sapo.models.weights import full_tensor, save_index, save_share
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.metrics import UpdateStats
 from vlm_sapo.training.batch import Batch, MicroBatch
 from vlm_sapo.training.optimizer import (
     OptimizerSettings,
+    Shares,
     Write,
     build_optimizer,
     load_state,
@@ -73,7 +75,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A micro-batch whose gradient was added."""
+    """A micro-batch whose gradient was added; its tensors are in host memory."""
 
     micro: MicroBatch
     passed: ForwardPass
@@ -404,19 +406,26 @@ class Policy:
         """Adds the gradient of a mini-batch's loss, micro-batch by micro-batch."""
         while True:
             try:
-                return [self._learn(micro, minibatch, loss) for micro in self._micro_batches(minibatch)]
+                micros = self._micro_batches(minibatch)
+                learnt = to_host([(micro, *self._learn(micro, minibatch, loss)) for micro in micros])
+                break
             except MemoryShortage as error:
                 shortage = error.micro, error.reason
             self.optimizer.zero_grad()
             self.memory.shrink_below(*shortage, self.layout)
+        for item in learnt:
+            self.guard.inspect(item.micro, item.passed, item.loss)
+        return learnt
 
-    def _learn(self, micro: MicroBatch, minibatch: Batch, loss: Loss) -> Learnt:
+    def _learn(self, micro: MicroBatch, minibatch: Batch, loss: Loss) -> tuple[ForwardPass, torch.Tensor]:
+        """Adds the gradient of a micro-batch. Returns its pass and its share of the loss, without waiting for
+        the device."""
         with naming_micro_batch(micro):
+            micro = micro.to(self.device)
             passed, _ = self.forward(micro, usage_gradient=loss.needs_usage)
-            value = self.backward(loss(passed, micro, minibatch))
-        passed = replace(passed, logprobs=passed.logprobs.detach())
-        self.guard.inspect(micro, passed, value)
-        return Learnt(micro, passed, value)
+            value = loss(passed, micro, minibatch)
+            value.backward()
+        return replace(passed, logprobs=passed.logprobs.detach()), value.detach()
 
     @torch.no_grad()
     def _prepare(self, minibatch: Batch, loss: Loss) -> Batch:
@@ -434,10 +443,10 @@ class Policy:
             self.memory.shrink_below(*shortage, self.layout)
 
     def _micro_batches(self, minibatch: Batch) -> list[MicroBatch]:
-        """Splits a mini-batch; of a sharded model into equally many in all processes."""
+        """Splits a mini-batch, in host memory; of a sharded model into equally many in all processes."""
         micros = minibatch.fit(self.memory.tokens, self.layout)
         missing = self.parallelism.align(len(micros)) - len(micros)
-        return [micro.to(self.device) for micro in (*micros, *[minibatch.idle()] * missing)]
+        return [*micros, *[minibatch.idle()] * missing]
 
     def backward(self, loss: torch.Tensor) -> float:
         """Adds the loss's gradient; returns the loss."""
@@ -480,19 +489,44 @@ class Policy:
         """The state for a checkpoint, besides weights and optimizer."""
         return PolicyState(self.vlm.version, self.guard.skipped_in_a_row, self.reuse_sampled)
 
-    def parts(self, *, keep: bool = True, copy: bool = False) -> Iterator[Write]:
-        """Functions that write a checkpoint into a folder, part by part: what `load_vlm` needs to resume (the
-        adapter, if there is one, else the model) and the optimizer. With `copy` the parts don't change while
-        training continues. For a sharded model all processes iterate, and one of them has `keep`."""
-        attached = adapters.attached(self.vlm.model)
-        weights = (self.vlm.adapter_weights if attached else self.vlm.weights)(keep=keep)
-        if copy:
-            weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if keep}
-        if attached:
-            yield lambda folder: self.vlm.save_adapter(folder / ADAPTER, weights)
+    @property
+    def writers(self) -> int:
+        """The number of processes that write a checkpoint: all that hold a part of the model, else one."""
+        return self.world.size if self.vlm.sharded else 1
+
+    def parts(self, *, copy: bool = False) -> Iterator[Write]:
+        """Functions that write this process's part of a checkpoint into a folder: of what `load_vlm` needs to
+        resume (the adapter, if there is one, else the model) and of the optimizer. With `copy` they don't
+        change while training continues. All processes must iterate to the end."""
+        shares = Shares(self.world.rank, self.writers)
+        if adapters.attached(self.vlm.model):
+            weights = self.vlm.adapter_weights(keep=self.world.main)
+            if self.world.main:
+                weights = _copied(weights) if copy else weights
+                yield lambda folder: self.vlm.save_adapter(folder / ADAPTER, weights)
         else:
-            yield lambda folder: self.vlm.save(folder, weights)
-        yield from state_parts(self.optimizer, self.named, keep=keep)
+            yield from self._model_parts(shares, copy=copy)
+        yield from state_parts(self.optimizer, self.named, shares)
+
+    def _model_parts(self, shares: Shares, *, copy: bool) -> Iterator[Write]:
+        weights, writer_of = {}, {}
+        for item in self.vlm.stored_weights():
+            writer_of[item.name] = shares.deal(item.parameter.nbytes)
+            own = writer_of[item.name] == shares.rank
+            weight = item.gather() if own else item.drop()
+            if own:
+                weights[item.name] = weight
+        weights = _copied(weights) if copy else weights
+        if shares.writers == 1:
+            if self.world.main:
+                yield lambda folder: self.vlm.save(folder, weights)
+            return
+        counts = {"writers": shares.writers}
+        if weights:
+            yield partial(save_share, weights=weights, writer=shares.rank, **counts)
+        if self.world.main:
+            yield self.vlm.save_config
+            yield partial(save_index, writer_of=writer_of, size=sum(shares.sizes), **counts)
 
     def export(self, folder: Path, *, write: bool = True) -> None:
         """Writes model and processor, loadable by transformers' Auto classes, and the adapter if any."""
@@ -530,10 +564,34 @@ def _unscored(minibatch: Batch, *, on_policy: bool = False) -> Batch:
     return minibatch.replace(on_policy=rows, old=minibatch.sampled.clone(), reference=nothing, routes=None)
 
 
+def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+
+
 def _write_rows(target: torch.Tensor, micro: MicroBatch, values: torch.Tensor) -> None:
     """Writes a micro-batch's values [n, t] to their rows of a mini-batch [N, T]; idle rows have none."""
     real = micro.rows >= 0
     target[micro.rows[real], : micro.mask.shape[1]] = values.cpu()[real]
+
+
+def to_host(learnt: Sequence[tuple[MicroBatch, ForwardPass, torch.Tensor]]) -> list[Learnt]:
+    """What the device computed, moved to host memory in one copy, which waits for the device once."""
+    pieces = [
+        piece
+        for _, passed, loss in learnt
+        for piece in (passed.logprobs.detach(), passed.entropies.detach(), loss)
+    ]
+    if not pieces:
+        return []
+    flat = torch.cat([piece.flatten() for piece in pieces]).cpu().split([piece.numel() for piece in pieces])
+    moved = iter([host.view(piece.shape).to(piece.dtype) for host, piece in zip(flat, pieces, strict=True)])
+    items = []
+    for micro, passed, _ in learnt:
+        logprobs, entropies, loss = next(moved), next(moved), next(moved)
+        old = logprobs if micro.old is None else micro.old
+        passed = replace(passed, logprobs=logprobs, entropies=entropies, old=old)
+        items.append(Learnt(micro, passed, loss.item()))
+    return items
 
 
 def _all_on_policy(minibatch: Batch) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vlm_sapo.config.rollout import VllmConfig
+from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.models.parallel import prefetched_layers
 from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
+from vlm_sapo.tools.plan.cards import visible_memory
 from vlm_sapo.tools.plan.memory import GB, PHASES, UNSHARDED, Estimate, Gpus, MemoryRow, ParameterSpec
+from vlm_sapo.tools.plan.operations import model_work
 from vlm_sapo.tools.plan.passes import BatchSpec, GenerationMemory
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
@@ -42,22 +45,65 @@ class Estimator:
         cached = min(features, training.feature_budget)
         per_step, sharding = f"{self.prompts} prompts per step", f"sharded over {self.shards} GPUs"
         budget = f"{self.batch.budget} tokens per micro-batch"
+        flash = self._flash_backward()
+        passes_bytes = training.activations + training.logits + flash
         rows = [
-            MemoryRow.constant("CUDA and libraries", memory.CUDA_CONTEXT, "assumed"),
+            *self._cuda_rows(),
             *self._model_rows(),
             MemoryRow("cached image features", cached, cached, 0, per_step),
             MemoryRow("FSDP all-gather buffer", training=self._gathered(), note=sharding),
             MemoryRow("activations", training=training.activations, note=budget),
+            MemoryRow(memory.FLASH, training=flash, note="FlashAttention's own, one layer"),
             MemoryRow("logits", training=training.logits, note="computed in chunks"),
         ]
         engine, shortage = self._engine()
+        rows.append(self._lost(passes_bytes, engine))
         rows = [row for row in (*rows, *engine) if any(vars(row)[phase] for phase in PHASES)]
         return Estimate(self.gpus, tuple(rows), tuple(self._host(features - cached)), shortage)
 
     @property
     def minimum(self) -> float:
         """What training takes at least, however small its batches are."""
-        return memory.CUDA_CONTEXT + sum(row.training for row in self._model_rows())
+        return sum(row.training for row in (*self._cuda_rows(), *self._model_rows()))
+
+    def _cuda_rows(self) -> Iterator[MemoryRow]:
+        yield MemoryRow.constant(memory.CONTEXT, memory.CUDA_CONTEXT, "assumed")
+        yield MemoryRow.constant(memory.WORKSPACES, memory.LIBRARY_WORKSPACE, "cuBLAS, cuDNN")
+        groups = self._communicators()
+        if groups:
+            size = len(groups) * memory.NCCL_COMMUNICATOR
+            yield MemoryRow.constant(memory.COMMUNICATORS, size, ", ".join(groups))
+
+    def _communicators(self) -> list[str]:
+        """The groups of GPUs that exchange tensors."""
+        count, engine = self.gpus.count, self.config.rollout.engine
+        names = ["all GPUs"] if count > 1 else []
+        if self.shards > 1:
+            names.append("shards")
+            names += ["replicas"] if count > self.shards else []
+        if isinstance(engine, VllmConfig) and count > 1:
+            names.append("engine")
+        if isinstance(engine, VllmServerConfig) and engine.weights == "nccl":
+            names.append("servers")
+        return names
+
+    def _flash_backward(self) -> float:
+        """What a GPU's attention takes in half precision beside what the simulated pass counts."""
+        half = self.autocast or self.config.model.dtype != "float32"
+        work, batch = model_work(self.model), self.batch
+        if not half or self.model.layout == "plain" or work.attention_layers < work.layers:
+            return 0.0
+        row = batch.prompt + batch.group * batch.response
+        prompts = max(batch.budget, batch.prompt + batch.response) * batch.prompt / row
+        responses = max(batch.budget, batch.prompt + batch.response) - prompts
+        return memory.flash_backward_bytes(work.query_width, prompts=prompts, responses=responses)
+
+    def _lost(self, training: float, engine: Sequence[MemoryRow]) -> MemoryRow:
+        """What fragmentation takes; vLLM's share is its own affair."""
+        hf = self.config.rollout.engine.type == "hf"
+        generating = sum(row.generating for row in engine) if hf else 0.0
+        share = memory.FRAGMENTATION
+        return MemoryRow(memory.LOST, share * training, share * generating, note=f"{share:.0%} of passes")
 
     def _model_rows(self) -> Iterator[MemoryRow]:
         train, weights = self.config.train, memory.weight_bytes(self.parameters, self.shards)
@@ -76,16 +122,18 @@ class Estimator:
         return bool(self.config.algo.kl) and self.config.model.lora is None
 
     def _gathered(self) -> float:
-        return memory.all_gather_bytes(self.parameters, self.element_size) if self.sharded else 0.0
+        if not self.sharded:
+            return 0.0
+        prefetch = prefetched_layers(self.shards, self.gpus.per_node)
+        return memory.all_gather_bytes(self.parameters, self.element_size, prefetch)
 
     def _engine(self) -> tuple[list[MemoryRow], str]:
         """The rollout engine's rows, and why it does not fit, if so."""
         engine = self.config.rollout.engine
         if isinstance(engine, VllmConfig):
             return self._vllm(engine)
-        merged = MemoryRow("merged LoRA weights", sync=self._merged())
         if engine.type != "hf":
-            return [merged], ""
+            return [self._on_the_way()], ""
         (prompts, samples), generation = self._generation()
         unsharded = memory.unsharded_bytes(self.parameters, self.element_size) if self.sharded else 0.0
         return [
@@ -111,13 +159,14 @@ class Estimator:
         return max(sizes.items(), key=lambda item: item[1].activations + item[1].kv_cache)
 
     def _vllm(self, engine: VllmConfig) -> tuple[list[MemoryRow], str]:
-        share = engine.gpu_memory * self.gpus.memory
-        needed = self._engine_weights() + self._longest_sequence() + memory.ENGINE_WORKSPACE
+        share = engine.gpu_memory * visible_memory(self.gpus.memory)
+        needed = self._engine_weights() + self._longest_sequence()
+        needed += memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
         shortage = f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, "
         shortage += f"and it needs {needed / GB:.1f} GB"
         note = f"gpu_memory {engine.gpu_memory}"
         return [
-            MemoryRow("merged LoRA weights", sync=self._merged()),
+            self._on_the_way(),
             MemoryRow("engine", memory.SLEEPING_ENGINE, share, self._engine_weights(), note),
         ], "" if needed <= share else shortage
 
@@ -139,10 +188,13 @@ class Estimator:
         layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
         return 2 * layers * kv_heads * size * tokens * 2 / self.config.rollout.engine.tensor_parallel
 
-    def _merged(self) -> float:
-        """Adapted weights with their adapters added, all at the same time."""
-        size = BYTES[self.config.model.dtype]
-        return sum(item.numel for item in self.parameters if item.adapted) * size if self.shards == 1 else 0.0
+    def _on_the_way(self) -> MemoryRow:
+        """Weights on their way to an engine: one tensor, as it is stored and as it is sent, and what vLLM
+        collects of a layer before it repacks it."""
+        tensor, layer = memory.largest_tensor(self.parameters), memory.largest_layer(self.parameters)
+        in_process = isinstance(self.config.rollout.engine, VllmConfig)
+        size = self.element_size * (2 * tensor + (layer if in_process else 0))
+        return MemoryRow("weights on their way", sync=size, note="one tensor, one layer")
 
     def _merged_while_sampling(self) -> float:
         """The copy of the adapted weights that the `hf` engine samples with; weights of 4 bits stay as they
@@ -157,6 +209,8 @@ class Estimator:
         """The host memory of a node, by name; `features` is what each GPU moves there of its cache."""
         train, per_node = self.config.train, self.gpus.per_node
         states = memory.optimizer_bytes(self.parameters, train.optimizer, self.shards) * per_node
+        yield memory.PROCESSES, memory.HOST_PROCESS * per_node
+        yield memory.LOADING, self._loading() * per_node
         if train.offload:
             sharded = (item for item in self.parameters if item.unit != UNSHARDED)
             weights = memory.weight_bytes(sharded, self.shards)
@@ -165,17 +219,31 @@ class Estimator:
             yield "weights, gradients and optimizer", (copies * weights + gradients) * per_node + states
         elif train.optimizer.startswith("paged"):
             yield "paged optimizer, at most", states
-        if isinstance(self.config.rollout.engine, VllmConfig):
+        engine = self.config.rollout.engine
+        if isinstance(engine, VllmConfig):
             yield "weights of the sleeping engine", self._engine_weights() * per_node
-        if self.shards > 1 and self.config.rollout.engine.type != "hf":
-            copies = per_node if isinstance(self.config.rollout.engine, VllmConfig) else 1
-            yield (
-                "unsharded weights for the engine",
-                (self._base_parameters() * BYTES[self.config.model.dtype] * copies),
-            )
+        if isinstance(engine, VllmServerConfig) and engine.weights == "folder":
+            yield "weights on their way", memory.largest_tensor(self.parameters) * self.element_size
+        if self.config.checkpoint.every:
+            yield "checkpoint", self._checkpoint()
         yield "image pixels", passes.pixel_bytes(self.model, self.batch) * self.prompts * per_node
         if features:
             yield "cached image features", features * per_node
+
+    def _loading(self) -> float:
+        """A process's host memory while it loads: its own shards and the largest tensor, or the whole model
+        where nothing is sharded."""
+        own = memory.weight_bytes(self.parameters, self.shards)
+        largest = max((item.numel * item.element_size for item in self.parameters), default=0)
+        return own + (largest if self.sharded else 0)
+
+    def _checkpoint(self) -> float:
+        """What the first process gathers of trained weights and moments: the largest, or with
+        checkpoint.background a copy of all."""
+        trained = [item for item in self.parameters if item.trained]
+        if not self.config.checkpoint.background:
+            return max((item.numel * item.element_size for item in trained), default=0)
+        return memory.weight_bytes(trained) + memory.optimizer_bytes(trained, self.config.train.optimizer)
 
 
 def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:

@@ -1,0 +1,46 @@
+"""Prompts for vLLM in this process, with the pixels that the trainer has prepared: its own processor does
+nothing.
+
+vLLM takes finished inputs beside raw prompts (its servers build them as below from what a client has
+processed), and `LLMEngine.add_request` accepts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from vlm_sapo.models.vlm import VLM
+from vlm_sapo.rollout.vllm_requests import Request
+
+
+def engine_input(vlm: VLM, request: Request, dtype: torch.dtype) -> Any:
+    """The request's tokens, with image tokens expanded, and its images' patches in the engine's dtype."""
+    from vllm.inputs import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    prompt = request.prompt
+    if prompt.pixels is None:
+        return tokens_input(request.ids)
+    tensors = {"pixel_values": prompt.pixels.to(dtype), "image_grid_thw": prompt.grid}
+    fields = {
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", prompt.grid.prod(-1)),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    ranges = vlm.image_ranges(prompt)
+    return mm_input(
+        request.ids,
+        MultiModalKwargsItems.from_hf_inputs(tensors, fields),
+        {"image": list(map(fingerprint, prompt.images))},
+        {"image": [PlaceholderRange(offset=start, length=length) for start, length in ranges]},
+    )
+
+
+def fingerprint(image: Image) -> str:
+    """By which vLLM knows an image in its caches."""
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16)
+    digest.update(f"{image.mode} {image.size}".encode())
+    return digest.hexdigest()
