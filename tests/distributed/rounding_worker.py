@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vlm_sapo.models.weights import full_tensor, shard_like
-from vlm_sapo.training.optimizer import OptimizerSettings, build_optimizer, load_state, state_parts
+from vlm_sapo.training.optimizer import OptimizerSettings, Shares, build_optimizer, load_state, state_parts
 
 
 def model() -> nn.Module:
@@ -36,9 +36,8 @@ def train(module: nn.Module, folder: Path | None = None) -> None:
             parameter.grad = shard_like(full, parameter)
         optimizer.step()
         if folder is not None and update == 1:
-            for write in state_parts(optimizer, named, keep=dist.get_rank() == 0):
-                if dist.get_rank() == 0:
-                    write(folder)
+            for write in state_parts(optimizer, named, Shares(dist.get_rank(), dist.get_world_size())):
+                write(folder)
             dist.barrier()
             optimizer = build_optimizer(list(named.values()), settings)
             load_state(optimizer, named, folder)
