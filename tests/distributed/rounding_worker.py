@@ -15,13 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vlm_sapo.models.weights import full_tensor, shard_like
-from vlm_sapo.training.optimizer import (
-    OptimizerSettings,
-    Shares,
-    build_optimizer,
-    load_state,
-    state_parts,
-)
+from vlm_sapo.training.optimizer import OptimizerSettings, Shares, build_optimizer, load_state, state_parts
 
 
 def model() -> nn.Module:

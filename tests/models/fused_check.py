@@ -25,7 +25,9 @@ class Scalar(float):
 
 
 def run(folder: str, *, fused: bool):
-    vlm = load_vlm(folder, fused=fused, gradient_checkpointing=True)
+    vlm = load_vlm(folder, gradient_checkpointing=True)
+    if fused:
+        vlm.fuse()
     for module in vlm.modules():
         if type(module).__name__ == "LigerRMSNorm":
             module.variance_epsilon, module.offset = Scalar(module.variance_epsilon), Scalar(module.offset)

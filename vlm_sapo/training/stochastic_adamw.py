@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+
+from vlm_sapo.models.weights import own_rows
 
 CHUNK_ELEMENTS = 2**23
 """Elements that are updated at a time, which bounds the temporary tensors (about 200 MB)."""
@@ -142,13 +144,7 @@ def first_element(parameter: torch.Tensor) -> int:
     """Index, in the full parameter, of the first element of this process's shard."""
     if not isinstance(parameter, DTensor):
         return 0
-    first, rows = 0, parameter.shape[0]
-    for dim, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            assert placement.dim == 0 and not first
-            own = -(-rows // parameter.device_mesh.size(dim))  # FSDP's, as long as there are any left
-            first = own * parameter.device_mesh.get_local_rank(dim) * (parameter.numel() // rows)
-    return first
+    return int(own_rows(parameter).start) * (parameter.numel() // parameter.shape[0])
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[int, list[torch.Tensor]]]:
