@@ -384,7 +384,9 @@ def test_host_memory_while_loading_and_while_training(tiny):
     _, sharded, _ = rows_of(tiny, "train.shard=all", gpus="2x80GB")
     assert weights < sharded[memory.LOADING] < 2 * weights
     _, background, _ = rows_of(tiny, "checkpoint.background=true")
-    assert background["checkpoint"] == 3 * weights > 20 * whole["checkpoint"] / 4
+    assert background["checkpoint"] == 3 * weights > 4 * whole["checkpoint"]
+    nodes = rows_of(tiny, "train.shard=all", "checkpoint.background=true", gpus="2x1x80GB")[1]
+    assert nodes["checkpoint"] == 3 * weights / 2
     assert "checkpoint" not in rows_of(tiny, "checkpoint.every=0")[1]
 
 

@@ -238,12 +238,14 @@ class Estimator:
         return own + (largest if self.sharded else 0)
 
     def _checkpoint(self) -> float:
-        """What the first process gathers of trained weights and moments: the largest, or with
-        checkpoint.background a copy of all."""
+        """What the processes of a node that share one copy of the model write: their part of the largest
+        tensor, or with checkpoint.background a copy of all trained weights and moments."""
         trained = [item for item in self.parameters if item.trained]
+        share = min(self.shards, self.gpus.per_node) / self.shards
         if not self.config.checkpoint.background:
-            return max((item.numel * item.element_size for item in trained), default=0)
-        return memory.weight_bytes(trained) + memory.optimizer_bytes(trained, self.config.train.optimizer)
+            return share * max((item.numel * item.element_size for item in trained), default=0)
+        states = memory.optimizer_bytes(trained, self.config.train.optimizer)
+        return share * (memory.weight_bytes(trained) + states)
 
 
 def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
