@@ -425,7 +425,8 @@ class Policy:
             passed, _ = self.forward(micro, usage_gradient=loss.needs_usage)
             value = loss(passed, micro, minibatch)
             value.backward()
-        return replace(passed, logprobs=passed.logprobs.detach()), value.detach()
+        detached = replace(passed, logprobs=passed.logprobs.detach(), entropies=passed.entropies.detach())
+        return detached, value.detach()
 
     @torch.no_grad()
     def _prepare(self, minibatch: Batch, loss: Loss) -> Batch:
@@ -576,11 +577,7 @@ def _write_rows(target: torch.Tensor, micro: MicroBatch, values: torch.Tensor) -
 
 def to_host(learnt: Sequence[tuple[MicroBatch, ForwardPass, torch.Tensor]]) -> list[Learnt]:
     """What the device computed, moved to host memory in one copy, which waits for the device once."""
-    pieces = [
-        piece
-        for _, passed, loss in learnt
-        for piece in (passed.logprobs.detach(), passed.entropies.detach(), loss)
-    ]
+    pieces = [piece for _, passed, loss in learnt for piece in (passed.logprobs, passed.entropies, loss)]
     if not pieces:
         return []
     flat = torch.cat([piece.flatten() for piece in pieces]).cpu().split([piece.numel() for piece in pieces])
