@@ -39,6 +39,11 @@ WAITS = {
     aten.repeat_interleave.Tensor: "repeat_interleave",
 }
 """Operations after which the host waits for the device."""
+ONLY_ON_GPUS = {
+    aten.histc.default: lambda values, *rest: aten.histc(values.float(), *rest),  # of integers
+    aten.mm.dtype: lambda left, right, dtype: left.to(dtype) @ right.to(dtype),
+}
+"""What computes the same on a CPU."""
 PACKAGES = ("vlm_sapo/", "transformers/", "peft/")
 
 
@@ -133,8 +138,7 @@ class PretendGpu(FakeTensorMode):
             if func in COPIES:
                 self._count_copy(*(args if func is aten.copy_.default else (result_on_gpu, args[0])))
             self.operations += on_gpu or result_on_gpu
-            if func is aten.histc.default:  # which the CPU can't do for integers
-                args = (_on_host(args[0]).float(), *args[1:])
+            func = ONLY_ON_GPUS.get(func, func)
             results = func(*tree_map(_on_host, args), **tree_map(_on_host, kwargs) | _cpu(device))
             if not result_on_gpu:
                 return results
