@@ -35,10 +35,12 @@ def runs(tmp_path_factory, model_folder):
     runs.in_several(
         runs.run("two", *common),
         runs.run("background", *common, "checkpoint.background=true"),
+        runs.run("moe", *common, "model.path={moe}"),
+    )
+    runs.in_several(
         runs.run("full", *common),
         runs.run("full-background", *common, "checkpoint.background=true"),
         runs.run("full-stop", *common, "checkpoint.on_error=stop"),
-        runs.run("moe", *common, "model.path={moe}"),
     )
     return runs
 
