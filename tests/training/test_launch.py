@@ -161,10 +161,10 @@ def test_with_adapters_the_reference_is_the_model_without_them(run):
         (("model.dtype=bfloat16", "train.old_logprobs=rollout"), False),
     ],
 )
-def test_adapters_merged_in_half_precision_need_recomputed_old_logprobs(run, capsys, overrides, recomputed):
+def test_adapters_rounded_to_half_precision_need_recomputed_old_logprobs(run, capsys, overrides, recomputed):
     """From the start: the adapters have no effect in the first step, which is compared."""
-    run("merged", "model.lora.rank=4", "train.steps=1", *overrides)
-    assert ("merged in half precision" in capsys.readouterr().out) == recomputed
+    run("rounded", "model.lora.rank=4", "train.steps=1", *overrides)
+    assert ("rounded to half precision" in capsys.readouterr().out) == recomputed
 
 
 def test_training_continues_from_an_adapter(run):

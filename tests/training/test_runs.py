@@ -204,6 +204,7 @@ def test_two_steps_on_real_geometry(model_folder, tmp_path):
         "model.max_pixels=16384",
         f"data={{recipe: formalgeo, source: {GEOMETRY}, on_error: skip}}",
         "eval.data=null",
+        "rollout.engine=hf",
         "rollout.max_tokens=16",
         "train.steps=2",
         "train.prompts_per_step=8",

@@ -35,9 +35,9 @@ GPU_STRIDE = 16
 
 class HfEngine:
     """Generates for `prompts_per_batch` prompts at a time, or for as many as have `sequences_per_batch`
-    responses together; for one at least. Adapters are merged meanwhile. `autocast` is the trainer's precision
-    context; `with_full_params` runs work with the full parameters of a sharded model; with `experts`
-    responses carry the experts of their tokens.
+    responses together; for one at least. Adapters are inlined meanwhile. `autocast` is the trainer's
+    precision context; `with_full_params` runs work with the full parameters of a sharded model; with
+    `experts` responses carry the experts of their tokens.
 
     The responses to a prompt depend on the seed and the prompt's slot alone, not on how prompts are batched.
     """
@@ -83,12 +83,18 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            # merged outside autocast, which would round the adapters' product
-            merged = adapters.merged_inside(self.vlm.model.model.language_model)
-            with merged, self.autocast(), self.vlm.weights_fixed():
+            inlined = adapters.inlined(self.vlm.model.model.language_model, self._dtype())
+            with self.autocast(), inlined, self.vlm.weights_fixed():
                 return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
+
+    def _dtype(self) -> torch.dtype:
+        """What the language model's linear layers compute in."""
+        kind = self.vlm.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.vlm.model.dtype
 
     def _generate_batches(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         groups: list[list[Response]] = []

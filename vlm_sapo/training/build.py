@@ -67,7 +67,7 @@ def build_training(
     run = _build_run(config, folder, processes, purpose)
     auto = train.old_logprobs == "auto" and not own_old
     if auto and _rounds_adapters(run):
-        console.say("adapters are merged in half precision to sample: recomputing old log-probs")
+        console.say("adapters are rounded to half precision to sample: recomputing old log-probs")
         run.policy.recompute_old_logprobs()
         auto = False
     self_check = SelfCheck(
@@ -99,10 +99,10 @@ def build_training(
 
 
 def _rounds_adapters(run: Run) -> bool:
-    """Whether the engine samples with the policy's modules, but with adapters merged in half precision. The
+    """Whether the engine samples with the policy's modules, but with adapters rounded to half precision. The
     first step can't show the difference: adapters start without effect."""
-    adapted = adapters.mergeable(run.policy.vlm.model.model.language_model)
-    return run.rollouts.engine.shares_weights and bool(adapted) and not run.policy.is_exact
+    adapted = adapters.attached(run.policy.vlm.model.model.language_model)
+    return run.rollouts.engine.shares_weights and adapted and not run.policy.is_exact
 
 
 def build_sft(config: cfg.SftConfig, folder: RunFolder, processes: Processes) -> Run:

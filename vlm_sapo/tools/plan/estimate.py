@@ -197,13 +197,11 @@ class Estimator:
         return MemoryRow("weights on their way", sync=size, note="one tensor, one layer")
 
     def _merged_while_sampling(self) -> float:
-        """The copy of the adapted weights that the `hf` engine samples with; weights of 4 bits stay as they
-        are."""
+        """The copy of the adapted weights that the `hf` engine samples with; it makes one in float32 only."""
         lora = self.config.model.lora
-        if lora is None or lora.bits:
+        if lora is None or lora.bits or self.element_size < BYTES["float32"]:
             return 0.0
-        size = self.element_size if self.sharded else BYTES[self.config.model.dtype]
-        return sum(item.numel for item in self.parameters if item.adapted) * size
+        return sum(item.numel for item in self.parameters if item.adapted) * self.element_size
 
     def _host(self, features: float) -> Iterator[tuple[str, float]]:
         """The host memory of a node, by name; `features` is what each GPU moves there of its cache."""
