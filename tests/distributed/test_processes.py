@@ -199,6 +199,22 @@ def test_two_processes_train_what_one_does(runs, name, parallelism):
     assert responses[0] == responses[1]
 
 
+@pytest.mark.parametrize("parallelism", ["copies", "sharded"])
+@pytest.mark.parametrize("name", RUNS)
+def test_traces_are_of_the_response_that_they_stand_beside(runs, name, parallelism):
+    """Also where another process than the one that sampled it trained on it."""
+    files = (runs.folder / folder / "traces.jsonl" for folder in (name, f"{name}-{parallelism}"))
+    for lines in zip(*(file.read_text().splitlines() for file in files), strict=True):
+        one, two = map(json.loads, lines)
+        assert [one[key] for key in ("step", "place", "pieces")] == [
+            two[key] for key in ("step", "place", "pieces")
+        ]
+        for first, second in zip(one["entropy"], two["entropy"], strict=True):
+            assert first == pytest.approx(second, rel=1e-2, abs=1e-3)
+        for first, second in zip(one["log_ratio"], two["log_ratio"], strict=True):
+            assert first == pytest.approx(second, abs=1e-3)
+
+
 def test_training_moves_far_more_than_that(runs):
     start = load_file(runs.folder / "plain/checkpoints/step_000001/model.safetensors")
     assert not same(start, runs.final("plain"), bound=1e-3)
