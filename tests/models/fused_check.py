@@ -40,7 +40,8 @@ def run(folder: str, *, fused: bool):
 def main() -> None:
     # Liger's is of libdevice, which the interpreter lacks; Triton's own is replaced while a kernel runs.
     import_module("liger_kernel.ops.rms_norm").rsqrt = lambda value: triton.language.rsqrt(value)
-    import_module("liger_kernel.transformers.swiglu").float = Scalar
+    for name in ("liger_kernel.transformers.swiglu", "liger_kernel.ops.swiglu"):
+        import_module(name).float = Scalar
     plain, logprobs = run(sys.argv[1], fused=False)
     fused, again = run(sys.argv[1], fused=True)
     one, two = (dict(vlm.model.named_parameters()) for vlm in (plain, fused))
