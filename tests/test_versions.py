@@ -38,15 +38,14 @@ TORCH = {
     "torch:AcceleratorError": None,
     "torch:OutOfMemoryError": None,
 }
-"""What the code uses of torch beside calls of imported names, and the arguments it gives. Read also in torch
-2.11.0 and 2.15.0."""
+"""What the code uses of torch beside calls of imported names, and the arguments it gives."""
 FLASH = {
     "_flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal "
     "return_debug_mask scale",
     "_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k "
     "dropout_p is_causal rng_state unused scale",
 }
-"""The operations' first arguments, in their order, and `scale`; of 2.11.0 and 2.15.0 the same."""
+"""The operations' first arguments, in their order, and `scale`."""
 VLLM = {
     "vllm.entrypoints.llm:LLM.generate": (2, "use_tqdm lora_request"),
     "vllm.entrypoints.llm:LLM.collective_rpc": (1, "kwargs"),
