@@ -64,6 +64,7 @@ def test_check_passes_for_engines_that_agree(run, server, tmp_path, kind):
         "changed weights arrive",
     )
     assert all(table[name][0] == "ok" for name in checks)
+    assert "100.0% of the change" in " ".join(table["changed weights arrive"])
     assert "speed" in table and "weight sync" in table
     assert f"{kind} on 3 rows with 2 responses each: engine and trainer agree" in result.output
     assert not (tmp_path / "runs").exists()
@@ -95,6 +96,7 @@ def test_check_fails_if_new_weights_do_not_reach_the_engine(run, server):
     assert result.exit_code == 1
     table = lines(result)
     assert table["log-probs"][0] == "ok" and table["changed weights arrive"][0] == "FAILS"
+    assert "0.0% of the change" in " ".join(table["changed weights arrive"])
     assert "new weights do not reach the engine" in result.output
 
 
@@ -132,7 +134,7 @@ def test_serve_prints_the_options_that_training_needs(run):
     lora = ("rollout.engine=vllm_server", "train.precision=bf16", "model.lora.rank=20")
     served = run("serve", *lora, "--print").output
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve" in served
-    assert "--enable-lora --max-lora-rank 32 " in served
+    assert "--enable-lora --max-lora-rank 32" in served
     for merged in (
         "rollout.engine.adapter=merged",
         "model.lora.parts=[language, vision]",

@@ -141,8 +141,8 @@ def check_sync(parity: Parity, prompts: Sequence[Prompt]) -> Iterator[Finding]:
     update = parity.check_weight_update(examples)
     yield Finding(
         "changed weights arrive",
-        f"mean {update.changed.mean:.1e} from the changed trainer, {update.unchanged.mean:.1e} from the "
-        "unchanged",
+        f"{update.share:.1%} of the change; mean {update.changed.mean:.1e} from the changed trainer, "
+        f"{update.unchanged.mean:.1e} from the unchanged",
         update.arrived,
     )
     if not update.arrived:

@@ -117,6 +117,8 @@ class WeightUpdate:
 
     changed: Difference
     unchanged: Difference
+    share: float
+    """Of the change of the trainer's log-probs, how much the engine's have, along it: 1 if all arrived."""
     arrived: bool
 
 
@@ -274,12 +276,14 @@ class Parity:
             rounding = comparison.rounding()
         fresh = [GroupSlice(self.encode(group.prompt.example), group.responses) for group in groups]
         comparison = Comparison(self.policy, fresh)
-        unchanged = comparison.against(comparison.trainer())
+        before = comparison.trainer()
+        unchanged, change = comparison.against(before), trainer - before
+        share = float(((comparison.engine - before) * change).sum() / change.square().sum().clamp(min=1e-12))
         if self.tolerance < COARSE:
             limit = 10 * self.tolerance
         else:  # a model with such noise rounds more than a trained one
             limit = max(self.tolerance, 4 * rounding, unchanged.mean / 20)
-        return WeightUpdate(changed, unchanged, arrived=worst <= limit)
+        return WeightUpdate(changed, unchanged, share, arrived=worst <= limit)
 
     def unsynced_kinds(self, examples: Sequence[Example]) -> list[str]:
         """The kinds of weights whose changes do not reach the engine."""
@@ -296,7 +300,9 @@ class Parity:
             one = self.world.size == 1
             cause = f"weights: {self.unsynced(examples, update.unchanged)}" if one else RUN_CHECK
             raise ParityError(self._disagrees(update.changed, [cause], None))
-        self.console.say(f"changed weights reach the engine: {update.changed}")
+        self.console.say(
+            f"changed weights reach the engine: {update.share:.1%} of the change, {update.changed}"
+        )
         if update.unchanged.mean < 10 * self.tolerance:
             self.console.warn(f"but unchanged weights would hardly differ: {update.unchanged}")
 

@@ -208,7 +208,8 @@ class Estimator:
         train, per_node = self.config.train, self.gpus.per_node
         states = memory.optimizer_bytes(self.parameters, train.optimizer, self.shards) * per_node
         yield memory.PROCESSES, memory.HOST_PROCESS * per_node
-        yield memory.LOADING, self._loading() * per_node
+        loading = memory.loading_bytes(self.parameters, self.shards, offload=train.offload)
+        yield memory.LOADING, loading * per_node
         if train.offload:
             sharded = (item for item in self.parameters if item.unit != UNSHARDED)
             weights = memory.weight_bytes(sharded, self.shards)
@@ -227,13 +228,6 @@ class Estimator:
         yield "image pixels", passes.pixel_bytes(self.model, self.batch) * self.prompts * per_node
         if features:
             yield "cached image features", features * per_node
-
-    def _loading(self) -> float:
-        """A process's host memory while it loads: its own shards and the largest tensor, or the whole model
-        where nothing is sharded."""
-        own = memory.weight_bytes(self.parameters, self.shards)
-        largest = max((item.numel * item.element_size for item in self.parameters), default=0)
-        return own + (largest if self.sharded else 0)
 
     def _checkpoint(self) -> float:
         """What the processes of a node that share one copy of the model write: their part of the largest
