@@ -97,12 +97,12 @@ def test_adapters_are_inlined_while_sampling(encoder, model_folder, monkeypatch)
             if ".lora_B" in name:
                 parameter.normal_(std=0.1)
     prompts = [encoder(example(number)) for number in range(2)]
-    layers, engine = adapters._layers(vlm.model), HfEngine(vlm, prompts_per_batch=2)
+    layers, engine = adapters.layers(vlm.model), HfEngine(vlm, prompts_per_batch=2)
     seen = []
     decode = engine._decode
 
     def watched(*args):
-        seen.append(set(adapters._layers(vlm.model)))
+        seen.append(set(adapters.layers(vlm.model)))
         return decode(*args)
 
     monkeypatch.setattr(engine, "_decode", watched)
@@ -115,7 +115,7 @@ def test_adapters_are_inlined_while_sampling(encoder, model_folder, monkeypatch)
     monkeypatch.setattr(engine, "_decode", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate(as_contexts(prompts), Sampling(3, 12, 1.0, seed=1))
-    assert adapters._layers(vlm.model) == layers
+    assert adapters.layers(vlm.model) == layers
 
 
 def test_buffers_for_keys_and_values_change_no_bit(setting, monkeypatch):
