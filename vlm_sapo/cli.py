@@ -272,7 +272,7 @@ def plan(
         Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
     ] = None,
 ) -> None:
-    """Estimate the memory of a config on your GPUs, and a step's time.
+    """Estimate the memory and the step time of a config on your GPUs.
 
     If it doesn't fit, suggests the nearest settings that do; exit code 1.
     """
