@@ -8,7 +8,7 @@ in the backward pass.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,9 +188,12 @@ def _cpu(device: Any) -> dict[str, torch.device]:
 
 def _where() -> str:
     """File and line of the innermost frame in this project, transformers or peft."""
-    for frame in reversed(traceback.extract_stack(limit=80)):
-        if any(package in frame.filename for package in PACKAGES) and "pretend_gpu" not in frame.filename:
-            return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}"
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if any(package in code.co_filename for package in PACKAGES) and "pretend_gpu" not in code.co_filename:
+            return f"{code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno} {code.co_name}"
+        frame = frame.f_back
     return "elsewhere"
 
 
