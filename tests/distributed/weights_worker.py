@@ -98,7 +98,7 @@ def into_vllm(model: Path, world: World) -> dict:
     """vLLM in each process; in the second one it fails at the third weight."""
     vlm = opened(model, lora=False, sharded=True)
     sys.modules.update(modules())
-    needs = EngineNeeds(vlm, str(model), longest=64, dtype="bfloat16", prompts_per_batch=1, warn=print)
+    needs = EngineNeeds(vlm, str(model), longest=64, dtype="bfloat16", sequences_per_batch=1, warn=print)
     engine = VllmEngine(needs, dtype="bfloat16")
     StandInLlm.fails_at = 3 if dist.get_rank() == 1 else None
     try:
