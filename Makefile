@@ -90,7 +90,7 @@ WHEEL_OPTIONS = --quiet --only-binary=:all: --implementation cp --python-version
 gpu-wheels:
 	@test -n "$(WHEELS)" || { echo "WHEELS must name a folder: make gpu-wheels WHEELS=wheels"; exit 1; }
 	$(PYTHON) -m pip download $(WHEEL_OPTIONS) pydantic pebble rapidfuzz math-verify 'antlr4-python3-runtime==4.13.2' httpx2 typer rich pyyaml
-	$(PYTHON) -m pip download $(WHEEL_OPTIONS) --no-deps qwen-vl-utils peft accelerate 'trl==1.16.*' datasets dill multiprocess liger-kernel flash-linear-attention fla-core
+	$(PYTHON) -m pip download $(WHEEL_OPTIONS) --no-deps matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six qwen-vl-utils peft accelerate 'trl==1.16.*' datasets dill multiprocess liger-kernel flash-linear-attention fla-core
 
 .venv-trl/installed: pyproject.toml .venv/installed
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl

@@ -55,7 +55,6 @@ CORE = (
     "matplotlib",
     "peft",
     "pebble",
-    "pyarrow",
     "pydantic",
     "qwen_vl_utils",
     "rapidfuzz",

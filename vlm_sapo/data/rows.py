@@ -10,7 +10,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import pyarrow as pa
 from PIL.Image import Image
 
 from vlm_sapo.config.data import SourceConfig
@@ -121,7 +120,7 @@ def _raw(feature: Any) -> Any:
     """A feature of `datasets` with images, audio and video left as they are stored: bytes and a path."""
     if isinstance(feature, Mapping):
         return {name: _raw(inner) for name, inner in feature.items()}
-    if hasattr(feature, "decode") and pa.types.is_struct(feature.pa_type):
+    if hasattr(feature, "decode") and str(feature.pa_type).startswith("struct<"):
         return replace(feature, decode=False)
     if hasattr(feature, "feature"):
         return replace(feature, feature=_raw(feature.feature))
