@@ -8,7 +8,13 @@ from torch.autograd import gradcheck
 
 from tests.models.flash_reference import FlashReference
 from vlm_sapo.models import flash
-from vlm_sapo.models.attention import PackedGroup, Segments, prefix_attention, vision_attention
+from vlm_sapo.models.attention import (
+    PackedGroup,
+    Segments,
+    compare_kernels,
+    prefix_attention,
+    vision_attention,
+)
 from vlm_sapo.models.flash import Lengths, PackedAttention, PackedRow
 
 CPU = torch.device("cpu")
@@ -133,3 +139,13 @@ def test_lengths():
     lengths = Lengths.of([3, 1, 4], CPU)
     assert lengths.offsets.tolist() == [0, 3, 4, 8] and lengths.longest == 4
     assert lengths.offsets.dtype == torch.int32
+
+
+def test_wrong_kernels_are_told_from_rounding(monkeypatch):
+    monkeypatch.setattr(flash, "runs_on", lambda tensor: tensor.dtype == torch.bfloat16)
+    laid_out, _ = segments()
+    right = Segments(laid_out.groups, PackedRow.of_groups(GROUPS, CPU))
+    assert 0 < compare_kernels(right, heads=(4, 2), size=8, device=CPU) < 0.01
+    shifted = ((12, (6, 1, 9)), *GROUPS[1:])  # a prompt's last token counts as its first branch's
+    wrong = Segments(laid_out.groups, PackedRow.of_groups(shifted, CPU))
+    assert compare_kernels(wrong, heads=(4, 2), size=8, device=CPU) > 0.05

@@ -118,6 +118,17 @@ def test_adapters_are_inlined_while_sampling(encoder, model_folder, monkeypatch)
     assert adapters.layers(vlm.model) == layers
 
 
+def test_autocast_decides_how_adapters_are_inlined(encoder, model_folder):
+    """Float32 weights that compute in bfloat16 would round merged adapters away."""
+    vlm = load_vlm(str(model_folder()), lora=Adapters(base="a", rank=4))
+    engine = HfEngine(vlm, prompts_per_batch=1, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    kinds = set()
+    engine._decode = lambda *args: kinds.update(type(module) for module in vlm.modules()) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(as_contexts([encoder(example())]), Sampling(2, 4, 1.0, seed=0))
+    assert adapters.Folded in kinds
+
+
 def test_buffers_for_keys_and_values_change_no_bit(setting, monkeypatch):
     """Against transformers' own cache, with branches that leave and buffers that grow, also behind responses
     so far."""

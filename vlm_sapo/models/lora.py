@@ -141,10 +141,12 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     for layer, weight in zip(linear, metas, strict=True):
         zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
         layer.weight = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-    yield
-    for layer, weight in zip(linear, metas, strict=True):
-        weight.requires_grad_(layer.weight.requires_grad)
-        layer.weight = weight
+    try:
+        yield
+    finally:
+        for layer, weight in zip(linear, metas, strict=True):
+            weight.requires_grad_(layer.weight.requires_grad)
+            layer.weight = weight
 
 
 def weights(model: nn.Module, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:

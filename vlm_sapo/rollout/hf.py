@@ -83,9 +83,10 @@ class HfEngine:
         training = self.vlm.training
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
-            inlined = adapters.inlined(self.vlm.model.model.language_model, self._dtype())
-            with self.autocast(), inlined, self.vlm.weights_fixed():
-                return self._generate_batches(contexts, sampling)
+            with self.autocast():  # first, since it decides in which dtype adapters are inlined
+                inlined = adapters.inlined(self.vlm.model.model.language_model, self._dtype())
+                with inlined, self.vlm.weights_fixed():
+                    return self._generate_batches(contexts, sampling)
         finally:
             self.vlm.train(training)
 

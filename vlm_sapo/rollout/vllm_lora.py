@@ -111,13 +111,18 @@ class ServedAdapter:
         weights = vlm.adapter_weights()
         size = sum(weight.nbytes for weight in weights.values())
         folder = Path(tempfile.mkdtemp(prefix="adapter_", dir=memory_folder(size)))
-        vlm.save_adapter(folder, weights)
-        previous, self.number = self.request, self.number + 1
-        self.request = LoRARequest(f"policy-{self.number}", self.number, str(folder))
-        if previous is not None:
-            llm.llm_engine.remove_lora(previous.lora_int_id)
-        llm.llm_engine.add_lora(self.request)
+        number = self.number + 1
+        try:
+            vlm.save_adapter(folder, weights)
+            request = LoRARequest(f"policy-{number}", number, str(folder))
+            if self.request is not None:
+                llm.llm_engine.remove_lora(self.request.lora_int_id)
+            llm.llm_engine.add_lora(request)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         self.close()
+        self.number, self.request = number, request
         self.folder = folder  # vLLM may read it again
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -58,7 +59,11 @@ class Folder:
 
     def stage(self, vlm: VLM, version: str) -> None:
         if self.world.main:
-            self._write(version, partial(write_shards, vlm.stream_weights(self.dtype)))
+            weights = vlm.stream_weights(self.dtype)
+            try:
+                self._write(version, partial(write_shards, weights))
+            finally:
+                exhaust(weights)  # the others gather to the end
         elif vlm.sharded:
             exhaust(vlm.stream_weights(self.dtype))
         self.current = self.folder / version
@@ -81,8 +86,9 @@ class Folder:
 
     def close(self) -> None:
         self._remove()
-        if self.is_new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self.is_new_folder and self.world.main:
+            with suppress(OSError):  # not there, or not empty
+                self.folder.rmdir()
 
     def _remove(self) -> None:
         if self.current is not None and self.world.main:
@@ -109,9 +115,10 @@ class AdapterFolder(Folder):
 
     async def send(self, client: httpx.AsyncClient, server: Server, *, restarted: bool) -> None:
         await server.load_adapter(client, self.current.name, str(self.current))
-        previous, self.loaded[server.url] = self.loaded.get(server.url), self.current.name
+        previous = self.loaded.get(server.url)
         if previous not in (None, self.current.name) and not restarted:
             await server.unload_adapter(client, previous)
+        self.loaded[server.url] = self.current.name
 
 
 def write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.attention import compare_kernels
 from vlm_sapo.models.device import out_of_memory, shortage_reason
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
@@ -60,6 +61,8 @@ HALF_PRECISION = Tolerance(mean=0.03, quantile=0.99, logprob=0.25, gradient_norm
 """A single token may differ by more than 1, as between engines; a wrong mask shows in the mean."""
 ROUNDING_LIMIT = 0.2
 """From this mean difference on, no rounding explains it, whatever float32 says."""
+KERNEL_ERROR = 0.02
+"""Largest relative error of attention in half precision, in the Euclidean norm; bfloat16 has 8 bits."""
 REPEATED_TOKENS = 256
 """Response tokens with which a comparison is repeated in float32, at least."""
 REUSE_TOLERANCE = 1e-4
@@ -532,10 +535,53 @@ class SelfCheck:
                 few.append(response)
                 count += len(response.ids)
         group = GroupSlice(group.prompt, tuple(few))
-        with in_float32(policy):
-            shared = self._measure(group, policy.layout, single=False, autocast=nullcontext)
-            plain = self._measure(group, Plain(), single=True, autocast=nullcontext)
-        return LayoutDifference.of(shared, plain)
+        with ExitStack() as stack:
+            if self._any_short(lambda: stack.enter_context(in_float32(policy))):
+                return None
+            measured = [
+                self._try(group, layout, single=single)
+                for layout, single in ((policy.layout, False), (Plain(), True))
+            ]
+        if None in measured or not all(self.world.all_gather(self._kernels_are_right(group))):
+            return None
+        return LayoutDifference.of(*measured)
+
+    def _kernels_are_right(self, group: GroupSlice) -> bool:
+        """Whether a GPU's attention kernels, which float32 passes don't use, agree with the others on this
+        group's row: one layer, with random values."""
+        policy, config = self.policy, self.policy.vlm.model.config.get_text_config()
+        segments = policy.layout.inputs([group]).to(policy.device).segments
+        if policy.device.type == "cpu" or segments is None:
+            return True
+        heads = config.num_attention_heads, config.num_key_value_heads
+        size = config.to_dict().get("head_dim") or config.hidden_size // heads[0]
+        return compare_kernels(segments, heads=heads, size=size, device=policy.device) <= KERNEL_ERROR
+
+    def _any_short(self, work: Callable[[], object]) -> bool:
+        """Whether memory runs out in the work of any process. All processes call it."""
+        short = False
+        try:
+            work()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            short = True
+        return any(self.world.all_gather(short))
+
+    def _try(self, group: GroupSlice, layout: Layout, *, single: bool) -> Measured | None:
+        """The group under a layout without autocast; None if memory runs out in any process, which changes
+        nothing."""
+        policy, rows = self.policy, {}
+        packed = layout.pack([group.sizes], 1 if single else policy.memory.tokens)
+        passes = max(self.world.all_gather(len(packed)))
+
+        def work() -> None:
+            rows.update(self._run(group, layout, packed, None, nullcontext, passes=passes)[0])
+
+        short = self._any_short(work)
+        norm = 0.0 if short else float(policy.grad_norm())
+        policy.optimizer.zero_grad()
+        return None if short else Measured(torch.cat([rows[index] for index in sorted(rows)]), norm, None)
 
     def _choose_old_logprobs(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
         worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
@@ -558,15 +604,15 @@ class SelfCheck:
         *,
         single: bool,
         replayed: ExpertRoutes | None = None,
-        autocast: Autocast | None = None,
     ) -> Measured:
-        """The group under a layout, by default in the policy's precision; `single` runs one response at a
-        time, `replayed` are the experts to use."""
+        """The group under a layout; `single` runs one response at a time, `replayed` are the experts to
+        use."""
         policy, memory = self.policy, self.policy.memory
         while True:
             packed, short = layout.pack([group.sizes], 1 if single else memory.tokens), None
             try:
-                rows, routes = self._run(group, layout, packed, replayed, autocast)
+                passes = max(self.world.all_gather(len(packed)))
+                rows, routes = self._run(group, layout, packed, replayed, self.policy.autocast, passes=passes)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -590,16 +636,17 @@ class SelfCheck:
         layout: Layout,
         packed: list[list[Part]],
         replayed: ExpertRoutes | None,
-        autocast: Autocast | None,
+        autocast: Autocast,
+        *,
+        passes: int,
     ) -> tuple[dict[int, torch.Tensor], ExpertRoutes | None]:
-        """Log-probs by response, and their experts; adds the gradient. All processes run equally many
-        passes."""
+        """Log-probs by response, and their experts; adds the gradient. All processes run this many passes."""
         policy, responses = self.policy, group.responses
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, item.ids.shape, generator=generator) * 2.0 - 1.0 for item in responses]
         rows: dict[int, torch.Tensor] = {}
         used: list[tuple[torch.Tensor, ExpertRoutes]] = []
-        for number in range(max(self.world.all_gather(len(packed)))):
+        for number in range(passes):
             indices = [index for _, own in packed[number % len(packed)] for index in own]
             slices = [GroupSlice(group.prompt, tuple(responses[index] for index in indices))]
             part = None if replayed is None else replayed[indices]

@@ -55,6 +55,8 @@ def join(config: cfg.TrainConfig | cfg.SftConfig, console: Console | None = None
     ):
         raise ValueError(forgotten)
     device = find_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1 and devices and device.problem:  # the others would wait for this process on their GPUs
+        raise ValueError(device.problem)
     device.check_half_precision(
         {"train.precision": config.train.precision, "model.dtype": config.model.dtype}
     )
