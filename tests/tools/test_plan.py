@@ -382,7 +382,7 @@ def test_host_memory_while_loading_and_while_training(tiny):
     rest = sum(size for name, size in whole.items() if name not in (memory.LOADING, memory.PROCESSES))
     assert estimate.host_total == 2 * memory.HOST_PROCESS + max(2 * weights, rest)
     _, sharded, _ = rows_of(tiny, "train.shard=all", gpus="2x80GB")
-    assert weights < sharded[memory.LOADING] < 2 * weights
+    assert 0 < sharded[memory.LOADING] < weights / 2  # shards go to the GPU as they are read
     _, background, _ = rows_of(tiny, "checkpoint.background=true")
     assert background["checkpoint"] == 3 * weights > 4 * whole["checkpoint"]
     nodes = rows_of(tiny, "train.shard=all", "checkpoint.background=true", gpus="2x1x80GB")[1]
