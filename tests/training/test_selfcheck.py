@@ -1,5 +1,6 @@
 """The self-check keeps shared layout and reused log-probs if they are right, and drops them if not."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -164,3 +165,37 @@ def test_a_check_that_runs_out_of_memory_is_repeated_in_parts(model_folder, enco
     SmallDevice(policy.forward_pass, len(groups[0].prompt.ids) + 13)  # a prompt with one response
     check(policy, groups)
     assert policy.memory.shortages and "shared-prefix and plain pass agree" in capsys.readouterr().out
+
+
+def short_of_memory(*args, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
+def pass_in_float32_short(monkeypatch):
+    run = SelfCheck._run
+    monkeypatch.setattr(
+        SelfCheck,
+        "_run",
+        lambda check, *args, **options: (short_of_memory if args[4] is nullcontext else run)(
+            check, *args, **options
+        ),
+    )
+
+
+@pytest.mark.parametrize("where", ["weights", "pass"])
+def test_a_comparison_in_float32_that_does_not_fit_changes_no_budget(
+    model_folder, encoder, capsys, monkeypatch, where
+):
+    """The run goes on with the plain pass, as without the comparison."""
+    monkeypatch.setattr(checks, "HALF_PRECISION", checks.Tolerance(0.0, 0.5, 0.0, 0.0))
+    policy = deep_policy(str(model_folder()), "lora")
+    groups = sample_groups(policy, encoder, REWARDS)
+    if where == "weights":
+        monkeypatch.setattr(checks, "in_float32", short_of_memory)
+    else:
+        pass_in_float32_short(monkeypatch)
+    check(policy, groups, budget=1000)
+    output = capsys.readouterr().out
+    assert "DISAGREES" in output and "in float32" not in output and isinstance(policy.layout, Plain)
+    assert policy.memory.tokens == 1000 and not policy.memory.shortages
+    assert {item.dtype for item in policy.vlm.parameters()} == {torch.bfloat16, torch.float32}

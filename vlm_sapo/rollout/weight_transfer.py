@@ -168,7 +168,8 @@ class Nccl:
         self.senders: dict[str, Any] = {}
         self.gathering: SharedIterator | None = None
         self.sending: int | None = None
-        """The thread that sends now."""
+        """The thread that sends now; it and `gathering` change together, under `lock`."""
+        self.lock = threading.Lock()
         self.turn = asyncio.Lock()
 
     def stage(self, vlm: VLM, version: str) -> None:
@@ -197,7 +198,8 @@ class Nccl:
             world = 1 + (await server.call(client, "get_world_size"))["world_size"]
 
             def work() -> None:
-                self.sending = threading.get_ident()
+                with self.lock:
+                    self.sending = threading.get_ident()
                 torch.cuda.synchronize()  # vLLM reads the parameters on streams of its own
                 if server.url not in self.senders:
                     self.senders[server.url] = self._connect(server, world)
@@ -211,9 +213,10 @@ class Nccl:
                     raise  # the other processes wait in the middle, so that a retry would hang
                 raise Unavailable(f"weights could not be sent by NCCL ({error!r})") from error
             finally:
-                self.sending = None
-                if self.gathering is not None:
-                    self.gathering.finish()
+                with self.lock:
+                    self.sending, gathering, self.gathering = None, self.gathering, None
+                if gathering is not None:
+                    gathering.finish()
 
     def close(self) -> None:
         for sender in self.senders.values():
@@ -246,10 +249,11 @@ class Nccl:
         return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def _gather(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.sending != threading.get_ident():
-            raise RuntimeError("this transfer took too long and was given up")
-        self.gathering = SharedIterator(self._announced())
-        return self.gathering
+        with self.lock:
+            if self.sending != threading.get_ident():
+                raise RuntimeError("this transfer took too long and was given up")
+            self.gathering = gathering = SharedIterator(self._announced())
+        return gathering
 
     def _announced(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self.vlm.sharded:

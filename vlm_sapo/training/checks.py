@@ -536,15 +536,24 @@ class SelfCheck:
                 count += len(response.ids)
         group = GroupSlice(group.prompt, tuple(few))
         with ExitStack() as stack:
-            if self._any_short(lambda: stack.enter_context(in_float32(policy))):
+            if not self._fits(lambda: stack.enter_context(in_float32(policy))):
                 return None
-            measured = [
-                self._try(group, layout, single=single)
-                for layout, single in ((policy.layout, False), (Plain(), True))
-            ]
-        if None in measured or not all(self.world.all_gather(self._kernels_are_right(group))):
+            shared, _ = self._attempt(group, policy.layout, single=False, autocast=nullcontext)
+            plain, _ = self._attempt(group, Plain(), single=True, autocast=nullcontext)
+        if shared is None or plain is None or not all(self.world.all_gather(self._kernels_are_right(group))):
             return None
-        return LayoutDifference.of(*measured)
+        return LayoutDifference.of(shared, plain)
+
+    def _fits(self, work: Callable[[], object]) -> bool:
+        """Whether memory suffices for some work in every process. All processes call it."""
+        fits = True
+        try:
+            work()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        return all(self.world.all_gather(fits))
 
     def _kernels_are_right(self, group: GroupSlice) -> bool:
         """Whether a GPU's attention kernels, which float32 passes don't use, agree with the others on this
@@ -556,32 +565,6 @@ class SelfCheck:
         heads = config.num_attention_heads, config.num_key_value_heads
         size = config.to_dict().get("head_dim") or config.hidden_size // heads[0]
         return compare_kernels(segments, heads=heads, size=size, device=policy.device) <= KERNEL_ERROR
-
-    def _any_short(self, work: Callable[[], object]) -> bool:
-        """Whether memory runs out in the work of any process. All processes call it."""
-        short = False
-        try:
-            work()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            short = True
-        return any(self.world.all_gather(short))
-
-    def _try(self, group: GroupSlice, layout: Layout, *, single: bool) -> Measured | None:
-        """The group under a layout without autocast; None if memory runs out in any process, which changes
-        nothing."""
-        policy, rows = self.policy, {}
-        packed = layout.pack([group.sizes], 1 if single else policy.memory.tokens)
-        passes = max(self.world.all_gather(len(packed)))
-
-        def work() -> None:
-            rows.update(self._run(group, layout, packed, None, nullcontext, passes=passes)[0])
-
-        short = self._any_short(work)
-        norm = 0.0 if short else float(policy.grad_norm())
-        policy.optimizer.zero_grad()
-        return None if short else Measured(torch.cat([rows[index] for index in sorted(rows)]), norm, None)
 
     def _choose_old_logprobs(self, logprobs: torch.Tensor, sampled: torch.Tensor) -> None:
         worst = max(self.world.all_gather(float((logprobs - sampled).abs().max())))
@@ -598,37 +581,50 @@ class SelfCheck:
         self.policy.recompute_old_logprobs()
 
     def _measure(
+        self, group: GroupSlice, layout: Layout, *, single: bool, replayed: ExpertRoutes | None = None
+    ) -> Measured:
+        """The group under a layout, with smaller passes where memory runs out; `single` runs one response at
+        a time, `replayed` are the experts to use."""
+        memory, (prompt, responses) = self.policy.memory, group.sizes
+        while True:
+            measured, shortage = self._attempt(group, layout, single=single, replayed=replayed)
+            if measured is not None:
+                return measured
+            row = group.prompt.example.label if single else None
+            memory.shrink(min(memory.tokens, prompt + sum(responses)), shortage, row=row)
+
+    def _attempt(
         self,
         group: GroupSlice,
         layout: Layout,
         *,
         single: bool,
         replayed: ExpertRoutes | None = None,
-    ) -> Measured:
-        """The group under a layout; `single` runs one response at a time, `replayed` are the experts to
-        use."""
-        policy, memory = self.policy, self.policy.memory
-        while True:
-            packed, short = layout.pack([group.sizes], 1 if single else memory.tokens), None
-            try:
-                passes = max(self.world.all_gather(len(packed)))
-                rows, routes = self._run(group, layout, packed, replayed, self.policy.autocast, passes=passes)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                short = shortage_reason(error)
-                if not memory.can_shrink:  # the others wait on their devices
-                    memory.shrink(memory.tokens, short)
-            reasons = [reason for reason in self.world.all_gather(short) if reason is not None]
-            if not reasons:
-                break
-            policy.optimizer.zero_grad()
-            row = group.prompt.example.label if single else None
-            prompt, responses = group.sizes
-            memory.shrink(min(memory.tokens, prompt + sum(responses)), reasons[0], row=row)
-        norm = float(policy.grad_norm())
+        autocast: Autocast | None = None,
+    ) -> tuple[Measured | None, str]:
+        """The group under a layout, by default in the policy's precision; or None, and why memory ran out in
+        some process. All processes call it."""
+        policy, shortage = self.policy, None
+        rows: dict[int, torch.Tensor] = {}
+        routes: ExpertRoutes | None = None
+        packed = layout.pack([group.sizes], 1 if single else policy.memory.tokens)
+        passes = max(self.world.all_gather(len(packed)))
+        try:
+            rows, routes = self._run(
+                group, layout, packed, replayed, autocast or policy.autocast, passes=passes
+            )
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            shortage = shortage_reason(error)
+            if not policy.memory.can_shrink:  # the others wait on their devices
+                policy.memory.shrink(policy.memory.tokens, shortage)
+        shortages = [reason for reason in self.world.all_gather(shortage) if reason is not None]
+        norm = 0.0 if shortages else float(policy.grad_norm())
         policy.optimizer.zero_grad()
-        return Measured(torch.cat([rows[index] for index in sorted(rows)]), norm, routes)
+        if shortages:
+            return None, shortages[0]
+        return Measured(torch.cat([rows[index] for index in sorted(rows)]), norm, routes), ""
 
     def _run(
         self,
