@@ -77,7 +77,7 @@ MINIATURE = Sizes("tiny", 64, 2, 2, 8, "float32", 512, SHORT)
 
 
 @dataclass(frozen=True)
-class Place:
+class Setting:
     """Where a step runs."""
 
     device: str
@@ -98,7 +98,7 @@ def result(**numbers: object) -> None:
     )
 
 
-def devices(place: Place) -> None:
+def devices(setting: Setting) -> None:
     """Card, versions, and the two measured peaks."""
     import torch
 
@@ -110,7 +110,7 @@ def devices(place: Place) -> None:
         except PackageNotFoundError:
             continue
     result(**installed)
-    device = torch.device(place.device)
+    device = torch.device(setting.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = torch.version.cuda or "no CUDA"
@@ -128,8 +128,8 @@ def devices(place: Place) -> None:
         )
     from eval.speed import matmul_speed
 
-    dtype = getattr(torch, place.sizes.dtype)
-    speed = matmul_speed(device, dtype, size=place.sizes.matrix)
+    dtype = getattr(torch, setting.sizes.dtype)
+    speed = matmul_speed(device, dtype, size=setting.sizes.matrix)
     result(peak_TFLOPS=speed / 1e12, copy_GB_per_second=copy_speed(device) / 1e9)
 
 
@@ -166,18 +166,18 @@ def best_time(work: Callable[[], object], device: torch.device, repetitions: int
     return min(times[1:])
 
 
-def quickstart(place: Place, name: str, precision: str) -> None:
+def quickstart(setting: Setting, name: str, precision: str) -> None:
     """A few steps of the quick start."""
-    short_run(place, f"quickstart_{name}", f"train.precision={precision}")
+    short_run(setting, f"quickstart_{name}", f"train.precision={precision}")
 
 
-def short_run(place: Place, name: str, *overrides: str) -> None:
+def short_run(setting: Setting, name: str, *overrides: str) -> None:
     """Trains a few steps of the quick start with other fields, and prints what its metrics say."""
     from vlm_sapo.api import load_config, train
 
-    folder = place.work / "runs" / name
+    folder = setting.work / "runs" / name
     common = [f"run.dir={folder}", "run.overwrite=true", "eval.samples=1", "checkpoint.every=0"]
-    config = load_config("quickstart", *common, *place.sizes.train, *overrides)
+    config = load_config("quickstart", *common, *setting.sizes.train, *overrides)
     train(config)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == config.train.steps, f"{len(rows)} steps of {config.train.steps}"
@@ -185,53 +185,53 @@ def short_run(place: Place, name: str, *overrides: str) -> None:
     assert "policy/grad_norm" in rows[-1], "no group of the last step had different rewards"
 
 
-def offload(place: Place) -> None:
+def offload(setting: Setting) -> None:
     """FSDP2's code for GPUs, in one process."""
-    short_run(place, "offload", "train.offload=true", "train.precision=bf16")
+    short_run(setting, "offload", "train.offload=true", "train.precision=bf16")
 
 
-def moe(place: Place) -> None:
+def moe(setting: Setting) -> None:
     """Grouped products of experts, and the self-check of a mixture in half precision."""
-    folder = random_model(place, "moe", family="qwen3_vl_moe", size="twin")
+    folder = random_model(setting, "moe", family="qwen3_vl_moe", size="twin")
     short_run(
-        place, "moe", VARIED_REWARD, f"model.path={folder}", "model.dtype=bfloat16", "model.lora={rank: 8}"
+        setting, "moe", VARIED_REWARD, f"model.path={folder}", "model.dtype=bfloat16", "model.lora={rank: 8}"
     )
 
 
-def qwen3_5(place: Place) -> None:
+def qwen3_5(setting: Setting) -> None:
     """Linear attention, with the kernels that are installed."""
     from importlib.util import find_spec
 
     kernels = [name for name in ("fla", "causal_conv1d") if find_spec(name)]
     result(kernels=", ".join(kernels) or "none: transformers' own code")
-    folder = random_model(place, "qwen3_5", family="qwen3_5", size="tiny")
-    short_run(place, "qwen3_5", VARIED_REWARD, f"model.path={folder}", "train.precision=bf16")
+    folder = random_model(setting, "qwen3_5", family="qwen3_5", size="tiny")
+    short_run(setting, "qwen3_5", VARIED_REWARD, f"model.path={folder}", "train.precision=bf16")
 
 
-def random_model(place: Place, name: str, *, family: str = "qwen3_vl", size: str | None = None) -> Path:
+def random_model(setting: Setting, name: str, *, family: str = "qwen3_vl", size: str | None = None) -> Path:
     """A model with random weights, made on the device, once."""
     import torch
 
     from vlm_sapo.plugins import resolve
     from vlm_sapo.tools.new_model import SHAPES, new_model
 
-    folder = place.work / "models" / name
+    folder = setting.work / "models" / name
     if not (folder / "model.safetensors").exists():
         corpus = resolve("data/shapes.py:corpus", field="corpus")()
         started = time.perf_counter()
-        with torch.device(place.device):
-            new_model(folder, family=family, corpus=corpus, shape=SHAPES[size or place.sizes.model])
+        with torch.device(setting.device):
+            new_model(folder, family=family, corpus=corpus, shape=SHAPES[size or setting.sizes.model])
         result(seconds_to_make_the_model=time.perf_counter() - started)
     return folder
 
 
-def attention(place: Place) -> None:
+def attention(setting: Setting) -> None:
     """The kernels of packed rows and of the vision tower: their names, times, and errors."""
     import torch
 
     from vlm_sapo.models.attention import PackedGroup, Segments
 
-    device = torch.device(place.device)
+    device = torch.device(setting.device)
     prompt, length, group = (1100, 512, 8) if device.type == "cuda" else (40, 9, 3)
     uneven = tuple(max(1, length - 7 * number) for number in range(group))
     groups = (PackedGroup(0, prompt, (length,) * group), PackedGroup(prompt + group * length, prompt, uneven))
@@ -339,19 +339,19 @@ def kernel_names(work: Callable[[], object], device: torch.device) -> str:
     return times.most_common(1)[0][0][:80]
 
 
-def update(place: Place) -> None:
+def update(setting: Setting) -> None:
     """Our step on the benchmark's workload, and the update's share of the measured peak."""
     import tempfile
 
     from eval import speed
 
-    sizes, folder = place.sizes, random_model(place, "2b")
-    args = speed.parse([str(folder), *workload(place)])
+    sizes, folder = setting.sizes, random_model(setting, "2b")
+    args = speed.parse([str(folder), *workload(setting)])
     with tempfile.TemporaryDirectory() as run:
         measured = speed.measure(args, run)
         result(**measured)
     operations = update_operations(folder, args)
-    peak = speed.matmul_speed(torch_device(place), dtype_of(sizes), size=sizes.matrix)
+    peak = speed.matmul_speed(torch_device(setting), dtype_of(sizes), size=sizes.matrix)
     share = operations / measured["update"] / peak
     tokens = sizes.prompts * sizes.group * sizes.tokens
     result(
@@ -363,19 +363,19 @@ def update(place: Place) -> None:
     )
 
 
-def workload(place: Place) -> list[str]:
+def workload(setting: Setting) -> list[str]:
     """The options that eval/speed.py and eval/trl_step.py have in common."""
-    sizes = place.sizes
+    sizes = setting.sizes
     words = ["--side", sizes.side, "--prompts", sizes.prompts, "--group", sizes.group, "--tokens"]
-    words += [sizes.tokens, "--steps", 2 if place.device == "cuda" else 1]
-    words += ["--dtype", sizes.dtype, "--device", place.device, "--checkpointing"]
+    words += [sizes.tokens, "--steps", 2 if setting.device == "cuda" else 1]
+    words += ["--dtype", sizes.dtype, "--device", setting.device, "--checkpointing"]
     return [str(word) for word in words]
 
 
-def torch_device(place: Place) -> torch.device:
+def torch_device(setting: Setting) -> torch.device:
     import torch
 
-    return torch.device(place.device)
+    return torch.device(setting.device)
 
 
 def dtype_of(sizes: Sizes) -> torch.dtype:
@@ -408,14 +408,14 @@ def update_operations(folder: Path, args: argparse.Namespace) -> float:
     return 3 * args.prompts * forward_operations(work, group, vision=not args.frozen_vision)
 
 
-def trl(place: Place) -> None:
+def trl(setting: Setting) -> None:
     """TRL's step on the same workload, compared with the earlier step's."""
     from eval.bench import run
 
-    folder = random_model(place, "2b")
-    theirs = run([sys.executable, HERE / "trl_step.py", folder, *workload(place)])
+    folder = random_model(setting, "2b")
+    theirs = run([sys.executable, HERE / "trl_step.py", folder, *workload(setting)])
     result(**theirs)
-    steps = {step["name"]: step["numbers"] for step in json.loads(place.results.read_text())["steps"]}
+    steps = {step["name"]: step["numbers"] for step in json.loads(setting.results.read_text())["steps"]}
     result(**against_trl(steps.get("update", {}), theirs))
 
 
@@ -434,13 +434,13 @@ def against_trl(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, o
     }
 
 
-def memory(place: Place) -> None:
+def memory(setting: Setting) -> None:
     """The peak of training steps over what `vlm-sapo plan` predicts."""
     import tempfile
 
     from eval import memory as memories
 
-    folder, sizes = random_model(place, "2b"), place.sizes
+    folder, sizes = random_model(setting, "2b"), setting.sizes
     args = argparse.Namespace(
         model=str(folder),
         side=sizes.side,
@@ -448,34 +448,34 @@ def memory(place: Place) -> None:
         prompts=2,
         tokens=sizes.tokens // 2,
         dtype=sizes.dtype,
-        device=place.device,
+        device=setting.device,
     )
     for case in ("checkpointing", "adapters, bf16 autocast, checkpointing"):
         with tempfile.TemporaryDirectory() as run:
             config = memories.configure(args, memories.CASES[case], run)
             predicted, measured = (
-                step(config, place.device) for step in (memories.predict, memories.measure)
+                step(config, setting.device) for step in (memories.predict, memories.measure)
             )
         result(**{f"{case}: GB": measured / 1e9, f"{case}: predicted over measured": predicted / measured})
 
 
-def sampling(place: Place) -> None:
+def sampling(setting: Setting) -> None:
     """Launches per generated token, and the speed with few and with many responses in a batch."""
-    sizes, folder = place.sizes, random_model(place, "2b")
-    short, long = (8, 72) if place.device == "cuda" else (2, 6)
-    with sampler(place, folder, 4 * sizes.prompts) as generate:
+    sizes, folder = setting.sizes, random_model(setting, "2b")
+    short, long = (8, 72) if setting.device == "cuda" else (2, 6)
+    with sampler(setting, folder, 4 * sizes.prompts) as generate:
         for prompts in (sizes.prompts, 4 * sizes.prompts):
             work = [partial(generate, prompts, tokens) for tokens in (short, long)]
-            few, many = (best_time(item, torch_device(place), repetitions=1) for item in work)
+            few, many = (best_time(item, torch_device(setting), repetitions=1) for item in work)
             token, batch = (many - few) / (long - short), prompts * sizes.group
             result(**{f"ms per token, {batch} responses": 1e3 * token})
             result(**{f"tokens per second, {batch} responses": batch / token})
-        few, many = (launches(partial(generate, sizes.prompts, tokens), place) for tokens in (2, 10))
+        few, many = (launches(partial(generate, sizes.prompts, tokens), setting) for tokens in (2, 10))
         result(launches_per_token=(many - few) / 8)
 
 
 @contextmanager
-def sampler(place: Place, folder: Path, prompts: int) -> Iterator[Callable[[int, int], object]]:
+def sampler(setting: Setting, folder: Path, prompts: int) -> Iterator[Callable[[int, int], object]]:
     """A function that samples from the first so many of `prompts` prompts, so many tokens each."""
     import tempfile
 
@@ -486,7 +486,7 @@ def sampler(place: Place, folder: Path, prompts: int) -> Iterator[Callable[[int,
     from vlm_sapo.training.folder import open_folder
     from vlm_sapo.training.launch import join
 
-    args = speed.parse([str(folder), *workload(place), "--prompts", str(prompts)])
+    args = speed.parse([str(folder), *workload(setting), "--prompts", str(prompts)])
     with tempfile.TemporaryDirectory() as run_folder:
         config = speed.configure(args, run_folder)
         processes = join(config, Console())
@@ -500,9 +500,9 @@ def sampler(place: Place, folder: Path, prompts: int) -> Iterator[Callable[[int,
             )
 
 
-def launches(work: Callable[[], object], place: Place) -> int:
+def launches(work: Callable[[], object], setting: Setting) -> int:
     """Kernels and graphs that the host launches; on a CPU, operations that aren't views."""
-    if place.device == "cpu":
+    if setting.device == "cpu":
         return count_operations(work)
     from torch.profiler import ProfilerActivity, profile
 
@@ -527,9 +527,9 @@ def count_operations(work: Callable[[], object]) -> int:
     return counted.count
 
 
-def vllm(place: Place) -> None:
+def vllm(setting: Setting) -> None:
     """`vlm-sapo check` with vLLM in this process, as `make check-gpu` runs it."""
-    folder = random_model(place, "2b")
+    folder = random_model(setting, "2b")
     words = [
         f"model.path={folder}",
         "model.dtype=bfloat16",
@@ -545,10 +545,10 @@ def vllm(place: Place) -> None:
     assert process.returncode == 0, f"vlm-sapo check ended with {process.returncode}"
 
 
-STEPS: dict[str, Callable[[Place], None]] = {
+STEPS: dict[str, Callable[[Setting], None]] = {
     "devices": devices,
-    "quickstart_float32": lambda place: quickstart(place, "float32", "no"),
-    "quickstart_bf16": lambda place: quickstart(place, "bf16", "bf16"),
+    "quickstart_float32": lambda setting: quickstart(setting, "float32", "no"),
+    "quickstart_bf16": lambda setting: quickstart(setting, "bf16", "bf16"),
     "attention": attention,
     "update": update,
     "trl": trl,
@@ -568,7 +568,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu_work"))
     parser.add_argument("--results", type=Path, default=Path("runs/gpu/gpu.json"))
     args = parser.parse_args()
-    STEPS[args.step](Place(args.device, args.work, args.results))
+    STEPS[args.step](Setting(args.device, args.work, args.results))
 
 
 if __name__ == "__main__":

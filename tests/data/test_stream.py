@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import example
-from vlm_sapo.data.stream import InThreads, PromptStream, TaskMixture
+from vlm_sapo.data.stream import PromptStream, TaskMixture, ThreadedPreparation
 from vlm_sapo.types import Prompt, RowError
 
 EXAMPLES = [example(number, images=0) for number in range(7)]
@@ -162,7 +162,7 @@ def test_prompts_prepared_ahead_are_those_of_an_order_without(threads, bad):
                     assert stream.state() == before
         return taken
 
-    assert run(InThreads(threads)) == run(None)
+    assert run(ThreadedPreparation(threads)) == run(None)
 
 
 def test_the_next_prompts_are_prepared_once_beside_the_caller():
@@ -173,7 +173,10 @@ def test_the_next_prompts_are_prepared_once_beside_the_caller():
         expected = ids(plain.take(6))
     encode = Watched()
     stream = TaskMixture(
-        {"a": PromptStream(EXAMPLES, encode, seed=0)}, {"a": 1.0}, minibatch=1, preparation=InThreads(2)
+        {"a": PromptStream(EXAMPLES, encode, seed=0)},
+        {"a": 1.0},
+        minibatch=1,
+        preparation=ThreadedPreparation(2),
     )
     with closing(stream):
         stream.take(3)
@@ -189,7 +192,10 @@ def test_the_next_prompts_are_prepared_once_beside_the_caller():
 def test_a_bad_row_prepared_ahead_is_an_error_when_its_turn_comes():
     encode = Watched(bad="e3")
     stream = TaskMixture(
-        {"a": PromptStream(EXAMPLES, encode, seed=0)}, {"a": 1.0}, minibatch=1, preparation=InThreads(2)
+        {"a": PromptStream(EXAMPLES, encode, seed=0)},
+        {"a": 1.0},
+        minibatch=1,
+        preparation=ThreadedPreparation(2),
     )
     order = ids(single_task(EXAMPLES, identity, seed=0).take(7))
     turn = order.index("e3")
@@ -204,7 +210,7 @@ def test_a_bad_row_prepared_ahead_is_an_error_when_its_turn_comes():
 def test_what_was_prepared_ahead_is_dropped_on_restore_and_never_more_than_announced():
     encode = Watched()
     encode.gate.clear()
-    preparation = InThreads(1)
+    preparation = ThreadedPreparation(1)
     stream = TaskMixture(
         {"a": PromptStream(EXAMPLES, encode, seed=0)}, {"a": 1.0}, minibatch=1, preparation=preparation
     )
@@ -220,7 +226,7 @@ def test_what_was_prepared_ahead_is_dropped_on_restore_and_never_more_than_annou
 def test_closing_ends_the_threads():
     before = set(threading.enumerate())
     stream = single_task(EXAMPLES, identity, seed=0)
-    stream.preparation = InThreads(2)
+    stream.preparation = ThreadedPreparation(2)
     stream.take(4)
     own = set(threading.enumerate()) - before
     assert own and all(thread.is_alive() for thread in own)

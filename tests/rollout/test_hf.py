@@ -19,7 +19,7 @@ from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rewards.pool import RewardPool, Scoring, items_of
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
 from vlm_sapo.rollout.hf import HfEngine, sample
-from vlm_sapo.rollout.scored import sample_and_score
+from vlm_sapo.rollout.scoring import sample_and_score
 from vlm_sapo.types import Context, Sampling
 
 

@@ -195,3 +195,10 @@ def test_nccl_connects_to_the_process_s_own_gpu(monkeypatch):
     [current, (backend, options)] = calls
     assert current == options["device_id"] == torch.device("cuda", 3)
     assert backend == "cpu:gloo,cuda:nccl"
+
+
+def test_an_absent_engine_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    config = load("rollout.engine=vllm", "model.path=no/model", tmp_path=tmp_path)
+    with pytest.raises(ValueError, match=r"rollout.engine \(vllm\) needs vllm.* or set rollout.engine=hf"):
+        launch.join(config)

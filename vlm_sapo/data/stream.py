@@ -43,7 +43,7 @@ class Preparation(Protocol):
         """Ends its threads."""
 
 
-class OnDemand:
+class InlinePreparation:
     """Prepares a prompt when it is taken."""
 
     def prefetch(self, jobs: Sequence[Job]) -> None:
@@ -56,7 +56,7 @@ class OnDemand:
         pass
 
 
-class InThreads:
+class ThreadedPreparation:
     """Prepares announced prompts in threads, several at a time, while the caller does something else."""
 
     def __init__(self, threads: int):
@@ -125,7 +125,7 @@ class TaskMixture:
         preparation: Preparation | None = None,
     ):
         self.streams, self.shares, self.minibatch = dict(streams), dict(shares), minibatch
-        self.world, self.preparation = world or World(), preparation or OnDemand()
+        self.world, self.preparation = world or World(), preparation or InlinePreparation()
         self.taken = dict.fromkeys(streams, 0)
         """Prompts taken so far, by task."""
 

@@ -13,7 +13,7 @@ from vlm_sapo.reporting.images import save_images
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.answers import stated_answer
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.scored import sample_and_score
+from vlm_sapo.rollout.scoring import sample_and_score
 from vlm_sapo.types import Example, Prompt, Response, Reward, RowError, Sampling
 
 MAX_COLUMN_CHARACTERS = 200

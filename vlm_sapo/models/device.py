@@ -25,6 +25,7 @@ published model of the supported families has ten times as many, a test's or the
 HALF_PRECISION_CAPABILITY = (8, 0)
 """Compute capability (Ampere) from which on GPUs compute in bfloat16 and have the variable-length attention
 kernel."""
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 HIDDEN = {"", "-1", "NoDevFiles"}
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; a scheduler sets the last."""
 NVIDIA_SMI_TIMEOUT = 20.0

@@ -16,9 +16,8 @@ from functools import cache
 
 import torch
 
-from vlm_sapo.models.device import HALF_PRECISION_CAPABILITY
+from vlm_sapo.models.device import HALF_PRECISION, HALF_PRECISION_CAPABILITY
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [Q, H, D], key and value [K, G, D], or their gradients."""
 

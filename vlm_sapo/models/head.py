@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-HALF = (torch.bfloat16, torch.float16)
+from vlm_sapo.models.device import HALF_PRECISION
+
 WEIGHT_ROWS = 2**14
 """Vocabulary rows of the weight's gradient that are added at once where it has another dtype than the
 operands: 64 MB at a hidden size of 2048 in half precision."""
@@ -46,7 +47,7 @@ def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     the distance of two neighbours is .125 for logits of 16 to 32 in bfloat16. Not differentiable in half
     precision.
     """
-    if hidden.dtype not in HALF:
+    if hidden.dtype not in HALF_PRECISION:
         return nn.functional.linear(hidden, weight)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -136,7 +137,7 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of `product`."""
-    return torch.float32 if hidden.dtype in HALF else hidden.dtype
+    return torch.float32 if hidden.dtype in HALF_PRECISION else hidden.dtype
 
 
 def _scaled_logits(

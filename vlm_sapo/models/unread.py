@@ -128,16 +128,16 @@ class UnreadWeights:
 
         Raises ValueError if the checkpoint has no weights for a parameter.
         """
-        done = {id(tensor) for tensor in filled}
+        done = set(filled)
         named = list(
             chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         )
         for name, tensor in named:
             source = self.sources.get(name.replace(".base_layer.", "."))
-            if source is not None and id(tensor) not in done:
+            if source is not None and tensor not in done:
                 self._read(name.replace(".base_layer.", "."), source, tensor)
-                done.add(id(tensor))
-        if missing := [name for name, tensor in named if id(tensor) not in done]:
+                done.add(tensor)
+        if missing := [name for name, tensor in named if tensor not in done]:
             raise ValueError(f"{self.path} must hold all weights; {missing[0]} is in none of its files")
 
     def _read(self, name: str, source: Source, tensor: torch.Tensor) -> None:
@@ -210,11 +210,11 @@ def give_memory(
     """Gives a module's parameters memory on a device, and those of its part `whole` on `whole_on`.
     Parameters and buffers that have a value keep it, buffers on `whole_on`; returns these. What was one
     parameter stays one."""
-    first: dict[int, str] = {}
+    first: dict[torch.Tensor, str] = {}
     tied = {
         name: known
         for name, item in module.named_parameters(remove_duplicate=False)
-        if (known := first.setdefault(id(item), name)) != name
+        if (known := first.setdefault(item, name)) != name
     }
     values = {name: _local(item).clone() for name, item in module.named_parameters() if not item.is_meta}
     buffers = {name: item for name, item in module.named_buffers() if not item.is_meta}

@@ -14,7 +14,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rollout.engine import RolloutEngine
-from vlm_sapo.rollout.scored import Stopwatch, sample_and_score
+from vlm_sapo.rollout.scoring import Stopwatch, sample_and_score
 from vlm_sapo.types import Group, Prompt, Response, Reward, RolloutBatch, Sampling, Span
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.sources import build_examples, build_stream
-from vlm_sapo.data.stream import InThreads, OnDemand, Preparation, TaskMixture
+from vlm_sapo.data.stream import InlinePreparation, Preparation, TaskMixture, ThreadedPreparation
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark
 from vlm_sapo.evaluation.periodic import HELD_OUT, EvaluationSet
@@ -54,7 +54,7 @@ def _build_preparation(workers: int | None, trainers: int) -> Preparation:
     """Threads that prepare prompts; `trainers` training processes share this machine's cores."""
     if workers is None:
         workers = max(min((os.cpu_count() or 1) // trainers, MAX_WORKERS), 1)
-    return InThreads(workers) if workers else OnDemand()
+    return ThreadedPreparation(workers) if workers else InlinePreparation()
 
 
 def _check_layouts(reward: cfg.RewardConfig, stream: TaskMixture) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
+from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.distributed import World
 from vlm_sapo.models.device import Device, find_device
 from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated, prefetched_layers
@@ -107,12 +108,18 @@ def _use_deterministic_operations(choice: bool | None) -> None:
 
 
 def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
-    """Raises ValueError if the config needs bitsandbytes and it is not installed."""
+    """Raises ValueError if the config needs bitsandbytes or vLLM and it is not installed; before a model is
+    loaded."""
     four_bits = config.model.lora is not None and config.model.lora.bits
     needs = {"model.lora.bits": four_bits, "train.optimizer": config.train.optimizer != "adamw"}
     if any(needs.values()) and find_spec("bitsandbytes") is None:
         field = next(field for field, needed in needs.items() if needed)
         raise ValueError(f"{field} needs bitsandbytes; pip install 'vlm-sapo[quantized]', or leave it out")
+    if isinstance(config.rollout.engine, VllmConfig) and find_spec("vllm") is None:
+        raise ValueError(
+            "rollout.engine (vllm) needs vllm, which is not installed; install the extra (in the repository "
+            "`uv pip install -e '.[vllm]'`), or set rollout.engine=hf"
+        )
 
 
 def _connect(size: int, device: torch.device) -> None:

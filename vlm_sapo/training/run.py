@@ -25,7 +25,7 @@ from vlm_sapo.reporting.metrics import Metrics, UpdateStats
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepRecords, StepReport
 from vlm_sapo.rollout.sampler import Rollouts
-from vlm_sapo.rollout.scored import Stopwatch
+from vlm_sapo.rollout.scoring import Stopwatch
 from vlm_sapo.training.batch import Batch
 from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, sync_to_disk
 from vlm_sapo.training.checks import ParityError
