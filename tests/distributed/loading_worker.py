@@ -74,17 +74,23 @@ def measure(path: str, mesh: DeviceMesh, *, small: str) -> str:
     return f"beside {peak - before - shards} largest {largest} shards {shards}"
 
 
+def say(line: str) -> None:
+    """In one write: `print` ends its line with a second one, and the other process's may come between."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     folder, big = Path(sys.argv[1]), sys.argv[2]
     models = sorted(folder.iterdir())
-    print(f"memory {dist.get_rank()}:", measure(big, mesh, small=str(models[0])), flush=True)
+    say(f"memory {dist.get_rank()}: {measure(big, mesh, small=str(models[0]))}")
     for path in models:
         for number, options in enumerate(KINDS):
             compare(str(path), mesh, options, offload=number == 1)
-        print(f"same {dist.get_rank()}: {path.name}", flush=True)
+        say(f"same {dist.get_rank()}: {path.name}")
     dist.destroy_process_group()
 
 
