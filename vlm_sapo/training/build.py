@@ -77,9 +77,11 @@ def build_training(
         uncorrected=bool(rollout.ahead) and algo.correction is None,
     )
     shares_weights = run.rollouts.engine.shares_weights
+    alarms = build_alarms(config, console, run.interruption)
+    alarms.resume(folder.read("metrics.jsonl"))
     report = StepReport(
         folder,
-        build_alarms(config, folder, console, run.interruption),
+        alarms,
         world,
         tokenizer=run.policy.vlm.tokenizer,
         loss=loss,

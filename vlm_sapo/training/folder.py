@@ -107,13 +107,11 @@ def open_logs(
         )
 
 
-def build_alarms(
-    config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
-) -> Alarms:
-    """Builds the alarms, with the metrics of finished steps."""
+def build_alarms(config: cfg.TrainConfig, console: Console, interruption: Interruption | None) -> Alarms:
+    """Builds the alarms; with `interruption` they stop the run if the config says so."""
     thresholds = config.alarms.model_dump(exclude={"stop"})
-    stop = interruption.stop_at_alarm if config.alarms.stop else None
-    alarms = Alarms(
+    stop = interruption.stop_at_alarm if interruption is not None and config.alarms.stop else None
+    return Alarms(
         console,
         **thresholds,
         full_reward=sum(
@@ -122,5 +120,3 @@ def build_alarms(
         rewards_decide=isinstance(config.algo.advantage, str),
         stop=stop,
     )
-    alarms.resume(folder.read("metrics.jsonl"))
-    return alarms
