@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 
 Record = dict[str, float]
@@ -25,6 +26,8 @@ FULL_SHARE = 0.95
 """Share of the full reward from which on rows are solved."""
 TRUNCATED_SHARE, IDENTICAL_SHARE = 0.5, 0.9
 """Shares of truncated and of identical responses that explain a missing signal."""
+PENALTIES = ("length",)
+"""Verifiers that give 0 at most."""
 WATCHED_METRICS = (
     "policy/entropy",
     "response/tokens",
@@ -245,3 +248,16 @@ class Alarms:
                 "rollout.temperature or algo.kl, or filter out problems that are too easy (vlm-sapo filter)"
             )
         return alarms
+
+
+def build_alarms(config: TrainConfig, console: Console, stop: StopRun | None = None) -> Alarms:
+    """Builds a run's alarms, without its steps so far."""
+    return Alarms(
+        console,
+        **config.alarms.model_dump(exclude={"stop"}),
+        full_reward=sum(
+            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
+        ),
+        rewards_decide=isinstance(config.algo.advantage, str),
+        stop=stop,
+    )

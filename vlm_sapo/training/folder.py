@@ -1,21 +1,15 @@
-"""Builds a run's folder, checkpoints, logs and alarms, for a new or a resumed run."""
+"""Builds a run's folder, checkpoints and logs, for a new or a resumed run."""
 
 from __future__ import annotations
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
-from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
-from vlm_sapo.training.run import Interruption
-
-PENALTIES = ("length",)
-"""Verifiers that give 0 at most."""
-
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """Opens the run's folder. Raises ValueError if it has a run with another config."""
@@ -105,18 +99,3 @@ def open_logs(
             step=step,
             warn=processes.console.warn,
         )
-
-
-def build_alarms(config: cfg.TrainConfig, console: Console, interruption: Interruption | None) -> Alarms:
-    """Builds the alarms; with `interruption` they stop the run if the config says so."""
-    thresholds = config.alarms.model_dump(exclude={"stop"})
-    stop = interruption.stop_at_alarm if interruption is not None and config.alarms.stop else None
-    return Alarms(
-        console,
-        **thresholds,
-        full_reward=sum(
-            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
-        ),
-        rewards_decide=isinstance(config.algo.advantage, str),
-        stop=stop,
-    )
