@@ -11,6 +11,7 @@ from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
 
+
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """Opens the run's folder. Raises ValueError if it has a run with another config."""
     world, console = processes.world, processes.console
