@@ -164,6 +164,7 @@ def group_metrics(
     return metrics | {
         "reward/zero_variance": sum(group.zero_variance for group in groups) / len(groups),
         "rollout/groups": len(groups),
+        "rollout/responses": len(responses),
         "response/identical": sum(map(_identical, groups)) / len(groups),
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
