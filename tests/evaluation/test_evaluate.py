@@ -117,6 +117,14 @@ def test_pass_at_k_has_no_bias():
     assert pass_at([[0.0] * 3 + [1.0]], 4) == 1.0
 
 
+def test_no_majority_is_reported_where_a_verifier_reads_no_answers():
+    record = {"scores": [1.0, 0.0], "tokens": [0, 0], "answers": [None, None]}
+    own = summarize([record | {"outcomes": ["graded", "graded"]}], Measure("own"))
+    assert own["pass@1"] == 0.5 and "majority@2" not in own
+    silent = summarize([record | {"outcomes": ["no_answer", "no_answer"]}], Measure("accuracy"))
+    assert silent["majority@2"] == 0.0, "a model that never answers"
+
+
 def test_majority_votes_by_normalized_answer():
     record = {"answers": ["4", "$3$", " 3.", None, None], "scores": [0.0, 1.0, 1.0, 0.0, 0.0]}
     assert majority(record) == 1.0
