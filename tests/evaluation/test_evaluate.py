@@ -60,6 +60,8 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
+    assert [record["outcomes"] for record in records] == [["graded", "no_answer"]] * 3
+    assert [record["answers"] for record in records] == [["2", None]] * 3, "hmm is not marked, so no answer"
     assert engine.slots == [(0, 1), (2,)]  # a problem's samples depend on its row alone
 
 
