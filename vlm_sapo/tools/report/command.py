@@ -14,13 +14,19 @@ from vlm_sapo.tools.report.page import render
 
 
 def report_command(folders: Sequence[Path], out: Path, *, groups: int | None, watch: bool, port: int) -> None:
-    """Writes `out`. With `watch`, serves the page on this machine instead, collected anew for each request,
+    """Writes `out` and prints what is worth a look. With `watch`, serves the page on this machine instead, collected anew for each request,
     until interrupted."""
     console = Console()
     if not watch:
-        text = render(collect(folders, groups))
+        data = collect(folders, groups)
+        text = render(data)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
+        sources = data.get("runs") or data["evaluations"]
+        for source in sources:
+            for finding in source["findings"]:
+                if finding["kind"] != "ok":
+                    console.say(f"{source['name'] + ': ' if len(sources) > 1 else ''}{finding['text']}")
         console.say(f"{out}: {len(text) / 1e6:.1f} MB; opens in any browser, no network needed")
         return
     collect(folders, groups)

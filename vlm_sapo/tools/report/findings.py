@@ -197,7 +197,7 @@ def _responses(metrics: Sequence[Record]) -> list[Finding]:
         }
     )
     for name, count in outcomes.items():
-        _, part, outcome = name.split("/")
+        part, _, outcome = name.removeprefix("outcome/").rpartition("/")
         if outcome != "no_answer":
             findings.append(
                 Finding("look", f"Reward {part}: outcome {outcome} of {count} responses in all steps.")

@@ -309,6 +309,7 @@ function renderBrowser(page, sources, filters, tasksTitle) {
   const all = sources.flatMap((source) => source.items), unique = (values) => [...new Set(values)].sort();
   const traced = all.some((item) => item.responses.some((each) => each.pieces));
   const named = (values) => [["", "all"], ...values.map((value) => [value, value])];
+  const tasks = unique(all.map((item) => item.task));
   const subsets = unique(all.flatMap((item) => Object.entries(item.subsets || {}).map((pair) => pair.join(": "))));
   const search = make("input", { type: "search", id: "search", placeholder: "problem, answer, response or id", oninput: () => filter() });
   const counter = make("output", { "aria-live": "polite", id: "counter" });
@@ -316,7 +317,7 @@ function renderBrowser(page, sources, filters, tasksTitle) {
     make("label", {}, "Search ", search),
     pick("run", "Run", sources.map((source, index) => [index, source.name])),
     pick("filter", "Show", Object.entries(filters).map(([name, [text]]) => [name, text])),
-    pick("task", tasksTitle, named(unique(all.map((item) => item.task)))),
+    pick("task", tasksTitle, tasks.length > 1 ? named(tasks) : []),
     pick("subset", "Subset", named(subsets)),
     pick("outcome", "Outcome", named(unique(all.flatMap(outcomesOf)))),
     pick("sort", "Sort by", Object.entries(SORTS).filter(([name]) => traced || name !== "clipped").map(([name, [text]]) => [name, text])),
