@@ -224,5 +224,6 @@ def _banner(
         where += f", {vlm.fused_modules} norms and MLPs fused"
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{len(stream):,} rows of {tasks}, {epochs:.2g} epochs in {steps} steps; writing to {config.run.folder}"
+        f"{len(stream):,} rows of {tasks}, {epochs:.3g} epochs in {steps} steps; "
+        f"writing to {config.run.folder}"
     )

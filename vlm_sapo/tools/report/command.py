@@ -14,8 +14,8 @@ from vlm_sapo.tools.report.page import render
 
 
 def report_command(folders: Sequence[Path], out: Path, *, groups: int | None, watch: bool, port: int) -> None:
-    """Writes `out` and prints what is worth a look. With `watch`, serves the page on this machine instead, collected anew for each request,
-    until interrupted."""
+    """Writes `out` and prints what is worth a look. With `watch`, serves the page on this machine instead,
+    collected anew for each request, until interrupted."""
     console = Console()
     if not watch:
         data = collect(folders, groups)
