@@ -86,6 +86,18 @@ def test_a_comparison_shows_its_table_and_changed_problems(comparison):
     assert not comparison.locator("#colour").is_visible(), "evaluations have no token values"
 
 
+def test_a_comparison_without_changes_shows_all_problems(chromium, runs, tmp_path):
+    folder = runs[0] / "evaluations/step_000000"
+    compare_command(folder, folder, tmp_path / "compare.html")
+    with opened(chromium, tmp_path / "compare.html", "light") as page:
+        assert "no problem's score changed" in page.inner_text("#page-summary .findings")
+        assert page.inner_text("#tab-browser") == "Problems"
+        page.click("#tab-browser")
+        assert "No verdict changed" in page.inner_text("#page-browser")
+        assert page.inner_text("#counter") == "1 of 6" and page.locator("#item article").count() == 2
+        assert not page.locator("#filter").is_visible()
+
+
 def inside(page, selector: str) -> bool:
     """Whether everything that matches lies within the window's width."""
     edges = page.eval_on_selector_all(selector, "nodes => nodes.map(n => n.getBoundingClientRect().right)")

@@ -299,11 +299,14 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
 
 
 def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:
-    """The comparison of the first with the last evaluation; empty where the samples of one are missing."""
+    """The comparison of the first with the last evaluation, of what both have finished; empty where the
+    samples of one are missing."""
     folders = [path / "evaluations" / f"step_{step:06d}" for step in _ends(evaluations)]
     if len(folders) < 2 or not all((folder / "samples.jsonl").is_file() for folder in folders):
         return []
-    return compare(*map(read_samples, folders))
+    names = [{row["name"] for row in evaluations if row["step"] == step} for step in _ends(evaluations)]
+    first, last = map(read_samples, folders)
+    return compare({name: first[name] for name in first if name in names[0] & names[1]}, last)
 
 
 def _ends(evaluations: list[dict]) -> list[int]:
