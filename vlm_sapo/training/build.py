@@ -173,7 +173,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     if state is not None:
         rollouts.restore(state)
     open_logs(config, folder, processes, progress.step)
-    console.say(_banner(config, vlm, stream, processes, checkpoint, purpose))
+    console.say(_banner(config, vlm, stream, processes, checkpoint))
     evaluator = Evaluator(
         sets=build_evaluation_sets(config, benchmarks),
         every=config.eval.every,
@@ -203,17 +203,11 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
 
 
 def _banner(
-    config: Config,
-    vlm: VLM,
-    stream: TaskMixture,
-    processes: Processes,
-    checkpoint: Path | None,
-    purpose: Purpose,
+    config: Config, vlm: VLM, stream: TaskMixture, processes: Processes, checkpoint: Path | None
 ) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = vlm.model.num_parameters()
-    tasks, steps = ", ".join(stream.streams), config.train.steps
-    epochs = steps * purpose.prompts_per_step / len(stream)
+    tasks = ", ".join(stream.streams)
     start = f"resumed from {checkpoint}" if checkpoint else f"model {config.model.path}"
     size, shard = processes.world.size, processes.shard
     where = processes.accelerator.device.type
@@ -224,6 +218,5 @@ def _banner(
         where += f", {vlm.fused_modules} norms and MLPs fused"
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{len(stream):,} rows of {tasks}, {epochs:.3g} epochs in {steps} steps; "
-        f"writing to {config.run.folder}"
+        f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"
     )
