@@ -152,7 +152,7 @@ def _page_data(comparisons: Sequence[Comparison], notes: Sequence[str]) -> dict[
         for benchmark, a, b in [*changed, *unchanged][:MAX_PROBLEMS]
     ]
     return {
-        "findings": [finding._asdict() for finding in describe_comparisons(comparisons)],
+        "findings": [finding._asdict() for finding in describe_comparisons(comparisons, "from A to B")],
         "header": HEADER,
         "rows": [_cells(comparison) for comparison in comparisons],
         "notes": notes,

@@ -31,7 +31,12 @@ def test_a_page_contains_the_runs(runs, tmp_path):
     out = tmp_path / "new/report.html"
     result = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    [first, second] = data_of(out.read_text())["runs"]
+    data = data_of(out.read_text())
+    [first, second] = data["runs"]
+    [between] = data["between"]
+    assert between["text"].startswith(
+        "held-out: no measurable change from run to other, after their last steps"
+    )
     assert (first["name"], second["name"]) == ("run", "other")
     assert first["metrics"]["step"] == [1, 2, 3, 4]
     assert [row["step"] for row in first["evaluations"]] == [0, 2, 4]

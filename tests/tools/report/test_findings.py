@@ -63,30 +63,30 @@ def looks(metrics: list[dict], config: dict = CONFIG) -> list[str]:
 
 
 def test_a_certain_change_is_claimed_with_its_interval_and_test():
-    kind, text = describe_comparison(comparison([0.0] * 12 + [1.0] * 8, [1.0] * 20), 40)
+    kind, text = describe_comparison(comparison([0.0] * 12 + [1.0] * 8, [1.0] * 20), "in 40 steps")
     assert kind == "better" and text.startswith("b: pass@1 rose in 40 steps: 0.400 to 1.000 (+0.600, 95 %")
     assert "The same 20 problems both times: 12 better, 0 worse, sign test p = 0.00049." in text
-    kind, text = describe_comparison(comparison([1.0] * 20, [0.0] * 12 + [1.0] * 8))
+    kind, text = describe_comparison(comparison([1.0] * 20, [0.0] * 12 + [1.0] * 8), "from A to B")
     assert kind == "worse" and "fell from A to B" in text
 
 
 def test_no_change_is_claimed_where_the_interval_includes_0():
-    kind, text = describe_comparison(comparison([0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]), 4)
+    kind, text = describe_comparison(comparison([0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]), "in 4 steps")
     assert kind == "same" and "no measurable change in 4 steps" in text and "which includes 0" in text
-    kind, text = describe_comparison(comparison([0.0, 1.0], [0.0, 1.0]), 1)
+    kind, text = describe_comparison(comparison([0.0, 1.0], [0.0, 1.0]), "in 1 step")
     assert kind == "same" and "in 1 step: pass@1 stays 0.500" in text
 
 
 def test_three_problems_are_too_few_for_a_claim():
     """All three won: the bootstrap interval excludes 0, but p is 0.25."""
-    kind, text = describe_comparison(comparison([0.0] * 3, [1.0] * 3), 4)
+    kind, text = describe_comparison(comparison([0.0] * 3, [1.0] * 3), "in 4 steps")
     assert kind == "unsure" and "may be chance" in text and "p = 0.25" in text
 
 
 def test_many_comparisons_are_said_to_be_many():
     better = comparison([0.0] * 20, [1.0] * 20)
-    assert len(describe_comparisons([better] * 2)) == 2
-    assert "one interval in 20" in describe_comparisons([better] * 3)[-1].text
+    assert len(describe_comparisons([better] * 2, "now")) == 2
+    assert "one interval in 20" in describe_comparisons([better] * 3, "now")[-1].text
 
 
 def test_evaluations_without_samples_are_compared_by_their_intervals():

@@ -17,9 +17,14 @@ from vlm_sapo.reporting.console import duration
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.tools.compare import Comparison, compare
 from vlm_sapo.tools.report.evaluation import collect_evaluation
-from vlm_sapo.tools.report.findings import WINDOW, describe_results, describe_training
+from vlm_sapo.tools.report.findings import (
+    WINDOW,
+    describe_comparisons,
+    describe_results,
+    describe_training,
+)
 from vlm_sapo.tools.report.page import EmbeddedImages
-from vlm_sapo.tools.report.samples import problem_item, read_samples
+from vlm_sapo.tools.report.samples import Samples, problem_item, read_samples
 
 GROUPS, PROBLEMS = 100, 1000
 """Groups of a run and problems of an evaluation that a page shows, unless told otherwise."""
@@ -35,7 +40,7 @@ TRACED = ("pieces", "log_ratio", "effective", "entropy")
 """What traces.jsonl holds of each token."""
 PEAKS = {"memory/gpu_peak_gb": "of a GPU", "memory/host_peak_gb": "of a process in host memory"}
 """Metrics of peak memory, in words."""
-SOURCE_FIELDS = ("source", "subset", "split", "args")
+SOURCE_FIELDS = ("source", "revision", "subset", "split", "args")
 """What says where rows come from."""
 GroupKey = tuple[int, int]
 """Step and slot of a logged group."""
@@ -60,7 +65,22 @@ def collect(folders: Sequence[Path], groups: int | None = None) -> dict[str, Any
     runs = [_run(folder, groups or GROUPS, images) for folder in folders]
     _select_facts([run["facts"] for run in runs])
     _name_apart(runs)
-    return {"runs": runs, "images": images.urls}
+    return {"runs": runs, "between": _between(runs), "images": images.urls}
+
+
+def _between(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sentences on how the last evaluation of each further run differs from the first run's."""
+    last = [
+        _samples(Path(run["folder"]), run["evaluations"], run["evaluations"][-1]["step"])
+        if run["evaluations"]
+        else {}
+        for run in runs
+    ]
+    findings = []
+    for run, samples in zip(runs[1:], last[1:], strict=True):
+        when = f"from {runs[0]['name']} to {run['name']}, after their last steps"
+        findings += describe_comparisons(compare(last[0], samples), when)
+    return [finding._asdict() for finding in findings]
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -301,12 +321,16 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
 def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:
     """The comparison of the first with the last evaluation, of what both have finished; empty where the
     samples of one are missing."""
-    folders = [path / "evaluations" / f"step_{step:06d}" for step in _ends(evaluations)]
-    if len(folders) < 2 or not all((folder / "samples.jsonl").is_file() for folder in folders):
-        return []
-    names = [{row["name"] for row in evaluations if row["step"] == step} for step in _ends(evaluations)]
-    first, last = map(read_samples, folders)
-    return compare({name: first[name] for name in first if name in names[0] & names[1]}, last)
+    samples = [_samples(path, evaluations, step) for step in _ends(evaluations)]
+    return compare(*samples) if len(samples) == 2 else []
+
+
+def _samples(path: Path, evaluations: list[dict], step: int) -> Samples:
+    """The samples of the evaluations that were finished after a step; empty where they are missing."""
+    folder = path / "evaluations" / f"step_{step:06d}"
+    names = {row["name"] for row in evaluations if row["step"] == step}
+    samples = read_samples(folder) if (folder / "samples.jsonl").is_file() else {}
+    return {name: records for name, records in samples.items() if name in names}
 
 
 def _ends(evaluations: list[dict]) -> list[int]:

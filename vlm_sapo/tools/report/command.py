@@ -27,6 +27,8 @@ def report_command(folders: Sequence[Path], out: Path, *, groups: int | None, wa
             for finding in source["findings"]:
                 if finding["kind"] != "ok":
                     console.say(f"{source['name'] + ': ' if len(sources) > 1 else ''}{finding['text']}")
+        for finding in data.get("between", []):
+            console.say(finding["text"])
         console.say(f"{out}: {len(text) / 1e6:.1f} MB; opens in any browser, no network needed")
         return
     collect(folders, groups)

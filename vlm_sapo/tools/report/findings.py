@@ -39,10 +39,9 @@ class Finding(NamedTuple):
     text: str
 
 
-def describe_comparison(comparison: Comparison, steps: int | None = None) -> Finding:
-    """How a benchmark's result changed from A to B, or within `steps` steps."""
+def describe_comparison(comparison: Comparison, when: str) -> Finding:
+    """How a benchmark's result changed. `when` says between what, as in `from A to B`."""
     low, high = comparison.ci95
-    when = "from A to B" if steps is None else f"in {counted(steps, 'step')}"
     values = f"{comparison.first:.3f} to {comparison.second:.3f}"
     changed = comparison.wins + comparison.losses
     same = f"The same {counted(comparison.n, 'problem')} both times"
@@ -72,9 +71,9 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def describe_comparisons(comparisons: Sequence[Comparison], steps: int | None = None) -> list[Finding]:
+def describe_comparisons(comparisons: Sequence[Comparison], when: str) -> list[Finding]:
     """A sentence for each benchmark, and one on chance where there are many."""
-    findings = [describe_comparison(comparison, steps) for comparison in comparisons]
+    findings = [describe_comparison(comparison, when) for comparison in comparisons]
     claimed = [finding for finding in findings if finding.kind in ("better", "worse")]
     if claimed and len(findings) >= MANY_COMPARISONS:
         findings.append(
@@ -107,7 +106,7 @@ def describe_results(evaluations: Sequence[Record], comparisons: Sequence[Compar
     if not evaluations:
         return [Finding("note", "No evaluations, so nothing shows what training changed; set eval.data.")]
     first, last = evaluations[0]["step"], evaluations[-1]["step"]
-    findings = describe_comparisons(comparisons, last - first)
+    findings = describe_comparisons(comparisons, f"in {counted(last - first, 'step')}")
     compared = {comparison.benchmark for comparison in comparisons}
     for name in dict.fromkeys(row["name"] for row in evaluations):
         rows = [row for row in evaluations if row["name"] == name]

@@ -78,6 +78,7 @@ function runTable(header, lines) {
 }
 function renderSummary(page) {
   addFindings(page, data.runs, "In short");
+  if (data.between.length) page.append(make("h3", {}, "Between the runs"), sentences(data.between));
   const names = [...new Set(data.runs.flatMap((run) => run.evaluations.map((row) => row.name)))];
   if (names.length) {
     page.append(make("h2", {}, "Before and after"), runTable(["evaluation", "after steps", "pass@1", "95 % interval", "0 to 1", "problems", "tokens per response", "truncated", "no answer found"],
