@@ -96,7 +96,7 @@ def open_logs(
     if (logged := len(folder.read("metrics.jsonl"))) != step:
         processes.console.warn(f"metrics.jsonl has {logged} of the {step} steps before the checkpoint")
     if config.log.to:
-        folder.trackers = build_trackers(
+        trackers = build_trackers(
             config.log.to,
             project=config.log.project,
             name=folder.path.resolve().name,
@@ -105,6 +105,7 @@ def open_logs(
             step=step,
             warn=processes.console.warn,
         )
+        folder.listeners.append(trackers)
 
 
 def build_alarms(
