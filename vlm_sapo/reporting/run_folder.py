@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 RUN_FILES = (
     "config.yaml",
+    "environment.json",
     *LOGS,
     "summary.json",
     "curves.png",
