@@ -15,6 +15,7 @@ from vlm_sapo.distributed import deferring_signals
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 RUN_FILES = (
     "config.yaml",
+    "environment.json",
     *LOGS,
     "summary.json",
     "curves.png",
