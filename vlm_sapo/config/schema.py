@@ -125,7 +125,7 @@ class RewardPartConfig(Section):
         return value
 
 
-RESERVED = {"mean", "zero_variance", "environment"}
+RESERVED = {"mean", "std", "zero_variance", "environment"}
 """Metrics under `reward/` that are not of a part."""
 
 

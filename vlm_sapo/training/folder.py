@@ -1,4 +1,4 @@
-"""Builds a run's folder, checkpoints, logs and alarms, for a new or a resumed run."""
+"""Builds a run's folder, checkpoints and logs, for a new or a resumed run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.reporting import environment
-from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
-from vlm_sapo.training.run import Interruption
-
-PENALTIES = ("length",)
-"""Verifiers that give 0 at most."""
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
@@ -112,22 +107,3 @@ def open_logs(
             warn=processes.console.warn,
         )
         folder.listeners.append(trackers)
-
-
-def build_alarms(
-    config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
-) -> Alarms:
-    """Builds the alarms, with the metrics of finished steps."""
-    thresholds = config.alarms.model_dump(exclude={"stop"})
-    stop = interruption.stop_at_alarm if config.alarms.stop else None
-    alarms = Alarms(
-        console,
-        **thresholds,
-        full_reward=sum(
-            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
-        ),
-        rewards_decide=isinstance(config.algo.advantage, str),
-        stop=stop,
-    )
-    alarms.resume(folder.read("metrics.jsonl"))
-    return alarms

@@ -60,6 +60,7 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
     updated = {"policy/skipped_updates": 1} if stats.skipped else {"policy/grad_norm": stats.grad_norm}
     times = {f"time/{name}": seconds for name, seconds in run.seconds.items()}
     record = {"step": step, "lr": lr, "loss": 0.0 if stats.skipped else loss} | times | updated
+    record |= run.stream.epochs(run.stream.state())
     run.folder.append("metrics.jsonl", record)
     return f"loss {loss:.4f}  {record['time/step']:.2f} s"
 

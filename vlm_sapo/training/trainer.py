@@ -68,5 +68,6 @@ def train_step(step: int, run: TrainingRun, rollouts: Rollouts, policy: Policy, 
     with run.watch.time("update"):
         updates = [policy.update(minibatch, loss) for minibatch in assigned.split()]
     run.end_step(step)
-    further = {"lr": lr, "rollout/updates_behind": behind} | checked | balance
+    epochs = run.stream.epochs(rollout.after)
+    further = {"lr": lr, "rollout/updates_behind": behind} | epochs | checked | balance
     return run.log(step, rollout, (batch, assigned), updates, further)
