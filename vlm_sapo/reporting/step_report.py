@@ -85,12 +85,12 @@ class StepReport:
             return ""
         updates = [update for update in map(joined, zip(*(p.updates for p in parts), strict=True)) if update]
         record = {"step": step} | self._metrics(records, parts, updates)
+        traces_of = {origin: trace for p in parts for origin, trace in p.traces.items()}
+        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot), traces_of)
         self.folder.append("metrics.jsonl", record)
         self.alarms(record)
         histograms = [self.loss.distributions(update) for update in updates if not update.skipped]
         self.folder.append("histograms.jsonl", {"step": step, "minibatches": histograms})
-        traces_of = {origin: trace for p in parts for origin, trace in p.traces.items()}
-        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot), traces_of)
         self.rewards.append(record["reward/mean"])
         return headline(record, self.rewards)
 
