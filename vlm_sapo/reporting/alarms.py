@@ -179,6 +179,19 @@ class Alarms:
         self.last_raised: dict[str, int] = {}
         """The value of `steps` when each alarm was last on."""
 
+    @classmethod
+    def of(cls, config: TrainConfig, console: Console, stop: StopRun | None = None) -> Alarms:
+        """The alarms of a run, without its steps so far."""
+        return cls(
+            console,
+            **config.alarms.model_dump(exclude={"stop"}),
+            full_reward=sum(
+                part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
+            ),
+            rewards_decide=isinstance(config.algo.advantage, str),
+            stop=stop,
+        )
+
     def resume(self, records: Iterable[Record]) -> None:
         """Adds the steps before a resumed run, without warnings."""
         for record in records:
@@ -248,16 +261,3 @@ class Alarms:
                 "rollout.temperature or algo.kl, or filter out problems that are too easy (vlm-sapo filter)"
             )
         return alarms
-
-
-def build_alarms(config: TrainConfig, console: Console, stop: StopRun | None = None) -> Alarms:
-    """Builds a run's alarms, without its steps so far."""
-    return Alarms(
-        console,
-        **config.alarms.model_dump(exclude={"stop"}),
-        full_reward=sum(
-            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
-        ),
-        rewards_decide=isinstance(config.algo.advantage, str),
-        stop=stop,
-    )

@@ -1,4 +1,4 @@
-"""Builds a run's folder, checkpoints and logs, for a new or a resumed run."""
+"""Builds a run's folder, checkpoints, logs and alarms, for a new or a resumed run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.reporting import environment
+from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
+from vlm_sapo.training.run import Interruption
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
@@ -107,3 +109,12 @@ def open_logs(
             warn=processes.console.warn,
         )
         folder.listeners.append(trackers)
+
+
+def build_alarms(
+    config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
+) -> Alarms:
+    """Builds the alarms, with the metrics of finished steps."""
+    alarms = Alarms.of(config, console, interruption.stop_at_alarm if config.alarms.stop else None)
+    alarms.resume(folder.read("metrics.jsonl"))
+    return alarms

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vlm_sapo.config.load import check
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.reporting.alarms import SOLVED, build_alarms
+from vlm_sapo.reporting.alarms import SOLVED, Alarms
 from vlm_sapo.reporting.console import SilentConsole
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _trends(metrics: Sequence[Record]) -> list[Finding]:
 def _alarms(metrics: Sequence[Record], config: Mapping[str, Any]) -> list[Finding]:
     """The alarms that the run raised, by its own thresholds."""
     try:
-        alarms = build_alarms(check(TrainConfig, config), SilentConsole())
+        alarms = Alarms.of(check(TrainConfig, config), SilentConsole())
     except ValueError as error:
         reason = str(error).split("\n")[0]
         return [Finding("look", f"Alarms can't be judged: config.yaml is of another version ({reason}).")]
@@ -227,9 +227,9 @@ def _updates(metrics: Sequence[Record]) -> list[Finding]:
             Finding("look", f"{skipped:.0f} updates were skipped because a number was not finite.")
         )
     if any("policy/effective_update" in row for row in metrics):
-        _, kept, steps = _ends(metrics, "policy/effective_update")
-        text = f"Off-policy: the objective removed {1 - kept:.1%} of the gradient over the last {steps}"
-        if 1 - kept >= REMOVED_SHARE:
+        _, remaining, steps = _ends(metrics, "policy/effective_update")
+        text = f"Off-policy: the objective removed {1 - remaining:.1%} of the gradient over the last {steps}"
+        if 1 - remaining >= REMOVED_SHARE:
             findings.append(Finding("look", f"{text}; use fewer mini-batches or a lower train.lr."))
         else:
             findings.append(Finding("ok", f"{text}."))
