@@ -17,7 +17,7 @@ TOKEN = "hf_" + "a" * 20
 def test_a_start_is_recorded_once_and_resumed_ones_are_added(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/bin/vlm-sapo", "train", "my config.yaml", "train.lr=1e-6"])
-    environment.record(folder, ["CPU", "CPU"], {"revisions": {}})
+    environment.record(folder, ["CPU", "CPU"], {"revisions": {}}, resumes=False)
     first = json.loads((tmp_path / "environment.json").read_text())
     assert first["command"] == "vlm-sapo train 'my config.yaml' train.lr=1e-6"
     assert first["versions"]["python"] == platform.python_version()
@@ -25,7 +25,7 @@ def test_a_start_is_recorded_once_and_resumed_ones_are_added(tmp_path, monkeypat
     assert first["versions"]["torch"] in torch.__version__
     assert first["devices"] == ["CPU", "CPU"] and first["revisions"] == {}
     assert len(first["commit"]) == 40
-    environment.record(folder, ["CPU"], {"revisions": {"other": "ignored"}})
+    environment.record(folder, ["CPU"], {}, resumes=True)
     second = json.loads((tmp_path / "environment.json").read_text())
     resumed = second.pop("resumed")
     assert second == first and [entry["devices"] for entry in resumed] == [["CPU"]]
