@@ -122,7 +122,9 @@ class Hub:
         if not authorized:
             return reply(request, 401, {"error": "Invalid username or password."})
         if name in self.repositories:
-            return reply(request, 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"})
+            return reply(
+                request, 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
+            )
         if not name.startswith(f"{OWNER}/"):
             return reply(request, 403, {"error": f"You don't have the rights to create a model under {name}"})
         private = asked.get("private", {"private": True, "public": False}.get(asked.get("visibility")))
@@ -134,7 +136,9 @@ class Hub:
 
     def may_write(self, request, body, authorized, kind, name):
         if not name.startswith(f"{OWNER}/"):
-            return reply(request, 403, {"error": "no right to write"}, {"X-Error-Message": "no right to write"})
+            return reply(
+                request, 403, {"error": "no right to write"}, {"X-Error-Message": "no right to write"}
+            )
         return reply(request, 200, {})
 
     def preupload(self, request, body, authorized, kind, name, revision):
@@ -194,7 +198,13 @@ class Hub:
         if found := self.found(request, full, revision, authorized):
             repository, sha = found
             siblings = [{"rfilename": path} for path in repository.commits[sha]]
-            about = {"id": name, "sha": sha, "siblings": siblings, "private": bool(repository.private), "tags": []}
+            about = {
+                "id": name,
+                "sha": sha,
+                "siblings": siblings,
+                "private": bool(repository.private),
+                "tags": [],
+            }
             reply(request, 200, about | {"gated": "manual" if repository.gated else False})
 
     def tree(self, request, body, authorized, kind, name, revision):
@@ -215,7 +225,10 @@ class Hub:
         if found := self.found(request, name, revision, authorized):
             repository, sha = found
             if repository.gated:
-                message = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted"}
+                message = {
+                    "X-Error-Code": "GatedRepo",
+                    "X-Error-Message": "Access to this model is restricted",
+                }
                 return reply(request, 403 if authorized else 401, {"error": "gated"}, message)
             if file not in repository.commits[sha]:
                 return reply(request, 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})

@@ -34,8 +34,8 @@ FAILURES = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
 the transfer of large files."""
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
 WEIGHT_FILES = ("*.safetensors",)
-MARK = {"model": "config.json", "dataset": "README.md"}
-"""The file that is read to find a commit, and whether one may read files."""
+MARKS = {"model": ["config.json"], "dataset": ["README.md", ".gitattributes"]}
+"""Small files that are read to find a commit, and whether files may be read."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`"
 PUSH_LATER = "push the finished run later, with `vlm-sapo push`"
 
@@ -87,7 +87,7 @@ def commit_of(name: str, revision: str | None, kind: Kind, *, field: str) -> str
     with explaining(field, name, revision):
         try:
             folder = snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=MARK[kind], tqdm_class=SilentBar
+                name, repo_type=kind, revision=revision, allow_patterns=MARKS[kind], tqdm_class=SilentBar
             )
         except LocalEntryNotFoundError:
             if kind == "dataset" and is_offline_mode():

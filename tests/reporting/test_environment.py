@@ -7,7 +7,7 @@ import sys
 import torch
 import transformers
 
-from vlm_sapo.config.secrets import mask_secrets
+from vlm_sapo.config.secrets import mask_secrets, mask_values
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.run_folder import RunFolder
 
@@ -45,3 +45,15 @@ def test_no_secret_of_a_command_is_recorded():
     harmless = ["train.lr=1", "--max-tokens", "16", "data.columns={answer: key}"]
     assert mask_secrets(harmless) == harmless
     assert environment.command(["own.py", TOKEN]) == "python own.py '***'"
+
+
+def test_no_secret_of_a_config_is_in_a_card():
+    values = {
+        "rollout": {"engine": {"options": {"hf_token": "abc", "seed": 1}}},
+        "list": [{"x": TOKEN}, TOKEN],
+    }
+    masked = {
+        "rollout": {"engine": {"options": {"hf_token": "***", "seed": 1}}},
+        "list": [{"x": "***"}, "***"],
+    }
+    assert mask_values(values) == masked
