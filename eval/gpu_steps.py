@@ -490,7 +490,8 @@ def sampler(setting: Setting, folder: Path, prompts: int) -> Iterator[Callable[[
     with tempfile.TemporaryDirectory() as run_folder:
         config = speed.configure(args, run_folder)
         processes = join(config, Console())
-        run, _ = build_training(config, open_folder(config, processes), processes)
+        opened, config = open_folder(config, processes)
+        run, _ = build_training(config, opened, processes)
         with closing(run):
             run.policy.vlm.stops = [-1]
             contexts = as_contexts(run.stream.take(prompts))

@@ -103,7 +103,8 @@ def measure(config: TrainConfig, device: str) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     processes = join(config, Console())
-    run, loss = build_training(config, open_folder(config, processes), processes)
+    folder, config = open_folder(config, processes)
+    run, loss = build_training(config, folder, processes)
     policy = run.policy
     policy.vlm.stops = [-1]
     models = [policy.vlm] + ([policy.reference.vlm] if config.algo.kl else [])

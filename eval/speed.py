@@ -131,7 +131,8 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
 
     config = configure(args, folder)
     processes = join(config, Console())
-    run, loss = build_training(config, open_folder(config, processes), processes)
+    folder, config = open_folder(config, processes)
+    run, loss = build_training(config, folder, processes)
     vlm = run.policy.vlm
     vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
     with closing(run):

@@ -108,7 +108,8 @@ def measure(config: TrainConfig, model: Path) -> float:
         changed = config.model_copy(deep=True)
         changed.model.path, changed.run.dir = str(model), folder
         processes = join(changed, Console())
-        run, _ = build_training(changed, open_folder(changed, processes), processes)
+        opened, changed = open_folder(changed, processes)
+        run, _ = build_training(changed, opened, processes)
         with closing(run):
             run.evaluate(0, last=-1)
             return run.folder.read("evaluations.jsonl")[0]["pass@1"]

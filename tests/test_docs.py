@@ -39,7 +39,7 @@ def blocks(language: str) -> list[str]:
     return [block for path in DOCUMENTS for block in pattern.findall(path.read_text())]
 
 
-SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log"
+SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log|hub"
 FIELD = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)[`=]")
 OTHERS = {"rollout.name", "data.columns.response", "model.language_model", "model.visual"}
 """Names in the documents that are no fields: another trainer's, a column, and parts of a model."""

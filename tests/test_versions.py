@@ -46,6 +46,14 @@ FLASH = {
     "dropout_p is_causal rng_state unused scale",
 }
 """The operations' first arguments, in their order, and `scale`."""
+HUB = {
+    "whoami": "",
+    "create_repo": "private exist_ok",
+    "auth_check": "write",
+    "list_repo_files": "",
+    "upload_folder": "repo_id folder_path commit_message delete_patterns",
+}
+"""Methods of huggingface_hub's HfApi, and the arguments by name."""
 VLLM = {
     "vllm.entrypoints.llm:LLM.generate": (2, "use_tqdm lora_request"),
     "vllm.entrypoints.llm:LLM.collective_rpc": (1, "kwargs"),
@@ -96,6 +104,19 @@ def test_transformers_has_what_is_imported_and_takes_what_is_given(transformers)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bound", ["lowest", "newest"])
+def test_huggingface_hub_has_what_the_code_uses(bound, tmp_path):
+    requirement = REQUIREMENTS["huggingface-hub"]
+    wanted = requirement if bound == "newest" else requirement.replace(">=", "==").partition(",")[0] + ".0"
+    sources, wrong = Sources.of_wheel(fetch(wanted, tmp_path)), []
+    for name, keywords in HUB.items():
+        arguments = sources.methods("huggingface_hub.hf_api", "HfApi", name)
+        if not any(fits(item, 0, frozenset(keywords.split())) for item in arguments):
+            wrong.append(name)
+    assert wrong + problems(sources, "huggingface_hub") == []
+
+
+@pytest.mark.slow
 def test_transformers_gives_attention_what_it_takes(transformers):
     """The calls of the attention interface in the families' modules; ours names what it needs of them."""
     for family in FAMILIES:
@@ -118,7 +139,7 @@ def test_transformers_gives_attention_what_it_takes(transformers):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("package", ["torch", "accelerate", "peft", "transformers"])
+@pytest.mark.parametrize("package", ["torch", "accelerate", "peft", "transformers", "huggingface_hub"])
 def test_calls_fit_the_installed_version(package):
     """As Python itself binds them."""
     wrong = []

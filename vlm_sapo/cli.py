@@ -200,6 +200,26 @@ def report(
     report_command(runs, out or runs[0] / "report.html", groups=groups, watch=watch, port=port)
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[
+        str | None,
+        typer.Option(help="owner/name on the Hugging Face hub; hub.push of the config by default."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is created.")
+    ] = False,
+) -> None:
+    """Upload a run's model to the Hugging Face hub.
+
+    Uploads weights, processor and model card. The token is that of HF_TOKEN or `hf auth login`.
+    """
+    from vlm_sapo.tools.push import push_command
+
+    push_command(run, repo, private=private or None)
+
+
 @app.command("filter")
 def filter_rows(
     config: ConfigArgument,

@@ -7,7 +7,7 @@ import sys
 import torch
 import transformers
 
-from vlm_sapo.config.secrets import mask_secrets
+from vlm_sapo.config.secrets import mask_secrets, mask_values
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.run_folder import RunFolder
 
@@ -17,7 +17,7 @@ TOKEN = "hf_" + "a" * 20
 def test_a_start_is_recorded_once_and_resumed_ones_are_added(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/bin/vlm-sapo", "train", "my config.yaml", "train.lr=1e-6"])
-    environment.record(folder, ["CPU", "CPU"], {"revisions": {}})
+    environment.record(folder, ["CPU", "CPU"], {"revisions": {}}, resumes=False)
     first = json.loads((tmp_path / "environment.json").read_text())
     assert first["command"] == "vlm-sapo train 'my config.yaml' train.lr=1e-6"
     assert first["versions"]["python"] == platform.python_version()
@@ -25,7 +25,7 @@ def test_a_start_is_recorded_once_and_resumed_ones_are_added(tmp_path, monkeypat
     assert first["versions"]["torch"] in torch.__version__
     assert first["devices"] == ["CPU", "CPU"] and first["revisions"] == {}
     assert len(first["commit"]) == 40
-    environment.record(folder, ["CPU"], {"revisions": {"other": "ignored"}})
+    environment.record(folder, ["CPU"], {}, resumes=True)
     second = json.loads((tmp_path / "environment.json").read_text())
     resumed = second.pop("resumed")
     assert second == first and [entry["devices"] for entry in resumed] == [["CPU"]]
@@ -45,3 +45,15 @@ def test_no_secret_of_a_command_is_recorded():
     harmless = ["train.lr=1", "--max-tokens", "16", "data.columns={answer: key}"]
     assert mask_secrets(harmless) == harmless
     assert environment.command(["own.py", TOKEN]) == "python own.py '***'"
+
+
+def test_no_secret_of_a_config_is_in_a_card():
+    values = {
+        "rollout": {"engine": {"options": {"hf_token": "abc", "seed": 1}}},
+        "list": [{"x": TOKEN}, TOKEN],
+    }
+    masked = {
+        "rollout": {"engine": {"options": {"hf_token": "***", "seed": 1}}},
+        "list": [{"x": "***"}, "***"],
+    }
+    assert mask_values(values) == masked

@@ -62,6 +62,9 @@ class SourceConfig(Section):
     """Hash of rows that a Python program passed (`source: python:dataset`). Set by `train` and `sft`."""
     subset: Annotated[str | None, AlsoCalled("dataset_config", "dataset_config_name")] = None
     """Subset (configuration) of a dataset id that has several."""
+    revision: Annotated[str | None, AlsoCalled("dataset_revision")] = None
+    """Branch, tag or commit of a dataset id; null for its main branch. The stored config has the commit that
+    was used, and a resumed run stays with it."""
     split: Annotated[str | None, AlsoCalled("dataset_train_split", "train_split")] = None
     """Split of a dataset id, folder or JSON file that has several, or a value of the split column."""
     args: Annotated[PublicArgs, Note.IN_REPORT] = {}
@@ -125,7 +128,11 @@ class RowsConfig(SourceConfig):
     def at(self, path: str) -> RowsConfig:
         """The same rows from a local file: as the source, or as a source function's argument `path`."""
         by_function = ":" in str(self.source)
-        update = {"args": self.args | {"path": path}} if by_function else {"source": path, "subset": None}
+        update = (
+            {"args": self.args | {"path": path}}
+            if by_function
+            else {"source": path, "subset": None, "revision": None}
+        )
         return self.model_copy(update=update)
 
 

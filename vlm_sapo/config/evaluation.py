@@ -67,6 +67,8 @@ class EvalOptions(Options):
     """NAME[:VARIANT][=FILE], several separated by commas; eval/README.md lists them."""
     model: Text | None = None
     """Folder or Hugging Face id of the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id; by default its main branch. The results name the commit."""
     responses: Text | None = None
     """Grade this file of recorded responses (JSON lines with id and response) instead of running a model;
     with --model they are read as that model's: boxes in its coordinates, images in its size."""

@@ -44,8 +44,6 @@ WITHOUT_FIELD: dict[str, str] = {
     "shuffle": "rows are always shuffled, by run.seed",
     "disable_dropout": "dropout is always off; leave it out",
     "fp16": "train.precision is bf16 or no",
-    "push_to_hub": "upload the folder `final` of the run, for example with `hf upload`",
-    "hub_model_id": "upload the folder `final` of the run, for example with `hf upload`",
     "rlhf_type": "`vlm-sapo train` is group-relative reinforcement learning, `vlm-sapo sft` the cold start",
     "ulysses_sequence_parallel_size": "a response stays on one GPU; train.shard divides the weights",
     "sequence_parallel_size": "a response stays on one GPU; train.shard divides the weights",

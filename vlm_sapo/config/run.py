@@ -1,15 +1,17 @@
-"""The sections on the run itself: its folder, checkpoints, alarms and logs."""
+"""The sections on the run itself: its folder, checkpoints, alarms, logs and where the result is pushed."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Section
 
 Factor = Annotated[float, Field(ge=1)]
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class RunConfig(Section):
@@ -112,3 +114,18 @@ class LogConfig(Section):
     """Trackers that get metrics, histograms and, every tenth step, images."""
     project: Annotated[str, AlsoCalled("project_name", "wandb_project")] = "vlm_sapo"
     """Project name in the trackers; a run has the name of its folder."""
+
+
+class HubConfig(Section):
+    push: Annotated[str | None, AlsoCalled("hub_model_id", "push_to_hub")] = None
+    """`owner/name` of a repository on the Hugging Face hub to which `final/` and its model card are uploaded
+    once the run is finished. Token and right to write are checked before the first step (docs/hub.md)."""
+    private: Annotated[bool | None, AlsoCalled("hub_private_repo")] = None
+    """Whether the repository is private, if the run creates it; null for the owner's default."""
+
+    @field_validator("push")
+    @classmethod
+    def _has_owner(cls, value: str | None) -> str | None:
+        if value is not None and not REPOSITORY.fullmatch(value):
+            raise ValueError(f"this ({value}) must be owner/name, such as my-team/qwen-geometry")
+        return value

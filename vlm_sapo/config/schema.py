@@ -20,7 +20,7 @@ from vlm_sapo.config.fields import (
     noted,
 )
 from vlm_sapo.config.rollout import RolloutConfig
-from vlm_sapo.config.run import AlarmsConfig, CheckpointConfig, LogConfig, RunConfig
+from vlm_sapo.config.run import AlarmsConfig, CheckpointConfig, HubConfig, LogConfig, RunConfig
 from vlm_sapo.config.secrets import check_address, check_secrets
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -56,6 +56,9 @@ class ModelConfig(Section):
     ]
     """Folder or Hugging Face id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its
     processor."""
+    revision: Annotated[str | None, AlsoCalled("model_revision")] = None
+    """Branch, tag or commit of a Hugging Face id; null for its main branch. The stored config has the commit
+    that was used, and a resumed run stays with it (docs/hub.md)."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], AlsoCalled("torch_dtype", "model_dtype", "params_dtype")
     ] = "float32"
@@ -595,6 +598,7 @@ class TrainConfig(Section):
     checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
     alarms: Annotated[AlarmsConfig, Note.FREE_ON_RESUME] = AlarmsConfig()
     log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
+    hub: Annotated[HubConfig, Note.FREE_ON_RESUME] = HubConfig()
 
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
@@ -634,6 +638,7 @@ class SftConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
     log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
+    hub: Annotated[HubConfig, Note.FREE_ON_RESUME] = HubConfig()
 
     @model_validator(mode="after")
     def _complete(self):

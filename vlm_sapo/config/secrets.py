@@ -91,3 +91,15 @@ def mask_secrets(words: Sequence[str]) -> list[str]:
             masked.append("***" if _is_secret(option, word) else word)
         option = own if word.startswith("-") and not equals else ""
     return masked
+
+
+def mask_values(values: Any) -> Any:
+    """Plain values with `***` in place of those that look like a secret by name or form, at any depth."""
+    if isinstance(values, Mapping):
+        masked = {
+            name: isinstance(value, str) and _is_secret(str(name), value) for name, value in values.items()
+        }
+        return {name: "***" if masked[name] else mask_values(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [mask_values(value) for value in values]
+    return "***" if isinstance(values, str) and LOOKS_SECRET.match(values) else values

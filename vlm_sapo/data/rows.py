@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from PIL.Image import Image
 
 from vlm_sapo.config.data import SourceConfig
@@ -27,6 +28,7 @@ from vlm_sapo.data.formats import (
     recognize,
 )
 from vlm_sapo.data.images import decode
+from vlm_sapo.hub import COMMIT, check_no_revision, is_hub_id
 from vlm_sapo.plugins import PYTHON, locate, resolve
 from vlm_sapo.rewards.parts import resolve_reward
 from vlm_sapo.rewards.verifiers.options import multiple_choice
@@ -42,14 +44,18 @@ def open_rows(
     subset: str | None = None,
     split: str | None = None,
     args: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Sequence[Row]:
     """The rows of a source, none of its images decoded yet.
 
     `source` is a JSON, JSON lines, CSV, TSV or parquet file, a folder written by `datasets` or laid out as on
-    the hub, a hub id, or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
+    the hub, a hub id with a `revision`, or `file.py:function`, called with `args`. Raises ValueError naming
+    `data.source`.
     """
     if source.startswith(PYTHON):
         return _passed(source)
+    if not is_hub_id(source):
+        check_no_revision(source, revision, field="data.source")
     if ":" in source and not Path(source).exists():
         return _call(source, args or {})
     if args:
@@ -73,10 +79,13 @@ def open_rows(
         elif any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(str(path))
         else:
-            rows = datasets.load_dataset(str(path) if path.is_dir() else source, subset)
+            rows = datasets.load_dataset(str(path) if path.is_dir() else source, subset, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.source ({source}) must be a file, a folder or a hub id; {error}") from error
-    return _undecoded(_pick_split(rows, split, source))
+    rows = _pick_split(rows, split, source)
+    if revision is not None and is_offline_mode():
+        _check_cached(rows, source, revision)
+    return _undecoded(rows)
 
 
 def _passed(source: str) -> Sequence[Row]:
@@ -100,6 +109,17 @@ def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
         return function(**args)
     except OSError as error:
         raise ValueError(f"data.args ({dict(args)}) must name a file that can be read; {error}") from error
+
+
+def _check_cached(rows: Any, source: str, revision: str) -> None:
+    """Raises ValueError if rows come from another commit: offline, `datasets` takes the newest that its cache
+    has, whatever the revision."""
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    if COMMIT.fullmatch(revision) and not all(revision in file.parts for file in files):
+        raise ValueError(
+            f"data.revision ({revision}) of {source} is not in the cache, which has another one, and "
+            "HF_HUB_OFFLINE is set; load it once with a network, or unset HF_HUB_OFFLINE"
+        )
 
 
 def _pick_split(rows: Any, split: str | None, source: str) -> Any:

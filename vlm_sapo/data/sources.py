@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def build_examples(section: RowsConfig, *, task: str | None = None) -> ExampleSet:
     """The examples of a section; `task` is their name in logs, by default the section's own."""
-    rows = open_rows(section.source, subset=section.subset, split=section.split, args=section.args)
+    rows = open_rows(
+        section.source,
+        subset=section.subset,
+        split=section.split,
+        args=section.args,
+        revision=section.revision,
+    )
     return ExampleSet(rows, section, task=task)
 
 

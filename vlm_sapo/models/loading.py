@@ -53,7 +53,8 @@ def load_vlm(
     lora: Adapters | None = None,
     defer: bool = False,
 ) -> VLM:
-    """Loads a checkpoint of a supported family (models/families.py) from a folder or a hub id.
+    """Loads a checkpoint of a supported family (models/families.py) from a folder; `hub.local_model` has that
+    of a hub id.
 
     Dropout is disabled: old and new log-probs must come from the same function. With `defer` the model stays
     on the meta device, and its weights are read when it is sharded (`parallel.shard`); not if they are
@@ -182,20 +183,14 @@ def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
         check_family(config.model_type, f"the model type of model.path {path}")
         return AutoProcessor.from_pretrained(path, trust_remote_code=False), build(config)
     except OSError as error:
-        raise ValueError(
-            f"model.path ({path}) must be a model folder or a hub id that can be reached; {error}"
-        ) from error
+        raise ValueError(f"model.path ({path}) must be the folder of a whole model; {error}") from error
 
 
 def check_folder(path: str) -> None:
     """Raises ValueError if a local model folder lacks files, before anything heavy is loaded."""
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or path.count("/") != 1:
-            raise ValueError(
-                f"model.path ({path}) must be a model folder or a hub id; there is no such folder"
-            )
-        return
+        raise ValueError(f"model.path ({path}) must be a model folder or a hub id; there is no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path ({path}) must contain a model; config.json is missing from that folder")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vlm_sapo.models.weights import own_rows
 
@@ -45,7 +45,7 @@ class Slice(Protocol):
 
 
 class TensorFiles:
-    """The tensors of a model's safetensors files, in a folder or of a hub id that was downloaded."""
+    """The tensors of the safetensors files in a model's folder."""
 
     def __init__(self, path: str):
         self.files: dict[str, Path] = {}
@@ -81,11 +81,11 @@ class TensorFiles:
 
 
 def _files(path: str) -> list[Path]:
-    try:
-        return [Path(cached_file(path, SAFE_WEIGHTS_NAME))]
-    except OSError:
-        index = json.loads(Path(cached_file(path, SAFE_WEIGHTS_INDEX_NAME)).read_text())
-        return [Path(cached_file(path, name)) for name in sorted(set(index["weight_map"].values()))]
+    folder = Path(path)
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,12 @@ def describe(devices: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def record(folder: RunFolder, devices: Sequence[str], further: Mapping[str, Any]) -> None:
+def record(folder: RunFolder, devices: Sequence[str], further: Mapping[str, Any], *, resumes: bool) -> None:
     """Writes the file at the start of a run, with the values `further`. A start that resumes the run is added
-    to the list `resumed` and leaves the rest as it is."""
-    now, first = describe(devices), read(folder.path)
-    written = first | {"resumed": [*first.get("resumed", []), now]} if first else now | dict(further)
+    to the list `resumed` and leaves the first one's description as it is."""
+    now, first = describe(devices), read(folder.path) if resumes else {}
+    resumed = {"resumed": [*first.get("resumed", []), now]} if first else {}
+    written = (first or now) | dict(further) | resumed
     folder.replace(FILE, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
 
 

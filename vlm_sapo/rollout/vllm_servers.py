@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import httpx2 as httpx
 
 from vlm_sapo.distributed import World
+from vlm_sapo.hub import repo_of_snapshot
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
 from vlm_sapo.rollout.vllm_client import START, AdapterLost, Server, Unavailable, decode_experts
@@ -139,7 +140,8 @@ class VllmServers:
                     f"{server.url} takes {model['max_model_len']} tokens in all, and a prompt and its "
                     f"response may have {longest}; {START}, or with --max-model-len {longest}"
                 )
-            if self.transfer is None and Path(model["root"]).name != Path(path).name:
+            names = {Path(path).name, Path(repo_of_snapshot(path) or path).name}
+            if self.transfer is None and Path(model["root"]).name not in names:
                 self.warn(f"{server.url} serves {model['root']}, and the model here is {path}")
 
         outcomes = await asyncio.gather(*map(check, self.servers), return_exceptions=True)

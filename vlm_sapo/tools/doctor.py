@@ -25,9 +25,9 @@ from vlm_sapo.evaluation.preflight import (
     inspect,
     try_reward,
 )
+from vlm_sapo.hub import local_model
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline
-from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
@@ -455,7 +455,7 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
     """Examines training rows, held-out rows, the config's benchmarks and those of `against`; returns whether
     a run would go through."""
     console = Console()
-    vlm = load_outline(str(locate(config.model.path)))
+    vlm = load_outline(local_model(config.model.path, config.model.revision, weights=False))
     encode = Encoder(
         vlm,
         min_pixels=config.model.min_pixels,

@@ -19,10 +19,10 @@ from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.preflight import check_golds, inspect
 from vlm_sapo.evaluation.results import cautions
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
+from vlm_sapo.hub import check_no_revision, commit_of, is_hub_id, local_model
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.pool import RewardPool
@@ -53,6 +53,7 @@ class Source:
 def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     """Evaluates on the benchmarks one after the other; returns the contents of `results.json`."""
     console = Console()
+    options = options.model_copy(update={"revision": _commit(options)})
     benchmarks = build_benchmarks(options.names, limit=options.limit)
     folder = RunFolder(options.out)
     for benchmark in benchmarks:
@@ -61,6 +62,14 @@ def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     source = _open_source(options, engine, longest, console)
     with closing(source.engine):
         return _run_all(benchmarks, source, options, folder, console)
+
+
+def _commit(options: EvalOptions) -> str | None:
+    """The commit of a model on the hub, which the results then name; None for a folder."""
+    if options.model is None or not is_hub_id(options.model):
+        check_no_revision(str(options.model), options.revision, field="--model")
+        return None
+    return commit_of(options.model, options.revision, "model", field="--model")
 
 
 def _run_all(
@@ -216,7 +225,7 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
     if options.responses:
         encoder = None
         if options.model:
-            vlm = load_outline(str(locate(options.model)))
+            vlm = load_outline(local_model(options.model, options.revision, weights=False, field="--model"))
             encoder = Encoder(
                 vlm, min_pixels=options.min_pixels, max_pixels=options.max_pixels, max_tokens=float("inf")
             )
@@ -225,7 +234,7 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
     longest = None if engine.shares_weights else max_tokens + MAX_PROMPT_TOKENS
     vlm, rollout_engine = open_model(
         engine,
-        str(locate(options.model)),
+        local_model(options.model, options.revision, field="--model"),
         dtype=options.dtype,
         longest=longest,
         sequences_per_batch=options.batch * options.samples,

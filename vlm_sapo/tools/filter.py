@@ -21,6 +21,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
+from vlm_sapo.hub import local_model
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rollout.build import build_episodes, open_model
@@ -37,7 +38,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
     rollout = config.rollout
     vlm, engine = open_model(
         rollout.engine,
-        str(locate(config.model.path)),
+        local_model(config.model.path, config.model.revision),
         dtype=config.model.dtype,
         longest=config.data.max_prompt_tokens + rollout.max_tokens,
         sequences_per_batch=rollout.batch_sequences,

@@ -15,6 +15,7 @@ import torch
 
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.hub import local_model
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
@@ -57,24 +58,26 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
 
 def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu: bool) -> list[str]:
     """The arguments of the command, `vllm` first."""
-    path = str(locate(config.model.path))
+    model = config.model
     engine = config.rollout.engine
     benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
-    outline = load_outline(path)
+    outline = load_outline(local_model(model.path, model.revision, weights=False))
     options = {
         "host": host,
         "port": port,
         "dtype": engine.weights_dtype(default_dtype(config)),
         "max-model-len": longest_row(config, benchmarks, outline),
-        **engine_arguments(config.model.max_pixels),
+        **engine_arguments(model.max_pixels),
     }
+    if model.revision is not None:
+        options["revision"] = model.revision
     if engine.type == "vllm_server" and engine.weights == "nccl":
         options["weight-transfer-config"] = {"backend": "nccl"}
     if (shape := served_shape(config, outline)) is not None:
         options |= shape.arguments
     options |= EXPERTS_ARGUMENTS if config.algo.replay == "r3" else {}
     options |= CPU_ARGUMENTS if cpu else {}
-    arguments = ["vllm", "serve", path, "--enable-scale-out"]
+    arguments = ["vllm", "serve", str(locate(model.path)), "--enable-scale-out"]
     for name, value in options.items():
         name = name.replace("_", "-")
         if isinstance(value, bool):

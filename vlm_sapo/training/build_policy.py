@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.hub import local_model
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.fused import should_fuse
@@ -44,13 +45,15 @@ def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
         "model.freeze (router)": "router" in model.freeze,
     }
     used = [name for name, is_used in options.items() if is_used]
-    if used and not load_outline(path := str(locate(model.path))).routers:
+    if used and not load_outline(path := local_model(model.path, model.revision, weights=False)).routers:
         raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
 
 
 def weights_path(model: cfg.ModelConfig, checkpoint: Path | None) -> str:
-    """Where the trained model's weights without adapters are: in the checkpoint, or in `model.path`."""
-    return str(checkpoint if checkpoint and model.lora is None else locate(model.path))
+    """The folder of the trained model's weights without adapters: the checkpoint, or that of `model.path`."""
+    if checkpoint and model.lora is None:
+        return str(checkpoint)
+    return local_model(model.path, model.revision)
 
 
 def load_trained(config: Config, checkpoint: Path | None, processes: Processes) -> tuple[str, VLM]:
@@ -113,7 +116,7 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
     """The policy with its optimizer, and the reference model if there is a KL term."""
     train, algo, reference = config.train, purpose.algo, None
     if algo.kl:
-        reference = vlm if config.model.lora else _load(config, str(locate(config.model.path)), processes)
+        reference = vlm if config.model.lora else _load(config, weights_path(config.model, None), processes)
     parallelism = build_parallelism(config, processes)
     optimizer = OptimizerSettings(
         lr=train.lr,

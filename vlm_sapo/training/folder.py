@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.data import SourceConfig
+from vlm_sapo.config.fields import Section
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
+from vlm_sapo.hub import Kind, commit_of, describe_base, is_hub_id, prepare_push, push
 from vlm_sapo.reporting import environment
-from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
@@ -14,29 +20,121 @@ from vlm_sapo.training.checkpoint import Checkpoints
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.run import Interruption
 
+T = TypeVar("T")
+Config = cfg.TrainConfig | cfg.SftConfig
 
-def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
-    """Opens the run's folder. Raises ValueError if it has a run with another config."""
+
+def open_folder(config: Config, processes: Processes) -> tuple[RunFolder, Config]:
+    """Opens the run's folder; returns also the config with the commits of models and data sets on the hub.
+    Raises ValueError if the folder has a run with another config, or if the result can't be pushed."""
     world, console = processes.world, processes.console
     folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
     devices = world.all_gather(environment.device_name(processes.accelerator.device))
-    world.on_main(lambda: _open(folder, config, console, devices))
-    return folder
+    commits = world.on_main(lambda: _commits(folder, config, console))
+    pinned = pin(config, commits)
+    world.on_main(lambda: _open(folder, pinned, console, devices, commits))
+    return folder, pinned
+
+
+def _commits(folder: RunFolder, config: Config, console: Console) -> dict[str, str]:
+    """The commits that revisions on the hub stand for, by `_revision_key`: for a resumed run those of its
+    first start, and none of a run that an earlier version started without them."""
+    resumes = folder.stored() is not None and not config.run.overwrite
+    known = environment.read(folder.path) if resumes else {"revisions": {}}
+    if "revisions" not in known:
+        return {}
+    commits = {}
+    for field, section in _hub_sections(config):
+        kind, name = _repository(section)
+        key = _revision_key(section)
+        commit = known["revisions"].get(key) or commit_of(name, section.revision, kind, field=field)
+        if commit is None:
+            console.warn(f"{field} ({name}) is read from the cache, offline, so its commit is not known")
+        else:
+            commits[key] = commit
+    return commits
+
+
+def _hub_sections(value: Any, name: str = "") -> Iterator[tuple[str, cfg.ModelConfig | SourceConfig]]:
+    """The sections of a config that name a repository on the hub, with the field that does."""
+    if isinstance(value, cfg.ModelConfig) and is_hub_id(value.path):
+        yield f"{name}.path", value
+    elif isinstance(value, SourceConfig) and is_hub_id(str(value.source)):
+        yield f"{name}.source", value
+    elif isinstance(value, Section):
+        for field, item in value:
+            yield from _hub_sections(item, f"{name}.{field}".strip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _hub_sections(item, f"{name}.{number}")
+
+
+def _repository(section: cfg.ModelConfig | SourceConfig) -> tuple[Kind, str]:
+    """Kind and name of the repository that a section's revision is of."""
+    return (
+        ("model", section.path) if isinstance(section, cfg.ModelConfig) else ("dataset", str(section.source))
+    )
+
+
+def _revision_key(section: cfg.ModelConfig | SourceConfig) -> str:
+    """What a section asks for, as in `Qwen/Qwen3-VL-2B-Instruct@main`."""
+    kind, name = _repository(section)
+    return f"{'datasets/' if kind == 'dataset' else ''}{name}@{section.revision or 'main'}"
+
+
+def pin(value: T, commits: Mapping[str, str]) -> T:
+    """The config, or a part of it, with these commits as the revisions that they stand for."""
+    if isinstance(value, list):
+        return [pin(item, commits) for item in value]
+    if not isinstance(value, Section):
+        return value
+    if isinstance(value, cfg.ModelConfig | SourceConfig) and (commit := commits.get(_revision_key(value))):
+        return value.model_copy(update={"revision": commit})
+    parts = {name: (item, pin(item, commits)) for name, item in value}
+    return value.model_copy(update={name: new for name, (old, new) in parts.items() if new != old})
+
+
+def publish(config: Config, folder: RunFolder, processes: Processes) -> None:
+    """Pushes a finished run's model if the config says so. A push that fails is a warning: the run is
+    complete without it."""
+    repo, console = config.hub.push, processes.console
+    if repo is None or not processes.world.main:  # the others don't wait for an upload of hours
+        return
+    again = f"vlm-sapo push {shlex.quote(str(folder.path))}"
+    console.say(f"pushing to {repo}; the run is finished, so if this is interrupted: {again}")
+    try:
+        address = push(folder.path / "final", repo, field="hub.push")
+    except ValueError as error:
+        console.warn(f"{error}. The run is finished and complete; push it again with: {again}")
+    else:
+        console.say(f"pushed to {address}")
 
 
 def _open(
-    folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console, devices: list[str]
+    folder: RunFolder,
+    config: Config,
+    console: Console,
+    devices: list[str],
+    commits: Mapping[str, str],
 ) -> None:
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
     stored = folder.stored()  # raises ValueError if other files are there
+    resumes = stored is not None and not config.run.overwrite
+    if resumes and (upgraded := _upgraded(stored, type(config))) != text:
+        _accept(differences(upgraded, text), folder, console, accept_all=config.run.accept_changes)
+    if resumes and folder.summary() is not None:
+        folder.begin(text)
+        return
+    if config.hub.push is not None:
+        note = prepare_push(config.hub.push, private=config.hub.private, field="hub.push")
+        if note:
+            console.warn(note)
+    base = describe_base(config.model.path, config.model.revision)
     if config.run.overwrite:
         folder.clear()
-    elif stored is not None and (upgraded := _upgraded(stored, type(config))) != text:
-        _accept(differences(upgraded, text), folder, console, accept_all=config.run.accept_changes)
     folder.begin(text)
-    if folder.summary() is None:
-        environment.record(folder, devices, {})
+    environment.record(folder, devices, {"revisions": dict(commits), "base": base}, resumes=resumes)
 
 
 def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
@@ -73,9 +171,7 @@ def _upgraded(stored: str, kind: type[cfg.TrainConfig | cfg.SftConfig]) -> str:
         return stored
 
 
-def build_checkpoints(
-    config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes
-) -> Checkpoints:
+def build_checkpoints(config: Config, folder: RunFolder, processes: Processes) -> Checkpoints:
     """Builds the run's checkpoints."""
     section = config.checkpoint
     return Checkpoints(
@@ -89,9 +185,7 @@ def build_checkpoints(
     )
 
 
-def open_logs(
-    config: cfg.TrainConfig | cfg.SftConfig, folder: RunFolder, processes: Processes, step: int
-) -> None:
+def open_logs(config: Config, folder: RunFolder, processes: Processes, step: int) -> None:
     """Opens logs and trackers, to continue after `step`."""
     folder.rewind(step)
     if not processes.world.main:

@@ -21,6 +21,7 @@ from vlm_sapo.distributed import Interrupted, World, deferring_signals
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.reporting.callbacks import Callback, Callbacks
+from vlm_sapo.reporting.card import write_card
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import plot_curves
 from vlm_sapo.reporting.metrics import Metrics, UpdateStats
@@ -249,6 +250,7 @@ class Run:
                 f"unusable rows were skipped {self.stream.skipped} times (data.on_error=skip); "
                 "vlm-sapo doctor names them"
             )
+        write_card(self.folder, summary)
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
         done = f"{steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"
         if conclusion:

@@ -12,7 +12,7 @@ from vlm_sapo.config.schema import SftConfig, SftTrainerConfig
 from vlm_sapo.reporting.callbacks import Callback
 from vlm_sapo.training.batch import Batch, MicroBatch, collate
 from vlm_sapo.training.build import build_sft
-from vlm_sapo.training.folder import open_folder
+from vlm_sapo.training.folder import open_folder, publish
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.policy import ForwardPass
 from vlm_sapo.training.run import FINISHED, Run
@@ -22,14 +22,16 @@ from vlm_sapo.types import Group, Prompt, RowError
 def sft(config: SftConfig, callbacks: Sequence[Callback] = ()) -> dict:
     """Minimizes the mean negative log-prob of the demonstrations' tokens; returns the summary."""
     processes = join(config)
-    folder = open_folder(config, processes)
+    folder, config = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
         processes.console.say(FINISHED)
         return summary
     run = build_sft(config, folder, processes)
     with closing(run), run.interruption.handling_signals(), run.calling(callbacks):
         columns = {task.task: task.columns["response"] for task in config.data.tasks}
-        return loop(run, config.train, columns)
+        summary = loop(run, config.train, columns)
+    publish(config, folder, processes)
+    return summary
 
 
 def loop(run: Run, train: SftTrainerConfig, columns: dict[str, str]) -> dict:

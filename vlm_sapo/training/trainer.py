@@ -11,7 +11,7 @@ from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.assignment import reassign
 from vlm_sapo.training.batch import collate
 from vlm_sapo.training.build import build_training
-from vlm_sapo.training.folder import open_folder
+from vlm_sapo.training.folder import open_folder, publish
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
@@ -21,13 +21,15 @@ from vlm_sapo.training.run import FINISHED, TrainingRun
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> dict:
     """Trains with a config; returns the summary. For a finished run only returns its summary."""
     processes = join(config)
-    folder = open_folder(config, processes)
+    folder, config = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
         processes.console.say(FINISHED)
         return summary
     run, loss = build_training(config, folder, processes)
     with closing(run), run.interruption.handling_signals(), run.calling(callbacks):
-        return loop(run, loss, config.train.steps)
+        summary = loop(run, loss, config.train.steps)
+    publish(config, folder, processes)
+    return summary
 
 
 def loop(run: TrainingRun, loss: PolicyLoss, steps: int) -> dict:

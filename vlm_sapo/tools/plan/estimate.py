@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
-from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.config.schema import ModelConfig, TrainConfig
+from vlm_sapo.hub import local_model
 from vlm_sapo.models.parallel import prefetched_layers
-from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
 from vlm_sapo.tools.plan.cards import visible_memory
 from vlm_sapo.tools.plan.memory import GB, PHASES, UNSHARDED, Estimate, Gpus, MemoryRow, ParameterSpec
@@ -181,7 +181,7 @@ class Estimator:
 
     def _longest_sequence(self) -> float:
         """The engine's KV cache of the longest sequence."""
-        text = read_config(self.model.path).get_text_config()
+        text = read_config(_folder(self.config.model)).get_text_config()
         heads, size = text.num_attention_heads, text.to_dict().get("head_dim")
         size = size or text.hidden_size // heads
         tokens = self.batch.prompt + self.batch.response
@@ -244,7 +244,7 @@ def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
     """How the config's model computes: gathered in bfloat16 where it is sharded."""
     model, lora, bf16 = config.model, config.model.lora, config.train.precision == "bf16"
     return ModelSpec(
-        path=str(locate(model.path)),
+        path=_folder(model),
         dtype="bfloat16" if sharded and bf16 else model.dtype,
         autocast=bf16,
         gradient_checkpointing=model.gradient_checkpointing,
@@ -256,11 +256,16 @@ def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
     )
 
 
+def _folder(model: ModelConfig) -> str:
+    """The folder of the model's config."""
+    return local_model(model.path, model.revision, weights=False)
+
+
 def batch_spec(config: TrainConfig) -> BatchSpec:
     """The largest batch that the config allows: prompts and responses at their limits, and as many image
     tokens as one image of the largest size has."""
     prompt = config.data.max_prompt_tokens
-    vision = read_config(str(locate(config.model.path))).vision_config
+    vision = read_config(_folder(config.model)).vision_config
     side = vision.patch_size * vision.spatial_merge_size
     pixels = config.model.max_pixels or prompt * side**2
     return BatchSpec(

@@ -164,9 +164,9 @@ def _leave_meta(model: nn.Module) -> None:
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """The config of a folder or hub id. Raises ValueError where it is not a vision-language model."""
-    requirement = f"model.path ({path}) must be a folder with a config.json or a hub id that can be reached"
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    """The config in a model's folder. Raises ValueError where it is not a vision-language model."""
+    requirement = f"model.path ({path}) must be a folder with a config.json or a hub id"
+    if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{requirement}; there is no config.json in that folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
