@@ -169,7 +169,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     if state is not None:
         rollouts.restore(state)
     open_logs(config, folder, processes, progress.step)
-    console.say(_banner(config, vlm, stream, processes, checkpoint))
+    console.say(_banner(config, vlm, stream, processes, checkpoint, purpose))
     evaluator = Evaluator(
         sets=build_evaluation_sets(config, benchmarks),
         every=config.eval.every,
@@ -199,11 +199,23 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
 
 
 def _banner(
-    config: Config, vlm: VLM, stream: TaskMixture, processes: Processes, checkpoint: Path | None
+    config: Config,
+    vlm: VLM,
+    stream: TaskMixture,
+    processes: Processes,
+    checkpoint: Path | None,
+    purpose: Purpose,
 ) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = vlm.model.num_parameters()
-    tasks = ", ".join(stream.streams)
+    prompts = purpose.prompts_per_step * config.train.steps
+    epochs = {
+        name: prompts * stream.shares[name] / len(rows.examples) for name, rows in stream.streams.items()
+    }
+    tasks = ", ".join(
+        f"{len(rows.examples):,} rows of {name} ({epochs[name]:.{1 if epochs[name] >= 1 else 2}f} epochs)"
+        for name, rows in stream.streams.items()
+    )
     start = f"resumed from {checkpoint}" if checkpoint else f"model {config.model.path}"
     size, shard = processes.world.size, processes.shard
     where = processes.accelerator.device.type
@@ -214,5 +226,5 @@ def _banner(
         where += f", {vlm.fused_modules} norms and MLPs fused"
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"
+        f"{tasks} in {config.train.steps} steps of {purpose.prompts_per_step}; writing to {config.run.folder}"
     )

@@ -159,9 +159,7 @@ class Estimator:
         return max(sizes.items(), key=lambda item: item[1].activations + item[1].kv_cache)
 
     def _vllm(self, engine: VllmConfig) -> tuple[list[MemoryRow], str]:
-        share = engine.gpu_memory * visible_memory(self.gpus.memory)
-        needed = self._engine_weights() + self._longest_sequence()
-        needed += memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
+        share, needed = engine.gpu_memory * visible_memory(self.gpus.memory), self.engine_minimum
         shortage = f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, "
         shortage += f"and it needs {needed / GB:.1f} GB"
         note = f"gpu_memory {engine.gpu_memory}"
@@ -169,6 +167,12 @@ class Estimator:
             self._on_the_way(),
             MemoryRow("engine", memory.SLEEPING_ENGINE, share, self._engine_weights(), note),
         ], "" if needed <= share else shortage
+
+    @property
+    def engine_minimum(self) -> float:
+        """What a vLLM engine needs of a GPU: weights, one sequence, graphs and its largest pass."""
+        kept = self._engine_weights() + self._longest_sequence()
+        return kept + memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
 
     def _engine_weights(self) -> float:
         engine = self.config.rollout.engine
