@@ -191,7 +191,7 @@ def test_generation_counts_the_larger_batch_of_training_and_evaluation(tiny):
 def test_smaller_generation_batches_are_tried_in_the_configs_own_unit(tiny):
     def tried(*overrides: str):
         options = _generation_changes(load(cfg.TrainConfig, tiny, overrides))
-        return [tuple(text for change in option for text in change.overrides) for option in options]
+        return [tuple(change.override for change in option) for option in options]
 
     assert tried() == [(), ("rollout.prompts_per_batch=2",), ("rollout.prompts_per_batch=1",)]
     counted = tried("rollout.prompts_per_batch=null", "rollout.sequences_per_batch=12")
@@ -302,7 +302,7 @@ def test_all_weights_in_half_precision_come_before_adapters(tiny, monkeypatch):
     def order(*overrides: str) -> list[tuple[str, ...]]:
         config = load(cfg.TrainConfig, tiny, ["train.precision=bf16", *overrides])
         options = _model_changes(config, gpus)
-        return [tuple(text for change in option for text in change.overrides) for option in options]
+        return [tuple(change.override for change in option) for option in options]
 
     options = order("rollout.engine=vllm")
     adapters = ("model.dtype=bfloat16", "model.lora={rank: 16}", "train.lr=1e-05")
@@ -344,23 +344,25 @@ def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch, ca
 def test_a_written_config_has_what_differs_and_why(tmp_path):
     """Recipes stay short, defaults are left out, and each change has its reason above it."""
     changes = [
-        Change(("model.dtype=bfloat16", "model.lora={rank: 16}"), "adapters: all weights don't fit"),
-        Change(("train.lr=1e-05",), "adapters need about ten times the rate"),
-        Change(("rollout.engine=hf",), "vLLM doesn't fit"),
-        Change(("rollout.prompts_per_batch=4",), "as memory allows"),
+        Change("model.dtype=bfloat16", "frozen weights"),
+        Change("model.lora={rank: 16}", "adapters: all weights don't fit"),
+        Change("train.lr=1e-05", "adapters need about ten times the rate"),
+        Change("rollout.engine=hf", "vLLM doesn't fit"),
+        Change("rollout.prompts_per_batch=4", "as memory allows"),
     ]
     overrides = ["data={recipe: geometry3k}"]
     head = ["vlm-sapo plan geometry3k"]
     text = config_text("geometry3k", overrides, changes, run_name="small", head=head)
     (tmp_path / "small.yaml").write_text(text)
-    written = [text for change in changes for text in change.overrides]
+    written = [change.override for change in changes]
     wanted = load(cfg.TrainConfig, "geometry3k", [*overrides, *written, "run.name=small"])
     assert load(cfg.TrainConfig, str(tmp_path / "small.yaml")) == wanted
     lines = text.splitlines()
     assert lines[0] == "# vlm-sapo plan geometry3k" and len(lines) < 45
-    assert "  # adapters: all weights don't fit" == lines[lines.index("  lora:") - 1]
-    assert "  # vLLM doesn't fit" == lines[lines.index("  engine: hf") - 1]  # although it is the default
-    assert "  recipe: geometry3k" in lines
+    assert lines[lines.index("  lora:") - 1] == "  # adapters: all weights don't fit"
+    assert lines[lines.index("  engine: hf") - 1] == "  # vLLM doesn't fit"  # although it is the default
+    assert "  recipe: geometry3k" in lines and "  freeze: [vision, merger]" in lines
+    assert "  - {name: math, label: accuracy, weight: 0.9}" in lines
     assert not any("temperature" in line or "tau_pos" in line for line in lines)  # defaults
 
 

@@ -54,7 +54,7 @@ def plan_command(
         console.say(f"the nearest setting that fits, with {_totals(best.estimate)}:")
         console.say(f"    {quote(best.overrides)}")
         for change in best.changes:
-            console.say(f"    {', '.join(change.overrides)}: {change.reason}")
+            console.say(f"    {change.override}: {change.reason}")
         _print_step(best.estimator, card, console)
     steps, prompts = config.train.steps, config.train.prompts_per_step
     console.say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -53,7 +54,8 @@ def _serve_commands(serve: str, gpu: int, ports: list[int]) -> list[str]:
 
 
 def quote(words: Sequence[str]) -> str:
-    """The words for a shell; those that YAML writes with braces or brackets in double quotes."""
+    """The words for a shell; in double quotes those with brackets, inside which YAML has single ones."""
     return " ".join(
-        f'"{word}"' if set(" {[") & set(word) and '"' not in word else shlex.quote(word) for word in words
+        f'"{word}"' if re.search(r"[ {\[]", word) and not re.search(r'["$`\\!]', word) else shlex.quote(word)
+        for word in words
     )

@@ -18,16 +18,18 @@ TARGET_SHARE = 0.95
 """Share of the memory that a recommended setting takes at most."""
 LORA_LR = 1e-5
 """Learning rate of adapters, ten times the usual one of all weights; a larger one of the config stays."""
-Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides, why they are made, and how far they lead from the config."""
+    """An override, why it is made, and how far it leads from the config."""
 
-    overrides: Overrides
+    override: str
     reason: str
     distance: int = 0
+
+
+Changes = tuple[Change, ...]
 
 
 @dataclass(frozen=True)
@@ -37,40 +39,38 @@ class Recommendation:
     config: TrainConfig
     estimator: Estimator
     estimate: Estimate
-    changes: tuple[Change, ...] = ()
+    changes: Changes = ()
 
     @property
-    def overrides(self) -> Overrides:
-        return tuple(override for change in self.changes for override in change.overrides)
+    def overrides(self) -> tuple[str, ...]:
+        return tuple(change.override for change in self.changes)
 
 
 SHARD = Change(
-    ("train.shard=all",), "the GPUs share one copy of weights, gradients and optimizer state", distance=1
+    "train.shard=all", "the GPUs share one copy of weights, gradients and optimizer state", distance=1
 )
 EIGHT_BIT_OPTIMIZER = Change(
-    ("train.optimizer=adamw_8bit",), "optimizer state of 2 bytes a parameter instead of 8", distance=2
+    "train.optimizer=adamw_8bit", "optimizer state of 2 bytes a parameter instead of 8", distance=2
 )
 HALF = Change(
-    ("model.dtype=bfloat16",),
-    "12 bytes a parameter instead of 16, rounded at random after each update (docs/gpus.md)",
+    "model.dtype=bfloat16",
+    "12 bytes a parameter instead of 16; updates are rounded at random (docs/gpus.md)",
     distance=3,
 )
-HF_ENGINE = Change(("rollout.engine=hf",), "vLLM doesn't fit beside the trainer; slower", distance=5)
-LORA = Change(
-    ("model.dtype=bfloat16", "model.lora={rank: 16}"), "adapters: all weights don't fit", distance=10
-)
+HF_ENGINE = Change("rollout.engine=hf", "vLLM doesn't fit beside the trainer; this is slower", distance=5)
+FROZEN_HALF = Change("model.dtype=bfloat16", "frozen weights need no more")
+LORA = Change("model.lora={rank: 16}", "adapters: all weights don't fit", distance=10)
 QLORA = Change(
-    ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}"),
-    "adapters on a model in 4 bits: adapters on one in 16 bits don't fit",
+    "model.lora={rank: 16, bits: 4}",
+    "adapters on layers of 4 bits: adapters on 16 bits don't fit",
     distance=17,
 )
-FOUR_BIT_BASE = Change(("model.lora.bits=4",), "the adapted layers in 4 bits", distance=17)
+FOUR_BIT_BASE = Change("model.lora.bits=4", "the adapted layers in 4 bits", distance=17)
 OFFLOAD = Change(
-    ("train.offload=true",), "weights, gradients and optimizer state in host memory; much slower", distance=30
+    "train.offload=true", "weights, gradients and optimizer state in host memory; much slower", distance=30
 )
-SMALLER_PASSES = "smaller passes, with the same result"
 CHECKPOINTING = Change(
-    ("model.gradient_checkpointing=true",), "activations are computed again: a third more time in the update"
+    "model.gradient_checkpointing=true", "activations are computed again: a third more time in the update"
 )
 
 
@@ -108,9 +108,9 @@ class Search:
     """Tries changes of a config on given GPUs."""
 
     name: str
-    overrides: Overrides
+    overrides: tuple[str, ...]
     gpus: Gpus
-    estimates: dict[Overrides, Estimate] = field(default_factory=dict)
+    estimates: dict[tuple[str, ...], Estimate] = field(default_factory=dict)
 
     def config(self, changes: Sequence[Change]) -> TrainConfig:
         return load(TrainConfig, self.name, [*self.overrides, *_overrides(changes)])
@@ -126,33 +126,31 @@ class Search:
             return False
         return True
 
-    def first_fit(
-        self, options: Sequence[tuple[Change, ...]], changes: tuple[Change, ...]
-    ) -> tuple[Change, ...] | None:
+    def first_fit(self, options: Sequence[Changes], changes: Changes) -> Changes | None:
         """The first option that fits together with the changes."""
         return next((option for option in options if self._fits((*changes, *option))), None)
 
-    def _fits(self, changes: tuple[Change, ...]) -> bool:
+    def _fits(self, changes: Changes) -> bool:
         key = _overrides(changes)
         if key not in self.estimates:
             self.estimates[key] = self.estimator(changes).estimate()
         return self.estimates[key].fits_within(TARGET_SHARE)
 
 
-def _overrides(changes: Sequence[Change]) -> Overrides:
-    return tuple(override for change in changes for override in change.overrides)
+def _overrides(changes: Sequence[Change]) -> tuple[str, ...]:
+    return tuple(change.override for change in changes)
 
 
-def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[tuple[Change, ...]]:
+def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     """Changes of how the model is stored, trained and sampled, nearest first."""
     lora, engine = config.model.lora, config.rollout.engine
     experts = read_config(str(locate(config.model.path))).get_text_config().to_dict().get("num_experts")
     left_out = "; the experts get none (docs/moe.md)" if experts else ""
     sixteen, four = (replace(change, reason=change.reason + left_out) for change in (LORA, QLORA))
-    rate = Change((f"train.lr={max(LORA_LR, config.train.lr):g}",), "adapters need about ten times the rate")
-    adapters: list[tuple[Change, ...]] = [()]
+    rate = Change(f"train.lr={max(LORA_LR, config.train.lr):g}", "adapters need about ten times the rate")
+    adapters: list[Changes] = [()]
     if lora is None:
-        adapters += [(sixteen, rate), (four, rate)]
+        adapters += [(FROZEN_HALF, sixteen, rate), (FROZEN_HALF, four, rate)]
     elif lora.bits is None:
         adapters.append((FOUR_BIT_BASE,))
     options = product(
@@ -168,32 +166,33 @@ def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[tuple[Change, ..
     return iter(sorted(combinations, key=lambda changes: sum(change.distance for change in changes)))
 
 
-def _optional(change: Change, possible: bool) -> list[tuple[Change, ...]]:
+def _optional(change: Change, possible: bool) -> list[Changes]:
     return [(), (change,)] if possible else [()]
 
 
-def _microbatch_changes(config: TrainConfig) -> list[tuple[Change, ...]]:
+def _microbatch_changes(config: TrainConfig) -> list[Changes]:
     """Changes of a micro-batch, which change no result, nearest first."""
     budget = config.train.tokens_per_microbatch
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     sizes = [budget // fraction for fraction in (2, 4, 8) if budget // fraction >= longest]
     if not sizes and budget > longest:
         sizes = [longest]
-    budgets: list[tuple[Change, ...]] = [()]
-    budgets += [(Change((f"train.tokens_per_microbatch={size}",), SMALLER_PASSES),) for size in sizes]
+    budgets: list[Changes] = [()]
+    reason = "smaller passes, with the same result"
+    budgets += [(Change(f"train.tokens_per_microbatch={size}", reason),) for size in sizes]
     if config.model.gradient_checkpointing:
         return budgets
     return [*budgets[:2], *((CHECKPOINTING, *smaller) for smaller in budgets)]
 
 
-def _generation_changes(config: TrainConfig) -> list[tuple[Change, ...]]:
+def _generation_changes(config: TrainConfig) -> list[Changes]:
     """Changes of how responses are generated, nearest first."""
     engine = config.rollout.engine
     if isinstance(engine, VllmConfig):
         shares = [number / 20 for number in range(2, 19)]
         shares.sort(key=lambda share: abs(share - engine.gpu_memory))
         reason = "the engine's share of the GPU while it generates"
-        return [(), *((Change((f"rollout.engine.gpu_memory={share}",), reason),) for share in shares)]
+        return [(), *((Change(f"rollout.engine.gpu_memory={share}", reason),) for share in shares)]
     if engine.type != "hf":
         return [()]
     sequences, options = config.rollout.batch_sequences, [()]
@@ -202,8 +201,6 @@ def _generation_changes(config: TrainConfig) -> list[tuple[Change, ...]]:
         field, size = "prompts_per_batch", config.rollout.group
     while sequences > config.rollout.group:
         sequences = max(sequences // 2, config.rollout.group)
-        change = Change(
-            (f"rollout.{field}={sequences // size}",), "what is generated together, as memory allows"
-        )
-        options.append((change,))
+        reason = "what is generated together, as memory allows"
+        options.append((Change(f"rollout.{field}={sequences // size}", reason),))
     return options

@@ -10,8 +10,29 @@ from vlm_sapo.config.load import read_values, without_defaults
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.tools.plan.nearest import Change
 
-WIDTH = 100
+WIDTH = 105
 """Columns of a written line."""
+
+
+class _Inline(dict):
+    """A mapping or, as its items, a list that is written in one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists of values and mappings in lists in one line, as configs are written by hand."""
+
+    def represent_list(self, items: list) -> yaml.Node:
+        short = not any(isinstance(item, dict | list) for item in items)
+        node = super().represent_list([_Inline(item) if isinstance(item, dict) else item for item in items])
+        node.flow_style = short
+        return node
+
+    def represent_inline(self, mapping: _Inline) -> yaml.Node:
+        return self.represent_mapping("tag:yaml.org,2002:map", mapping, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(_Inline, _Dumper.represent_inline)
 
 
 def config_text(
@@ -19,13 +40,11 @@ def config_text(
 ) -> str:
     """A config file: `head` as comments, then the fields of config `name` with overrides and changes, without
     those that have their default, and above each change its reason."""
-    reasons = {override: change.reason for change in changes for override in change.overrides}
-    named = (*overrides, *reasons, f"run.name={run_name}")
-    fields = {override.partition("=")[0]: reason for override, reason in reasons.items()}
-    values = without_defaults(TrainConfig, read_values(TrainConfig, name, named), list(fields))
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=WIDTH)
-    lines = text.splitlines()
-    for field, reason in fields.items():
+    named = (*overrides, *(change.override for change in changes), f"run.name={run_name}")
+    reasons = {change.override.partition("=")[0]: change.reason for change in changes}
+    values = without_defaults(TrainConfig, read_values(TrainConfig, name, named), list(reasons))
+    lines = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH).splitlines()
+    for field, reason in reasons.items():
         index = _line_of(lines, field)
         indent = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
         lines.insert(index, f"{indent}# {reason}")
