@@ -127,6 +127,16 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
     assert right == 1.0 and 0 < near < 1 and wrong == [0.0, 0.0]
 
 
+def test_the_carried_over_reward_works(tmp_path, monkeypatch):
+    [code] = [block for block in blocks("python") if "# my_rewards.py" in block]
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    row = replace(example(), answer="7", columns={"answer": "7"})
+    with closing(RewardPool([{"name": "my_rewards.py:my_reward"}])) as reward:
+        scores = reward([(ResponseText(text), row) for text in ("it is 7", "it is 8")])
+    assert [score.total for score in scores] == [1.0, 0.0]
+
+
 def test_the_cases_of_the_verifiers():
     rows = re.findall(
         r"^\| (\w+) \| `(.+?)` \| `(.+?)` \| (\S+) \|$", (ROOT / "docs/rewards.md").read_text(), re.M
@@ -152,7 +162,8 @@ def test_links_lead_somewhere():
 def test_the_page_of_fields_is_that_of_the_classes():
     """`python docs/build.py` writes it anew."""
     assert (ROOT / "docs/config.md").read_text() == config_page()
-    assert (ROOT / "docs/coming-from.md").read_text() == names_page()
+    names = (ROOT / "docs/coming-from.md").read_text()
+    assert names == names_page(names)
 
 
 def test_fields_that_the_documents_name_exist():
