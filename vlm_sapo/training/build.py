@@ -212,14 +212,6 @@ def _banner(
 ) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = vlm.model.num_parameters()
-    prompts = purpose.prompts_per_step * config.train.steps
-    epochs = {
-        name: prompts * stream.shares[name] / len(rows.examples) for name, rows in stream.streams.items()
-    }
-    tasks = ", ".join(
-        f"{len(rows.examples):,} rows of {name} ({epochs[name]:.{1 if epochs[name] >= 1 else 2}f} epochs)"
-        for name, rows in stream.streams.items()
-    )
     start = f"resumed from {checkpoint}" if checkpoint else f"model {config.model.path}"
     size, shard = processes.world.size, processes.shard
     where = processes.accelerator.device.type
@@ -228,7 +220,17 @@ def _banner(
         where = f"{size} processes ({where}), {copies}"
     if vlm.fused_modules:
         where += f", {vlm.fused_modules} norms and MLPs fused"
+    steps, prompts = config.train.steps, purpose.prompts_per_step
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{tasks} in {config.train.steps} steps of {purpose.prompts_per_step}; writing to {config.run.folder}"
+        f"{describe_rows(stream, steps * prompts)} in {steps} steps of {prompts}; "
+        f"writing to {config.run.folder}"
     )
+
+
+def describe_rows(stream: TaskMixture, prompts: int) -> str:
+    """The rows of each task, and how often a run of so many prompts goes through them."""
+    counts = {name: len(rows.examples) for name, rows in stream.streams.items()}
+    epochs = {name: prompts * stream.shares[name] / counts[name] for name in counts}
+    shown = {name: f"{value:,.1f}" if value >= 1 else f"{value:.2g}" for name, value in epochs.items()}
+    return ", ".join(f"{counts[name]:,} rows of {name} ({shown[name]} epochs)" for name in counts)
