@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_sapo.config.load import load
@@ -108,19 +108,15 @@ class Cell:
         return "vLLM" if isinstance(engine, VllmConfig) else "`hf`"
 
 
-def split(gpus: Gpus) -> tuple[Gpus, tuple[str, ...]]:
+def split(gpus: Gpus) -> tuple[Gpus, list[str]]:
     """The trainer's GPUs and the servers' URLs, of GPUs that do both: half of a node, or the last of several
     nodes, serves."""
     if gpus.nodes > 1:
-        host, ports, trainer = (
-            f"10.0.0.{gpus.nodes}",
-            range(gpus.per_node),
-            Gpus(gpus.nodes - 1, gpus.per_node, gpus.memory),
-        )
+        trainer, host, count = replace(gpus, nodes=gpus.nodes - 1), f"10.0.0.{gpus.nodes}", gpus.per_node
     else:
-        half = gpus.per_node // 2
-        host, ports, trainer = "127.0.0.1", range(half), Gpus(1, gpus.per_node - half, gpus.memory)
-    return trainer, tuple(f"http://{host}:{8000 + port}" for port in ports)
+        count = gpus.per_node // 2
+        trainer, host = replace(gpus, per_node=gpus.per_node - count), "127.0.0.1"
+    return trainer, [f"http://{host}:{8000 + index}" for index in range(count)]
 
 
 def cell(card: str, model: str) -> Cell | None:

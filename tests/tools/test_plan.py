@@ -305,9 +305,9 @@ def test_all_weights_in_half_precision_come_before_adapters(tiny, monkeypatch):
         return [tuple(change.override for change in option) for option in options]
 
     options = order("rollout.engine=vllm")
-    adapters = ("model.dtype=bfloat16", "model.lora={rank: 16}", "train.lr=1e-05")
+    adapters = ("model.dtype=bfloat16", "model.lora={rank: 16}", "train.lr=1e-5")
     assert options.index(("train.shard=all", "model.dtype=bfloat16")) < options.index(adapters)
-    four_bits = ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}", "train.lr=1e-05")
+    four_bits = ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}", "train.lr=1e-5")
     assert options.index(adapters) < options.index(four_bits) < options.index(("train.offload=true",))
     assert not any(option.count("model.dtype=bfloat16") > 1 for option in options)
     assert ("rollout.engine=hf",) in options and ("rollout.engine=hf",) not in order()
@@ -346,7 +346,7 @@ def test_a_written_config_has_what_differs_and_why(tmp_path):
     changes = [
         Change("model.dtype=bfloat16", "frozen weights"),
         Change("model.lora={rank: 16}", "adapters: all weights don't fit"),
-        Change("train.lr=1e-05", "adapters need about ten times the rate"),
+        Change("train.lr=1e-5", "adapters need about ten times the rate"),
         Change("rollout.engine=hf", "vLLM doesn't fit"),
         Change("rollout.prompts_per_batch=4", "as memory allows"),
     ]

@@ -147,7 +147,8 @@ def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     experts = read_config(str(locate(config.model.path))).get_text_config().to_dict().get("num_experts")
     left_out = "; the experts get none (docs/moe.md)" if experts else ""
     sixteen, four = (replace(change, reason=change.reason + left_out) for change in (LORA, QLORA))
-    rate = Change(f"train.lr={max(LORA_LR, config.train.lr):g}", "adapters need about ten times the rate")
+    value = f"{max(LORA_LR, config.train.lr):g}".replace("e-0", "e-")
+    rate = Change(f"train.lr={value}", "adapters need about ten times the rate")
     adapters: list[Changes] = [()]
     if lora is None:
         adapters += [(FROZEN_HALF, sixteen, rate), (FROZEN_HALF, four, rate)]
