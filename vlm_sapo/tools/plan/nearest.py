@@ -50,7 +50,9 @@ SHARD = Change(
     "train.shard=all", "the GPUs share one copy of weights, gradients and optimizer state", distance=1
 )
 EIGHT_BIT_OPTIMIZER = Change(
-    "train.optimizer=adamw_8bit", "optimizer state of 2 bytes a parameter instead of 8", distance=2
+    "train.optimizer=adamw_8bit",
+    "optimizer state of 2 bytes a parameter instead of 8; needs vlm-sapo[quantized]",
+    distance=2,
 )
 HALF = Change(
     "model.dtype=bfloat16",
@@ -62,7 +64,7 @@ FROZEN_HALF = Change("model.dtype=bfloat16", "frozen weights need no more")
 LORA = Change("model.lora={rank: 16}", "adapters: all weights don't fit", distance=10)
 QLORA = Change(
     "model.lora={rank: 16, bits: 4}",
-    "adapters on layers of 4 bits: adapters on 16 bits don't fit",
+    "adapters on layers of 4 bits: on 16 bits they don't fit; needs vlm-sapo[quantized]",
     distance=17,
 )
 FOUR_BIT_BASE = Change("model.lora.bits=4", "the adapted layers in 4 bits", distance=17)
@@ -157,7 +159,7 @@ def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     options = product(
         _optional(SHARD, config.train.shard == 1 and gpus.count > 1),
         _optional(EIGHT_BIT_OPTIMIZER, config.train.optimizer == "adamw" and lora is None),
-        _optional(HALF, config.model.dtype == "float32"),
+        _optional(HALF if lora is None else FROZEN_HALF, config.model.dtype == "float32"),
         _optional(HF_ENGINE, isinstance(engine, VllmConfig)),
         _optional(OFFLOAD, not config.train.offload),
         adapters,
