@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -351,19 +352,32 @@ def test_a_written_config_has_what_differs_and_why(tmp_path):
         Change("rollout.prompts_per_batch=4", "as memory allows"),
     ]
     overrides = ["data={recipe: geometry3k}"]
-    head = ["vlm-sapo plan geometry3k"]
-    text = config_text("geometry3k", overrides, changes, run_name="small", head=head)
+    text = config_text("geometry3k", overrides, changes, run_name="small", about=["1x24GB: it fits"])
     (tmp_path / "small.yaml").write_text(text)
     written = [change.override for change in changes]
     wanted = load(cfg.TrainConfig, "geometry3k", [*overrides, *written, "run.name=small"])
     assert load(cfg.TrainConfig, str(tmp_path / "small.yaml")) == wanted
     lines = text.splitlines()
-    assert lines[0] == "# vlm-sapo plan geometry3k" and len(lines) < 45
+    assert lines[:2] == ['# vlm-sapo plan geometry3k "data={recipe: geometry3k}"', "# 1x24GB: it fits"]
+    assert len(lines) < 45
     assert lines[lines.index("  lora:") - 1] == "  # adapters: all weights don't fit"
     assert lines[lines.index("  engine: hf") - 1] == "  # vLLM doesn't fit"  # although it is the default
     assert "  recipe: geometry3k" in lines and "  freeze: [vision, merger]" in lines
     assert "  - {name: math, label: accuracy, weight: 0.9}" in lines
     assert not any("temperature" in line or "tau_pos" in line for line in lines)  # defaults
+
+
+def test_a_file_of_the_readers_own_is_not_replaced(tiny, tmp_path):
+    with pytest.raises(ValueError, match="must be a new file or one of an earlier plan"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), Path(tiny))
+    with pytest.raises(ValueError, match="it is a folder"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), tmp_path)
+    with pytest.raises(ValueError, match="must be in a folder that can be written"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), Path(tiny) / "new.yaml")
+    out = tmp_path / "fits.yaml"
+    for _ in range(2):
+        assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), out)
+    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, ["run.name=fits"])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vlm_sapo.tools.plan.estimate import Estimator
 from vlm_sapo.tools.plan.launch import launch_commands, quote
 from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus
 from vlm_sapo.tools.plan.nearest import Recommendation, nearest
-from vlm_sapo.tools.plan.write import config_text
+from vlm_sapo.tools.plan.write import check_target, config_text
 
 NARROW_MARGIN = 0.05
 """A config that leaves a smaller share of a GPU's memory free gets a warning."""
@@ -43,6 +43,8 @@ def plan_command(
     console = Console()
     config = load(TrainConfig, name, overrides)
     check_processes(config, gpus.count)
+    if write is not None:
+        check_target(write)
     card = card or card_of(gpus.memory)
     estimator = Estimator(config, gpus)
     best = Recommendation(config, estimator, estimator.estimate())
@@ -63,8 +65,7 @@ def plan_command(
     )
     words = (name, *overrides, *best.overrides)
     if write is not None:
-        head = [f"vlm-sapo plan {quote((name, *overrides))} --gpus {gpus.name}", _summary(best, card)]
-        text = config_text(name, overrides, best.changes, run_name=write.stem, head=head)
+        text = config_text(name, overrides, best.changes, run_name=write.stem, about=[_summary(best, card)])
         write.parent.mkdir(parents=True, exist_ok=True)
         write.write_text(text, encoding="utf-8")
         words = (str(write),)
@@ -78,8 +79,9 @@ def plan_command(
 def _summary(best: Recommendation, card: Card) -> str:
     """One line on what it takes."""
     estimate, seconds = best.estimate, step_seconds(best.estimator, card)
+    gpus = estimate.gpus
     return (
-        f"{_totals(estimate)} per GPU; {_gb(estimate.host_total)} GB of host memory per node; a step takes "
+        f"{gpus.name}: {_totals(estimate)} per GPU; {_gb(estimate.host_total)} GB of host memory per node; a step takes "
         f"about {seconds:.0f} s ({card.name}, estimated)"
     )
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from vlm_sapo.config.load import read_values, without_defaults
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.tools.plan.launch import quote
 from vlm_sapo.tools.plan.nearest import Change
 
+FIRST_LINE = "# vlm-sapo plan "
+"""Beginning of a written file."""
 WIDTH = 105
 """Columns of a written line."""
 
@@ -35,11 +40,25 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 _Dumper.add_representer(_Inline, _Dumper.represent_inline)
 
 
+def check_target(path: Path) -> None:
+    """Raises ValueError where `--write` would replace a file that no plan has written, or can't write."""
+    if path.is_dir():
+        raise ValueError(f"--write ({path}) must be a file; it is a folder")
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE):
+        raise ValueError(
+            f"--write ({path}) must be a new file or one of an earlier plan; choose another name"
+        )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"--write ({path}) must be in a folder that can be written; {parent} can't")
+
+
 def config_text(
-    name: str, overrides: Sequence[str], changes: Sequence[Change], *, run_name: str, head: Sequence[str]
+    name: str, overrides: Sequence[str], changes: Sequence[Change], *, run_name: str, about: Sequence[str]
 ) -> str:
-    """A config file: `head` as comments, then the fields of config `name` with overrides and changes, without
-    those that have their default, and above each change its reason."""
+    """A config file: the plan and what there is to say `about` it as comments, then the fields of config
+    `name` with overrides and changes, without those that have their default, and above each change its
+    reason."""
     named = (*overrides, *(change.override for change in changes), f"run.name={run_name}")
     reasons = {change.override.partition("=")[0]: change.reason for change in changes}
     values = without_defaults(TrainConfig, read_values(TrainConfig, name, named), list(reasons))
@@ -48,7 +67,8 @@ def config_text(
         index = _line_of(lines, field)
         indent = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
         lines.insert(index, f"{indent}# {reason}")
-    return "\n".join([*(f"# {line}" for line in head), *lines]) + "\n"
+    head = [FIRST_LINE + quote((name, *overrides)), *(f"# {line}" for line in about)]
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def _line_of(lines: Sequence[str], field: str) -> int:
