@@ -368,7 +368,7 @@ def test_a_written_config_has_what_differs_and_why(tmp_path):
 
 
 def test_a_file_of_the_readers_own_is_not_replaced(tiny, tmp_path):
-    with pytest.raises(ValueError, match="must be a new file or one of an earlier plan"):
+    with pytest.raises(ValueError, match="must be a new file or one that plan wrote"):
         plan_command(tiny, [], Gpus(1, 1, 2 * GB), Path(tiny))
     with pytest.raises(ValueError, match="it is a folder"):
         plan_command(tiny, [], Gpus(1, 1, 2 * GB), tmp_path)

@@ -50,14 +50,13 @@ def plan_command(
     best = Recommendation(config, estimator, estimator.estimate())
     fits = best.estimate.fits
     _print(config, best.estimate, console)
-    _print_step(estimator, card, console)
     if not fits:
         best = nearest(name, overrides, gpus)
         console.say(f"the nearest setting that fits, with {_totals(best.estimate)}:")
         console.say(f"    {quote(best.overrides)}")
         for change in best.changes:
             console.say(f"    {change.override}: {change.reason}")
-        _print_step(best.estimator, card, console)
+    _print_step(best.estimator, card, console)
     steps, prompts = config.train.steps, config.train.prompts_per_step
     console.say(
         f"{steps} steps of {prompts} prompts read {steps * prompts:,} rows; with N rows, these are "
@@ -79,10 +78,9 @@ def plan_command(
 def _summary(best: Recommendation, card: Card) -> str:
     """One line on what it takes."""
     estimate, seconds = best.estimate, step_seconds(best.estimator, card)
-    gpus = estimate.gpus
     return (
-        f"{gpus.name}: {_totals(estimate)} per GPU; {_gb(estimate.host_total)} GB of host memory per node; a step takes "
-        f"about {seconds:.0f} s ({card.name}, estimated)"
+        f"{estimate.gpus.name}: {_totals(estimate)} per GPU; {_gb(estimate.host_total)} GB of host memory "
+        f"per node; a step takes about {seconds:.0f} s ({card.name}, estimated)"
     )
 
 
