@@ -182,7 +182,7 @@ def services(side: Side) -> None:
     (side.work / "examined.jsonl").write_text("\n".join(rows))
     side.run("doctor", "quickstart", "data={source: examined.jsonl}", "--out", "findings.json")
     side.run("plan", "quickstart", "--gpus", "1x24GB")
-    side.run("plan", "quickstart", "--gpus", "1x2GB", "--recommend", "fits.yaml")
+    side.run("plan", "quickstart", "--gpus", "1x2GB")
     side.run("plan", "shapes_hard", "train.shard=all", "--gpus", "2x80GB")
 
 

@@ -1,11 +1,15 @@
 """The commands, configs and code of the documents work as they stand."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
+from itertools import dropwhile
+from math import prod
 
 import pytest
 import yaml
@@ -43,22 +47,39 @@ SECTIONS = "run|model|data|rollout|reward|algo|train|eval|checkpoint|alarms|log|
 FIELD = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)[`=]")
 OTHERS = {"rollout.name", "data.columns.response", "model.language_model", "model.visual"}
 """Names in the documents that are no fields: another trainer's, a column, and parts of a model."""
-LINES = [line for block in blocks("bash") for line in block.splitlines()]
+LINES = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
 LAUNCHERS = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
+LOOP = re.compile(r"for GPU in [\d ]+; do (.*) & done")
+COUNTS = ("--nnodes", "--nproc-per-node", "--num_processes")
+"""Options of launchers whose product is the number of processes."""
+
+
+@cache
+def help_of(verb: str) -> str:
+    return CliRunner().invoke(app, [verb, "--help"]).output
+
+
+def words_of(command: str) -> list[str]:
+    """A line's words without a loop over GPUs and without variables before the program."""
+    loop = LOOP.fullmatch(command)
+    words = shlex.split(loop.group(1) if loop else command)
+    return list(dropwhile(re.compile(r"[A-Z_]+=").match, words))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_valid(command, monkeypatch):
-    """make targets and scripts' options exist; configs load with the documented overrides."""
-    program, verb, *rest = shlex.split(command)
+    """make targets and scripts' options exist; configs load with the documented overrides, and fit the number
+    of processes."""
+    program, verb, *rest = words = words_of(command)
+    processes = None
     if program in LAUNCHERS:
-        words = shlex.split(command)
         monkeypatch.setattr(sys, "argv", words[:1])  # accelerate's help depends on it
         start = words.index("vlm_sapo")
         help_text = LAUNCHERS[program]().format_help()
         options = [word for word in words[:start] if word.startswith("--")]
         assert all(option in help_text for option in options)
+        processes = prod(int(words[words.index(option) + 1]) for option in COUNTS if option in options)
         program, verb, *rest = "vlm-sapo", *words[start + 1 :]
     if program == "make":
         result = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -72,11 +93,13 @@ def test_commands_are_valid(command, monkeypatch):
         return
     assert program == "vlm-sapo"
     options = {option for option in rest if option.startswith("--")}
-    assert all(option in CliRunner().invoke(app, [verb, "--help"]).output for option in options)
+    assert all(option in help_of(verb) for option in options)
     if verb in ("train", "sft", "doctor", "filter", "check", "serve", "plan"):
         kind = cfg.SftConfig if verb == "sft" else cfg.TrainConfig
         positional = rest[: next((i for i, word in enumerate(rest) if word in options), len(rest))]
-        configfile.load(kind, positional[0], positional[1:])
+        config = configfile.load(kind, positional[0], positional[1:])
+        if processes:
+            configfile.check_processes(config, processes)
     for option in {"--benchmark", "--against"} & options:
         for name in rest[rest.index(option) + 1].split(","):
             read_definition(name.partition("=")[0])  # a file of the reader's own
@@ -104,6 +127,16 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
     assert right == 1.0 and 0 < near < 1 and wrong == [0.0, 0.0]
 
 
+def test_the_carried_over_reward_works(tmp_path, monkeypatch):
+    [code] = [block for block in blocks("python") if "# my_rewards.py" in block]
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    row = replace(example(), answer="7", columns={"answer": "7"})
+    with closing(RewardPool([{"name": "my_rewards.py:my_reward"}])) as reward:
+        scores = reward([(ResponseText(text), row) for text in ("it is 7", "it is 8")])
+    assert [score.total for score in scores] == [1.0, 0.0]
+
+
 def test_the_cases_of_the_verifiers():
     rows = re.findall(
         r"^\| (\w+) \| `(.+?)` \| `(.+?)` \| (\S+) \|$", (ROOT / "docs/rewards.md").read_text(), re.M
@@ -129,7 +162,8 @@ def test_links_lead_somewhere():
 def test_the_page_of_fields_is_that_of_the_classes():
     """`python docs/build.py` writes it anew."""
     assert (ROOT / "docs/config.md").read_text() == config_page()
-    assert (ROOT / "docs/coming-from.md").read_text() == names_page()
+    names = (ROOT / "docs/coming-from.md").read_text()
+    assert names == names_page(names)
 
 
 def test_fields_that_the_documents_name_exist():
@@ -150,3 +184,54 @@ def test_links_of_the_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             assert "://" in target or (path.parent / target).exists(), f"{path}: {target}"
+
+
+SENTENCES = re.compile(r"\"([^\"\n]{12,})\"")
+"""What the package prints, quoted in docs/cluster.md with `...` for what differs."""
+
+
+def printed_texts() -> str:
+    """All texts of the package's code, with an ellipsis for the values in them."""
+    texts = []
+    for path in sorted((ROOT / "vlm_sapo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (item.value if isinstance(item, ast.Constant) else "..." for item in node.values)
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_sentences_that_the_cluster_page_quotes_are_printed():
+    page, texts = (ROOT / "docs/cluster.md").read_text(), printed_texts()
+    table = "\n".join(line for line in page.splitlines() if line.startswith("| "))
+    quotes = SENTENCES.findall(table)
+    assert len(quotes) > 12
+    for quote in quotes:
+        for fragment in quote.split("..."):
+            assert fragment.strip() in texts, f"{quote}: {fragment}"
+
+
+STUBS = """\
+scontrol() { printf 'node%s\\n' 1 2 3 4; }
+srun() { while [ "${1#-}" != "$1" ]; do shift; done; SLURM_NODEID=0 "$@"; }
+torchrun() { echo torchrun "${@@Q}"; }
+vlm-sapo() { echo vlm-sapo "${@@Q}"; }
+export -f torchrun vlm-sapo
+SLURM_JOB_NODELIST=node[1-4] SLURM_NNODES=4
+"""
+"""What a Slurm script calls, printing its words."""
+
+
+@pytest.mark.parametrize("script", [block for block in blocks("sh") if "#SBATCH" in block])
+def test_slurm_scripts_start_what_they_say(script, monkeypatch):
+    """With Slurm's programs replaced: the commands that would run are valid."""
+    result = subprocess.run(
+        ["bash", "-euc", STUBS + script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    commands = result.stdout.splitlines()
+    assert any(command.startswith("torchrun") for command in commands)
+    for command in commands:
+        test_commands_are_valid(command, monkeypatch)

@@ -299,13 +299,14 @@ def plan(
     card: Annotated[
         str | None, typer.Option(help="H100, RTX 4090, ...: for the duration; the usual one of that memory.")
     ] = None,
-    recommend: Annotated[
-        Path | None, typer.Option(help="Write the config, or the nearest one that fits, to this file.")
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the config that fits, with the reason of each change."),
     ] = None,
 ) -> None:
     """Estimate the memory and the step time of a config on your GPUs.
 
-    If it doesn't fit, suggests the nearest settings that do; exit code 1.
+    If it doesn't fit, suggests the nearest settings that do; exit code 1. Ends with the command to start it.
     """
     load(TrainConfig, config, overrides or [])
     silence_libraries()
@@ -313,7 +314,7 @@ def plan(
     from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 
     named = None if card is None else find_card(card)
-    if not plan_command(config, overrides or [], parse_gpus(gpus), recommend, card=named):
+    if not plan_command(config, overrides or [], parse_gpus(gpus), write, card=named):
         raise typer.Exit(1)
 
 

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from tests.conftest import CORPUS, FAMILIES, SHARED
@@ -21,10 +24,13 @@ from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.tools.plan import memory, passes, simulate
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.launch import launch_commands, quote
 from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
-from vlm_sapo.tools.plan.nearest import _generation_changes, nearest
+from vlm_sapo.tools.plan.nearest import Change, _generation_changes, _model_changes, nearest
 from vlm_sapo.tools.plan.passes import BatchSpec
+from vlm_sapo.tools.plan.shapes import published, published_config
 from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec
+from vlm_sapo.tools.plan.write import config_text
 
 CONFIGS = SHARED / "processors/configs"
 PARAMETERS = {
@@ -67,6 +73,23 @@ def tiny(model_folder, tmp_path):
     }
     path.write_text(json.dumps(values))
     return str(path)
+
+
+@pytest.mark.parametrize("name", published())
+def test_the_shapes_of_published_models(name):
+    """Known without a network, by the names of all their variants."""
+    config = published_config(f"{name}-Instruct")
+    assert config.to_dict() == published_config(f"{name}-Thinking").to_dict()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    known = {key.removesuffix("-Instruct").removesuffix("-Thinking"): PARAMETERS[key] for key in PARAMETERS}
+    short = name.removeprefix("Qwen/")
+    assert count == known[short] if short in known else name.startswith("Qwen/Qwen3.5-")
+
+
+def test_a_model_that_is_not_listed_has_no_shape():
+    assert published_config("Qwen/Qwen3-VL-2B-Embedding") is None
 
 
 @real
@@ -168,7 +191,8 @@ def test_generation_counts_the_larger_batch_of_training_and_evaluation(tiny):
 
 def test_smaller_generation_batches_are_tried_in_the_configs_own_unit(tiny):
     def tried(*overrides: str):
-        return _generation_changes(load(cfg.TrainConfig, tiny, overrides))
+        options = _generation_changes(load(cfg.TrainConfig, tiny, overrides))
+        return [tuple(change.override for change in option) for option in options]
 
     assert tried() == [(), ("rollout.prompts_per_batch=2",), ("rollout.prompts_per_batch=1",)]
     counted = tried("rollout.prompts_per_batch=null", "rollout.sequences_per_batch=12")
@@ -239,8 +263,9 @@ def test_settings_that_train_refuses_are_not_recommended(tiny, monkeypatch):
         Estimator(load(cfg.TrainConfig, tiny, [*overrides, *more]), Gpus(1, 2, GB)).estimate().peak
         for more in ([], ["train.optimizer=adamw_8bit"])
     )
-    changes, estimate = nearest(tiny, overrides, Gpus(1, 2, int(full + eight_bit) // 2))
-    assert estimate.fits and check_processes(load(cfg.TrainConfig, tiny, [*overrides, *changes]), 2) == 2
+    best = nearest(tiny, overrides, Gpus(1, 2, int(full + eight_bit) // 2))
+    assert best.estimate.fits and check_processes(best.config, 2) == 2
+    assert best.config == load(cfg.TrainConfig, tiny, [*overrides, *best.overrides])
 
 
 def test_frozen_parts_are_not_recommended_adapters(tiny):
@@ -271,23 +296,123 @@ def test_a_config_that_fits(tiny):
     assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), None)
 
 
+def test_all_weights_in_half_precision_come_before_adapters(tiny, monkeypatch):
+    """On several GPUs sharded; the adapters' learning rate is set, unless the config's is larger."""
+    gpus = Gpus(1, 4, 48 * GB)
+
+    def order(*overrides: str) -> list[tuple[str, ...]]:
+        config = load(cfg.TrainConfig, tiny, ["train.precision=bf16", *overrides])
+        options = _model_changes(config, gpus)
+        return [tuple(change.override for change in option) for option in options]
+
+    options = order("rollout.engine=vllm")
+    adapters = ("model.dtype=bfloat16", "model.lora={rank: 16}", "train.lr=1e-5")
+    assert options.index(("train.shard=all", "model.dtype=bfloat16")) < options.index(adapters)
+    four_bits = ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}", "train.lr=1e-5")
+    assert options.index(adapters) < options.index(four_bits) < options.index(("train.offload=true",))
+    assert not any(option.count("model.dtype=bfloat16") > 1 for option in options)
+    assert ("rollout.engine=hf",) in options and ("rollout.engine=hf",) not in order()
+    assert (*adapters[:2], "train.lr=0.001") in order("train.lr=1e-3")
+
+
+def test_a_mixtures_adapters_say_that_its_experts_get_none(model_folder, tiny):
+    config = load(cfg.TrainConfig, tiny, [f"model.path={model_folder('qwen3_vl_moe')}"])
+    reasons = {change.reason for option in _model_changes(config, Gpus(1, 1, GB)) for change in option}
+    assert any("the experts get none" in reason for reason in reasons)
+
+
 @pytest.mark.slow
-def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch):
+def test_the_nearest_setting_fits_and_is_written(tiny, tmp_path, monkeypatch, capsys):
     without_cuda(monkeypatch)
     whole = Estimator(load(cfg.TrainConfig, tiny), Gpus(1, 1, GB)).estimate()
     assert whole.totals["training"] > whole.totals["generating"]
     gpus = Gpus(1, 1, int(whole.totals["training"]) - 1)
-    changes, estimate = nearest(tiny, [], gpus)
-    assert changes == ("train.tokens_per_microbatch=256",)
-    assert estimate.fits and estimate.totals["training"] < whole.totals["training"]
+    best = nearest(tiny, [], gpus)
+    assert best.overrides == ("train.tokens_per_microbatch=256",)
+    assert best.estimate.fits and best.estimate.totals["training"] < whole.totals["training"]
     out = tmp_path / "new" / "fits.yaml"
     assert not plan_command(tiny, [], gpus, out)
-    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, [*changes, "run.name=fits"])
+    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, [*best.overrides, "run.name=fits"])
+    assert f"vlm-sapo train {out}" in capsys.readouterr().out
     minimum = Estimator(load(cfg.TrainConfig, tiny), gpus).minimum
-    changes, estimate = nearest(tiny, [], Gpus(1, 1, int(0.9 * minimum)))
-    assert estimate.fits and any(change.startswith(("train.optimizer", "model.lora")) for change in changes)
+    best = nearest(tiny, [], Gpus(1, 1, int(0.9 * minimum)))
+    assert best.estimate.fits
+    assert any(change.startswith(("train.optimizer", "model.lora")) for change in best.overrides)
     with pytest.raises(ValueError, match="must hold one prompt of 64 tokens with one response of 16"):
         nearest(tiny, [], Gpus(1, 1, 1000))
+
+
+def test_a_written_config_has_what_differs_and_why(tmp_path):
+    """Recipes stay short, defaults are left out, and each change has its reason above it."""
+    changes = [
+        Change("model.dtype=bfloat16", "frozen weights"),
+        Change("model.lora={rank: 16}", "adapters: all weights don't fit"),
+        Change("train.lr=1e-5", "adapters need about ten times the rate"),
+        Change("rollout.engine=hf", "vLLM doesn't fit"),
+        Change("rollout.prompts_per_batch=4", "as memory allows"),
+    ]
+    overrides = ["data={recipe: geometry3k}"]
+    text = config_text("geometry3k", overrides, changes, run_name="small", about=["1x24GB: it fits"])
+    (tmp_path / "small.yaml").write_text(text)
+    written = [change.override for change in changes]
+    wanted = load(cfg.TrainConfig, "geometry3k", [*overrides, *written, "run.name=small"])
+    assert load(cfg.TrainConfig, str(tmp_path / "small.yaml")) == wanted
+    lines = text.splitlines()
+    assert lines[:2] == ['# vlm-sapo plan geometry3k "data={recipe: geometry3k}"', "# 1x24GB: it fits"]
+    assert len(lines) < 45
+    assert lines[lines.index("  lora:") - 1] == "  # adapters: all weights don't fit"
+    assert lines[lines.index("  engine: hf") - 1] == "  # vLLM doesn't fit"  # although it is the default
+    assert "  recipe: geometry3k" in lines and "  freeze: [vision, merger]" in lines
+    assert "  - {name: math, label: accuracy, weight: 0.9}" in lines
+    assert not any("temperature" in line or "tau_pos" in line for line in lines)  # defaults
+
+
+def test_a_file_of_the_readers_own_is_not_replaced(tiny, tmp_path):
+    with pytest.raises(ValueError, match="must be a new file or one that plan wrote"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), Path(tiny))
+    with pytest.raises(ValueError, match="it is a folder"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), tmp_path)
+    with pytest.raises(ValueError, match="must be in a folder that can be written"):
+        plan_command(tiny, [], Gpus(1, 1, 2 * GB), Path(tiny) / "new.yaml")
+    out = tmp_path / "fits.yaml"
+    for _ in range(2):
+        assert plan_command(tiny, [], Gpus(1, 1, 2 * GB), out)
+    assert load(cfg.TrainConfig, str(out)) == load(cfg.TrainConfig, tiny, ["run.name=fits"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "commands"),
+    [
+        ("1x80GB", "vllm", ["vlm-sapo train c.yaml"]),
+        ("8x80GB", "vllm", ["torchrun --nproc-per-node 8 -m vlm_sapo train c.yaml"]),
+        (
+            "2x80GB",
+            "{type: vllm_server, servers: [http://127.0.0.1:8000, http://127.0.0.1:8001]}",
+            [
+                "for GPU in 2 3; do CUDA_VISIBLE_DEVICES=$GPU vlm-sapo serve c.yaml --port $((7998 + GPU)) & done",
+                "CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc-per-node 2 -m vlm_sapo train c.yaml",
+            ],
+        ),
+        (
+            "3x8x80GB",
+            "{type: vllm_server, servers: [http://10.0.0.4:8000, http://10.0.0.5:8010]}",
+            [
+                "CUDA_VISIBLE_DEVICES=0 vlm-sapo serve c.yaml --host 10.0.0.4 --port 8000",
+                "CUDA_VISIBLE_DEVICES=0 vlm-sapo serve c.yaml --host 10.0.0.5 --port 8010",
+                "torchrun --nnodes 3 --nproc-per-node 8 --node-rank $NODE_RANK --master-addr $MASTER_ADDR "
+                "--master-port 29500 -m vlm_sapo train c.yaml",
+            ],
+        ),
+    ],
+)
+def test_the_commands_that_start_a_run(tiny, gpus, engine, commands):
+    config = load(cfg.TrainConfig, tiny, [f"rollout.engine={engine}"])
+    assert launch_commands(config, parse_gpus(gpus), ("c.yaml",)) == commands
+
+
+def test_overrides_are_quoted_for_a_shell():
+    words = ["geometry3k", "model.lora={rank: 16}", "rollout.engine={servers: ['http://a:1']}", 'a.b=c"d e']
+    assert shlex.split(quote(words)) == words
 
 
 def test_sharding_offload_and_engines(tiny):

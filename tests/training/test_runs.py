@@ -11,6 +11,8 @@ from tests.training.conftest import metrics
 from vlm_sapo.cli import main
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.data.stream import PromptStream, TaskMixture
+from vlm_sapo.training.build import describe_rows
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import RowError
@@ -137,6 +139,20 @@ def test_choices_combine(settings, tmp_path, overrides):
     train(settings("train.steps=2", "eval.data=null", "checkpoint.every=0", *overrides))
     assert len(metrics(tmp_path / "run")) == 2
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_the_first_line_says_how_many_epochs_a_run_is():
+    """By task: 200 steps of 64 prompts of 2,101 rows are six; a small share of many rows is a part of one."""
+    streams = {
+        name: PromptStream(range(count), str, seed=0) for name, count in (("geo", 2101), ("charts", 70_000))
+    }
+    alone = TaskMixture({"geo": streams["geo"]}, {"geo": 1.0}, minibatch=1)
+    assert describe_rows(alone, 200 * 64) == "2,101 rows of geo (6.1 epochs)"
+    mixed = TaskMixture(streams, {"geo": 0.5, "charts": 0.5}, minibatch=2)
+    assert (
+        describe_rows(mixed, 200 * 64)
+        == "2,101 rows of geo (3.0 epochs), 70,000 rows of charts (0.091 epochs)"
+    )
 
 
 def test_one_minibatch_warns(settings, capsys):

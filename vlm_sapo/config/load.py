@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -38,10 +39,44 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
 
     Raises ValueError with one line per problem, each with the field, the value and the remedy.
     """
+    return check(kind, read_values(kind, name, overrides))
+
+
+def read_values(kind: type[Section], name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields that a config file and the overrides set, as they are written there."""
     values = read_mapping(find(name, "configs", field="config"))
     for override in overrides:
         _override(kind, values, override)
-    return check(kind, values)
+    return values
+
+
+def without_defaults(kind: type[T], values: Mapping[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The values without those that change nothing; the fields named by `keep` stay."""
+    config, short = check(kind, values), deepcopy(dict(values))
+
+    def prune(section: dict[str, Any], prefix: str) -> None:
+        for key, value in list(section.items()):
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                prune(value, f"{name}.")
+            if any(belongs(name, frozenset({field})) or belongs(field, frozenset({name})) for field in keep):
+                continue
+            before = list(section.items())
+            del section[key]
+            if not _gives(config, short):
+                section.clear()
+                section.update(before)  # in its old position
+
+    prune(short, "")
+    return short
+
+
+def _gives(config: Section, values: Mapping[str, Any]) -> bool:
+    """Whether the values give this config."""
+    try:
+        return type(config).model_validate(values) == config
+    except ValidationError:
+        return False
 
 
 def check(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -169,7 +169,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     if state is not None:
         rollouts.restore(state)
     open_logs(config, folder, processes, progress.step)
-    console.say(_banner(config, vlm, stream, processes, checkpoint))
+    console.say(_banner(config, vlm, stream, processes, checkpoint, purpose))
     evaluator = Evaluator(
         sets=build_evaluation_sets(config, benchmarks),
         every=config.eval.every,
@@ -199,11 +199,15 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
 
 
 def _banner(
-    config: Config, vlm: VLM, stream: TaskMixture, processes: Processes, checkpoint: Path | None
+    config: Config,
+    vlm: VLM,
+    stream: TaskMixture,
+    processes: Processes,
+    checkpoint: Path | None,
+    purpose: Purpose,
 ) -> str:
     trained = sum(parameter.numel() for parameter in vlm.parameters() if parameter.requires_grad)
     total = vlm.model.num_parameters()
-    tasks = ", ".join(stream.streams)
     start = f"resumed from {checkpoint}" if checkpoint else f"model {config.model.path}"
     size, shard = processes.world.size, processes.shard
     where = processes.accelerator.device.type
@@ -212,7 +216,17 @@ def _banner(
         where = f"{size} processes ({where}), {copies}"
     if vlm.fused_modules:
         where += f", {vlm.fused_modules} norms and MLPs fused"
+    steps, prompts = config.train.steps, purpose.prompts_per_step
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{len(stream):,} rows of {tasks}; writing to {config.run.folder}"
+        f"{describe_rows(stream, steps * prompts)} in {steps} steps of {prompts}; "
+        f"writing to {config.run.folder}"
     )
+
+
+def describe_rows(stream: TaskMixture, prompts: int) -> str:
+    """The rows of each task, and how often a run of so many prompts goes through them."""
+    counts = {name: len(rows.examples) for name, rows in stream.streams.items()}
+    epochs = {name: prompts * stream.shares[name] / counts[name] for name in counts}
+    shown = {name: f"{value:,.1f}" if value >= 1 else f"{value:.2g}" for name, value in epochs.items()}
+    return ", ".join(f"{counts[name]:,} rows of {name} ({shown[name]} epochs)" for name in counts)

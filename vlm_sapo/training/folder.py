@@ -13,6 +13,7 @@ from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.hub import Kind, commit_of, describe_base, is_hub_id, prepare_push, push
 from vlm_sapo.reporting import environment
+from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers

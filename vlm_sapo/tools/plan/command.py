@@ -4,19 +4,20 @@ and the nearest setting that fits."""
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sapo.config.load import check_processes, dump, load
+from vlm_sapo.config.load import check_processes, load
 from vlm_sapo.config.rollout import VllmServerConfig
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.tools.plan.cards import Card, card_of
 from vlm_sapo.tools.plan.duration import StepEstimator
 from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.launch import launch_commands, quote
 from vlm_sapo.tools.plan.memory import GB, PHASES, Estimate, Gpus
-from vlm_sapo.tools.plan.nearest import nearest
+from vlm_sapo.tools.plan.nearest import Recommendation, nearest
+from vlm_sapo.tools.plan.write import check_target, config_text
 
 NARROW_MARGIN = 0.05
 """A config that leaves a smaller share of a GPU's memory free gets a warning."""
@@ -34,31 +35,59 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def plan_command(
-    name: str, overrides: Sequence[str], gpus: Gpus, recommend: Path | None, *, card: Card | None = None
+    name: str, overrides: Sequence[str], gpus: Gpus, write: Path | None, *, card: Card | None = None
 ) -> bool:
-    """Prints the tables and, where the config does not fit, the nearest setting that does; returns whether
-    the config fits as it is. The config that fits is written to `recommend`. `card` is by default the one
-    whose size is nearest."""
+    """Prints the tables and, where the config does not fit, the nearest setting that does; then the command
+    that starts it. Returns whether the config fits as it is. The config that fits is written to `write`.
+    `card` is by default the one whose size is nearest."""
     console = Console()
     config = load(TrainConfig, name, overrides)
     check_processes(config, gpus.count)
+    if write is not None:
+        check_target(write)
+    card = card or card_of(gpus.memory)
     estimator = Estimator(config, gpus)
-    estimate = estimator.estimate()
-    _print(config, estimate, console)
-    _print_step(estimator, card or card_of(gpus.memory), console)
-    changes: tuple[str, ...] = ()
-    if not estimate.fits:
-        changes, nearest_estimate = nearest(name, overrides, gpus)
-        console.say(f"the nearest setting that fits, with {_totals(nearest_estimate)}:")
-        console.say(f"    {shlex.join(changes)}")
-        if any(change.startswith("model.lora=") for change in changes):
-            console.say(f"    LoRA: set train.lr={10 * config.train.lr:g} (not changed for you)")
-    if recommend is not None:
-        recommend.parent.mkdir(parents=True, exist_ok=True)
-        named = (*overrides, *changes, f"run.name={recommend.stem}")
-        recommend.write_text(dump(load(TrainConfig, name, named)), encoding="utf-8")
-        console.say(f"the config that fits is in {recommend}")
-    return estimate.fits
+    best = Recommendation(config, estimator, estimator.estimate())
+    fits = best.estimate.fits
+    _print(config, best.estimate, console)
+    if not fits:
+        best = nearest(name, overrides, gpus)
+        console.say(f"the nearest setting that fits, with {_totals(best.estimate)}:")
+        console.say(f"    {quote(best.overrides)}")
+        for change in best.changes:
+            console.say(f"    {change.override}: {change.reason}")
+    _print_step(best.estimator, card, console)
+    steps, prompts = config.train.steps, config.train.prompts_per_step
+    console.say(
+        f"{steps} steps of {prompts} prompts read {steps * prompts:,} rows; with N rows, these are "
+        f"{steps * prompts:,} / N epochs"
+    )
+    words = (name, *overrides, *best.overrides)
+    if write is not None:
+        text = config_text(name, overrides, best.changes, run_name=write.stem, about=[_summary(best, card)])
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write.write_text(text, encoding="utf-8")
+        words = (str(write),)
+        console.say(f"the config that fits is in {write}")
+    console.say("to start it" + (", on each node:" if gpus.nodes > 1 else ":"))
+    for command in launch_commands(best.config, gpus, words):
+        console.say(f"    {command}")
+    return fits
+
+
+def _summary(best: Recommendation, card: Card) -> str:
+    """One line on what it takes."""
+    estimate, seconds = best.estimate, step_seconds(best.estimator, card)
+    return (
+        f"{estimate.gpus.name}: {_totals(estimate)} per GPU; {_gb(estimate.host_total)} GB of host memory "
+        f"per node; a step takes about {seconds:.0f} s ({card.name}, estimated)"
+    )
+
+
+def step_seconds(estimator: Estimator, card: Card) -> float:
+    """The estimated duration of a step."""
+    times = StepEstimator(estimator.config, estimator.model, estimator.batch, gpus=estimator.gpus, card=card)
+    return times.estimate().total
 
 
 def _print(config: TrainConfig, estimate: Estimate, console: Console) -> None:

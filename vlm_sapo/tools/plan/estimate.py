@@ -9,11 +9,13 @@ from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import ModelConfig, TrainConfig
 from vlm_sapo.hub import local_model
 from vlm_sapo.models.parallel import prefetched_layers
+from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
 from vlm_sapo.tools.plan.cards import visible_memory
 from vlm_sapo.tools.plan.memory import GB, PHASES, UNSHARDED, Estimate, Gpus, MemoryRow, ParameterSpec
 from vlm_sapo.tools.plan.operations import model_work
 from vlm_sapo.tools.plan.passes import BatchSpec, GenerationMemory
+from vlm_sapo.tools.plan.shapes import published_config
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -159,9 +161,7 @@ class Estimator:
         return max(sizes.items(), key=lambda item: item[1].activations + item[1].kv_cache)
 
     def _vllm(self, engine: VllmConfig) -> tuple[list[MemoryRow], str]:
-        share = engine.gpu_memory * visible_memory(self.gpus.memory)
-        needed = self._engine_weights() + self._longest_sequence()
-        needed += memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
+        share, needed = engine.gpu_memory * visible_memory(self.gpus.memory), self.engine_minimum
         shortage = f"rollout.engine.gpu_memory ({engine.gpu_memory}) gives the engine {share / GB:.1f} GB, "
         shortage += f"and it needs {needed / GB:.1f} GB"
         note = f"gpu_memory {engine.gpu_memory}"
@@ -169,6 +169,12 @@ class Estimator:
             self._on_the_way(),
             MemoryRow("engine", memory.SLEEPING_ENGINE, share, self._engine_weights(), note),
         ], "" if needed <= share else shortage
+
+    @property
+    def engine_minimum(self) -> float:
+        """What a vLLM engine needs of a GPU: weights, one sequence, graphs and its largest pass."""
+        kept = self._engine_weights() + self._longest_sequence()
+        return kept + memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
 
     def _engine_weights(self) -> float:
         engine = self.config.rollout.engine
@@ -181,7 +187,7 @@ class Estimator:
 
     def _longest_sequence(self) -> float:
         """The engine's KV cache of the longest sequence."""
-        text = read_config(_folder(self.config.model)).get_text_config()
+        text = read_config(where_config_is(self.config.model)).get_text_config()
         heads, size = text.num_attention_heads, text.to_dict().get("head_dim")
         size = size or text.hidden_size // heads
         tokens = self.batch.prompt + self.batch.response
@@ -244,7 +250,7 @@ def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
     """How the config's model computes: gathered in bfloat16 where it is sharded."""
     model, lora, bf16 = config.model, config.model.lora, config.train.precision == "bf16"
     return ModelSpec(
-        path=_folder(model),
+        path=where_config_is(model),
         dtype="bfloat16" if sharded and bf16 else model.dtype,
         autocast=bf16,
         gradient_checkpointing=model.gradient_checkpointing,
@@ -256,8 +262,10 @@ def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
     )
 
 
-def _folder(model: ModelConfig) -> str:
-    """The folder of the model's config."""
+def where_config_is(model: ModelConfig) -> str:
+    """The folder with a model's config, or the hub id of a published model whose shape is known."""
+    if not locate(model.path).exists() and published_config(model.path) is not None:
+        return model.path
     return local_model(model.path, model.revision, weights=False)
 
 
@@ -265,7 +273,7 @@ def batch_spec(config: TrainConfig) -> BatchSpec:
     """The largest batch that the config allows: prompts and responses at their limits, and as many image
     tokens as one image of the largest size has."""
     prompt = config.data.max_prompt_tokens
-    vision = read_config(_folder(config.model)).vision_config
+    vision = read_config(where_config_is(config.model)).vision_config
     side = vision.patch_size * vision.spatial_merge_size
     pixels = config.model.max_pixels or prompt * side**2
     return BatchSpec(

@@ -62,6 +62,12 @@ class Gpus:
     def count(self) -> int:
         return self.nodes * self.per_node
 
+    @property
+    def name(self) -> str:
+        """As `--gpus` has it."""
+        nodes = f"{self.nodes}x" if self.nodes > 1 else ""
+        return f"{nodes}{self.per_node}x{self.memory // GB}GB"
+
 
 @dataclass(frozen=True)
 class ParameterSpec:

@@ -3,40 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from vlm_sapo.config.load import check_processes, load
 from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.estimate import Estimator, where_config_is
 from vlm_sapo.tools.plan.memory import GB, Estimate, Gpus
+from vlm_sapo.tools.plan.simulate import read_config
 
 TARGET_SHARE = 0.95
 """Share of the memory that a recommended setting takes at most."""
-Overrides = tuple[str, ...]
+LORA_LR = 1e-5
+"""Learning rate of adapters, ten times the usual one of all weights; a larger one of the config stays."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides, and how far they lead from the config."""
+    """An override, why it is made, and how far it leads from the config."""
 
-    distance: int
-    overrides: Overrides
-
-
-NO_CHANGE = Change(0, ())
-SHARD = Change(1, ("train.shard=all",))
-EIGHT_BIT_OPTIMIZER = Change(2, ("train.optimizer=adamw_8bit",))
-LORA = Change(4, ("model.dtype=bfloat16", "model.lora={rank: 16}"))
-OFFLOAD = Change(5, ("train.offload=true",))
-QLORA = Change(6, ("model.dtype=bfloat16", "model.lora={rank: 16, bits: 4}"))
-FOUR_BIT_BASE = Change(2, ("model.lora.bits=4",))
-CHECKPOINTING = "model.gradient_checkpointing=true"
+    override: str
+    reason: str
+    distance: int = 0
 
 
-def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Overrides, Estimate]:
-    """The overrides that change least and make a config fit with some room, and its estimate with them.
+Changes = tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A config with changes that make it fit."""
+
+    config: TrainConfig
+    estimator: Estimator
+    estimate: Estimate
+    changes: Changes = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return tuple(change.override for change in self.changes)
+
+
+SHARD = Change(
+    "train.shard=all", "the GPUs share one copy of weights, gradients and optimizer state", distance=1
+)
+EIGHT_BIT_OPTIMIZER = Change(
+    "train.optimizer=adamw_8bit",
+    "optimizer state of 2 bytes a parameter instead of 8; needs vlm-sapo[quantized]",
+    distance=2,
+)
+HALF = Change(
+    "model.dtype=bfloat16",
+    "12 bytes a parameter instead of 16; updates are rounded at random (docs/gpus.md)",
+    distance=3,
+)
+HF_ENGINE = Change("rollout.engine=hf", "vLLM doesn't fit beside the trainer; this is slower", distance=5)
+FROZEN_HALF = Change("model.dtype=bfloat16", "frozen weights need no more")
+LORA = Change("model.lora={rank: 16}", "adapters: all weights don't fit", distance=10)
+QLORA = Change(
+    "model.lora={rank: 16, bits: 4}",
+    "adapters on layers of 4 bits: on 16 bits they don't fit; needs vlm-sapo[quantized]",
+    distance=17,
+)
+FOUR_BIT_BASE = Change("model.lora.bits=4", "the adapted layers in 4 bits", distance=17)
+OFFLOAD = Change(
+    "train.offload=true", "weights, gradients and optimizer state in host memory; much slower", distance=30
+)
+CHECKPOINTING = Change(
+    "model.gradient_checkpointing=true", "activations are computed again: a third more time in the update"
+)
+
+
+def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> Recommendation:
+    """The changes that lead least far from a config and make it fit with some room.
 
     Raises ValueError where none do.
     """
@@ -51,10 +91,11 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Overrides,
         smallest = search.first_fit(generation[::-1], (*model, *microbatch[-1]))
         if smallest is None:
             continue
-        microbatch_change = search.first_fit(microbatch, (*model, *smallest))
-        generation_change = search.first_fit(generation, (*model, *microbatch_change))
-        changes = (*model, *microbatch_change, *generation_change)
-        return changes, search.estimator(changes).estimate()
+        microbatch_changes = search.first_fit(microbatch, (*model, *smallest))
+        generation_changes = search.first_fit(generation, (*model, *microbatch_changes))
+        changes = (*model, *microbatch_changes, *generation_changes)
+        estimator = search.estimator(changes)
+        return Recommendation(estimator.config, estimator, estimator.estimate(), changes)
     batch = search.estimator(()).batch
     raise ValueError(
         f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {batch.prompt} tokens with one "
@@ -65,73 +106,96 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> tuple[Overrides,
 
 @dataclass(frozen=True)
 class Search:
-    """Tries overrides of a config on given GPUs."""
+    """Tries changes of a config on given GPUs."""
 
     name: str
-    overrides: Overrides
+    overrides: tuple[str, ...]
     gpus: Gpus
+    estimates: dict[tuple[str, ...], Estimate] = field(default_factory=dict)
 
-    def estimator(self, changes: Overrides) -> Estimator:
-        return Estimator(load(TrainConfig, self.name, [*self.overrides, *changes]), self.gpus)
+    def config(self, changes: Sequence[Change]) -> TrainConfig:
+        return load(TrainConfig, self.name, [*self.overrides, *_overrides(changes)])
 
-    def is_allowed(self, changes: Overrides) -> bool:
+    def estimator(self, changes: Sequence[Change]) -> Estimator:
+        return Estimator(self.config(changes), self.gpus)
+
+    def is_allowed(self, changes: Sequence[Change]) -> bool:
         """Whether `train` would accept the changes."""
         try:
-            check_processes(load(TrainConfig, self.name, [*self.overrides, *changes]), self.gpus.count)
+            check_processes(self.config(changes), self.gpus.count)
         except ValueError:
             return False
         return True
 
-    def first_fit(self, options: Sequence[Overrides], changes: Overrides) -> Overrides | None:
+    def first_fit(self, options: Sequence[Changes], changes: Changes) -> Changes | None:
         """The first option that fits together with the changes."""
-        for option in options:
-            if self.estimator((*changes, *option)).estimate().fits_within(TARGET_SHARE):
-                return option
-        return None
+        return next((option for option in options if self._fits((*changes, *option))), None)
+
+    def _fits(self, changes: Changes) -> bool:
+        key = _overrides(changes)
+        if key not in self.estimates:
+            self.estimates[key] = self.estimator(changes).estimate()
+        return self.estimates[key].fits_within(TARGET_SHARE)
 
 
-def _distance(changes: tuple[Change, ...]) -> int:
-    return sum(change.distance for change in changes)
+def _overrides(changes: Sequence[Change]) -> tuple[str, ...]:
+    return tuple(change.override for change in changes)
 
 
-def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Overrides]:
-    """Changes of how the model is stored and trained, nearest first."""
-    adapters = [NO_CHANGE] if config.model.lora else [NO_CHANGE, LORA, QLORA]
-    if config.model.lora and config.model.lora.bits is None:
-        adapters.append(FOUR_BIT_BASE)
+def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
+    """Changes of how the model is stored, trained and sampled, nearest first."""
+    lora, engine = config.model.lora, config.rollout.engine
+    experts = read_config(where_config_is(config.model)).get_text_config().to_dict().get("num_experts")
+    left_out = "; the experts get none (docs/moe.md)" if experts else ""
+    sixteen, four = (replace(change, reason=change.reason + left_out) for change in (LORA, QLORA))
+    value = f"{max(LORA_LR, config.train.lr):g}".replace("e-0", "e-")
+    rate = Change(f"train.lr={value}", "adapters need about ten times the rate")
+    adapters: list[Changes] = [()]
+    if lora is None:
+        adapters += [(FROZEN_HALF, sixteen, rate), (FROZEN_HALF, four, rate)]
+    elif lora.bits is None:
+        adapters.append((FOUR_BIT_BASE,))
     options = product(
-        [NO_CHANGE, SHARD] if config.train.shard == 1 and gpus.count > 1 else [NO_CHANGE],
-        [NO_CHANGE, EIGHT_BIT_OPTIMIZER] if config.train.optimizer == "adamw" else [NO_CHANGE],
-        [NO_CHANGE] if config.train.offload else [NO_CHANGE, OFFLOAD],
+        _optional(SHARD, config.train.shard == 1 and gpus.count > 1),
+        _optional(EIGHT_BIT_OPTIMIZER, config.train.optimizer == "adamw" and lora is None),
+        _optional(HALF if lora is None else FROZEN_HALF, config.model.dtype == "float32"),
+        _optional(HF_ENGINE, isinstance(engine, VllmConfig)),
+        _optional(OFFLOAD, not config.train.offload),
         adapters,
     )
-    for changes in sorted(options, key=_distance):
-        yield tuple(override for change in changes for override in change.overrides)
+    combinations = [tuple(change for part in parts for change in part) for parts in options]
+    combinations = [parts for parts in combinations if not {HALF, rate} <= set(parts)]
+    return iter(sorted(combinations, key=lambda changes: sum(change.distance for change in changes)))
 
 
-def _microbatch_changes(config: TrainConfig) -> list[Overrides]:
+def _optional(change: Change, possible: bool) -> list[Changes]:
+    return [(), (change,)] if possible else [()]
+
+
+def _microbatch_changes(config: TrainConfig) -> list[Changes]:
     """Changes of a micro-batch, which change no result, nearest first."""
     budget = config.train.tokens_per_microbatch
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    budgets: list[Overrides] = [()]
-    for fraction in (2, 4, 8):
-        if budget // fraction >= longest:
-            budgets.append((f"train.tokens_per_microbatch={budget // fraction}",))
-    if len(budgets) == 1 and budget > longest:
-        budgets.append((f"train.tokens_per_microbatch={longest}",))
+    sizes = [budget // fraction for fraction in (2, 4, 8) if budget // fraction >= longest]
+    if not sizes and budget > longest:
+        sizes = [longest]
+    budgets: list[Changes] = [()]
+    reason = "smaller passes, with the same result"
+    budgets += [(Change(f"train.tokens_per_microbatch={size}", reason),) for size in sizes]
     if config.model.gradient_checkpointing:
         return budgets
     return [*budgets[:2], *((CHECKPOINTING, *smaller) for smaller in budgets)]
 
 
-def _generation_changes(config: TrainConfig) -> list[Overrides]:
+def _generation_changes(config: TrainConfig) -> list[Changes]:
     """Changes of how responses are generated, nearest first."""
     engine = config.rollout.engine
     if isinstance(engine, VllmConfig):
         shares = [number / 20 for number in range(2, 19)]
         shares.sort(key=lambda share: abs(share - engine.gpu_memory))
-        return [(), *((f"rollout.engine.gpu_memory={share}",) for share in shares)]
-    if engine.type == "vllm_server":
+        reason = "the engine's share of the GPU while it generates"
+        return [(), *((Change(f"rollout.engine.gpu_memory={share}", reason),) for share in shares)]
+    if engine.type != "hf":
         return [()]
     sequences, options = config.rollout.batch_sequences, [()]
     field, size = "sequences_per_batch", 1
@@ -139,5 +203,6 @@ def _generation_changes(config: TrainConfig) -> list[Overrides]:
         field, size = "prompts_per_batch", config.rollout.group
     while sequences > config.rollout.group:
         sequences = max(sequences // 2, config.rollout.group)
-        options.append((f"rollout.{field}={sequences // size}",))
+        reason = "what is generated together, as memory allows"
+        options.append((Change(f"rollout.{field}={sequences // size}", reason),))
     return options

@@ -51,7 +51,7 @@ class GenerationMemory:
     """Keys and values of prompts and responses."""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def simulated_model(spec: ModelSpec) -> tuple[Simulation, VLM]:
     """The model without values, with the mode in which it runs."""
     return simulate.outline(spec)

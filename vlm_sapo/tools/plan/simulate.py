@@ -29,6 +29,7 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
+from vlm_sapo.tools.plan.shapes import published_config
 from vlm_sapo.types import Example, Prompt, Response
 
 MAX_ELEMENTS_WITH_VALUES = 2**22
@@ -164,7 +165,10 @@ def _leave_meta(model: nn.Module) -> None:
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """The config in a model's folder. Raises ValueError where it is not a vision-language model."""
+    """The config of a folder or hub id; that of a published model is known without a network. Raises
+    ValueError where it is not a vision-language model."""
+    if not Path(path).exists() and (known := published_config(path)) is not None:
+        return known
     requirement = f"model.path ({path}) must be a folder with a config.json or a hub id"
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{requirement}; there is no config.json in that folder")
@@ -174,7 +178,8 @@ def read_config(path: str) -> PretrainedConfig:
         raise ValueError(f"{requirement}; {error}") from error
     if "vision_config" not in config.to_dict():
         raise ValueError(
-            f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+            f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 "
+            "model"
         )
     return config
 
