@@ -20,7 +20,7 @@ from vlm_sapo.evaluation.preflight import check_golds, inspect
 from vlm_sapo.evaluation.results import OUTSIDE
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_outline
+from vlm_sapo.models.loading import load_outline, stored_dtype
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
@@ -56,6 +56,9 @@ def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     """Evaluates on the benchmarks one after the other; returns the contents of `results.json`."""
     console = Console()
     benchmarks = build_benchmarks(options.names, limit=options.limit)
+    if options.dtype is None and options.responses is None:
+        options = options.model_copy(update={"dtype": stored_dtype(str(locate(options.model)))})
+        console.say(f"weights in {options.dtype}, as in the checkpoint (--dtype for another)")
     folder = RunFolder(options.out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, options)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
@@ -59,7 +59,7 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
     """The arguments of the command, `vllm` first."""
     path = str(locate(config.model.path))
     engine = config.rollout.engine
-    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    benchmarks = benchmarks_of(config)
     outline = load_outline(path)
     options = {
         "host": host,
