@@ -40,7 +40,7 @@ SMALL = (
     *("train.prompts_per_step=8", "train.minibatches=4", "rollout.group=4", "log.rollouts=4"),
     *("eval.data.args.size=12", "eval.every=0", "eval.samples=2", "reward.workers=1", "run.dir=run"),
 )
-TIMES = re.compile(r"(time/.*|.*tokens_per_second|seconds)")
+TIMES = re.compile(r"(time/.*|memory/.*|.*tokens_per_second|seconds)")
 """Keys that hold durations and speeds."""
 PROSE = ("text", "error", "detail", "details", "about")
 """Keys that hold sentences."""

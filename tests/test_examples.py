@@ -1,6 +1,8 @@
 """The examples of docs/examples, each used by a real run, and the Python interface."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -185,3 +187,42 @@ def test_an_advantage_that_is_no_tensor_is_named():
     advantage = OwnAdvantage(lambda batch: torch.full((2,), float("nan")), "mine.py:advantage")
     with pytest.raises(ValueError, match="must return finite advantages"):
         advantage(batch)
+
+
+@pytest.mark.slow
+def test_the_notebook_goes_from_images_to_a_report(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "docs/examples/own_images.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "store it without outputs"
+    NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    printed = "".join(
+        output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+    )
+    before, after = map(float, re.search(r"not trained on: (\S+) before, (\S+) after", printed).groups())
+    assert after > before + 0.2, printed
+    assert (tmp_path / "runs/own_images/report.html").stat().st_size > 1e5
+
+
+@pytest.mark.slow
+def test_the_script_with_rows_and_callbacks_runs(tmp_path):
+    [code] = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/examples/README.md").read_text(), re.S)
+        if "Callback" in block
+    ]
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "mine.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "done: 2 steps" in done.stdout and re.search(r"^2 [\d.]+$", done.stdout, re.M)

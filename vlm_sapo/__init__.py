@@ -1,11 +1,20 @@
 """Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization.
 
-The functions are those of `vlm_sapo.api`, imported on first use so that the command line starts quickly.
+All of it is in `vlm_sapo.api`, imported on first use so that the command line starts quickly.
 """
 
 from importlib import import_module
 
-__all__ = ["evaluate", "load_config", "load_sft_config", "sft", "train"]
+__all__ = [
+    "Callback",
+    "Interrupted",
+    "evaluate",
+    "load_config",
+    "load_sft_config",
+    "report",
+    "sft",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -9,15 +9,32 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from vlm_sapo.config.data import HELD_OUT
 from vlm_sapo.config.evaluation import EvalOptions
-from vlm_sapo.config.fields import as_parameter
-from vlm_sapo.config.load import check, load
+from vlm_sapo.config.fields import Section, as_parameter
+from vlm_sapo.config.files import parse
+from vlm_sapo.config.load import check, dump, load, read_values
 from vlm_sapo.config.rollout import EngineConfig, VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig
+from vlm_sapo.distributed import Interrupted
+from vlm_sapo.plugins import PYTHON, passing
+from vlm_sapo.reporting.callbacks import Callback
+
+__all__ = [
+    "Callback",
+    "Interrupted",
+    "evaluate",
+    "load_config",
+    "load_sft_config",
+    "report",
+    "sft",
+    "train",
+]
 
 
 def load_config(config: str | Path, *overrides: str) -> TrainConfig:
@@ -30,23 +47,113 @@ def load_sft_config(config: str | Path, *overrides: str) -> SftConfig:
     return load(SftConfig, str(config), overrides)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains by reinforcement learning, or resumes the run in the config's folder. Returns the contents of
-    `summary.json`: `steps`, `seconds`, `eval_before/NAME` and `eval_after/NAME` for each evaluation, ..."""
+def train(
+    config: TrainConfig | Mapping[str, Any] | str | Path,
+    *,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    reward: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Trains by reinforcement learning, or resumes the run in the config's folder.
+
+    `config` is what `load_config` returns, a file or a shipped name, or a mapping of a config's sections.
+    `dataset` and `eval_dataset` are rows in memory, a list of mappings or a `datasets.Dataset`, in place of
+    `data.source` and of the source of `eval.data`. `reward` is a function `(response, example)`, one with
+    TRL's signature `(completions, **columns)`, the name of a verifier, or a list of these or of parts as in
+    `reward.parts`, whose `name` may be a function. A run stores hashes of such objects, and goes on only
+    with the same ones. `callbacks` see steps, responses, evaluations and checkpoints.
+
+    Returns the contents of `summary.json`: `steps`, `seconds`, `eval_before/NAME` and `eval_after/NAME` for
+    each evaluation, ... Raises ValueError for mistakes, `Interrupted` where a signal stopped the run, and
+    what a callback raised.
+    """
+    values, objects = _with_objects(TrainConfig, config, dataset, eval_dataset, reward)
+    config = check(TrainConfig, values)
     use_expandable_segments(config.rollout.engine)
     silence_libraries()
     from vlm_sapo.training.trainer import train as run
 
-    return run(config)
+    with passing(objects):
+        return run(config, callbacks)
 
 
-def sft(config: SftConfig) -> dict[str, Any]:
-    """Supervised fine-tuning on demonstrations. Returns the contents of `summary.json`."""
+def sft(
+    config: SftConfig | Mapping[str, Any] | str | Path,
+    *,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Supervised fine-tuning on demonstrations, with arguments like those of `train`. Returns the contents of
+    `summary.json`."""
+    values, objects = _with_objects(SftConfig, config, dataset, eval_dataset, None)
+    config = check(SftConfig, values)
     use_expandable_segments(config.rollout.engine)
     silence_libraries()
     from vlm_sapo.training.sft import sft as run
 
-    return run(config)
+    with passing(objects):
+        return run(config, callbacks)
+
+
+def _with_objects(
+    kind: type[Section],
+    config: Section | Mapping[str, Any] | str | Path,
+    dataset: Any,
+    eval_dataset: Any,
+    reward: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of a config that names these objects, and the objects by name."""
+    if isinstance(config, Section):
+        values = parse(dump(config))
+    elif isinstance(config, Mapping):
+        values = deepcopy(dict(config))
+    else:
+        values = read_values(kind, str(config))
+    objects: dict[str, Any] = {}
+    for section, argument, rows in (("data", "dataset", dataset), ("eval", "eval_dataset", eval_dataset)):
+        if rows is not None:
+            _name_rows(values, section, argument, rows)
+            objects[f"{PYTHON}{argument}"] = rows
+    if reward is not None:
+        from vlm_sapo.rewards.functions import config_parts
+
+        parts, functions = config_parts(reward)
+        if both := sorted(objects.keys() & functions.keys()):
+            raise ValueError(f"a reward function can't be called {both[0].removeprefix(PYTHON)}; rename it")
+        objects |= functions
+        other = values.get("reward")
+        values["reward"] = (other if isinstance(other, dict) else {}) | {"parts": parts}
+    return values, objects
+
+
+def _name_rows(values: dict[str, Any], section: str, argument: str, rows: Any) -> None:
+    """Lets a config's `data` or `eval.data` name these rows, and checks them."""
+    from vlm_sapo.data.memory import check_rows, fingerprint
+
+    check_rows(rows, argument)
+    if section == "eval":
+        parent = values.setdefault("eval", {})
+        known = parent.get("data") or _how_rows_are_read(values.get("data"))
+        known = known[0] if isinstance(known, list) and len(known) == 1 else known
+    else:
+        parent, known = values, values.get("data") or {}
+    if not isinstance(known, dict) or known.get("mixture"):
+        raise ValueError(
+            f"{argument} is one set of rows, and the config's {section} names several sources; leave "
+            f"{argument} out, or name one source"
+        )
+    unset = dict.fromkeys(("subset", "split", "args"))
+    named = {"source": f"{PYTHON}{argument}", "fingerprint": fingerprint(rows)}
+    name = HELD_OUT if section == "eval" else argument
+    parent["data"] = {"name": name, **known, **unset, **named}
+
+
+def _how_rows_are_read(data: Any) -> dict[str, Any]:
+    """The fields of `data` that held-out rows of the same kind need too."""
+    fields = ("recipe", "columns", "transform", "system", "template", "verifier")
+    return {name: data[name] for name in fields if name in data} if isinstance(data, dict) else {}
 
 
 def evaluate(benchmark: str | Sequence[str], **options: Any) -> dict[str, Any]:
@@ -78,6 +185,16 @@ def evaluate_with(options: EvalOptions) -> dict[str, Any]:
     from vlm_sapo.tools.evaluate import eval_command
 
     return eval_command(options, engine)
+
+
+def report(*runs: str | Path, out: str | Path | None = None, groups: int = 100) -> Path:
+    """Writes the HTML report of one or several runs, by default into the first one's folder. Returns its
+    path."""
+    from vlm_sapo.tools.report.command import report_command
+
+    page = Path(out) if out else Path(runs[0]) / "report.html"
+    report_command([Path(run) for run in runs], page, groups=groups, watch=False, port=0)
+    return page
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

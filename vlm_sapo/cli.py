@@ -170,19 +170,30 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are shown in the same plots.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of runs, or of evaluations (of `vlm-sapo eval`, or RUN/evaluations/STEP)."
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html in the first run's folder by default.")
+        Path | None, typer.Option(help="HTML file; report.html in the first folder by default.")
     ] = None,
-    groups: Annotated[int, typer.Option(min=2, help="Groups of responses to include, per run.")] = 100,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Problems with their responses to include; 100 of a run, 1000 of an evaluation."
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve a live page at http://localhost:PORT instead.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0 for any free port.")] = 8600,
 ) -> None:
-    """Write an HTML report of one or more runs.
+    """Write an HTML report of one or more runs, or of evaluations.
 
-    It shows results, curves, clipping and policy ratios, and responses with their images.
+    It says what changed and how certain that is, and shows results, curves, clipping and policy ratios, and
+    responses with their images, which can be searched and sorted.
     """
     from vlm_sapo.tools.report.command import report_command
 

@@ -1,4 +1,5 @@
-"""Objects by name: from a built-in table, `package.module:attribute`, or `path/to/file.py:attribute`."""
+"""Objects by name: from a built-in table, `package.module:attribute`, `path/to/file.py:attribute`, or
+`python:NAME` for one that a Python program passed to `train` or `sft`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,23 @@ MOVED_FUNCTIONS = {
     f"vlm_sapo.rewards.{module}:format": "vlm_sapo.rewards.verifiers.layout:format"
     for module in ("text", "verifiers.text")
 }
+
+PYTHON = "python:"
+"""Begins the name of an object that a Python program passed."""
+_PASSED: dict[str, Any] = {}
+"""These objects, by name."""
+
+
+@contextmanager
+def passing(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Makes objects known by their names `python:NAME`, inside the block."""
+    before = dict(_PASSED)
+    _PASSED.update(objects)
+    try:
+        yield
+    finally:
+        _PASSED.clear()
+        _PASSED.update(before)
 
 
 def shipped(relative: str | Path) -> Path:
@@ -65,6 +84,13 @@ def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, 
     builtin = builtin or {}
     if name in builtin:
         return builtin[name]
+    if name.startswith(PYTHON):
+        if name not in _PASSED:
+            raise ValueError(
+                f"{field} ({name}) is an object of the Python program that started this run; pass it again, "
+                "as in train(config, dataset=..., reward=...)"
+            )
+        return _PASSED[name]
     target, _, attribute = MOVED_FUNCTIONS.get(name, name).rpartition(":")
     if target and attribute:
         module = (

@@ -67,7 +67,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 BOUNDS = {"split": 1e-4}
 """Bounds of the difference, where sums of other parts round differently; 1e-5 for the others. What "split" is
 for gave 6e-3."""
-OF_PROCESSES = "time/|rollout/tok|update/imbalance"
+OF_PROCESSES = "time/|memory/|rollout/tok|update/imbalance"
 """Metrics that may differ by the number of processes."""
 SHARDED = ("train.shard=all",)
 HALF = ("train.shard=all", "train.offload=true")

@@ -60,6 +60,8 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     assert result["by"] == {"kind": {"a": {"pass@1": 0.5, "n": 2}, "b": {"pass@1": 0.5, "n": 1}}}
     assert result["response_tokens"] == 4.0 and result["truncated"] == 0.5
     assert [record["scores"] for record in records] == [[1.0, 0.0]] * 3
+    assert [record["outcomes"] for record in records] == [["graded", "no_answer"]] * 3
+    assert [record["answers"] for record in records] == [["2", None]] * 3, "hmm is not marked, so no answer"
     assert engine.slots == [(0, 1), (2,)]  # a problem's samples depend on its row alone
 
 
@@ -115,6 +117,14 @@ def test_pass_at_k_has_no_bias():
     assert pass_at([[1.0, 0.0, 0.0, 0.0]], 2) == pytest.approx(0.5)
     assert pass_at([[1.0, 0.0, 0.0, 0.0], [1.0] * 4], 1) == pytest.approx(0.625)
     assert pass_at([[0.0] * 3 + [1.0]], 4) == 1.0
+
+
+def test_no_majority_is_reported_where_a_verifier_reads_no_answers():
+    record = {"scores": [1.0, 0.0], "tokens": [0, 0], "answers": [None, None]}
+    own = summarize([record | {"outcomes": ["graded", "graded"]}], Measure("own"))
+    assert own["pass@1"] == 0.5 and "majority@2" not in own
+    silent = summarize([record | {"outcomes": ["no_answer", "no_answer"]}], Measure("accuracy"))
+    assert silent["majority@2"] == 0.0, "a model that never answers"
 
 
 def test_majority_votes_by_normalized_answer():

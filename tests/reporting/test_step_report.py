@@ -10,6 +10,7 @@ RECORD = {
     "response/tokens": 12.0,
     "time/step": 1.0,
     "rollout/tokens_per_second": 480.0,
+    "memory/host_peak_gb": 1.25,
 }
 
 
@@ -28,4 +29,6 @@ def test_a_step_says_what_was_trained(metrics, words):
 
 
 def test_rewards_are_compared_with_those_of_ten_steps_before():
-    assert "reward 0.500 (+0.250 in 10 steps)" in headline(RECORD, [0.25] * 10 + [0.5] * 10)
+    assert "reward 0.500 (last 10 steps +0.250 against the 10 before)  tok" in headline(
+        RECORD, [0.25] * 10 + [0.5] * 10
+    )

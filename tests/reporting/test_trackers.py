@@ -152,6 +152,10 @@ def test_what_is_sent_to_trackers(tmp_path):
     with asked.handling_signals(), pytest.raises(Interrupted), asked.interruptible():
         active("metrics.jsonl", {"step": 1, "loss": 1.0})
     assert not warnings and "recorder" in active.active
+    sent = []
+    Recorder.log = lambda self, values, step: sent.append(values)
+    active("metrics.jsonl", {"step": 1, "policy/entropy": 0.5, "minibatch0/entropy": 0.4})
+    assert sent == [{"policy/entropy": 0.5}], "means over mini-batches only"
     assert trackers._mlflow_name("task//data/../x.py:rows/pass@1") == "task/_/data/_/x.py:rows/pass_1"
 
 

@@ -39,8 +39,10 @@ def test_wins_losses_and_changed_problems(tmp_path):
     data = data_of(page)
     assert len(page) < 100_000, "a page without charts needs no chart library"
     assert data["rows"][0][:5] == ["b", "4", "0.500", "0.625", "+0.125"]
-    assert [item["id"] for item in data["items"]] == ["2", "1", "3"]
-    assert [item["images"] for item in data["items"]] == [[0]] * 3 and len(data["images"]) == 1
+    assert [item["id"] for item in data["items"]] == ["2", "1", "3", "4"] and data["changed"] == 3
+    assert [item["changed"] for item in data["items"]] == [True] * 3 + [False]
+    assert [item["images"] for item in data["items"]] == [[0]] * 4 and len(data["images"]) == 1
+    assert [finding["kind"] for finding in data["findings"]] == ["same"]
     first = data["items"][0]
     assert first["problem"] == "How <many>?" and "How <many>" not in page
     assert first["means"] == {"A": 1.0, "B": 0.5} and first["gain"] == -0.5
@@ -67,7 +69,11 @@ def test_reordered_scores_are_no_change(tmp_path, capsys):
     other = write(tmp_path / "b", {"1": [0.3, 0.2, 0.1]})
     [comparison] = compare_command(one, other, tmp_path / "page.html")
     assert (comparison.wins, comparison.losses) == (0, 0) and not comparison.changed
-    assert "no verdict changed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no verdict changed\n" in out and "whose verdict changed" not in out
+    data = data_of((tmp_path / "page.html").read_text())
+    assert data["changed"] == 0 and [item["id"] for item in data["items"]] == ["1"]
+    assert "no problem's score changed" in data["findings"][0]["text"]
 
 
 def test_the_sign_test_is_binomial():

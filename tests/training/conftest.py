@@ -59,5 +59,6 @@ def whole(model_folder, tmp_path_factory):
 def metrics(folder) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in row.items() if not re.match("time/|rollout/tokens_per_second", k)} for row in rows
+        {k: v for k, v in row.items() if not re.match("time/|memory/|rollout/tokens_per_second", k)}
+        for row in rows
     ]

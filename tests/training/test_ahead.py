@@ -62,7 +62,7 @@ def rows(folder, name="metrics.jsonl") -> list[dict]:
 
 def numbers(folder) -> list[dict]:
     """The metrics but for durations, and for the comparisons that a resumed run makes more often."""
-    apart = re.compile("time/|parity/|rollout/tokens_per_second")
+    apart = re.compile("time/|memory/|parity/|rollout/tokens_per_second")
     return [{name: value for name, value in row.items() if not apart.match(name)} for row in rows(folder)]
 
 

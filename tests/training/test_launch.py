@@ -109,7 +109,7 @@ def metrics(folder) -> list[dict]:
         {
             key: value
             for key, value in json.loads(line).items()
-            if not key.startswith(("time/", "rollout/tok"))
+            if not key.startswith(("time/", "memory/", "rollout/tok"))
         }
         for line in lines
     ]

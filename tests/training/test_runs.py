@@ -17,7 +17,7 @@ from vlm_sapo.types import RowError
 
 
 def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
-    summary = train(settings())
+    summary = train(settings("eval.every=2"))
     run = tmp_path / "run"
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["seconds"] > 0
@@ -29,21 +29,26 @@ def test_a_run_writes_what_scripts_rely_on(settings, tmp_path, capsys):
     names = (
         "loss",
         "reward/mean",
+        "reward/std",
         "reward/even",
+        "memory/host_peak_gb",
         "policy/grad_norm",
         "policy/effective_update",
         "time/rollout",
     )
     assert all(name in row for name in names for row in rows)
     assert rows[0]["minibatch0/ratio_max"] == 1.0 and rows[0]["minibatch0/effective_update"] == 1.0
+    assert [row["epoch"] for row in rows] == [0.2, 0.4, 0.6, 0.8], "4 prompts a step, of 20 rows"
     rollout = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert {"step", "id", "response", "parts", "advantage"} <= set(rollout)
-    assert configfile.load(cfg.TrainConfig, str(run / "config.yaml")) == settings()
+    assert configfile.load(cfg.TrainConfig, str(run / "config.yaml")) == settings("eval.every=2")
     AutoModelForImageTextToText.from_pretrained(run / "final")
     AutoProcessor.from_pretrained(run / "final")
     assert (run / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
-    assert "held-out pass@1 after 0 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f"held-out pass@1 after {step} steps" in out for step in (0, 2, 4))
+    assert out.count("; gold: ") == 6, "three samples of the first evaluation and three of the last"
 
 
 @pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.slow)])

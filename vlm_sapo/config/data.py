@@ -66,6 +66,8 @@ class SourceConfig(Section):
     ] = None
     """Hugging Face dataset id, folder, JSON, JSON lines, CSV, TSV or parquet file, or
     `path/to/file.py:function` that returns the rows."""
+    fingerprint: str | None = None
+    """Hash of rows that a Python program passed (`source: python:dataset`). Set by `train` and `sft`."""
     subset: Annotated[str | None, AlsoCalled("dataset_config", "dataset_config_name")] = None
     """Subset (configuration) of a dataset id that has several."""
     split: Annotated[str | None, AlsoCalled("dataset_train_split", "train_split")] = None

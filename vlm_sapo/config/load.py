@@ -45,12 +45,18 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
 
     Raises ValueError with one line per problem, each with the field, the value and the remedy.
     """
+    return check(kind, read_values(kind, name, overrides))
+
+
+def read_values(kind: type[Section], name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a config file with overrides, and absolute paths. Raises ValueError where a path is that
+    of two files."""
     path = find(name, "configs", field="config")
     paths = Paths(path.parent)
     values = paths.absolute(kind, read_mapping(path))
     for override in overrides:
         _override(kind, values, override)
-    return check(kind, replace(paths, folder=None, naming=True).absolute(kind, values))
+    return replace(paths, folder=None, naming=True).absolute(kind, values)
 
 
 def check(kind: type[T], values: Mapping[str, Any]) -> T:

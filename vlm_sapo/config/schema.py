@@ -103,6 +103,9 @@ class RewardPartConfig(Section):
     name: Annotated[str, Note.FUNCTION]
     """A built-in verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function`
     or an installed entry point."""
+    fingerprint: str | None = None
+    """Hash of the source text of a function that a Python program passed (`name: python:NAME`). Set by
+    `train`."""
     label: str | None = None
     """Name in the logs; by default the name of the verifier or function."""
     weight: Annotated[float, AlsoCalled("reward_weights")] = 1.0
@@ -123,7 +126,7 @@ class RewardPartConfig(Section):
         return value
 
 
-RESERVED = {"mean", "zero_variance", "environment"}
+RESERVED = {"mean", "std", "zero_variance", "environment"}
 """Metrics under `reward/` that are not of a part."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,3 +76,18 @@ def check_secrets(values: Any, field: str) -> None:
 def _is_secret(name: str, value: str) -> bool:
     named_so = SECRET.search(name) or (MAYBE_SECRET.search(name) and LONG.match(value))
     return bool(named_so or LOOKS_SECRET.match(value))
+
+
+def mask_secrets(words: Sequence[str]) -> list[str]:
+    """The words of a command line with `***` in place of secrets: after `name=`, after `--name`, and words
+    that look like a key."""
+    masked, option = [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        own = name.rpartition(".")[2].lstrip("-")
+        if equals and _is_secret(own, value):
+            masked.append(f"{name}=***")
+        else:
+            masked.append("***" if _is_secret(option, word) else word)
+        option = own if word.startswith("-") and not equals else ""
+    return masked

@@ -28,7 +28,7 @@ from vlm_sapo.data.formats import (
     recognize,
 )
 from vlm_sapo.data.images import decode
-from vlm_sapo.plugins import locate, resolve, searched
+from vlm_sapo.plugins import PYTHON, locate, resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
 from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import Example, RowError, one_line
@@ -49,6 +49,8 @@ def open_rows(
     `source` is a JSON, JSON lines, CSV, TSV or parquet file, a folder written by `datasets` or laid out as on
     the hub, a hub id, or `file.py:function`, called with `args`. Raises ValueError naming `data.source`.
     """
+    if source.startswith(PYTHON):
+        return _passed(source)
     if ":" in source and not Path(source).exists():
         return _call(source, args or {})
     if args:
@@ -78,6 +80,14 @@ def open_rows(
             f"data.source ({source}) must be a file, a folder or a hub id{searched(source)}; {error}"
         ) from error
     return _undecoded(_pick_split(rows, split, source))
+
+
+def _passed(source: str) -> Sequence[Row]:
+    """The rows that a Python program passed."""
+    import datasets
+
+    rows = resolve(source, field="data.source")
+    return _undecoded(rows) if isinstance(rows, datasets.Dataset) else rows
 
 
 def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
@@ -141,7 +151,7 @@ class ExampleSet(Sequence):
     def __init__(self, rows: Sequence[Row], section: SourceConfig, *, task: str | None = None):
         self.rows, self.name = rows, str(section.source)
         self._reading = Lock()
-        self.anywhere = section.pictures_anywhere or ".py:" in self.name
+        self.anywhere = section.pictures_anywhere or ".py:" in self.name or self.name.startswith(PYTHON)
         self.transform = resolve(section.transform, field="data.transform") if section.transform else None
         verifier = section.verifier
         if verifier:

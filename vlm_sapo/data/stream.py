@@ -195,6 +195,17 @@ class TaskMixture:
             for task, stream in self.streams.items()
         }
 
+    def epochs(self, state: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+        """Metrics at `state`: how often the rows were gone through, all of them and those of each task."""
+        positions = {task: saved["position"] for task, saved in state.items()}
+        metrics = {"epoch": sum(positions.values()) / len(self)}
+        if len(positions) > 1:
+            metrics |= {
+                f"task/{task}/epoch": position / len(self.streams[task].examples)
+                for task, position in positions.items()
+            }
+        return metrics
+
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Goes on from where `state` was taken."""
         self.preparation.prefetch([])

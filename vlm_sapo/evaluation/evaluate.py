@@ -92,14 +92,18 @@ def _record(
     prompt: Prompt, responses: Sequence[Response], rewards: Sequence[Reward], measure: Measure
 ) -> dict:
     example = prompt.example
+    outcomes = [reward.outcomes[measure.part] for reward in rewards]
     record = {
         "id": example.id,
         "problem": example.problem,
         "answer": example.answer,
         "responses": [response.text for response in responses],
-        "answers": [stated_answer(response.text) for response in responses],
+        "answers": [
+            None if outcome == "no_answer" else stated_answer(response.text)
+            for response, outcome in zip(responses, outcomes, strict=True)
+        ],
         "scores": [reward.parts[measure.part] for reward in rewards],
-        "outcomes": [reward.outcomes[measure.part] for reward in rewards],
+        "outcomes": outcomes,
         "tokens": [int(response.mask.sum()) for response in responses],
         "truncated": [response.finish == "length" for response in responses],
         "columns": {name: value for name, value in example.columns.items() if _is_short(value)},

@@ -67,7 +67,9 @@ class Evaluator:
                 result, records = self._measure(item, samples)
                 record = {"step": step, "name": item.name} | result
                 self.folder.append("evaluations.jsonl", record, after=samples.lines)
-                self._say(f"{item.name} pass@1 after {step} steps", result, records)
+                self._say(f"{item.name} pass@1 after {step} steps", result)
+                if step in (0, last):
+                    self.console.samples(records[:3])
 
     def _measure(self, item: EvaluationSet, samples: SampleFile) -> tuple[dict, list[dict]]:
         own = nullcontext(self.reward) if item.parts is None else closing(RewardPool(item.parts))
@@ -93,7 +95,7 @@ class Evaluator:
             shutil.rmtree(folder, ignore_errors=True)
         return done
 
-    def _say(self, title: str, result: dict, records: list[dict]) -> None:
+    def _say(self, title: str, result: dict) -> None:
         low, high = result["ci95"]
         self.console.say(
             f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
@@ -106,4 +108,3 @@ class Evaluator:
             )
         if result.get("outside", 0.0) > WARNING_SHARE:
             self.console.warn(OUTSIDE.format(result["outside"]))
-        self.console.samples(records[:3])

@@ -15,6 +15,8 @@ from vlm_sapo.rewards.verifiers.normalize import normalize
 RESAMPLES = 2000
 PASS_SCORE = 0.5
 """A response with at least this score counts as correct in pass@k."""
+WARNING_SHARE = 0.1
+"""Share of truncated responses, or of responses without an answer, that a reader of the numbers is told."""
 OUTSIDE = (
     "the boxes of {:.0%} of the responses lie outside their image, so they may be in other coordinates than "
     "the model's family writes; set verifier.args.coordinates"
@@ -57,7 +59,7 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     }
     for k in (2**power for power in range(1, 20) if count > 1 and 2**power <= count):
         result[f"pass@{k}"] = pass_at(scores, k)
-    if count > 1:
+    if count > 1 and _can_vote(records):
         result[f"majority@{count}"] = float(np.mean([majority(record) for record in records]))
     if measure.official:
         result["official"] = _official_numbers(records)
@@ -73,6 +75,23 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     if by := {column: _by(records, column) for column in measure.by}:
         result["by"] = by
     return result
+
+
+def cautions(result: dict, *, limit: int | None, max_tokens: int) -> list[str]:
+    """What a reader of a benchmark's numbers must know."""
+    lines = []
+    if limit == result["n"] + result.get("skipped", 0):
+        lines.append(f"only the first {limit} problems were evaluated, not the whole benchmark")
+    if "skipped" in result:
+        lines.append(f"{result['skipped']} problems were skipped, so this is not the whole benchmark")
+    if result.get("truncated", 0.0) > WARNING_SHARE:
+        share = f"{result['truncated']:.0%}"
+        lines.append(f"{share} of the responses were truncated at {max_tokens} tokens; raise --max-tokens")
+    if result["no_answer"] > WARNING_SHARE:
+        lines.append(f"no answer was found in {result['no_answer']:.0%} of the responses")
+    if result.get("outside", 0.0) > WARNING_SHARE:
+        lines.append(OUTSIDE.format(result["outside"]))
+    return lines
 
 
 def _official_numbers(records: list[dict]) -> dict:
@@ -105,6 +124,13 @@ def majority(record: dict) -> float:
     if not votes:
         return 0.0
     return float(record["scores"][normalized.index(votes.most_common(1)[0][0])])
+
+
+def _can_vote(records: list[dict]) -> bool:
+    """Whether there are answers to vote on: not with a verifier that graded responses without one, such as a
+    function of the user's own."""
+    answered = any(answer is not None for record in records for answer in record["answers"])
+    return answered or not any("graded" in record["outcomes"] for record in records)
 
 
 def bootstrap(means: np.ndarray) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
+from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 
 Record = dict[str, float]
@@ -25,6 +26,8 @@ FULL_SHARE = 0.95
 """Share of the full reward from which on rows are solved."""
 TRUNCATED_SHARE, IDENTICAL_SHARE = 0.5, 0.9
 """Shares of truncated and of identical responses that explain a missing signal."""
+PENALTIES = ("length",)
+"""Verifiers that give 0 at most."""
 WATCHED_METRICS = (
     "policy/entropy",
     "response/tokens",
@@ -179,13 +182,11 @@ class Alarms:
     def resume(self, records: Iterable[Record]) -> None:
         """Adds the steps before a resumed run, without warnings."""
         for record in records:
-            self._add(record)
-            self._new_alarms()
+            self.add(record)
 
     def __call__(self, record: Record) -> None:
         """Adds a step's metrics and warns about new alarms."""
-        self._add(record)
-        for name, text in self._new_alarms().items():
+        for name, text in self.add(record).items():
             if name == SOLVED:
                 self.console.say(f"step {record['step']}: {text}")
                 continue
@@ -193,21 +194,20 @@ class Alarms:
             if self.stop is not None:
                 self.stop(text)
 
-    def _new_alarms(self) -> dict[str, str]:
-        """Texts of the alarms that were off for the last `window` steps, by name."""
+    def add(self, record: Record) -> dict[str, str]:
+        """Adds a step's metrics. Returns the texts of the alarms that are on and were off for the last
+        `window` steps, by name."""
+        self.steps += 1
+        self.learning.add(record)
+        for name, history in self.histories.items():
+            if name in record:
+                history.add(record[name])
         alarms = self._alarms()
         new = [
             name for name in alarms if self.steps - self.last_raised.get(name, -self.window) >= self.window
         ]
         self.last_raised |= dict.fromkeys(alarms, self.steps)
         return {name: alarms[name] for name in new}
-
-    def _add(self, record: Record) -> None:
-        self.steps += 1
-        self.learning.add(record)
-        for name, history in self.histories.items():
-            if name in record:
-                history.add(record[name])
 
     def _alarms(self) -> dict[str, str]:
         """The alarms that are on: their texts by name."""
@@ -248,3 +248,16 @@ class Alarms:
                 "rollout.temperature or algo.kl, or filter out problems that are too easy (vlm-sapo filter)"
             )
         return alarms
+
+
+def build_alarms(config: TrainConfig, console: Console, stop: StopRun | None = None) -> Alarms:
+    """Builds a run's alarms, without its steps so far."""
+    return Alarms(
+        console,
+        **config.alarms.model_dump(exclude={"stop"}),
+        full_reward=sum(
+            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
+        ),
+        rewards_decide=isinstance(config.algo.advantage, str),
+        stop=stop,
+    )

@@ -52,7 +52,9 @@ class Console:
     """Prints to standard output."""
 
     def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        # a notebook gets plain lines too: elsewhere each would be an output of its own
+        terminal = False if RichConsole().is_jupyter else None
+        self.rich = RichConsole(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=terminal)
         if not self.rich.is_terminal:
             self.rich.width = TABLE_WIDTH
 

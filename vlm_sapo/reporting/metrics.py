@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import pstdev
 from typing import Protocol
 
 import torch
@@ -150,7 +151,10 @@ def group_metrics(
     responses = [response for group in groups for response in group.responses]
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [int(response.mask.sum()) for response in responses]
-    metrics = {"reward/mean": sum(reward.total for reward in rewards) / len(rewards)}
+    metrics = {
+        "reward/mean": sum(reward.total for reward in rewards) / len(rewards),
+        "reward/std": sum(map(_deviation, groups)) / len(groups),
+    }
     for part in dict.fromkeys(name for reward in rewards for name in reward.parts):
         metrics[f"reward/{part}"] = sum(reward.parts.get(part, 0.0) for reward in rewards) / len(rewards)
     outcomes = Counter(
@@ -160,6 +164,7 @@ def group_metrics(
     return metrics | {
         "reward/zero_variance": sum(group.zero_variance for group in groups) / len(groups),
         "rollout/groups": len(groups),
+        "rollout/responses": len(responses),
         "response/identical": sum(map(_identical, groups)) / len(groups),
         "response/tokens": sum(lengths) / len(lengths),
         "response/tokens_max": max(lengths),
@@ -167,6 +172,11 @@ def group_metrics(
         "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
         "rollout/tokens_per_second": sum(lengths) / max(seconds["rollout"], 1e-9),
     }
+
+
+def _deviation(group: Group) -> float:
+    """Standard deviation of a group's rewards: what its advantages are made of."""
+    return pstdev(reward.total for reward in group.rewards)
 
 
 def _identical(group: Group) -> float:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vlm_sapo.distributed import deferring_signals
-
-if TYPE_CHECKING:
-    from vlm_sapo.reporting.trackers import Trackers
 
 LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
 RUN_FILES = (
     "config.yaml",
+    "environment.json",
     *LOGS,
     "summary.json",
     "curves.png",
@@ -32,14 +31,22 @@ RUN_FILES = (
 """All that a run writes; `clear` removes these."""
 
 
+class Listener(Protocol):
+    """Is told of what a run writes: trackers and callbacks."""
+
+    def __call__(self, event: str, record: Mapping[str, Any]) -> None:
+        """A line of the log `event`, or a complete `checkpoint` with `step` and `path`."""
+
+    def close(self) -> None: ...
+
+
 class RunFolder:
     """Reads and writes a run's files. Each line of a log is written when it is appended."""
 
     def __init__(self, path: Path):
         self.path = path
         self.logs = {name: Lines(path / name) for name in LOGS}
-        self.trackers: Trackers | None = None
-        """Receive every record that is appended."""
+        self.listeners: list[Listener] = []
 
     def stored(self) -> str | None:
         """The config of an earlier run whose results are here, or None.
@@ -87,13 +94,17 @@ class RunFolder:
         """Appends a line to a log; it reaches the disk after the lines of the file `after`. While the disk is
         full, lines are kept and written with a later one."""
         self.logs[name].add(json.dumps(record, ensure_ascii=False) + "\n", after=after)
-        if self.trackers is not None:
-            self.trackers(name, record)
+        self.announce(name, record)
+
+    def announce(self, event: str, record: Mapping[str, Any]) -> None:
+        """Tells the listeners."""
+        for listener in self.listeners:
+            listener(event, record)
 
     def close(self) -> None:
-        """Closes the trackers."""
-        if self.trackers is not None:
-            self.trackers.close()
+        """Closes the listeners."""
+        for listener in self.listeners:
+            listener.close()
 
     def flush(self) -> None:
         """Syncs all logs to disk. Raises OSError if that fails."""

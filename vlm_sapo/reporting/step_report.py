@@ -85,12 +85,12 @@ class StepReport:
             return ""
         updates = [update for update in map(joined, zip(*(p.updates for p in parts), strict=True)) if update]
         record = {"step": step} | self._metrics(records, parts, updates)
+        traces_of = {origin: trace for p in parts for origin, trace in p.traces.items()}
+        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot), traces_of)
         self.folder.append("metrics.jsonl", record)
         self.alarms(record)
         histograms = [self.loss.distributions(update) for update in updates if not update.skipped]
         self.folder.append("histograms.jsonl", {"step": step, "minibatches": histograms})
-        traces_of = {origin: trace for p in parts for origin, trace in p.traces.items()}
-        self._write_groups(step, sorted((item for p in parts for item in p.logged), key=_slot), traces_of)
         self.rewards.append(record["reward/mean"])
         return headline(record, self.rewards)
 
@@ -109,6 +109,8 @@ class StepReport:
         if shortages := sum(part.shortages for part in parts):
             budget = min(part.tokens_per_microbatch for part in parts)
             metrics |= {"memory/shortages": shortages, "memory/tokens_per_microbatch": budget}
+        for name in parts[0].peaks:
+            metrics[name] = max(part.peaks[name] for part in parts)
         return metrics
 
     def _own(self, records: StepRecords) -> ProcessRecords:
@@ -135,6 +137,7 @@ class StepReport:
             updates=records.updates,
             shortages=records.shortages,
             tokens_per_microbatch=records.tokens_per_microbatch,
+            peaks=memory_peaks(),
         )
 
     def _logged(self, slot: int, group: Group, values: list[float]) -> LoggedGroup:
@@ -196,7 +199,7 @@ def headline(record: dict, rewards: Sequence[float]) -> str:
     trend = ""
     if len(last) == 2 * TREND:
         gain = (sum(last[TREND:]) - sum(last[:TREND])) / TREND
-        trend = f" ({gain:+.3f} in {TREND} steps)"
+        trend = f" (last {TREND} steps {gain:+.3f} against the {TREND} before)"
     truncated = (
         f" ({record['response/truncated']:.0%} truncated)" if record["response/truncated"] >= 0.05 else ""
     )
@@ -206,10 +209,11 @@ def headline(record: dict, rewards: Sequence[float]) -> str:
         trained = f"entropy {record['policy/entropy']:.3f}  unclipped {100 * unclipped:.3g} %"
     elif "policy/skipped_updates" in record:
         trained = "update skipped: not finite"
+    peak = record.get("memory/gpu_peak_gb", record["memory/host_peak_gb"])
     return (
         f"reward {record['reward/mean']:.3f}{trend}  tokens {record['response/tokens']:.1f}{truncated}  "
         f"{trained}  {record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s, "
-        f"{peak():.1f} GB)"
+        f"{peak:.1f} GB)"
     )
 
 
@@ -238,6 +242,8 @@ class ProcessRecords:
     updates: list[UpdateStats | None]
     shortages: int
     tokens_per_microbatch: int
+    peaks: dict[str, float]
+    """Peak memory of the process so far, in GB."""
 
 
 def evenly(count: int, size: int) -> set[int]:
@@ -263,11 +269,12 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def peak() -> float:
-    """Peak memory in GB: of the GPU if there is one, else of this process."""
+def memory_peaks() -> dict[str, float]:
+    """Metrics of this process: its peak memory in GB, and that of its GPU if it has one."""
+    peaks = {"memory/host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peaks["memory/gpu_peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    return peaks
 
 
 def rollout_lines(item: LoggedGroup) -> Iterator[dict[str, Any]]:

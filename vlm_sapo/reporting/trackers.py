@@ -195,7 +195,8 @@ class Trackers:
     def __call__(self, log: str, record: Mapping[str, Any]) -> None:
         """Sends a record of the log file `log`."""
         if log == "metrics.jsonl":
-            self._log(record["step"], _numbers(record))
+            numbers = _numbers(record)  # `policy/...` are the means over the mini-batches
+            self._log(record["step"], {k: v for k, v in numbers.items() if not k.startswith("minibatch")})
         elif log == "evaluations.jsonl":
             values = {f"eval/{record['name']}/{key}": value for key, value in _numbers(record).items()}
             self._log(record["step"], values)

@@ -8,11 +8,14 @@ import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pickle import PicklingError
 from typing import Any, Literal, Protocol, get_type_hints
 
+import cloudpickle
 from pydantic import TypeAdapter, ValidationError
 
-from vlm_sapo.plugins import absolute, check_call, resolve
+from vlm_sapo.plugins import PYTHON, absolute, check_call, resolve
+from vlm_sapo.rewards.trl import TrlReward, has_trl_signature
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText, Reward
@@ -21,7 +24,7 @@ ENTRY_POINTS = "vlm_sapo.rewards"
 """Installed packages offer rewards in this entry point group."""
 MAX_CONCURRENT_CALLS = 64
 """Calls of an async reward that run at once."""
-GRADED = "graded"
+GRADED, NOT_APPLICABLE = "graded", "not_applicable"
 _LOOP = asyncio.Runner()
 """One event loop per process: a function's clients are bound to the loop of their first call."""
 
@@ -45,7 +48,8 @@ class Verdict:
 
     value: float
     outcome: str = GRADED
-    """`graded`, or what scores 0: `no_answer`, `outside`, `bad_gold`, `timeout`, `crash`, `error`."""
+    """`graded`, or what scores 0: `no_answer`, `outside`, `bad_gold`, `not_applicable`, `timeout`,
+    `crash`, `error`."""
     components: Mapping[str, float] = field(default_factory=dict)
     """The values by name, where the function returned several; `value` is their sum."""
     detail: str = ""
@@ -90,6 +94,8 @@ class Part:
                 raise ValueError(f"returned {len(values)} values for {len(items)} responses")
         except BaseException as error:
             return [_failure(error)] * len(items)
+        if isinstance(self.function, TrlReward):  # None is TRL's word for a row that the function is not for
+            return [Verdict(0.0, NOT_APPLICABLE) if value is None else _verdict(value) for value in values]
         return [_verdict(value) for value in values]
 
     async def _grade_concurrently(self, items: Sequence[Item], timeout: float | None) -> list[Verdict]:
@@ -156,6 +162,8 @@ def resolve_reward(name: str, args: Mapping[str, Any], *, field: str) -> RewardF
     """The reward function called `name`. Raises ValueError naming `field` (such as `reward.parts.0`) if there
     is none or it doesn't take the arguments."""
     function = resolve(name, field=f"{field}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
+    if has_trl_signature(function):
+        return TrlReward(function)
     check_call(function, "", None, name=name, field=f"{field}.name", args=args)
     if is_builtin(name):
         _check_values(function, args, field)
@@ -169,7 +177,7 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     """
     name, args = spec["name"], spec.get("args", {})
     function = resolve_reward(name, args, field=f"reward.parts.{number}")
-    batched = spec.get("batched", False)
+    batched = spec.get("batched", False) or isinstance(function, TrlReward)
     is_async = inspect.iscoroutinefunction(function)
     return Part(
         label=spec.get("label") or name.rpartition(":")[2],
@@ -185,6 +193,24 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
 def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The part's fields with its file as an absolute path, for another process."""
     return {**spec, "name": absolute(spec["name"])}
+
+
+def pickled(specs: Sequence[Mapping[str, Any]]) -> bytes:
+    """The functions of parts that a Python program passed, by name and with their code, for processes that
+    can't import them. Raises ValueError for one that can't be pickled."""
+    passed = {}
+    for number, name in enumerate(spec["name"] for spec in specs):
+        if name.startswith(PYTHON):
+            field = f"reward.parts.{number}.name"
+            passed[name] = resolve(name, field=field)
+            try:
+                cloudpickle.dumps(passed[name])
+            except (PicklingError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f"{field} ({name}) can't be sent to the processes that grade ({error}); define it at the "
+                    "top level of a module, and let it create or import what it uses"
+                ) from error
+    return cloudpickle.dumps(passed)
 
 
 def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Reward:

@@ -24,9 +24,11 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Literal, NamedTuple
 
+import cloudpickle
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 
+from vlm_sapo.plugins import passing
 from vlm_sapo.rewards.parts import (
     MAX_CONCURRENT_CALLS,
     Item,
@@ -35,6 +37,7 @@ from vlm_sapo.rewards.parts import (
     Verdict,
     build_part,
     combine,
+    pickled,
     portable,
 )
 from vlm_sapo.rewards.verifiers.judge import check_endpoint, judge
@@ -45,7 +48,7 @@ CHUNK_SIZE = 16
 """Responses that a worker grades with built-in verifiers in one task."""
 CACHE_SIZE = 10_000
 """Verdicts that are cached."""
-CACHED_OUTCOMES = ("graded", "no_answer", "outside", "bad_gold")
+CACHED_OUTCOMES = ("graded", "no_answer", "outside", "bad_gold", "not_applicable")
 """Outcomes that another try would not change."""
 Key = tuple
 """What a verdict depends on."""
@@ -59,13 +62,16 @@ def _do_nothing() -> None:
     pass
 
 
-def _start_worker(specs: Sequence[Mapping[str, Any]], isolated: bool, path: Sequence[str]) -> None:
+def _start_worker(
+    specs: Sequence[Mapping[str, Any]], functions: bytes, isolated: bool, path: Sequence[str]
+) -> None:
     sys.path[:] = path
     if isolated:
         leave_network()  # first: no process with threads can
     Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
+        with passing(cloudpickle.loads(functions)):
+            _PARTS[:] = [build_part(spec, number) for number, spec in enumerate(specs)]
     except BaseException:
         _SETUP_ERRORS[:] = [traceback.format_exc()]
 
@@ -127,7 +133,7 @@ class RewardPool:
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
             initializer=_start_worker,
-            initargs=([portable(spec) for spec in specs], self.isolated, path),
+            initargs=([portable(spec) for spec in specs], pickled(specs), self.isolated, path),
             context=self._context,
         )
         atexit.register(self.close)  # before the interpreter takes the workers' locks away
@@ -385,6 +391,11 @@ class _Context(ForkServerContext):
 def _start_server(path: Sequence[str]) -> _Context:
     """Starts the process that workers are forked from, unless it runs, with `path` as its module path: files
     in the current folder must not stand in for the modules of libraries that it imports."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        raise ValueError(
+            "rewards are graded in processes of a fork server, which this system lacks; use Linux, macOS, or "
+            "Windows' subsystem for Linux"
+        )
     context = _Context()
     context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}

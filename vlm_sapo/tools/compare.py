@@ -1,11 +1,10 @@
-"""Compares two evaluations of the same problems: a paired test, and a page of the problems whose verdict
-changed."""
+"""Compares two evaluations of the same problems: a paired test, and a page of the problems, those whose
+verdict changed first."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ import yaml
 
 from vlm_sapo.evaluation.results import RESAMPLES
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.tools.report.findings import describe_comparisons
 from vlm_sapo.tools.report.page import EmbeddedImages, render
+from vlm_sapo.tools.report.samples import Samples, mean_score, problem_item, read_samples
 
 HEADER = ["benchmark", "problems", "A", "B", "B - A", "95 % interval", "wins", "losses", "sign test p"]
 IGNORED_SETTINGS = ("model", "responses", "weights", "recorded", "definition", "on_error", "dtype")
 """Settings that two evaluations may differ in without a note."""
-MAX_CHANGED = 200
-"""Changed problems on the page."""
+MAX_PROBLEMS = 500
+"""Problems on the page, the changed ones first."""
 MAX_RESPONSES = 4
 """Responses to each problem on the page, of each evaluation."""
-Samples = dict[str, dict[tuple[int, str], dict]]
-"""Records of samples.jsonl by benchmark, then by row and id."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Comparison:
     p: float
     changed: list[tuple[dict, dict]]
     """Records of A and B for the problems whose mean score differs, B's losses first."""
+    unchanged: list[tuple[dict, dict]]
+    """The same for all others."""
 
 
 def compare_command(one: Path, other: Path, out: Path) -> list[Comparison]:
@@ -63,30 +64,11 @@ def compare_command(one: Path, other: Path, out: Path) -> list[Comparison]:
         console.warn(note)
     for comparison in comparisons:
         for a, b in comparison.changed[:5]:
-            console.say(f"    {comparison.benchmark} {a['id']}: {_mean(a):.2f} to {_mean(b):.2f}")
-    if data["changed"]:
-        console.say(f"{out} shows the problems whose verdict changed, with images and both responses")
-    else:
-        console.say(f"no verdict changed; the table is also in {out}")
+            console.say(f"    {comparison.benchmark} {a['id']}: {mean_score(a):.2f} to {mean_score(b):.2f}")
+    if not data["changed"]:
+        console.say("no verdict changed")
+    console.say(f"{out} shows the problems with images and the responses of both")
     return comparisons
-
-
-def read_samples(folder: Path) -> Samples:
-    """Reads samples.jsonl of an evaluation's folder. Raises ValueError if there is none."""
-    path = folder / "samples.jsonl"
-    if not path.is_file():
-        inside = sorted(folder.glob("evaluations/*/samples.jsonl"))
-        hint = f"; use one of {', '.join(str(p.parent) for p in inside)}" if inside else ""
-        raise ValueError(f"{folder} must hold samples.jsonl, as `vlm-sapo eval` writes it{hint}")
-    samples: Samples = {}
-    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a process that was killed or is writing right now
-            continue
-        record["folder"] = str(folder)
-        samples.setdefault(record["benchmark"], {})[(record["row"], record["id"])] = record
-    return samples
 
 
 def compare(one: Samples, other: Samples) -> list[Comparison]:
@@ -100,8 +82,8 @@ def compare(one: Samples, other: Samples) -> list[Comparison]:
 
 
 def _compare(name: str, pairs: list[tuple[dict, dict]]) -> Comparison:
-    first = np.array([_mean(record) for record, _ in pairs])
-    second = np.array([_mean(record) for _, record in pairs])
+    first = np.array([mean_score(record) for record, _ in pairs])
+    second = np.array([mean_score(record) for _, record in pairs])
     gain = second - first
     resamples = np.random.default_rng(0).integers(0, len(gain), (RESAMPLES, len(gain)))
     low, high = np.quantile(gain[resamples].mean(1), [0.025, 0.975])
@@ -119,6 +101,7 @@ def _compare(name: str, pairs: list[tuple[dict, dict]]) -> Comparison:
         losses=losses,
         p=sign_test(wins, losses),
         changed=[pairs[index] for index in order if gain[index]],
+        unchanged=[pairs[index] for index in order if not gain[index]],
     )
 
 
@@ -160,61 +143,24 @@ def _settings(folder: Path) -> dict[str, dict]:
 
 
 def _page_data(comparisons: Sequence[Comparison], notes: Sequence[str]) -> dict[str, Any]:
-    """What the page shows: the table, the notes and the changed problems."""
+    """What the page shows: sentences, the table, the notes and the problems."""
     images = EmbeddedImages()
     changed = [(comparison.benchmark, *pair) for comparison in comparisons for pair in comparison.changed]
+    unchanged = [(comparison.benchmark, *pair) for comparison in comparisons for pair in comparison.unchanged]
     items = [
-        changed_item(benchmark, {"A": a, "B": b}, images, MAX_RESPONSES)
-        for benchmark, a, b in changed[:MAX_CHANGED]
+        problem_item(benchmark, {"A": a, "B": b}, images, MAX_RESPONSES)
+        for benchmark, a, b in [*changed, *unchanged][:MAX_PROBLEMS]
     ]
     return {
+        "findings": [finding._asdict() for finding in describe_comparisons(comparisons)],
         "header": HEADER,
         "rows": [_cells(comparison) for comparison in comparisons],
         "notes": notes,
         "changed": len(changed),
+        "problems": len(changed) + len(unchanged),
         "items": items,
         "images": images.urls,
     }
-
-
-def changed_item(
-    title: str, records: Mapping[str, dict], images: EmbeddedImages, responses: int | None = None
-) -> dict[str, Any]:
-    """A problem for a page's list of responses: the records of two evaluations by label, the first
-    `responses` of each."""
-    first, last = records.values()
-    return {
-        "kind": "evaluation",
-        "title": title,
-        "id": first["id"],
-        "problem": first["problem"],
-        "answer": first["answer"],
-        "task": first["benchmark"],
-        "images": images.add(Path(first["folder"]), first["pictures"]),
-        "mean": _mean(last),
-        "gain": _mean(last) - _mean(first),
-        "means": {label: _mean(record) for label, record in records.items()},
-        "changed": True,
-        "responses": [
-            response | {"when": label}
-            for label, record in records.items()
-            for response in _responses(record)[:responses]
-        ],
-    }
-
-
-def _responses(record: dict) -> list[dict[str, Any]]:
-    count = len(record["responses"])
-    columns = (
-        record["responses"],
-        record["scores"],
-        record.get("tokens", [None] * count),
-        record.get("truncated", [False] * count),
-    )
-    return [
-        {"text": text, "reward": score, "tokens": tokens, "truncated": truncated}
-        for text, score, tokens, truncated in zip(*columns, strict=True)
-    ]
 
 
 def _cells(comparison: Comparison) -> list[str]:
@@ -230,7 +176,3 @@ def _cells(comparison: Comparison) -> list[str]:
         str(comparison.losses),
         f"{comparison.p:.2g}",
     ]
-
-
-def _mean(record: dict) -> float:
-    return float(np.mean(record["scores"]))

@@ -17,7 +17,7 @@ from vlm_sapo.config.rollout import EngineConfig
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.preflight import check_golds, inspect
-from vlm_sapo.evaluation.results import OUTSIDE
+from vlm_sapo.evaluation.results import cautions
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline, stored_dtype
@@ -33,8 +33,6 @@ from vlm_sapo.types import Context, Example, Prompt, Response, RowError, Samplin
 
 MAX_NAMED_ROWS = 5
 """Rows that an error names."""
-WARNING_SHARE = 0.1
-"""Share of truncated responses, or of responses without an answer, that leads to a warning."""
 MAX_PROMPT_TOKENS = 16_384
 """Longest prompt that a vLLM engine is prepared for."""
 MAX_BREAKDOWN = 8
@@ -143,26 +141,9 @@ def _run(
             result, records = evaluation.run(benchmark.examples, samples, show)
     samples.flush()
     console.samples(records[:3])
-    for caution in cautions(result, options, max_tokens):
+    for caution in cautions(result, limit=options.limit, max_tokens=max_tokens):
         console.warn(f"{benchmark.name}: {caution}")
     return result | {**options.settings, "max_tokens": max_tokens, "samples": source.samples}
-
-
-def cautions(result: dict, options: EvalOptions, max_tokens: int) -> list[str]:
-    """What a reader of the numbers must know."""
-    lines = []
-    if options.limit == result["n"] + result.get("skipped", 0):
-        lines.append(f"only the first {options.limit} problems were evaluated, not the whole benchmark")
-    if "skipped" in result:
-        lines.append(f"{result['skipped']} problems were skipped, so this is not the whole benchmark")
-    if result.get("truncated", 0.0) > WARNING_SHARE:
-        share = f"{result['truncated']:.0%}"
-        lines.append(f"{share} of the responses were truncated at {max_tokens} tokens; raise --max-tokens")
-    if result["no_answer"] > WARNING_SHARE:
-        lines.append(f"no answer was found in {result['no_answer']:.0%} of the responses")
-    if result.get("outside", 0.0) > WARNING_SHARE:
-        lines.append(OUTSIDE.format(result["outside"]))
-    return lines
 
 
 def check(benchmark: Benchmark, encode: Encoder, reward: RewardPool, *, skip: bool, console: Console) -> None:

@@ -14,6 +14,7 @@ from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.loading import count_parameters
 from vlm_sapo.models.vlm import VLM
+from vlm_sapo.reporting.alarms import build_alarms
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepReport
 from vlm_sapo.rollout.build import build_engine, build_episodes
@@ -38,7 +39,7 @@ from vlm_sapo.training.build_rollouts import (
 )
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.checks import Parity, SelfCheck, allowed_difference
-from vlm_sapo.training.folder import build_alarms, build_checkpoints, open_logs
+from vlm_sapo.training.folder import build_checkpoints, open_logs
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.loss import PolicyLoss, build_advantage, build_loss
 from vlm_sapo.training.run import Interruption, Run, TrainingRun
@@ -78,9 +79,12 @@ def build_training(
         uncorrected=bool(rollout.ahead) and algo.correction is None,
     )
     shares_weights = run.rollouts.engine.shares_weights
+    stop = run.interruption.stop_at_alarm if config.alarms.stop else None
+    alarms = build_alarms(config, console, stop)
+    alarms.resume(folder.read("metrics.jsonl"))
     report = StepReport(
         folder,
-        build_alarms(config, folder, console, run.interruption),
+        alarms,
         world,
         tokenizer=run.policy.vlm.tokenizer,
         loss=loss,

@@ -154,6 +154,8 @@ class Checkpoints:
         except FAILURES as error:
             problems = [f"{error}"]
         if not problems:
+            path = self.folder / f"step_{writing.step:06d}"
+            self.run_folder.announce("checkpoint", {"step": writing.step, "path": path})
             return True
         shutil.rmtree(self._partial(writing.step), ignore_errors=True)
         text = f"a checkpoint could not be written ({problems[0]}); earlier ones in {self.folder} are intact"

@@ -1,4 +1,4 @@
-"""Builds a run's folder, checkpoints, logs and alarms, for a new or a resumed run."""
+"""Builds a run's folder, checkpoints and logs, for a new or a resumed run."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.config.paths import Paths
 from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
-from vlm_sapo.reporting.alarms import Alarms
+from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Best, Checkpoints
 from vlm_sapo.training.launch import Processes
-from vlm_sapo.training.run import Interruption
 
 EVALUATION = frozenset({"eval"})
 """Fields that change what is measured."""
 EVALUATION_SETS = frozenset({"eval.data", "eval.benchmarks"})
 """Fields that may add an evaluation, also to a finished run."""
-PENALTIES = ("length",)
-"""Verifiers that give 0 at most."""
 
 
 def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -> RunFolder:
     """Opens the run's folder. Raises ValueError if it has a run with another config."""
     world, console = processes.world, processes.console
     folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
-    world.on_main(lambda: _open(folder, config, console))
+    devices = world.all_gather(environment.device_name(processes.accelerator.device))
+    world.on_main(lambda: _open(folder, config, console, devices))
     return folder
 
 
-def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console) -> None:
+def _open(
+    folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console, devices: list[str]
+) -> None:
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
     stored = folder.stored()  # raises ValueError if other files are there
@@ -41,6 +41,8 @@ def _open(folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: C
     elif stored is not None and (upgraded := _upgraded(stored, type(config))) != text:
         _accept(differences(upgraded, text), folder, console, accept_all=config.run.accept_changes)
     folder.begin(text)
+    if folder.summary() is None:
+        environment.record(folder, devices, {})
 
 
 def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
@@ -120,7 +122,7 @@ def open_logs(
     if (logged := len(folder.read("metrics.jsonl"))) != step:
         processes.console.warn(f"metrics.jsonl has {logged} of the {step} steps before the checkpoint")
     if config.log.to:
-        folder.trackers = build_trackers(
+        trackers = build_trackers(
             config.log.to,
             project=config.log.project,
             name=folder.path.resolve().name,
@@ -129,22 +131,4 @@ def open_logs(
             step=step,
             warn=processes.console.warn,
         )
-
-
-def build_alarms(
-    config: cfg.TrainConfig, folder: RunFolder, console: Console, interruption: Interruption
-) -> Alarms:
-    """Builds the alarms, with the metrics of finished steps."""
-    thresholds = config.alarms.model_dump(exclude={"stop"})
-    stop = interruption.stop_at_alarm if config.alarms.stop else None
-    alarms = Alarms(
-        console,
-        **thresholds,
-        full_reward=sum(
-            part.weight for part in config.reward.parts if part.weight > 0 and part.name not in PENALTIES
-        ),
-        rewards_decide=isinstance(config.algo.advantage, str),
-        stop=stop,
-    )
-    alarms.resume(folder.read("metrics.jsonl"))
-    return alarms
+        folder.listeners.append(trackers)

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import Interrupted, World, deferring_signals
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models.encode import Encoder
+from vlm_sapo.reporting.callbacks import Callback, Callbacks
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.curves import plot_curves
 from vlm_sapo.reporting.metrics import Metrics, UpdateStats
@@ -53,6 +55,9 @@ class Interruption:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
+            yield
+            return
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
@@ -132,6 +137,21 @@ class Run:
         self.rollouts.close()
         self.checkpoints.close()
         self.folder.close()
+
+    @contextmanager
+    def calling(self, callbacks: Sequence[Callback]) -> Iterator[None]:
+        """Calls callbacks during the block. Raises the exception of one that failed, once the run has
+        stopped."""
+        listener = Callbacks(callbacks, self.interruption.request_stop)
+        if self.world.main:
+            self.folder.listeners.append(listener)
+        try:
+            yield
+        except Interrupted:
+            if listener.failure is None:
+                raise
+        if listener.failure is not None:
+            raise listener.failure
 
     def begin_step(self) -> None:
         self.started, self.watch = time.perf_counter(), Stopwatch()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
 import torch
 
 from vlm_sapo.algo.reductions import token_mean
 from vlm_sapo.config.schema import SftConfig, SftTrainerConfig
-from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.callbacks import Callback
 from vlm_sapo.training.batch import Batch, MicroBatch, collate
 from vlm_sapo.training.build import build_sft
 from vlm_sapo.training.folder import open_folder
@@ -18,15 +19,15 @@ from vlm_sapo.training.run import FINISHED, Run
 from vlm_sapo.types import Group, Prompt, RowError
 
 
-def sft(config: SftConfig, console: Console | None = None) -> dict:
+def sft(config: SftConfig, callbacks: Sequence[Callback] = ()) -> dict:
     """Minimizes the mean negative log-prob of the demonstrations' tokens; returns the summary."""
-    processes = join(config, console)
+    processes = join(config)
     folder = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
         processes.console.say(FINISHED)
         return summary
     run = build_sft(config, folder, processes)
-    with closing(run), run.interruption.handling_signals():
+    with closing(run), run.interruption.handling_signals(), run.calling(callbacks):
         columns = {task.task: task.columns["response"] for task in config.data.tasks}
         return loop(run, config.train, columns)
 
@@ -59,6 +60,7 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
     updated = {"policy/skipped_updates": 1} if stats.skipped else {"policy/grad_norm": stats.grad_norm}
     times = {f"time/{name}": seconds for name, seconds in run.seconds.items()}
     record = {"step": step, "lr": lr, "loss": 0.0 if stats.skipped else loss} | times | updated
+    record |= run.stream.epochs(run.stream.state())
     run.folder.append("metrics.jsonl", record)
     return f"loss {loss:.4f}  {record['time/step']:.2f} s"
 

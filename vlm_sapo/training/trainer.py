@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.callbacks import Callback
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.assignment import reassign
 from vlm_sapo.training.batch import collate
@@ -17,15 +18,15 @@ from vlm_sapo.training.policy import Policy
 from vlm_sapo.training.run import FINISHED, TrainingRun
 
 
-def train(config: TrainConfig, console: Console | None = None) -> dict:
+def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> dict:
     """Trains with a config; returns the summary. For a finished run only returns its summary."""
-    processes = join(config, console)
+    processes = join(config)
     folder = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
         processes.console.say(FINISHED)
         return summary
     run, loss = build_training(config, folder, processes)
-    with closing(run), run.interruption.handling_signals():
+    with closing(run), run.interruption.handling_signals(), run.calling(callbacks):
         return loop(run, loss, config.train.steps)
 
 
@@ -67,5 +68,6 @@ def train_step(step: int, run: TrainingRun, rollouts: Rollouts, policy: Policy, 
     with run.watch.time("update"):
         updates = [policy.update(minibatch, loss) for minibatch in assigned.split()]
     run.end_step(step)
-    further = {"lr": lr, "rollout/updates_behind": behind} | checked | balance
+    epochs = run.stream.epochs(rollout.after)
+    further = {"lr": lr, "rollout/updates_behind": behind} | epochs | checked | balance
     return run.log(step, rollout, (batch, assigned), updates, further)

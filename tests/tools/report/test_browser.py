@@ -110,13 +110,17 @@ def test_every_tab_shows_its_charts(page):
 
 def test_next_and_previous_step_through_responses(page):
     page.click("#tab-browser")
-    assert page.inner_text("#counter").startswith("1 of ")
-    assert page.locator("#item article").count() == 4
-    assert "onerror" in page.locator("#item article .text").first.inner_text()
+    first, total = map(int, page.inner_text("#counter").split(" of "))
+    assert first > 1 and page.locator("#item article").count() == 4
+    assert page.eval_on_selector_all("#item .text span", COLOURED), "the first group shown taught something"
+    assert len(set(page.locator("#item article header b").all_inner_texts())) > 1
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#counter").startswith("2 of ")
+    assert page.inner_text("#counter") == f"{first % total + 1} of {total}"
     assert page.locator("#item .frame img").first.evaluate("node => node.complete && node.naturalWidth > 0")
-    page.click("#previous")
+    for _ in range(first):
+        page.click("#previous")
+    assert page.inner_text("#counter").startswith("1 of ")
+    assert "onerror" in page.locator("#item article .text").first.inner_text()
     page.keyboard.press("ArrowLeft")
     total = page.inner_text("#counter").split(" of ")
     assert total[0] == total[1], "previous of the first is the last"
@@ -141,6 +145,51 @@ def test_responses_can_be_filtered_and_coloured(page):
     assert int(page.inner_text("#counter").split(" of ")[1]) == mixed
     page.select_option("#filter", "truncated")
     assert page.inner_text("#counter") != ""
+
+
+def test_responses_can_be_searched_and_sorted(page):
+    page.click("#tab-browser")
+    page.select_option("#colour", "none")
+    page.fill("#search", "ONERROR")
+    assert page.inner_text("#counter") == "1 of 1"
+    assert page.evaluate("[...CSS.highlights.get('search')].map(String)") == ["onerror", "onerror"]
+    page.fill("#search", "in no text at all")
+    assert page.inner_text("#counter") == "none" and "Nothing matches" in page.inner_text("#item")
+    page.fill("#search", "")
+    for name, first_is_least in (("low", True), ("high", False)):
+        page.select_option("#sort", name)
+        first = page.locator("#item p", has_text="Mean reward").inner_text()
+        page.keyboard.press("Escape")
+        page.click("#previous")
+        last = page.locator("#item p", has_text="Mean reward").inner_text()
+        assert (first < last) == first_is_least
+    page.select_option("#sort", "clipped")
+    assert page.inner_text("#counter").startswith("1 of ")
+
+
+def test_a_summary_in_sentences(page):
+    lines = page.locator("#page-summary .findings li").all_inner_texts()
+    assert sum("held-out: " in line and "95 % interval" in line for line in lines) == 2, "one for each run"
+    assert any(line.startswith("In order") and "mismatch" in line for line in lines)
+    assert inside(page, "#page-summary .findings li")
+
+
+@pytest.mark.parametrize("view", ["light", "phone"])
+def test_the_page_of_an_evaluation(chromium, runs, tmp_path, view):
+    out = tmp_path / "evaluation.html"
+    report_command([runs[0] / "evaluations/step_000000"], out, groups=None, watch=False, port=0)
+    assert out.stat().st_size < 1_000_000, "a page without charts needs no chart library"
+    with opened(chromium, out, view) as page:
+        assert page.inner_text("#title") == "Evaluation step_000000"
+        assert "held-out: pass@1" in page.inner_text(".findings")
+        assert page.locator("#page-summary tbody tr").first.inner_text().startswith("held-out\t6\t")
+        assert page.locator(".interval").first.evaluate("node => node.getBoundingClientRect().width > 50")
+        page.click("#tab-browser")
+        assert page.inner_text("#counter") == "1 of 6" and page.locator("#item article").count() == 1
+        assert page.locator("#item .frame img").first.evaluate("node => node.naturalWidth > 0")
+        page.fill("#search", page.locator("#item .problem .text").inner_text()[:20])
+        assert page.inner_text("#counter").startswith("1 of ")
+        assert inside(page, "#item article")
 
 
 def test_keyboard_and_screen_readers(page):

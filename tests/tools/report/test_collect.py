@@ -16,7 +16,7 @@ from tests.tools.report.conftest import HOSTILE
 from tests.training.conftest import short_run
 from vlm_sapo.cli import app
 from vlm_sapo.rewards.verifiers.boxes import shown
-from vlm_sapo.tools.report import command
+from vlm_sapo.tools.report import command, page
 from vlm_sapo.tools.report.collect import collect, thin
 from vlm_sapo.tools.report.page import render
 from vlm_sapo.training.trainer import train
@@ -78,7 +78,9 @@ def test_a_new_run_and_missing_images(runs, tmp_path):
 def test_the_error_names_a_folder_without_a_run(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=f"{tmp_path} must be the folder of a run; it has no step"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} must be the folder of a run or of an ev.*neither a step"
+    ):
         collect([tmp_path], 10)
 
 
@@ -92,6 +94,76 @@ def test_facts_name_the_run_and_differences(runs, tmp_path):
     assert "reward.parts" in one and "data.source" in one and "checkpoint.every" not in one
     with pytest.raises(ValueError, match="there is no such folder"):
         collect([tmp_path / "none"], 2)
+
+
+def test_how_a_run_was_started_and_what_it_trained_on(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    [bare] = collect([run])["runs"]
+    assert "command" not in bare["about"] and bare["about"]["steps"] == "4 of 4, finished"
+    assert bare["about"]["epochs"] == "0.8" and "GB of a process" in bare["about"]["peak memory"]
+    started = {"command": "vlm-sapo train x", "commit": "abc", "uncommitted_changes": True, "started": "now"}
+    started |= {"versions": {"torch": "2"}, "devices": ["H100", "H100"]}
+    (run / "environment.json").write_text(json.dumps(started))
+    config = (run / "config.yaml").read_text()
+    mixture = "  mixture:\n  - {name: one, source: x.jsonl, share: 3}\n  - {name: two, source: y, share: 1}\n"
+    (run / "config.yaml").write_text(re.sub(r"  mixture: \[\]\n", mixture, config))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    extra = {"task/one/reward": 0.5, "minibatch0/prompts/one": 2, "minibatch1/prompts/one": 1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | extra) + "\n" for row in rows))
+    [told] = collect([run])["runs"]
+    about = told["about"]
+    assert (about["commit"], about["devices"]) == ("abc, with uncommitted changes", "2 x H100")
+    assert (about["command"], about["versions"]) == ("vlm-sapo train x", "torch 2")
+    [one, two] = told["data"]
+    assert (one["name"], one["source"], one["share"], one["prompts"]) == ("one", "x.jsonl", 0.75, 12)
+    assert (one["first"], two["share"], two["last"]) == (0.5, 0.25, None)
+
+
+def test_an_evaluation_alone_has_a_page(runs, tmp_path):
+    folder = tmp_path / "after"
+    shutil.copytree(runs[0] / "evaluations/step_000000", folder)
+    path = folder / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["scores"], row["columns"]["kind"] = [float(row["row"] < 3)], "ab"[row["row"] // 3]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [data] = collect([folder])["evaluations"]
+    assert "results.json doesn't have them" in data["findings"][1]["text"]
+    assert "best a (1.000), worst b (0.000)" in data["findings"][-1]["text"]
+    assert [(row["value"], row["pass@1"], row["n"]) for row in data["subsets"]] == [
+        ("a", 1.0, 3),
+        ("b", 0.0, 3),
+    ]
+    result = {"pass@1": 0.5, "ci95": [0.1, 0.9], "n": 6, "samples": 1, "no_answer": 0.5, "limit": 6}
+    official = {"pass@1": 0.4, "ci95": [0.0, 0.8], "differ": 1}
+    stored = result | {"official": official, "max_tokens": 9, "by": {"kind": {}}, "seed": 7}
+    (folder / "results.json").write_text(json.dumps({"held-out": stored}))
+    (folder / "eval.yaml").write_text("held-out: {model: m, seed: 0, samples: 1, weights: [], limit: 6}")
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(out), "--groups", "4"])
+    assert result.exit_code == 0, result.output
+    [data] = data_of(out.read_text())["evaluations"]
+    texts = " ".join(finding["text"] for finding in data["findings"])
+    assert (
+        "0.100 to 0.900" in texts and "official scorer gives 0.400" in texts and "first 6 problems" in texts
+    )
+    assert data["results"][0]["more"]["official scorer"] == "0.400 (0.000 to 0.800)"
+    assert data["settings"]["held-out"] == {"model": "m", "seed": "7", "samples": "1", "limit": "6"}
+    assert [len(data["items"]), data["problems"]] == [4, 6]
+    assert data["items"][0]["subsets"] == {"kind": "a"} and "when" not in data["items"][0]["responses"][0]
+
+
+def test_runs_and_evaluations_are_on_pages_of_their_own(runs):
+    with pytest.raises(ValueError, match="step_000000 is an evaluation and .*run is not; .*write two"):
+        collect([runs[0], runs[0] / "evaluations/step_000000"])
+
+
+def test_large_images_are_left_out(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x" * 60)
+    monkeypatch.setattr(page, "MAX_TOTAL_BYTES", 100)
+    assert page.EmbeddedImages().add(tmp_path, ["a", "b", "a"]) == [0, None, 0]
 
 
 def test_thinned_rows_include_both_ends():

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlm_sapo.config.fields import belongs
+from vlm_sapo.config.files import parse
 from vlm_sapo.config.schema import report_fields
+from vlm_sapo.reporting.console import duration
 from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.tools.compare import changed_item, compare, read_samples
+from vlm_sapo.tools.compare import Comparison, compare
+from vlm_sapo.tools.report.evaluation import collect_evaluation
+from vlm_sapo.tools.report.findings import WINDOW, describe_results, describe_training
 from vlm_sapo.tools.report.page import EmbeddedImages
+from vlm_sapo.tools.report.samples import problem_item, read_samples
 
+GROUPS, PROBLEMS = 100, 1000
+"""Groups of a run and problems of an evaluation that a page shows, unless told otherwise."""
 MAX_POINTS = 400
 """Steps of a curve; longer runs are thinned."""
 MAX_HISTOGRAMS = 40
@@ -27,41 +33,73 @@ TRACE_KEY = re.compile(rb'\{"step": (\d+), "place": (\d+),')
 """The beginning of a line of traces.jsonl: step and slot of a group."""
 TRACED = ("pieces", "log_ratio", "effective", "entropy")
 """What traces.jsonl holds of each token."""
+PEAKS = {"memory/gpu_peak_gb": "of a GPU", "memory/host_peak_gb": "of a process in host memory"}
+"""Metrics of peak memory, in words."""
+SOURCE_FIELDS = ("source", "subset", "split", "args")
+"""What says where rows come from."""
 GroupKey = tuple[int, int]
 """Step and slot of a logged group."""
 
 
-def collect(folders: Sequence[Path], groups: int) -> dict[str, Any]:
-    """The data of a report: runs, each with at most `groups` groups, and images. Raises ValueError for a
-    folder that isn't a run's."""
+def collect(folders: Sequence[Path], groups: int | None = None) -> dict[str, Any]:
+    """The data of a report: runs or evaluations, each with at most `groups` groups or problems, and images.
+    Raises ValueError for a folder that is neither, and for runs beside evaluations."""
     images = EmbeddedImages()
-    runs = [_run(folder, groups, images) for folder in dict.fromkeys(map(Path.resolve, folders))]
+    folders = list(dict.fromkeys(map(Path.resolve, folders)))
+    evaluations = [folder for folder in folders if _is_evaluation(folder)]
+    if evaluations and len(evaluations) < len(folders):
+        other = next(folder for folder in folders if folder not in evaluations)
+        raise ValueError(
+            f"{evaluations[0]} is an evaluation and {other} is not; a page shows runs or evaluations, so "
+            "write two"
+        )
+    if evaluations:
+        items = [collect_evaluation(folder, groups or PROBLEMS, images) for folder in evaluations]
+        _name_apart(items)
+        return {"evaluations": items, "images": images.urls}
+    runs = [_run(folder, groups or GROUPS, images) for folder in folders]
     _select_facts([run["facts"] for run in runs])
-    names = [run["name"] for run in runs]
-    for run in runs:
-        if names.count(run["name"]) > 1:
-            run["name"] = run["folder"]
+    _name_apart(runs)
     return {"runs": runs, "images": images.urls}
+
+
+def _is_evaluation(folder: Path) -> bool:
+    return (folder / "samples.jsonl").is_file() and not (folder / "metrics.jsonl").is_file()
+
+
+def _name_apart(items: list[dict[str, Any]]) -> None:
+    """Names items of one name by their folders."""
+    names = [item["name"] for item in items]
+    for item in items:
+        if names.count(item["name"]) > 1:
+            item["name"] = item["folder"]
 
 
 def _run(path: Path, groups: int, images: EmbeddedImages) -> dict[str, Any]:
     folder = RunFolder(path)
     metrics = folder.read("metrics.jsonl")
     if not metrics:
-        reason = "it has no step in metrics.jsonl" if path.is_dir() else "there is no such folder"
-        raise ValueError(f"{path} must be the folder of a run; {reason}")
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    evaluations = folder.read("evaluations.jsonl")
+        reason = (
+            "it has neither a step in metrics.jsonl nor samples.jsonl"
+            if path.is_dir()
+            else "there is no such folder"
+        )
+        raise ValueError(f"{path} must be the folder of a run or of an evaluation; {reason}")
+    config = parse((path / "config.yaml").read_text(encoding="utf-8"))
+    evaluations, summary = folder.read("evaluations.jsonl"), folder.summary()
+    comparisons = _compare_ends(path, evaluations)
+    findings = [*describe_results(evaluations, comparisons), *describe_training(metrics, config)]
     return {
         "name": path.resolve().name,
         "folder": str(path),
+        "findings": [finding._asdict() for finding in findings],
+        "about": _about(path, metrics, config, finished=summary is not None),
+        "data": _data(metrics, config),
         "facts": _flatten(config),
-        "summary": folder.summary(),
-        "steps_planned": _field(config, "train.steps"),
         "metrics": _columns(thin(metrics, MAX_POINTS)),
         "evaluations": evaluations,
         "histograms": thin(folder.read("histograms.jsonl"), MAX_HISTOGRAMS),
-        "items": [*_groups(folder, groups, images), *_changed(path, evaluations, images)],
+        "items": [*_groups(folder, groups, images), *_changed(comparisons, evaluations, images)],
     }
 
 
@@ -73,8 +111,8 @@ def thin(rows: list[Any], count: int) -> list[Any]:
 
 
 def _columns(rows: list[dict]) -> dict[str, list]:
-    """Values by name; None where a row has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
+    """Values by name, without those of single mini-batches; None where a row has none."""
+    names = dict.fromkeys(name for row in rows for name in row if not name.startswith("minibatch"))
     return {name: [_rounded(row.get(name)) for row in rows] for name in names}
 
 
@@ -82,10 +120,70 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
-def _field(config: dict, name: str) -> Any:
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+def _about(path: Path, metrics: list[dict], config: dict, *, finished: bool) -> dict[str, str]:
+    """How a run was started and how far it is, as texts by name; without what its files don't hold."""
+    last, steps = metrics[-1], len(metrics)
+    file = path / "environment.json"
+    started = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    changed = ", with uncommitted changes" if started.get("uncommitted_changes") else ""
+    devices = Counter(started.get("devices", []))
+    seconds = sum(row.get("time/step", 0.0) for row in metrics)
+    rates = [row["lr"] for row in metrics if "lr" in row]
+    about = {
+        "folder": str(path),
+        "command": started.get("command"),
+        "started": started.get("started"),
+        "resumed": ", ".join(each["started"] for each in started.get("resumed", [])),
+        "commit": f"{started['commit']}{changed}" if started.get("commit") else None,
+        "devices": ", ".join(f"{count} x {name}" for name, count in devices.items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in started.get("versions", {}).items()),
+        "steps": f"{last['step']} of {config['train']['steps']}{', finished' if finished else ''}",
+        "epochs": f"{last['epoch']:.3g}" if "epoch" in last else None,
+        "time": f"{_elapsed(seconds)} in steps, {seconds / steps:.3g} s per step" if seconds else None,
+        "learning rate": f"{rates[0]:.3g} to {rates[-1]:.3g}" if len(set(rates)) > 1 else None,
+        "peak memory": ", ".join(
+            f"{max(row.get(metric, 0.0) for row in metrics):.1f} GB {where}"
+            for metric, where in PEAKS.items()
+            if metric in last
+        ),
+    }
+    return {name: text for name, text in about.items() if text}
+
+
+def _elapsed(seconds: float) -> str:
+    return duration(seconds) if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _data(metrics: list[dict], config: dict) -> list[dict[str, Any]]:
+    """What was trained on, by source: its share, how many of its prompts, how often, and its reward."""
+    mixture = config["data"].get("mixture") or []
+    total = sum(source["share"] for source in mixture)
+    rows = []
+    for source in mixture or [config["data"]]:
+        name = source.get("name") or str(source.get("source"))
+        reward, epoch = (f"task/{name}/reward", f"task/{name}/epoch") if mixture else ("reward/mean", "epoch")
+        counts = [row[key] for row in metrics for key in row if _counts_prompts(key, name, mixture)]
+        rewards = [row[reward] for row in metrics if reward in row]
+        size = max(1, min(WINDOW, len(rewards) // 2))
+        rows.append(
+            {
+                "name": name,
+                "source": " ".join(str(source[key]) for key in SOURCE_FIELDS if source.get(key)),
+                "share": source["share"] / total if mixture else 1.0,
+                "prompts": sum(counts) or None,
+                "epochs": _rounded(metrics[-1].get(epoch)),
+                "first": _rounded(sum(rewards[:size]) / size) if rewards else None,
+                "last": _rounded(sum(rewards[-size:]) / size) if rewards else None,
+            }
+        )
+    return rows
+
+
+def _counts_prompts(key: str, name: str, mixture: list) -> bool:
+    """Whether a metric counts the prompts of a source in a step."""
+    if not mixture:
+        return key == "rollout/groups"
+    return key.startswith("minibatch") and key.endswith(f"/prompts/{name}")
 
 
 def _flatten(config: dict, path: str = "") -> dict[str, str]:
@@ -200,16 +298,27 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
     } | tokens
 
 
-def _changed(path: Path, evaluations: list[dict], images: EmbeddedImages) -> list[dict[str, Any]]:
-    """Problems whose mean score differs between the first and the last evaluation."""
-    steps = sorted({row["step"] for row in evaluations})
-    ends = steps[:1] + steps[-1:]
-    folders = [path / "evaluations" / f"step_{step:06d}" for step in ends]
-    if len(steps) < 2 or not all((folder / "samples.jsonl").is_file() for folder in folders):
+def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:
+    """The comparison of the first with the last evaluation; empty where the samples of one are missing."""
+    folders = [path / "evaluations" / f"step_{step:06d}" for step in _ends(evaluations)]
+    if len(folders) < 2 or not all((folder / "samples.jsonl").is_file() for folder in folders):
         return []
-    labels = [f"after {step} steps" for step in ends]
+    return compare(*map(read_samples, folders))
+
+
+def _ends(evaluations: list[dict]) -> list[int]:
+    """The steps of the first and the last evaluation."""
+    steps = sorted({row["step"] for row in evaluations})
+    return [steps[0], steps[-1]] if len(steps) > 1 else steps
+
+
+def _changed(
+    comparisons: Sequence[Comparison], evaluations: list[dict], images: EmbeddedImages
+) -> list[dict[str, Any]]:
+    """Problems whose mean score differs between the first and the last evaluation."""
+    labels = [f"after {step} steps" for step in _ends(evaluations)]
     return [
-        changed_item("evaluation", dict(zip(labels, pair, strict=True)), images)
-        for comparison in compare(*map(read_samples, folders))
+        problem_item("evaluation", dict(zip(labels, pair, strict=True)), images)
+        for comparison in comparisons
         for pair in thin(comparison.changed, MAX_CHANGED)
     ]

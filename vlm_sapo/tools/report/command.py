@@ -1,4 +1,4 @@
-"""Writes the report of runs once, or serves it live while they go on."""
+"""Writes the report of runs or of evaluations once, or serves it live while they go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_sapo.tools.report.collect import collect
 from vlm_sapo.tools.report.page import render
 
 
-def report_command(folders: Sequence[Path], out: Path, *, groups: int, watch: bool, port: int) -> None:
+def report_command(folders: Sequence[Path], out: Path, *, groups: int | None, watch: bool, port: int) -> None:
     """Writes `out`. With `watch`, serves the page on this machine instead, collected anew for each request,
     until interrupted."""
     console = Console()
@@ -35,7 +35,7 @@ def report_command(folders: Sequence[Path], out: Path, *, groups: int, watch: bo
 class _Handler(BaseHTTPRequestHandler):
     """Serves the page."""
 
-    def __init__(self, folders: Sequence[Path], groups: int, *args):
+    def __init__(self, folders: Sequence[Path], groups: int | None, *args):
         self.folders, self.groups = folders, groups
         super().__init__(*args)
 

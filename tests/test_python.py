@@ -1,0 +1,265 @@
+"""Runs from Python: rows in memory, functions and callbacks."""
+
+import json
+import threading
+
+import datasets
+import pytest
+import yaml
+
+import vlm_sapo
+from tests.conftest import numbered_image
+from tests.fixtures.trl_reward import odd_length
+from vlm_sapo.config.load import load
+from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.plugins import passing
+from vlm_sapo.rewards.parts import build_part
+from vlm_sapo.types import Example, ResponseText
+
+
+def memory(count: int = 8, first: int = 0) -> list[dict]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": "How many shapes?"}],
+            "image": numbered_image(number),
+            "solution": str(number),
+        }
+        for number in range(first, first + count)
+    ]
+
+
+def config(folder, model, *, steps: int = 4, **sections) -> dict:
+    return {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(model)},
+        "rollout": {"group": 4, "max_tokens": 8},
+        "reward": {"workers": 1},
+        "train": {"steps": steps, "prompts_per_step": 4, "minibatches": 2, "lr": 1e-3},
+        "checkpoint": {"every": 2},
+    } | sections
+
+
+class Events(vlm_sapo.Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_step(self, step, metrics):
+        assert metrics["time/step"] > 0
+        self.events.append(("step", step))
+
+    def on_rollouts(self, step, rollouts):
+        assert {line["step"] for line in rollouts} == {step} and all("reward" in line for line in rollouts)
+        self.events.append(("rollouts", step))
+
+    def on_evaluation(self, step, name, metrics):
+        assert 0 <= metrics["pass@1"] <= 1
+        self.events.append((name, step))
+
+    def on_checkpoint(self, step, path):
+        assert (path / "manifest.json").is_file()
+        self.events.append(("checkpoint", step))
+
+
+class Fails(vlm_sapo.Callback):
+    def on_step(self, step, metrics):
+        if step == 3:
+            raise LookupError("no such service")
+
+
+def metrics(folder) -> list:
+    lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "time" not in k and "seconds" not in k} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder):
+    """A run of a function in this module and one that no other process can import."""
+    folder, bonus, seen = tmp_path_factory.mktemp("whole"), 0.5, Events()
+
+    def short(response, example):
+        return bonus * (len(response) < 12)
+
+    summary = vlm_sapo.train(
+        config(folder, model_folder()),
+        dataset=memory(),
+        eval_dataset=memory(4, first=8),
+        reward=[odd_length, short, {"name": "length", "weight": 0.1, "args": {"allowed": 4, "buffer": 2}}],
+        callbacks=[seen],
+    )
+    return folder, short, seen, summary
+
+
+def test_rows_functions_and_callbacks(whole):
+    folder, _, seen, summary = whole
+    assert summary["eval_after/held-out"]["n"] == 4 and summary["steps"] == 4
+    step = [[("rollouts", number), ("step", number)] for number in range(1, 5)]
+    assert seen.events == [
+        ("held-out", 0),
+        *step[0],
+        *step[1],
+        ("checkpoint", 2),
+        *step[2],
+        *step[3],
+        ("held-out", 4),
+        ("checkpoint", 4),
+    ]
+    stored = yaml.safe_load((folder / "run/config.yaml").read_text())
+    assert [part["label"] for part in stored["reward"]["parts"]] == ["odd_length", "short", None]
+    assert [part["name"] for part in stored["reward"]["parts"]] == [
+        "tests.fixtures.trl_reward:odd_length",
+        "python:short",
+        "length",
+    ]
+    assert stored["data"]["source"] == "python:dataset" and stored["data"]["fingerprint"]
+    assert {"reward/odd_length", "reward/short", "reward/length"} <= metrics(folder)[0].keys()
+
+
+def test_a_run_goes_on_with_the_same_objects_only(whole, tmp_path, model_folder):
+    folder, short, _, _ = whole
+    values = config(folder, model_folder(), steps=5)
+    parts = [odd_length, short, {"name": "length", "weight": 0.1, "args": {"allowed": 4, "buffer": 2}}]
+    with pytest.raises(ValueError, match="data.fingerprint"):
+        vlm_sapo.train(values, dataset=memory(9), eval_dataset=memory(4, first=8), reward=parts)
+    with pytest.raises(ValueError, match=r"reward\.parts"):
+        vlm_sapo.train(values, dataset=memory(), eval_dataset=memory(4, first=8), reward=odd_length)
+    stored = load(
+        TrainConfig, str(folder / "run/config.yaml"), ["run.overwrite=true", f"run.dir={tmp_path}/o"]
+    )
+    with pytest.raises(ValueError, match=r"python:\w+\) is an object of the Python program.*pass it again"):
+        vlm_sapo.train(stored)
+    same = vlm_sapo.train(
+        values
+        | {
+            "train": values["train"] | {"schedule": "constant"},
+            "run": values["run"] | {"accept_changes": True},
+        },
+        dataset=memory(),
+        eval_dataset=memory(4, first=8),
+        reward=parts,
+    )
+    assert same["steps"] == 5
+
+
+def test_a_failing_callback_stops_the_run_which_then_resumes(whole, tmp_path, model_folder):
+    folder, short, _, _ = whole
+    call = {
+        "dataset": datasets.Dataset.from_list(memory()),
+        "eval_dataset": memory(4, first=8),
+        "reward": [odd_length, short, {"name": "length", "weight": 0.1, "args": {"allowed": 4, "buffer": 2}}],
+    }
+    values = config(tmp_path, model_folder())
+    after = Events()
+    with pytest.raises(LookupError, match="no such service") as failure:
+        vlm_sapo.train(values, **call, callbacks=[Fails(), after])
+    assert "raised by Fails.on_step after step 3; the same call resumes" in failure.value.__notes__[0]
+    assert ("step", 3) not in after.events and ("step", 2) in after.events
+    assert (tmp_path / "run/checkpoints/step_000003").is_dir()
+    vlm_sapo.train(values, **call)
+    whole_run = metrics(folder)[:4]
+    assert [line["reward/mean"] for line in metrics(tmp_path)] == [line["reward/mean"] for line in whole_run]
+
+
+def test_a_failure_after_the_last_step_is_raised_too(tmp_path, model_folder):
+    class Late(vlm_sapo.Callback):
+        def on_evaluation(self, step, name, metrics):
+            if step == 1:
+                raise OSError("the service is gone")
+
+    rows = {"dataset": memory(4), "eval_dataset": memory(2), "reward": "math"}
+    values = config(tmp_path, model_folder(), steps=1, checkpoint={"every": 0})
+    with pytest.raises(OSError, match="the service is gone"):
+        vlm_sapo.train(values, **rows, callbacks=[Late()])
+    assert (tmp_path / "run/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("objects", "sentence"),
+    [
+        ({"dataset": (row for row in memory(2))}, r"dataset \(generator\) must have a length; pass list"),
+        ({"dataset": []}, "dataset must have rows; it is empty"),
+        ({"dataset": {"train": memory(2)}}, "must be one list of rows; pass one of train"),
+        ({"dataset": ["text"]}, "must have mappings .* its first is str"),
+        ({"dataset": {1, 2}}, r"df.to_dict\('records'\)"),
+        ({"dataset": memory(2), "reward": 3}, r"reward \(3\) must be a function, the name of a verifier"),
+        (
+            {"dataset": memory(2), "reward": [lambda response, example: 1.0, lambda r, e: 0.0]},
+            "two reward functions",
+        ),
+        ({"dataset": memory(2), "reward": "maths"}, r"reward.parts.0.name \(maths\).*did you mean 'math'"),
+    ],
+)
+def test_what_is_no_rows_or_function_is_refused(objects, sentence, tmp_path, model_folder):
+    with pytest.raises(ValueError, match=sentence):
+        vlm_sapo.train(config(tmp_path, model_folder()), **({"reward": "math"} | objects))
+
+
+def test_a_function_that_cannot_be_pickled_is_refused(tmp_path, model_folder):
+    lock = threading.Lock()
+
+    def locked(response, example):
+        with lock:
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"reward.parts.0.name \(python:locked\) can't be sent .* top level"):
+        vlm_sapo.train(config(tmp_path, model_folder()), dataset=memory(2), reward=locked)
+
+
+def test_a_mixture_takes_no_dataset(tmp_path, model_folder):
+    values = config(tmp_path, model_folder(), data=[{"source": "a.jsonl", "share": 1}])
+    with pytest.raises(ValueError, match="the config's data names several sources"):
+        vlm_sapo.train(values, dataset=memory(2), reward="math")
+
+
+def graded(function, *, columns: dict, responses=("a", "bb")) -> list:
+    with passing({"python:f": function}):
+        part = build_part({"name": "python:f"})
+    images = (numbered_image(),)
+    return part.grade([(ResponseText(text), Example("1", "p", "2", images, columns)) for text in responses])
+
+
+def test_trls_signature_gets_columns_and_images():
+    def function(prompts, completions, solution, images, factor=2, **others):
+        assert prompts == ["p", "p"] and solution == ["2", "2"] and images[0][0].size == (48, 48)
+        assert others["kind"] == ["x", "x"]
+        return [factor * len(text) if len(text) < 2 else None for text in completions]
+
+    first, second = graded(function, columns={"solution": "2", "kind": "x"})
+    assert (first.value, first.outcome) == (2.0, "graded")
+    assert (second.value, second.outcome) == (0.0, "not_applicable")
+
+
+def test_trls_signature_gets_messages_where_the_prompt_has_them():
+    prompt = [{"role": "user", "content": "p"}]
+
+    def function(prompts, completions):
+        assert prompts == [prompt]
+        return [len(turns[-1]["content"]) for turns in completions]
+
+    [verdict] = graded(function, columns={"prompt": prompt}, responses=["abc"])
+    assert verdict.value == 3.0
+
+
+def test_a_missing_column_is_named():
+    [verdict, _] = graded(lambda completions, solutoin: [0.0, 0.0], columns={"solution": "2"})
+    assert "asks for `solutoin`, which is no column of these rows; they have solution" in verdict.detail
+
+
+def test_an_async_function_of_trls_signature_is_refused():
+    async def function(completions):
+        return [0.0]
+
+    with pytest.raises(ValueError, match="async function function must take"):
+        graded(function, columns={})
+
+
+def test_rows_of_datasets_are_read_as_rows_of_a_list(tmp_path, model_folder):
+    from vlm_sapo.config.data import RowsConfig
+    from vlm_sapo.data.sources import build_examples
+
+    kinds = []
+    for rows in (memory(3), datasets.Dataset.from_list(memory(3))):
+        with passing({"python:dataset": rows}):
+            kinds.append(list(build_examples(RowsConfig(source="python:dataset"))))
+    for one, two in zip(*kinds, strict=True):
+        assert (one.problem, one.answer) == (two.problem, two.answer)
+        assert one.images[0].tobytes() == two.images[0].tobytes()

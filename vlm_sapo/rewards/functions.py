@@ -1,0 +1,71 @@
+"""Reward functions that a Python program passes: what a config calls them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+
+from vlm_sapo.plugins import PYTHON
+
+Reward = Callable[..., Any] | str | Mapping[str, Any]
+FINGERPRINT = 16
+"""Characters of a fingerprint."""
+
+
+def config_parts(reward: Reward | Sequence[Reward]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """`reward.parts` for one or several functions, built-in names, or parts as in a config file whose `name`
+    may be a function; and the functions that these name `python:NAME`.
+
+    A function at the top level of an importable module is named by that, and a stored config finds it again.
+    Raises ValueError for anything else than these, and for two functions of one name.
+    """
+    parts, passed = [], {}
+    for item in reward if isinstance(reward, list | tuple) else [reward]:
+        part = dict(item) if isinstance(item, Mapping) else {"name": item}
+        function = part.get("name")
+        if callable(function):
+            part["name"] = name = importable_name(function) or f"{PYTHON}{short_name(function)}"
+            part.setdefault("label", short_name(function))
+            if name.startswith(PYTHON):
+                part["fingerprint"] = fingerprint(function)
+                if passed.setdefault(name, function) is not function:
+                    raise ValueError(f"two reward functions are called {short_name(function)}; rename one")
+        elif not isinstance(function, str):
+            raise ValueError(
+                f"reward ({item!r:.80}) must be a function, the name of a verifier, a part as in "
+                "reward.parts, or a list of these"
+            )
+        parts.append(part)
+    return parts, passed
+
+
+def importable_name(function: Callable[..., Any]) -> str | None:
+    """`module:name` if that is where other processes can import it; None for functions of the script or
+    notebook that runs, lambdas, methods and functions inside others."""
+    if not inspect.isroutine(function) or function.__module__ == "__main__":
+        return None
+    module = sys.modules.get(function.__module__)
+    if module is None or vars(module).get(function.__name__) is not function:
+        return None
+    return f"{function.__module__}:{function.__name__}"
+
+
+def short_name(function: Callable[..., Any]) -> str:
+    """A name for logs: of the function, or of the class of a callable object."""
+    name = function.__name__ if inspect.isroutine(function) else type(function).__name__
+    return name if name.isidentifier() else "reward"
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """A hash of a function's source text; of its code where there is no source. Raises ValueError for a
+    function that can't be pickled."""
+    try:
+        text = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        text = cloudpickle.dumps(function)
+    return hashlib.sha256(text).hexdigest()[:FINGERPRINT]

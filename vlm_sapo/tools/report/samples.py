@@ -1,0 +1,87 @@
+"""Reads the samples of an evaluation, and makes of them what a page shows of a problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_sapo.tools.report.page import EmbeddedImages
+
+Samples = dict[str, dict[tuple[int, str], dict]]
+"""Records of samples.jsonl by benchmark, then by row and id."""
+
+
+def read_samples(folder: Path) -> Samples:
+    """Reads samples.jsonl of an evaluation's folder. Raises ValueError if there is none."""
+    path = folder / "samples.jsonl"
+    if not path.is_file():
+        inside = sorted(folder.glob("evaluations/*/samples.jsonl"))
+        hint = f"; use one of {', '.join(str(p.parent) for p in inside)}" if inside else ""
+        raise ValueError(f"{folder} must hold samples.jsonl, as `vlm-sapo eval` writes it{hint}")
+    samples: Samples = {}
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a process that was killed or is writing right now
+            continue
+        record["folder"] = str(folder)
+        samples.setdefault(record["benchmark"], {})[(record["row"], record["id"])] = record
+    return samples
+
+
+def mean_score(record: dict) -> float:
+    """The mean over a record's samples."""
+    return float(np.mean(record["scores"]))
+
+
+def problem_item(
+    title: str, records: Mapping[str, dict], images: EmbeddedImages, responses: int | None = None
+) -> dict[str, Any]:
+    """A problem for a page's list of responses: the records of one evaluation, or of two to compare, by
+    label, and the first `responses` of each."""
+    first, last = [*records.values()][0], [*records.values()][-1]
+    item = {
+        "kind": "evaluation",
+        "title": title,
+        "id": first["id"],
+        "problem": first["problem"],
+        "answer": first["answer"],
+        "task": first["benchmark"],
+        "images": images.add(Path(first["folder"]), first["pictures"]),
+        "mean": mean_score(last),
+        "changed": abs(mean_score(last) - mean_score(first)) > 1e-9,
+        "responses": [
+            response | ({"when": label} if len(records) > 1 else {})
+            for label, record in records.items()
+            for response in _responses(record)[:responses]
+        ],
+    }
+    if len(records) > 1:
+        means = {label: mean_score(record) for label, record in records.items()}
+        item |= {"gain": mean_score(last) - mean_score(first), "means": means}
+    return item
+
+
+def _responses(record: dict) -> list[dict[str, Any]]:
+    count = len(record["responses"])
+    columns = (
+        record["responses"],
+        record["scores"],
+        record.get("outcomes", ["graded"] * count),
+        record.get("tokens", [None] * count),
+        record.get("truncated", [False] * count),
+    )
+    return [
+        {
+            "text": text,
+            "reward": score,
+            "outcomes": {} if outcome == "graded" else {"outcome": outcome},
+            "tokens": tokens,
+            "truncated": truncated,
+        }
+        for text, score, outcome, tokens, truncated in zip(*columns, strict=True)
+    ]
