@@ -23,6 +23,7 @@ from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.evaluation.benchmarks import read_definition
+from vlm_sapo.rewards import verifiers
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
@@ -135,6 +136,19 @@ def test_the_carried_over_reward_works(tmp_path, monkeypatch):
     with closing(RewardPool([{"name": "my_rewards.py:my_reward"}])) as reward:
         scores = reward([(ResponseText(text), row) for text in ("it is 7", "it is 8")])
     assert [score.total for score in scores] == [1.0, 0.0]
+
+
+def test_a_verifier_in_a_reward_of_ones_own(tmp_path, monkeypatch):
+    """Every built-in one is importable by its name."""
+    assert {name: vars(verifiers)[name] for name in VERIFIERS} == VERIFIERS
+    [code] = [block for block in blocks("python") if "concise.py" in block]
+    (tmp_path / "concise.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    texts = [(r"\boxed{2}", 9), (r"\boxed{2}", 999), (r"\boxed{3}", 9), ("none", 9)]
+    with closing(RewardPool([{"name": "concise.py:concise"}], workers=1)) as reward:
+        scores = reward([(ResponseText(text, tokens=tokens), example()) for text, tokens in texts])
+    assert [score.total for score in scores] == pytest.approx([1.0, 0.9, 0.0, 0.0])
+    assert [score.outcomes["concise"] for score in scores] == ["graded"] * 3 + ["no_answer"]
 
 
 def test_the_cases_of_the_verifiers():

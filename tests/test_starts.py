@@ -107,8 +107,8 @@ def test_a_config(name, encode, tmp_path):
     for task in config.data.tasks:
         recipe = "geometry3k" if task.source == "hiyouga/geometry3k" else task.task
         check(build_examples(local(task, recipe, tmp_path)), encode, specs, config.reward.measured)
-    if config.eval.data:
-        held_out = local(config.eval.data, "geometry3k", tmp_path).model_copy(update={"split": None})
+    for section in config.eval.data:
+        held_out = local(section, "geometry3k", tmp_path).model_copy(update={"split": None})
         check(build_examples(held_out), encode, specs, config.eval.part or config.reward.measured)
 
 

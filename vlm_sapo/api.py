@@ -14,10 +14,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from vlm_sapo.config.data import HELD_OUT
 from vlm_sapo.config.evaluation import EvalOptions
 from vlm_sapo.config.fields import Section, as_parameter
-from vlm_sapo.config.files import find, parse, read_mapping
-from vlm_sapo.config.load import check, dump, load
+from vlm_sapo.config.files import parse
+from vlm_sapo.config.load import check, dump, load, read_values
 from vlm_sapo.config.rollout import EngineConfig, VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig
 from vlm_sapo.distributed import Interrupted
@@ -67,7 +68,7 @@ def train(
     each evaluation, ... Raises ValueError for mistakes, `Interrupted` where a signal stopped the run, and
     what a callback raised.
     """
-    values, objects = _with_objects(config, dataset, eval_dataset, reward)
+    values, objects = _with_objects(TrainConfig, config, dataset, eval_dataset, reward)
     config = check(TrainConfig, values)
     use_expandable_segments(config.rollout.engine)
     silence_libraries()
@@ -86,7 +87,7 @@ def sft(
 ) -> dict[str, Any]:
     """Supervised fine-tuning on demonstrations, with arguments like those of `train`. Returns the contents of
     `summary.json`."""
-    values, objects = _with_objects(config, dataset, eval_dataset, None)
+    values, objects = _with_objects(SftConfig, config, dataset, eval_dataset, None)
     config = check(SftConfig, values)
     use_expandable_segments(config.rollout.engine)
     silence_libraries()
@@ -97,7 +98,11 @@ def sft(
 
 
 def _with_objects(
-    config: Section | Mapping[str, Any] | str | Path, dataset: Any, eval_dataset: Any, reward: Any
+    kind: type[Section],
+    config: Section | Mapping[str, Any] | str | Path,
+    dataset: Any,
+    eval_dataset: Any,
+    reward: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values of a config that names these objects, and the objects by name."""
     if isinstance(config, Section):
@@ -105,7 +110,7 @@ def _with_objects(
     elif isinstance(config, Mapping):
         values = deepcopy(dict(config))
     else:
-        values = read_mapping(find(str(config), "configs", field="config"))
+        values = read_values(kind, str(config))
     objects: dict[str, Any] = {}
     for section, argument, rows in (("data", "dataset", dataset), ("eval", "eval_dataset", eval_dataset)):
         if rows is not None:
@@ -131,6 +136,7 @@ def _name_rows(values: dict[str, Any], section: str, argument: str, rows: Any) -
     if section == "eval":
         parent = values.setdefault("eval", {})
         known = parent.get("data") or _how_rows_are_read(values.get("data"))
+        known = known[0] if isinstance(known, list) and len(known) == 1 else known
     else:
         parent, known = values, values.get("data") or {}
     if not isinstance(known, dict) or known.get("mixture"):
@@ -140,7 +146,8 @@ def _name_rows(values: dict[str, Any], section: str, argument: str, rows: Any) -
         )
     unset = dict.fromkeys(("subset", "split", "args"))
     named = {"source": f"{PYTHON}{argument}", "fingerprint": fingerprint(rows)}
-    parent["data"] = {"name": argument, **known, **unset, **named}
+    name = HELD_OUT if section == "eval" else argument
+    parent["data"] = {"name": name, **known, **unset, **named}
 
 
 def _how_rows_are_read(data: Any) -> dict[str, Any]:

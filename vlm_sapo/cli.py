@@ -358,6 +358,9 @@ def _report(summary: dict) -> None:
         if when == "eval_before" and after:  # older runs have the first one without a name
             label = name or "held-out"
             typer.echo(f"{label} pass@1: {before['pass@1']:.3f} before, {after['pass@1']:.3f} after")
+    for name in summary.get("not_evaluated_before", []):
+        after = summary[f"eval_after/{name}"]["pass@1"]
+        typer.echo(f"{name} pass@1: not evaluated before, {after:.3f} after")
     if conclusion := summary.get("learnt_nothing"):
         typer.echo(f"warning: {conclusion.partition(';')[0]}")
 

@@ -68,6 +68,13 @@ def locate(path: str | Path) -> Path:
     return inside if inside.exists() else path
 
 
+def searched(path: str | Path) -> str:
+    """Where a relative path was looked up, for a message; empty for an absolute one."""
+    if Path(path).expanduser().is_absolute():
+        return ""
+    return f" (looked beside the file that names it, in {Path.cwd()}, and among the shipped files)"
+
+
 def resolve(name: str, *, field: str, builtin: Mapping[str, Any] | None = None, group: str = "") -> Any:
     """The object called `name`.
 
@@ -143,7 +150,7 @@ def absolute(name: str) -> str:
 def _from_file(target: str, field: str, name: str) -> Any:
     path = locate(target).resolve()
     if not path.is_file():
-        raise ValueError(f"{field} ({name}) must name a Python file that exists; {path} does not")
+        raise ValueError(f"{field} ({name}) must name a Python file that exists{searched(target)}")
     key = f"vlm_sapo_plugin_{path.stem}_{abs(hash(str(path)))}"
     if str(path.parent) not in sys.path:  # its neighbours can be imported, after every library
         sys.path.append(str(path.parent))

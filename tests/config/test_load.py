@@ -85,7 +85,12 @@ def test_overrides_set_list_entries_and_replace_lists(load):
         ("algo.advantage=centered", "such as {type: own, function: my_file.py:name}; did you mean centred?"),
         ("algo.advantage={type: own}", "algo.advantage.function is missing"),
         ("model.lora=16", "model.lora (16) must be fields such as {rank: 16} or null"),
-        ("eval.data=[{source: x}]", "eval.data: this is one source, not a list"),
+        ("eval.data=[{source: x}, {source: x}]", "eval.data: two sets of one name (x, x); give each its own"),
+        ("data.holdout=1.0", "data.holdout (1.0) must be a whole number of at least 1"),
+        (
+            "data={source: x, holdout: 3} eval.data={source: y}",
+            "eval.data and data.holdout (3) would both be evaluated as held-out; name the set",
+        ),
         ("data.columns={image: x}", "data.columns.image ('image') must be `problem`, `answer`, `images`"),
         ("log.to=wandb", "log.to ('wandb') must be a list such as [tensorboard]"),
         ("run.name=5", "run.name (5) must be text; put it in quotes"),
@@ -103,7 +108,7 @@ def test_overrides_set_list_entries_and_replace_lists(load):
 )
 def test_errors_name_field_value_and_remedy(load, override, sentence):
     with pytest.raises(ValueError) as error:
-        load([override])
+        load(override.split(" ") if " eval." in override else [override])
     assert sentence in str(error.value)
 
 
@@ -194,9 +199,24 @@ def test_a_list_of_tasks_takes_overrides_with_and_without_mixture(tmp_path):
 
 def test_notes_beside_the_fields():
     free, shown = cfg.free_on_resume(), cfg.report_fields()
-    for name in ("run.dir", "checkpoint.every", "log.to", "rollout.engine.servers", "train.shard"):
+    for name in (
+        "run.dir",
+        "checkpoint.every",
+        "log.to",
+        "rollout.engine.servers",
+        "train.shard",
+        "eval.every",
+        "eval.data",
+    ):
         assert fields.belongs(name, free), name
-    for name in ("train.lr", "rollout.engine.type", "eval.every", "run.seed", "train.steps", "reward.parts"):
+    for name in (
+        "train.lr",
+        "rollout.engine.type",
+        "data.holdout",
+        "run.seed",
+        "train.steps",
+        "reward.parts",
+    ):
         assert not fields.belongs(name, free), name
     for name in ("algo.objective.tau_pos", "data.args.size", "train.lr", "reward.parts", "run.seed"):
         assert fields.belongs(name, shown), name
@@ -209,6 +229,9 @@ def test_what_may_change_on_resume():
     for override, harmless in (
         ("run.dir=/tmp/x", True),
         ("checkpoint.keep_last=9", True),
+        ("eval.samples=2", True),
+        ("eval.data.args.size=9", True),
+        ("data.holdout=9", False),
         ("train.steps=50", True),
         ("train.lr=1", False),
         ("rollout.engine=vllm", False),

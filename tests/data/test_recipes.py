@@ -80,9 +80,9 @@ def test_held_out_rows_use_the_prompt_of_training_rows(tmp_path):
         "system": "Be brief.",
         "verifier": {"name": "count"},
     }
-    rows = config(tmp_path, data, "eval.data.source=b.jsonl").eval.data
+    rows = config(tmp_path, data, "eval.data.source=b.jsonl").eval.data[0]
     assert (rows.template, rows.system, rows.verifier.name) == ("Q: {problem}", "Be brief.", "count")
-    rows = config(tmp_path, data, "eval.data.source=b.jsonl", "eval.data.template=A {problem}").eval.data
+    rows = config(tmp_path, data, "eval.data.source=b.jsonl", "eval.data.template=A {problem}").eval.data[0]
     assert rows.template == "A {problem}" and rows.system == "Be brief."
 
 

@@ -47,7 +47,10 @@ LORA = ("model.lora.rank=4", "algo.kl=0.1")
 MIXED = ("data.source={folder}/rows.py:rows", "data.args={{size: 24}}", "data.columns={{}}")
 RUNS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "frozen": ("model.freeze=[vision, merger]", "algo.kl=0.1", "rollout.resample=1"),
+    "frozen": (
+        *("model.freeze=[vision, merger]", "algo.kl=0.1", "rollout.resample=1"),
+        *("data.holdout=4", "eval.data=null"),
+    ),
     "lora": LORA,
     "mixed": (*MIXED, "reward.parts=[{{name: {folder}/reward.py:some_groups}}]", "train.optimizer=adamw"),
     "uneven": (
@@ -228,7 +231,8 @@ def test_evaluations_are_the_same(runs):
     samples = "evaluations/step_000003/samples.jsonl"
     one, two = ((runs.folder / name / samples).read_text() for name in ("plain", "plain-copies"))
     assert one == two and len(one.splitlines()) == 5
-    assert results("plain") == results("plain-copies") == results("plain-sharded")
+    for name in ("plain", "frozen"):  # one with a set of its own, one with rows held out of training
+        assert results(name) == results(f"{name}-copies") == results(f"{name}-sharded") != []
 
 
 def test_host_memory_holds_the_same(runs):

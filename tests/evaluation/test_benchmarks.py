@@ -1,9 +1,11 @@
 """Benchmark definitions on their own rows: problems, images, verdicts, the authors' scores."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.conftest import ROOT, SHARED
@@ -252,6 +254,36 @@ def test_a_folder_with_other_settings_is_refused(run, model_folder):
     assert again.exit_code == 0 and same == results
     other, _ = run(*options, "--limit", "5")
     assert "differ in limit" in str(other.exception)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(model_folder, tmp_path_factory):
+    """The tiny model as a published one is stored."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    shutil.copytree(model_folder(), folder, dirs_exist_ok=True)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"float32"', '"bfloat16"'))
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("options", "dtype"), [((), "bfloat16"), (("--dtype", "float32"), "float32")])
+def test_weights_have_the_checkpoints_dtype_by_default(run, bfloat16_model, options, dtype):
+    common = ("--benchmark", "shapes", "--max-tokens", "4", "--limit", "2")
+    result, results = run("--model", str(bfloat16_model), *common, *options)
+    assert result.exit_code == 0, result.output
+    assert results["shapes"]["dtype"] == dtype
+    assert ("weights in bfloat16, as in the checkpoint" in result.output) == (dtype == "bfloat16")
+
+
+def test_the_runs_reward_needs_a_run(run, model_folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("source: data/shapes.py:rows\nverifier: {name: run}\n")
+    result, _ = run("--model", str(model_folder()), "--benchmark", str(tmp_path / "mine.yaml"))
+    assert "mine: verifier (run) is the reward of a training run" in str(result.exception)
+    (tmp_path / "mine.yaml").write_text("source: x\nverifier: {name: run, args: {finding: stated}}\n")
+    with pytest.raises(ValueError, match="verifier run is the run's whole reward and takes neither args nor"):
+        read_definition(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_best_evaluations_prefer_the_later_of_equals(folder):
     for step, share in enumerate((0.1, 0.5, 0.4, 0.5)):
         folder.append("evaluations.jsonl", {"step": step, "name": "held-out", "pass@1": share})
         folder.append("evaluations.jsonl", {"step": step, "name": "other", "pass@1": 1.0})
-    assert folder.best(0) == [] and folder.best(1) == [3] and folder.best(3) == [3, 1, 2]
+    assert [folder.best(count, "held-out") for count in (0, 1, 3)] == [[], [3], [3, 1, 2]]
 
 
 def test_lines_are_kept_while_the_disk_is_full(folder, monkeypatch):

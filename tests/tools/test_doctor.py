@@ -73,6 +73,17 @@ def test_good_rows_have_no_findings(case):
     assert "nothing would break the run" in result.output
 
 
+def test_rows_that_are_held_out_are_reported(case):
+    sketch(1).save(case.folder / "twin.bmp")
+    case.add(13, image="twin.bmp")
+    case.add(14)
+    result, report, findings = case.run("data.holdout=4")
+    assert result.exit_code == 0 and not findings
+    assert report["sets"]["held-out"]["rows"] == 4 and report["holdout"]["trained_rows"] == 10
+    assert report["holdout"]["images"] + report["holdout"]["trained_images"] == 13
+    assert "data.holdout: 4 rows with" in result.output and "none of the images is on both" in result.output
+
+
 def test_rows_that_would_break_a_run_give_exit_code_1(case):
     sketch(13).save(case.folder / "whole.png")
     (case.folder / "torn.png").write_bytes((case.folder / "whole.png").read_bytes()[:200])

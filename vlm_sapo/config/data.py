@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Section
 from vlm_sapo.config.files import find, read_mapping
+from vlm_sapo.config.paths import Paths
 from vlm_sapo.config.secrets import check_secrets
 
 
@@ -20,10 +21,16 @@ PublicArgs = Annotated[dict[str, Any], AfterValidator(_public)]
 """Arguments without secrets: the config is stored."""
 
 
+HELD_OUT = "held-out"
+"""Name of the evaluation on `data.holdout`, and of `eval.data` where that is one source."""
+OF_RUN = "run"
+"""The verifier of a benchmark that is graded by the reward of the run that evaluates it."""
+
+
 class VerifierConfig(Section):
     example: ClassVar[str] = "{name: math}"
 
-    name: str
+    name: Annotated[str, Note.FUNCTION]
     """A built-in verifier, `path/to/file.py:function` or `package.module:function`."""
     args: PublicArgs = {}
     """Keyword arguments of the verifier."""
@@ -44,7 +51,7 @@ def merge(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 class SourceConfig(Section):
     example: ClassVar[str] = "{source: rows.jsonl}"
 
-    recipe: str | None = None
+    recipe: Annotated[str | None, Note.DEFINITION] = None
     """A shipped recipe (`data/README.md` lists them) or a YAML file with the fields below. Fields next to
     `recipe` override it; `null` unsets one. The stored config holds the result."""
     name: str | None = None
@@ -52,6 +59,7 @@ class SourceConfig(Section):
     source: Annotated[
         str | None,
         Note.IN_REPORT,
+        Note.PATH,
         AlsoCalled(
             "path", "dataset", "train_files", "train_file", "dataset_name", "train_dataset", "data_path"
         ),
@@ -67,7 +75,7 @@ class SourceConfig(Section):
     was used, and a resumed run stays with it."""
     split: Annotated[str | None, AlsoCalled("dataset_train_split", "train_split")] = None
     """Split of a dataset id, folder or JSON file that has several, or a value of the split column."""
-    args: Annotated[PublicArgs, Note.IN_REPORT] = {}
+    args: Annotated[PublicArgs, Note.IN_REPORT, Note.PATH] = {}
     """Keyword arguments of a source that is a function."""
     columns: Annotated[
         dict[Literal["problem", "answer", "images", "id", "split", "response"], str | list[str]],
@@ -78,7 +86,7 @@ class SourceConfig(Section):
     the first that the rows have counts. `response` is the demonstration that `sft` learns from."""
     filter: dict[str, Any] = {}
     """Keep only rows whose column has this value, or one of these values."""
-    transform: str | None = None
+    transform: Annotated[str | None, Note.FUNCTION] = None
     """`path/to/file.py:function` that rewrites each row (a dict) before its columns are read."""
     limit: Annotated[Positive | None, AlsoCalled("max_samples", "num_samples", "train_max_samples")] = None
     """Use only the first N rows."""
@@ -100,7 +108,8 @@ class SourceConfig(Section):
         fields = {name: item for name, item in value.items() if name != "recipe"}
         if value.get("recipe"):
             path = find(str(value["recipe"]), "data", field="recipe")
-            fields = merge({"name": path.stem, **read_mapping(path)}, fields)
+            recipe = Paths(path.parent).absolute(SourceConfig, read_mapping(path))
+            fields = merge({"name": path.stem, **recipe}, fields)
         return {name: item for name, item in fields.items() if item is not None}
 
     @model_validator(mode="after")
@@ -146,13 +155,13 @@ class TaskConfig(RowsConfig):
 class BenchmarkConfig(RowsConfig):
     """A file of `eval/benchmarks/`."""
 
-    about: str
+    about: str = ""
     """Description in one line."""
     verifier: VerifierConfig = VerifierConfig(name="auto", args={"finding": "stated"})
-    """Our verifier."""
+    """Our verifier. `{name: run}` is the reward of the run that has the benchmark in `eval.benchmarks`."""
     official: VerifierConfig | None = None
     """The benchmark's official scorer, where our verifier differs from it on purpose."""
-    metric: str | None = None
+    metric: Annotated[str | None, Note.FUNCTION] = None
     """The official score over all problems, where that is not the mean: a name of METRICS in
     vlm_sapo/evaluation/results.py, or `path/to/file.py:function`."""
     by: list[str] = []
@@ -162,6 +171,15 @@ class BenchmarkConfig(RowsConfig):
     variant: Literal["split", "subset"] = "split"
     """What `NAME:VARIANT` selects."""
 
+    @model_validator(mode="after")
+    def _run_has_no_official_scorer(self):
+        if self.verifier.name == OF_RUN and (self.official or self.verifier.args):
+            raise ValueError(
+                f"verifier {OF_RUN} is the run's whole reward and takes neither args nor official beside it; "
+                "remove them, or name a verifier"
+            )
+        return self
+
 
 class DataConfig(SourceConfig):
     list_field: ClassVar[str] = "mixture"
@@ -169,6 +187,19 @@ class DataConfig(SourceConfig):
     mixture: list[TaskConfig] = []
     """Several tasks, each with a fixed share of every mini-batch, instead of one source. `data: [...]` is
     short for it; overrides name the entries `data.mixture.0`, `data.mixture.1`, ... either way."""
+    holdout: Annotated[
+        Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] | None,
+        Note.IN_REPORT,
+        AlsoCalled(
+            "val_size",
+            "test_size",
+            "eval_split_ratio",
+            "split_dataset_ratio",
+        ),
+    ] = None
+    """Rows to hold out of training, of each task of a mixture: a number of rows (200) or a share (0.1). The
+    run is evaluated on them as `held-out`, or `held-out/TASK` for each task. No image is on both sides, and
+    the split is the same for every `run.seed` (docs/data.md)."""
     max_prompt_tokens: Annotated[Positive, AlsoCalled("max_prompt_length", "prompt_length")] = 4096
     """Longest allowed prompt in tokens, image tokens included. A longer one is an error: prompts are never
     truncated."""

@@ -86,8 +86,8 @@ class EvalOptions(Options):
     """Enlarge images with fewer pixels (width x height) than this."""
     max_pixels: Positive | None = None
     """Shrink images with more pixels (width x height) than this."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the weights: float32, bfloat16 or float16."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the weights: float32, bfloat16 or float16; by default the one that the checkpoint has."""
     limit: Positive | None = None
     """Evaluate only the first N problems."""
     on_error: Literal["stop", "skip"] = "stop"

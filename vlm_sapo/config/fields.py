@@ -44,6 +44,12 @@ class Note(Enum):
     """Changes how a run is carried out, not its results: a resumed run may have another value."""
     IN_REPORT = auto()
     """The report's summary shows it."""
+    PATH = auto()
+    """A file or folder, `FILE.py:NAME`, or a name that is neither; of a mapping, its entry `path`."""
+    FUNCTION = auto()
+    """`FILE.py:NAME`, or a name that is no path."""
+    DEFINITION = auto()
+    """A YAML file or the name of a shipped one; for a benchmark also `NAME:VARIANT` and `NAME=FILE`."""
 
 
 @dataclass(frozen=True)

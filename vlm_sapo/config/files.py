@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vlm_sapo.plugins import shipped
+from vlm_sapo.plugins import searched, shipped
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,7 +42,8 @@ def find(name: str, folder: str, *, field: str) -> Path:
         return same[0]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "check the name, or give the path of a YAML file."
-    raise ValueError(f"no {field} `{name}`; {hint} Shipped {field}s: {', '.join(known)}")
+    names = ", ".join(known)
+    raise ValueError(f"no {field} `{name}`; {hint} Shipped {field}s: {names}{searched(name)}")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -24,18 +24,25 @@ from vlm_sapo.config.fields import (
 )
 from vlm_sapo.config.files import find, parse, read_mapping
 from vlm_sapo.config.names import without_field
+from vlm_sapo.config.paths import Paths
 from vlm_sapo.config.rollout import VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig, TrainerConfig, free_on_resume
+from vlm_sapo.types import one_line
 
 T = TypeVar("T", bound=Section)
 MAX_VALUE = 80
 """Characters of a value that a message shows."""
+MAX_CHANGE = 200
+"""Characters of a value that has changed, in a message; a list of sections may have thousands."""
+ABSENT = "not there"
+"""The value of a field that a config doesn't have, in a message."""
 MAX_FOREIGN = 20
 """Fields of another trainer's section that a message lists."""
 
 
 def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
-    """Reads a config file, applies `key=value` overrides and checks the result.
+    """Reads a config file, applies `key=value` overrides and checks the result. The file's relative paths are
+    looked up beside it, then in the working directory, those of overrides in the working directory.
 
     Raises ValueError with one line per problem, each with the field, the value and the remedy.
     """
@@ -43,11 +50,14 @@ def load(kind: type[T], name: str, overrides: Sequence[str] = ()) -> T:
 
 
 def read_values(kind: type[Section], name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields that a config file and the overrides set, as they are written there."""
-    values = read_mapping(find(name, "configs", field="config"))
+    """The values of a config file with overrides, and absolute paths. Raises ValueError where a path is that
+    of two files."""
+    path = find(name, "configs", field="config")
+    paths = Paths(path.parent)
+    values = paths.absolute(kind, read_mapping(path))
     for override in overrides:
         _override(kind, values, override)
-    return values
+    return replace(paths, folder=None, naming=True).absolute(kind, values)
 
 
 def without_defaults(kind: type[T], values: Mapping[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def check(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(kind, error))) from error
+        raise ValueError("\n".join(_explain(kind, values, error))) from error
 
 
 def dump(config: Section) -> str:
@@ -103,28 +113,37 @@ class Change:
     """Whether a run with the new value is still the same run."""
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.before} -> {self.after}"
+        return f"{self.field}: {one_line(self.before, MAX_CHANGE)} -> {one_line(self.after, MAX_CHANGE)}"
 
 
 def differences(before: str, after: str) -> list[Change]:
     """What changed between two configs that `dump` wrote."""
-    old, new = (_flatten(parse(text)) for text in (before, after))
+    new = parse(after)
     free = free_on_resume()
-    if new.get("train.schedule") == "constant":  # the length of a run then changes no step of it
+    if new["train"].get("schedule") == "constant":  # the length of a run then changes no step of it
         free |= {"train.steps"}
     return [
-        Change(field, old.get(field, "not there"), new.get(field, "not there"), belongs(field, free))
-        for field in sorted(old.keys() | new.keys())
-        if field not in old or field not in new or old[field] != new[field]
+        Change(field, old, value, belongs(field, free))
+        for field, old, value in _differing(parse(before), new)
     ]
 
 
-def _flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    prefix = f"{name}." if name else ""
-    return {key: item for part in value for key, item in _flatten(value[part], f"{prefix}{part}").items()}
+def _differing(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, earlier and new value of each field that differs; of lists of as many sections, their fields."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in sorted({*before, *after})}
+    elif _sections(before) and _sections(after) and len(before) == len(after):
+        pairs = dict(enumerate(zip(before, after, strict=True)))
+    else:
+        pairs = {}
+        if before != after:
+            yield name, before, after
+    for key, pair in pairs.items():
+        yield from _differing(*pair, f"{name}.{key}" if name else key)
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _override(kind: type[Section], values: dict, override: str) -> None:
@@ -207,8 +226,9 @@ class _Problem:
     """Type of the value, and its bounds."""
 
 
-def _locate(kind: type[Section], error: Mapping[str, Any]) -> _Problem:
+def _locate(kind: type[Section], values: Any, error: Mapping[str, Any]) -> _Problem:
     path: list[str | int] = []
+    value = values
     parents = current = [kind]
     annotation: Any = kind
     key: Any = str
@@ -219,13 +239,16 @@ def _locate(kind: type[Section], error: Mapping[str, Any]) -> _Problem:
         variants = [section for section in current if part in (*types_of(section), section.__name__)]
         if fields:
             path.append(part)
+            value = value.get(part) if isinstance(value, Mapping) else None
             parents, annotation, metadata = current, fields[0].annotation, tuple(fields[0].metadata)
             current = [section for field in fields for section in sections_in(field.annotation)]
         elif part == "[key]":
             annotation = key
         elif get_origin(annotation) in (list, tuple, dict):
             key = get_args(annotation)[0]
-            path.append(part)
+            if not (isinstance(part, int) and isinstance(value, Mapping)):  # one entry in the place of a list
+                path.append(part)
+                value = value[part] if isinstance(value, list) and isinstance(part, int) else None
             annotation, metadata = _entry_type(annotation, part), ()
         elif variants:
             parents = current = variants
@@ -243,10 +266,10 @@ def _entry_type(annotation: Any, part: str | int) -> Any:
     return types[-1]
 
 
-def _explain(kind: type[Section], error: ValidationError) -> list[str]:
+def _explain(kind: type[Section], values: Any, error: ValidationError) -> list[str]:
     """One sentence for each field with errors. Of a union's errors the ones inside its section count, if the
     value is one."""
-    problems = [_locate(kind, item) for item in error.errors()]
+    problems = [_locate(kind, values, item) for item in error.errors()]
     above = {problem.path[:count] for problem in problems for count in range(len(problem.path))}
     sentences = [_sentence(kind, problem) for problem in problems if problem.path not in above]
     return list(dict.fromkeys(sentences))

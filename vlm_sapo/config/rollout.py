@@ -41,7 +41,7 @@ class HfConfig(_Engine):
 
 class OwnEngineConfig(_Engine):
     type: Literal["own"]
-    function: str
+    function: Annotated[str, Note.FUNCTION]
     """`path/to/file.py:name` of a function or class that takes what an engine is built for
     (EngineNeeds) and returns an engine; both are in rollout/engine.py."""
     args: dict[str, Any] = {}
@@ -146,7 +146,7 @@ TRUNCATIONS = ("top_p", "top_k", "min_p")
 class EnvironmentConfig(Section):
     example: ClassVar[str] = "{function: my_file.py:Name}"
 
-    function: str
+    function: Annotated[str, Note.FUNCTION]
     """`path/to/file.py:name` or `package.module:name` of a class whose objects have `reset(example)` and
     `step(response)`, one object for each response (docs/rollouts.md)."""
     args: dict[str, Any] = {}

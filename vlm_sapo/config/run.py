@@ -55,7 +55,7 @@ class CheckpointConfig(Section):
     keep_last: Annotated[Positive, AlsoCalled("save_total_limit", "save_limit")] = 2
     """Keep the N newest checkpoints."""
     keep_best: Annotated[Count, AlsoCalled("load_best_model_at_end")] = 0
-    """Also keep the N checkpoints with the best evaluation results."""
+    """Also keep the N checkpoints with the best pass@1 in the first evaluation (`eval.data` says which)."""
     background: Annotated[bool, AlsoCalled("async_save")] = False
     """Write checkpoints while training continues, from a copy of weights and optimizer state in host
     memory."""
@@ -68,7 +68,8 @@ class CheckpointConfig(Section):
         `held_out` is empty where there is nothing to evaluate on."""
         if self.keep_best and not held_out:
             raise ValueError(
-                f"checkpoint.keep_best ({self.keep_best}) selects checkpoints by evaluation; set eval.data"
+                f"checkpoint.keep_best ({self.keep_best}) selects checkpoints by evaluation; set "
+                "data.holdout or eval.data"
             )
         if self.keep_best and (not self.every or not evaluated_every or evaluated_every % self.every):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vlm_sapo.config.data import DataConfig, RowsConfig
+from vlm_sapo.config.data import HELD_OUT, DataConfig, RowsConfig
 from vlm_sapo.config.fields import (
     AlsoCalled,
     Count,
@@ -41,7 +41,7 @@ class LoraConfig(Section):
     bits: Annotated[Literal[4] | None, AlsoCalled("load_in_4bit", "quantization")] = None
     """4 stores the linear layers of these parts in 4 bits (QLoRA, needs bitsandbytes); null keeps
     `model.dtype`."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, Note.PATH] = None
     """Folder of a trained adapter of the same base model to continue from; its rank, alpha and parts are
     used."""
 
@@ -52,6 +52,7 @@ class ModelConfig(Section):
     path: Annotated[
         str,
         Note.IN_REPORT,
+        Note.PATH,
         AlsoCalled("name", "model_name_or_path", "model_path", "model", "model_name", "model_id"),
     ]
     """Folder or Hugging Face id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its
@@ -102,7 +103,7 @@ class ModelConfig(Section):
 class RewardPartConfig(Section):
     example: ClassVar[str] = "{name: math}"
 
-    name: str
+    name: Annotated[str, Note.FUNCTION]
     """A built-in verifier (docs/rewards.md lists them), `path/to/file.py:function`, `package.module:function`
     or an installed entry point."""
     fingerprint: str | None = None
@@ -278,7 +279,7 @@ class OwnFunctionConfig(Section):
     example: ClassVar[str] = "{type: own, function: my_file.py:name}"
 
     type: Literal["own"]
-    function: str
+    function: Annotated[str, Note.FUNCTION]
     """`path/to/file.py:name` or `package.module:name` of a function or class. docs/algorithm.md lists its
     arguments; docs/examples has one of each kind."""
     args: dict[str, Any] = {}
@@ -513,12 +514,14 @@ class SftTrainerConfig(OptimConfig):
 
 class EvalConfig(Section):
     data: Annotated[
-        RowsConfig | None,
+        list[RowsConfig],
         AlsoCalled("val_files", "val_file", "val_dataset", "eval_dataset", "eval_data", "test_files"),
-    ] = None
-    """Held-out rows. `system`, `template` and `verifier` are those of `data` unless set here. For several
-    held-out sets use `eval.benchmarks`."""
-    benchmarks: list[str] = []
+    ] = []
+    """Held-out sets: a list of sources, each evaluated under its `name`. One source may stand without a list;
+    its name is `held-out`. `system`, `template` and `verifier` are those of `data` unless set here. The first
+    evaluation decides which checkpoint is best: `data.holdout`, else the first set here, else the first
+    benchmark."""
+    benchmarks: Annotated[list[str], Note.DEFINITION] = []
     """Benchmarks to evaluate on as well: `NAME` (eval/README.md lists them), `NAME=FILE` with the benchmark's
     rows in a local file, or the path of a definition of your own. Responses may be as long as the definition
     says."""
@@ -545,9 +548,17 @@ class EvalConfig(Section):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _one_source(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise ValueError("this is one source, not a list; list several held-out sets in eval.benchmarks")
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return [value | {"name": HELD_OUT if value.get("name") is None else value["name"]}]
+        return [] if value is None else value
+
+    @field_validator("data")
+    @classmethod
+    def _names_differ(cls, value: list[RowsConfig]) -> list[RowsConfig]:
+        names = [rows.task for rows in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sets of one name ({', '.join(names)}); give each its own `name`")
         return value
 
 
@@ -576,12 +587,26 @@ def check_updates_survive(model: ModelConfig, train: OptimConfig) -> None:
 PROMPT = ("system", "template", "verifier")
 
 
-def with_prompt_of(data: DataConfig, rows: RowsConfig | None) -> RowsConfig | None:
+def with_prompt_of(data: DataConfig, rows: RowsConfig) -> RowsConfig:
     """Held-out rows with the training rows' prompt and verifier unless they set their own."""
-    if rows is None or data.mixture:
+    if data.mixture:
         return rows
     own = rows.model_fields_set
     return rows.model_copy(update={name: value for name, value in data if name in PROMPT and name not in own})
+
+
+def complete_evaluation(config: TrainConfig | SftConfig) -> None:
+    """Gives held-out sets the prompt of the training rows. Raises ValueError where two evaluations would have
+    one name, or no checkpoint would be evaluated."""
+    data, section = config.data, config.eval
+    section.data = [with_prompt_of(data, rows) for rows in section.data]
+    for rows in section.data:
+        if data.holdout and (rows.task == HELD_OUT or rows.task.startswith(f"{HELD_OUT}/")):
+            raise ValueError(
+                f"eval.data and data.holdout ({data.holdout}) would both be evaluated as {rows.task}; name "
+                "the set of eval.data otherwise, as in eval.data.name=test"
+            )
+    config.checkpoint.check_best(section.every, section.data or section.benchmarks or data.holdout)
 
 
 class TrainConfig(Section):
@@ -594,7 +619,7 @@ class TrainConfig(Section):
     reward: RewardConfig
     algo: AlgoConfig = AlgoConfig()
     train: TrainerConfig
-    eval: EvalConfig = EvalConfig()
+    eval: Annotated[EvalConfig, Note.FREE_ON_RESUME] = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
     alarms: Annotated[AlarmsConfig, Note.FREE_ON_RESUME] = AlarmsConfig()
     log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
@@ -602,9 +627,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _reward_and_evaluation(self):
-        self.eval.data = with_prompt_of(self.data, self.eval.data)
+        complete_evaluation(self)
         check_updates_survive(self.model, self.train)
-        self.checkpoint.check_best(self.eval.every, self.eval.data or self.eval.benchmarks)
         if not self.reward.parts:
             raise ValueError("reward.parts must name at least one verifier or function")
         if self.algo.correction and self.train.old_logprobs == "rollout":
@@ -635,20 +659,20 @@ class SftConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     train: SftTrainerConfig
-    eval: EvalConfig = EvalConfig()
+    eval: Annotated[EvalConfig, Note.FREE_ON_RESUME] = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, Note.FREE_ON_RESUME] = CheckpointConfig()
     log: Annotated[LogConfig, Note.FREE_ON_RESUME] = LogConfig()
     hub: Annotated[HubConfig, Note.FREE_ON_RESUME] = HubConfig()
 
     @model_validator(mode="after")
     def _complete(self):
-        self.eval.data = with_prompt_of(self.data, self.eval.data)
+        complete_evaluation(self)
         check_updates_survive(self.model, self.train)
-        self.checkpoint.check_best(self.eval.every, self.eval.data)
         if any("response" not in task.columns for task in self.data.tasks):
             raise ValueError("data.columns.response is missing; set it to the column with the demonstrations")
-        if self.eval.data and not self.reward.parts:
-            raise ValueError("eval.data needs a reward; set reward.parts, or remove eval.data")
+        for field, rows in (("eval.data", self.eval.data), ("data.holdout", self.data.holdout)):
+            if rows and not self.reward.parts:
+                raise ValueError(f"{field} needs a reward; set reward.parts, or remove {field}")
         return self
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_sapo.plugins import searched
 from vlm_sapo.types import RowError, one_line
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ LONGEST_INDEX = 64
 def read_file(path: Path) -> list[Row] | dict[str, list[Row]]:
     """The rows of a file, or its splits by name. Raises ValueError, and RowError naming the line."""
     if not path.is_file():
-        raise ValueError(f"data.source ({path}) must exist; there is no such file")
+        raise ValueError(f"data.source ({path}) must exist; there is no such file{searched(path)}")
     text = _read_text(path)
     if kind(path) in (".csv", ".tsv"):
         return _read_table(path, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -128,6 +129,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """What two RGB images have in common only if size and pixels are the same, whatever their file format."""
+    return hashlib.sha1(str(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def is_blank(image: Image.Image) -> bool:
+    """Whether an RGB image has one colour only."""
+    return all(low == high for low, high in image.getextrema())
 
 
 def is_path(value: Any) -> bool:

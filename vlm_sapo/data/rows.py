@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from inspect import iscoroutinefunction, signature
 from pathlib import Path
@@ -29,7 +30,7 @@ from vlm_sapo.data.formats import (
 )
 from vlm_sapo.data.images import decode
 from vlm_sapo.hub import COMMIT, check_no_revision, is_hub_id
-from vlm_sapo.plugins import PYTHON, locate, resolve
+from vlm_sapo.plugins import PYTHON, locate, resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
 from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import Example, RowError, one_line
@@ -81,7 +82,9 @@ def open_rows(
         else:
             rows = datasets.load_dataset(str(path) if path.is_dir() else source, subset, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.source ({source}) must be a file, a folder or a hub id; {error}") from error
+        raise ValueError(
+            f"data.source ({source}) must be a file, a folder or a hub id{searched(source)}; {error}"
+        ) from error
     rows = _pick_split(rows, split, source)
     if revision is not None and is_offline_mode():
         _check_cached(rows, source, revision)
@@ -242,6 +245,13 @@ class ExampleSet(Sequence):
             source=self.name,
             **self.common | {"system": self.common["system"] or content.system},
         )
+
+    def select(self, indices: Sequence[int], *, task: str | None = None) -> ExampleSet:
+        """Only these of the rows, in this order; `task` is their name in logs."""
+        part = copy(self)
+        part.indices = [self.indices[index] for index in indices]
+        part.common = self.common | ({"task": task} if task else {})
+        return part
 
     def key(self, index: int) -> str:
         """A row's id, or its number, read without its images."""

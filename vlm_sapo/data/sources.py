@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlm_sapo.config.data import DataConfig, RowsConfig
@@ -25,6 +26,11 @@ def build_examples(section: RowsConfig, *, task: str | None = None) -> ExampleSe
     return ExampleSet(rows, section, task=task)
 
 
+def build_tasks(data: DataConfig) -> dict[str, ExampleSet]:
+    """The training rows of each task, also those that `data.holdout` holds out."""
+    return {task.task: build_examples(task) for task in data.tasks}
+
+
 def build_stream(
     data: DataConfig,
     encode: Encoder,
@@ -33,13 +39,15 @@ def build_stream(
     minibatch: int,
     world: World | None = None,
     preparation: Preparation | None = None,
+    examples: Mapping[str, ExampleSet] | None = None,
 ) -> TaskMixture:
-    """The training rows as an endless stream, each mini-batch with every task's share."""
-    tasks = data.tasks
+    """The training rows as an endless stream, each mini-batch with every task's share. `examples` are the
+    rows of each task, by default all."""
+    tasks, examples = data.tasks, build_tasks(data) if examples is None else examples
     total = sum(task.share for task in tasks)
     streams = {
         task.task: PromptStream(
-            build_examples(task),
+            examples[task.task],
             encode,
             seed=f"{seed}/{task.task}" if data.mixture else seed,
             skip=data.on_error == "skip",

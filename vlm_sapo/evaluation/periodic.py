@@ -22,8 +22,6 @@ from vlm_sapo.types import Example, Sampling
 
 WARNING_SHARE = 0.25
 """Share of truncated responses, or of responses without an answer, that leads to a warning."""
-HELD_OUT = "held-out"
-"""Name of the evaluation on `eval.data`."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import string
@@ -16,6 +15,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from vlm_sapo.data.images import is_blank, pixel_digest
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.rewards.pool import RewardPool, without_pixels
@@ -144,10 +144,10 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     centred = thumbnail - thumbnail.mean()
     length = np.linalg.norm(centred)
     return Fingerprint(
-        exact=hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest(),
+        exact=pixel_digest(rgb),
         perceptual=int(str(imagehash.phash(grey)), 16),
         thumbnail=centred / max(length, 1e-9),
-        blank=all(low == high for low, high in rgb.getextrema()),
+        blank=is_blank(rgb),
     )
 
 

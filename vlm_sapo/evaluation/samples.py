@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def weights(model: str | None) -> list[list]:
     return [[file.name, *stamp(file)] for file in sorted(locate(model).glob("*.safetensors"))]
 
 
+SAMPLES = "samples.jsonl"
+
+
 @dataclass
 class SampleFile:
     """`samples.jsonl` of a folder: a line per problem, appended as batches are graded. Flush it at the end.
@@ -37,10 +41,10 @@ class SampleFile:
     """The benchmark whose samples these are; a file may have those of several."""
 
     def __post_init__(self) -> None:
-        self.path = self.folder / "samples.jsonl"
+        self.path = self.folder / SAMPLES
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         lines = list(filter(None, text.split("\n")))
-        complete = [record for record in map(_parse, lines) if record is not None]
+        complete = _complete(lines)
         self.done = {record["row"]: record for record in complete if record["benchmark"] == self.name}
         if len(complete) < len(lines) or not text.endswith("\n" if text else ""):
             replace_file(self.path, "".join(map(_line, complete)))
@@ -56,6 +60,18 @@ class SampleFile:
         if write:
             self.lines.add(*map(_line, records))
         self.done |= {record["row"]: record for record in records}
+
+
+def drop_samples(folder: Path, evaluations: Container[str]) -> None:
+    """Removes the samples of all but these evaluations from the folder's file."""
+    path = folder / SAMPLES
+    records = _complete(path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    replace_file(path, "".join(_line(record) for record in records if record["benchmark"] in evaluations))
+
+
+def _complete(lines: Iterable[str]) -> list[dict]:
+    """The records of the lines that are whole."""
+    return [record for record in map(_parse, filter(None, lines)) if record is not None]
 
 
 def _parse(line: str) -> dict | None:

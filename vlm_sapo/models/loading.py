@@ -25,7 +25,9 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.families import check_family
 from vlm_sapo.models.unread import TensorFiles, UnreadWeights
 from vlm_sapo.models.vlm import VLM, part_of
+from vlm_sapo.plugins import searched
 
+DTYPES = ("float32", "bfloat16", "float16")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -175,12 +177,38 @@ def count_parameters(path: str) -> int:
     return load_outline(path).model.num_parameters()
 
 
+def stored_dtype(path: str) -> str:
+    """The data type of a checkpoint's weights, by its config; float32 where that doesn't say. Raises
+    ValueError for one that no engine computes in."""
+    check_folder(path)
+    config = _config(path)
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(
+            f"{path} stores its weights as {name}; choose one of {', '.join(DTYPES)} with --dtype"
+        )
+    return name
+
+
+def _config(path: str) -> PreTrainedConfig:
+    """Raises ValueError for a model that can't be reached or is not supported."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"model.path ({path}) must be a model folder{searched(path)} or a hub id that can be reached; "
+            f"{error}"
+        ) from error
+    check_family(config.model_type, f"the model type of model.path {path}")
+    return config
+
+
 def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     """Loads processor and model. Raises ValueError that says what is wrong with `model.path`."""
     check_folder(path)
+    config = _config(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_family(config.model_type, f"the model type of model.path {path}")
         return AutoProcessor.from_pretrained(path, trust_remote_code=False), build(config)
     except OSError as error:
         raise ValueError(f"model.path ({path}) must be the folder of a whole model; {error}") from error
@@ -190,7 +218,9 @@ def check_folder(path: str) -> None:
     """Raises ValueError if a local model folder lacks files, before anything heavy is loaded."""
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"model.path ({path}) must be a model folder or a hub id; there is no such folder")
+        raise ValueError(
+            f"model.path ({path}) must be a model folder or a hub id; there is no such folder{searched(path)}"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path ({path}) must contain a model; config.json is missing from that folder")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")

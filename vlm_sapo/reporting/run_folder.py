@@ -67,11 +67,10 @@ class RunFolder:
         """Removes the summary, so that a finished run can continue."""
         (self.path / "summary.json").unlink(missing_ok=True)
 
-    def best(self, count: int) -> list[int]:
-        """The `count` steps with the best pass@1 in the first evaluation, of equal ones the later."""
-        records = self.read("evaluations.jsonl")
-        first = [record for record in records if record["name"] == records[0]["name"]]
-        order = sorted(first, key=lambda record: (-record["pass@1"], -record["step"]))
+    def best(self, count: int, name: str) -> list[int]:
+        """The `count` steps with the best pass@1 in the evaluation `name`, of equal ones the later."""
+        records = [record for record in self.read("evaluations.jsonl") if record["name"] == name]
+        order = sorted(records, key=lambda record: (-record["pass@1"], -record["step"]))
         return [record["step"] for record in order[:count]]
 
     def steps(self) -> int:

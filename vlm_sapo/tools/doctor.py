@@ -14,9 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.data.holdout import TaskRows, apply, split
 from vlm_sapo.data.rows import ExampleSet
-from vlm_sapo.data.sources import build_examples
-from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.data.sources import build_examples, build_tasks
+from vlm_sapo.evaluation.benchmarks import benchmarks_of, build_benchmarks
 from vlm_sapo.evaluation.preflight import (
     Fingerprint,
     Inspected,
@@ -462,30 +463,48 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
         max_pixels=config.model.max_pixels,
         max_tokens=config.data.max_prompt_tokens,
     )
-    sets = list(_inspect_sets(config, against, Inspector(encode, console)))
+    tasks, parts = build_tasks(config.data), None
+    if config.data.holdout is not None:
+        with console.progress("split by image", sum(map(len, tasks.values())), lines=2) as show:
+            parts = split(tasks, config.data.holdout, lambda done: show(done, "rows"))
+    rows = apply(parts, tasks, mixture=bool(config.data.mixture))
+    sets = list(_inspect_sets(config, rows, against, Inspector(encode, console)))
     findings = diagnose(sets, context=vlm.context, skip=config.data.on_error == "skip")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report(sets, findings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = report(sets, findings)
+    if parts is not None:
+        content["holdout"] = {
+            "rows": sum(map(len, rows.held_out.values())),
+            "images": parts.images,
+            "trained_rows": sum(map(len, rows.trained.values())),
+            "trained_images": parts.trained_images,
+        }
+        console.say(
+            "data.holdout: {rows:,} rows with {images:,} images held out, {trained_rows:,} with "
+            "{trained_images:,} trained; none of the images is on both sides".format(**content["holdout"])
+        )
+    out.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print(sets, findings, out, console)
     return all(finding.level != "breaks" for finding in findings)
 
 
-def _inspect_sets(config: TrainConfig, against: Sequence[str], inspector: Inspector) -> Iterator[RowSet]:
+def _inspect_sets(
+    config: TrainConfig, rows: TaskRows, against: Sequence[str], inspector: Inspector
+) -> Iterator[RowSet]:
     label = config.eval.part or config.reward.measured
     part = config.reward.parts[config.reward.labels.index(label)]
     spec = part.model_dump() | {"label": "verdict", "weight": 1.0, "gate": None}
     longest = config.rollout.max_tokens
     parts = [item.model_dump() for item in config.reward.parts]
-    for task in config.data.tasks:
-        yield inspector.check(
-            task.task, build_examples(task), spec, max_tokens=longest, evaluated=False, parts=parts
-        )
-    if config.eval.data:
-        examples = build_examples(config.eval.data, task="held-out")
-        yield inspector.check("held-out", examples, spec, max_tokens=longest, evaluated=True)
-    for item in build_benchmarks(config.eval.benchmarks, limit=config.eval.limit):
+    for name, examples in rows.trained.items():
+        yield inspector.check(name, examples, spec, max_tokens=longest, evaluated=False, parts=parts)
+    held_out = dict(rows.held_out) | {item.task: build_examples(item) for item in config.eval.data}
+    for name, examples in held_out.items():
+        yield inspector.check(name, examples, spec, max_tokens=longest, evaluated=True)
+    for item in benchmarks_of(config):
         name, limit = f"benchmark {item.name}", item.max_tokens
-        yield inspector.check(name, item.examples, item.parts[0], max_tokens=limit, evaluated=True)
+        own = spec if item.graded_by_run else item.parts[0]
+        yield inspector.check(name, item.examples, own, max_tokens=limit, evaluated=True)
     for item in build_benchmarks(against):
         rows = inspector.inspect(f"images of {item.name}", item.examples)
         yield RowSet(f"benchmark {item.name}", rows, evaluated=True, only_images=True)

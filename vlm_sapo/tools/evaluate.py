@@ -21,7 +21,7 @@ from vlm_sapo.evaluation.results import cautions
 from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.hub import check_no_revision, commit_of, is_hub_id, local_model
 from vlm_sapo.models.encode import Encoder
-from vlm_sapo.models.loading import load_outline
+from vlm_sapo.models.loading import load_outline, stored_dtype
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
@@ -55,6 +55,10 @@ def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     console = Console()
     options = options.model_copy(update={"revision": _commit(options)})
     benchmarks = build_benchmarks(options.names, limit=options.limit)
+    if options.dtype is None and options.responses is None:
+        folder = local_model(options.model, options.revision, weights=False, field="--model")
+        options = options.model_copy(update={"dtype": stored_dtype(folder)})
+        console.say(f"weights in {options.dtype}, as in the checkpoint (--dtype for another)")
     folder = RunFolder(options.out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, options)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.hub import local_model
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
@@ -60,7 +60,7 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
     """The arguments of the command, `vllm` first."""
     model = config.model
     engine = config.rollout.engine
-    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
+    benchmarks = benchmarks_of(config)
     outline = load_outline(local_model(model.path, model.revision, weights=False))
     options = {
         "host": host,

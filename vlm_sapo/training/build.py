@@ -9,7 +9,7 @@ import torch
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.stream import TaskMixture
-from vlm_sapo.evaluation.benchmarks import build_benchmarks
+from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.loading import count_parameters
@@ -32,6 +32,7 @@ from vlm_sapo.training.build_rollouts import (
     build_reward,
     build_rollouts,
     build_rows,
+    build_tasks,
     default_dtype,
     longest_row,
 )
@@ -138,15 +139,16 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     console, world = processes.console, processes.world
     reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
-    checkpoints = build_checkpoints(config, folder, processes)
+    rows, benchmarks = build_tasks(config, processes), benchmarks_of(config)
+    sets = build_evaluation_sets(config, rows, benchmarks)
+    checkpoints = build_checkpoints(config, folder, processes, ranked_by=sets[0].name if sets else None)
     checkpoint = checkpoints.newest()
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
     path, vlm = load_trained(config, checkpoint, processes)
     processes.device.check_kernels(vlm.layer_kinds, console.warn)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
-    stream = build_rows(config, encode, processes, purpose)
+    stream = build_rows(config, rows.trained, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
-    benchmarks = build_benchmarks(config.eval.benchmarks, limit=config.eval.limit)
     needs = EngineNeeds(
         vlm,
         path,
@@ -169,9 +171,10 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     if state is not None:
         rollouts.restore(state)
     open_logs(config, folder, processes, progress.step)
-    console.say(_banner(config, vlm, stream, processes, checkpoint, purpose))
+    held_out = sum(map(len, rows.held_out.values()))
+    console.say(_banner(config, vlm, stream, held_out, processes, checkpoint, purpose))
     evaluator = Evaluator(
-        sets=build_evaluation_sets(config, benchmarks),
+        sets=sets,
         every=config.eval.every,
         folder=folder,
         console=console,
@@ -202,6 +205,7 @@ def _banner(
     config: Config,
     vlm: VLM,
     stream: TaskMixture,
+    held_out: int,
     processes: Processes,
     checkpoint: Path | None,
     purpose: Purpose,
@@ -217,9 +221,10 @@ def _banner(
     if vlm.fused_modules:
         where += f", {vlm.fused_modules} norms and MLPs fused"
     steps, prompts = config.train.steps, purpose.prompts_per_step
+    apart = f", {held_out:,} more rows held out (by image)" if held_out else ""
     return (
         f"{start}: {total:,} parameters, {trained:,} of them trained, on {where}; "
-        f"{describe_rows(stream, steps * prompts)} in {steps} steps of {prompts}; "
+        f"{describe_rows(stream, steps * prompts)} in {steps} steps of {prompts}{apart}; "
         f"writing to {config.run.folder}"
     )
 

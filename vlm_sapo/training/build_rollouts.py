@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from vlm_sapo.config import schema as cfg
-from vlm_sapo.data.sources import build_examples, build_stream
+from vlm_sapo.data import sources as data
+from vlm_sapo.data.holdout import Split, TaskRows, apply, split
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.stream import InlinePreparation, Preparation, TaskMixture, ThreadedPreparation
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark
-from vlm_sapo.evaluation.periodic import HELD_OUT, EvaluationSet
+from vlm_sapo.evaluation.periodic import EvaluationSet
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
@@ -29,18 +31,38 @@ MAX_WORKERS = 4
 """Threads that prepare prompts, unless `data.workers` says how many."""
 
 
-def build_rows(config: Config, encode: Encoder, processes: Processes, purpose: Purpose) -> TaskMixture:
+def build_tasks(config: Config, processes: Processes) -> TaskRows:
+    """The rows of each task, split as `data.holdout` says: by the main process, for all."""
+    tasks, size = data.build_tasks(config.data), config.data.holdout
+
+    def work() -> Split | None:
+        if size is None:
+            return None
+        with processes.console.progress("split by image", sum(map(len, tasks.values())), lines=2) as show:
+            return split(tasks, size, lambda done: show(done, "rows"))
+
+    return apply(processes.world.on_main(work), tasks, mixture=bool(config.data.mixture))
+
+
+def build_rows(
+    config: Config,
+    rows: Mapping[str, ExampleSet],
+    encode: Encoder,
+    processes: Processes,
+    purpose: Purpose,
+) -> TaskMixture:
     """The stream of training rows of all tasks."""
     minibatch = purpose.prompts_per_step // purpose.minibatches
     # a prefetching sampler reports failures itself
     world = World() if config.rollout.ahead else processes.world
-    stream = build_stream(
+    stream = data.build_stream(
         config.data,
         encode,
         seed=config.run.seed,
         minibatch=minibatch,
         world=world,
         preparation=_build_preparation(config.data.workers, processes.local),
+        examples=rows,
     )
     for task in (task for task, share in stream.shares.items() if share * minibatch < 1):
         processes.console.warn(
@@ -103,8 +125,11 @@ def build_rollouts(
     return PrefetchedSampler(sampler, steps=rollout.ahead, last=config.train.steps, world=world)
 
 
-def build_evaluation_sets(config: Config, benchmarks: Sequence[Benchmark]) -> list[EvaluationSet]:
-    """The set `held-out` of `eval.data`, and the benchmarks."""
+def build_evaluation_sets(
+    config: Config, rows: TaskRows, benchmarks: Sequence[Benchmark]
+) -> list[EvaluationSet]:
+    """What is held out of training, the sets of `eval.data`, and the benchmarks, in this order: the first
+    decides which checkpoint is best. Raises ValueError if two have one name."""
     section = config.eval
     sampling = Sampling(
         section.samples,
@@ -115,12 +140,18 @@ def build_evaluation_sets(config: Config, benchmarks: Sequence[Benchmark]) -> li
         top_k=section.top_k,
         min_p=section.min_p,
     )
-    sets = []
-    if section.data is not None:
-        examples = build_examples(section.data, task=HELD_OUT)
-        measure = Measure(section.part or config.reward.measured)
-        sets.append(EvaluationSet(HELD_OUT, examples, sampling, measure))
+    held_out = [*rows.held_out.items(), *((item.task, data.build_examples(item)) for item in section.data)]
+    sets = [
+        EvaluationSet(name, examples, sampling, Measure(section.part or config.reward.measured))
+        for name, examples in held_out
+    ]
     for item in benchmarks:
         longer = replace(sampling, max_tokens=item.max_tokens)
-        sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=item.parts))
+        parts = None if item.graded_by_run else item.parts
+        sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=parts))
+    names = [item.name for item in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two evaluations of one name ({', '.join(names)}); give each set of eval.data a `name`"
+        )
     return sets

@@ -65,6 +65,14 @@ class Writing:
     """The training thread waits for it."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The checkpoints with the best results in one evaluation."""
+
+    count: int
+    evaluation: str
+
+
 class TornError(ValueError):
     """A checkpoint's files differ from its manifest."""
 
@@ -76,7 +84,7 @@ class Checkpoints:
     All processes that hold a part of the model write: each into a folder of its own inside the checkpoint's,
     which the main process empties when all are done.
 
-    The newest `keep_last` and those of the `keep_best` best evaluations stay. With `background` they are
+    The newest `keep_last` and the `best` stay. With `background` they are
     written while training continues, from a copy in host memory. A full disk leaves earlier ones intact; then
     the run continues with a warning or stops, as `on_error` says.
     """
@@ -88,12 +96,12 @@ class Checkpoints:
         console: Console,
         world: World,
         keep_last: int = 2,
-        keep_best: int = 0,
+        best: Best | None = None,
         background: bool = False,
         on_error: Literal["warn", "stop"] = "warn",
     ):
         self.run_folder, self.folder = run_folder, run_folder.path / "checkpoints"
-        self.keep_last, self.keep_best, self.on_error = keep_last, keep_best, on_error
+        self.keep_last, self.best, self.on_error = keep_last, best, on_error
         self.console, self.world = console, world
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self.pending: Writing | None = None
@@ -227,7 +235,8 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        steps, best = _steps(self.folder), self.run_folder.best(self.keep_best)
+        steps = _steps(self.folder)
+        best = self.run_folder.best(self.best.count, self.best.evaluation) if self.best else []
         for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
             shutil.rmtree(self.folder / f"step_{step:06d}")
 

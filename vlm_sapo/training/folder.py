@@ -8,21 +8,28 @@ from typing import Any, TypeVar
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.data import SourceConfig
-from vlm_sapo.config.fields import Section
+from vlm_sapo.config.fields import Section, belongs
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
+from vlm_sapo.config.paths import Paths
+from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
 from vlm_sapo.hub import Kind, commit_of, describe_base, is_hub_id, prepare_push, push
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
-from vlm_sapo.training.checkpoint import Checkpoints
+from vlm_sapo.training.checkpoint import Best, Checkpoints
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.run import Interruption
 
 T = TypeVar("T")
 Config = cfg.TrainConfig | cfg.SftConfig
+
+EVALUATION = frozenset({"eval"})
+"""Fields that change what is measured."""
+EVALUATION_SETS = frozenset({"eval.data", "eval.benchmarks"})
+"""Fields that may add an evaluation, also to a finished run."""
 
 
 def open_folder(config: Config, processes: Processes) -> tuple[RunFolder, Config]:
@@ -155,7 +162,13 @@ def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accep
             "many; choose another run.dir, or start over with run.overwrite=true"
         )
     console.warn(f"this run continues with changes: {'; '.join(map(str, changes))}")
-    if folder.summary() is not None and (steps is not None or refused):
+    fields = [change.field for change in changes]
+    if any(belongs(field, EVALUATION) for field in fields):
+        _drop_unfinished(folder)
+    further = (
+        any(belongs(field, EVALUATION_SETS) for field in fields) and (folder.path / "checkpoints").is_dir()
+    )
+    if folder.summary() is not None and (steps is not None or refused or further):
         if not (folder.path / "checkpoints").is_dir():
             raise ValueError(
                 f"the run in {folder.path} is finished and left no checkpoint to resume from "
@@ -164,23 +177,33 @@ def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accep
         folder.unfinish()
 
 
+def _drop_unfinished(folder: RunFolder) -> None:
+    """Removes samples of evaluations that were interrupted: those of the new settings would not fit them."""
+    logged = folder.read("evaluations.jsonl")
+    for path in folder.path.glob(f"evaluations/step_*/{SAMPLES}"):
+        step = int(path.parent.name.removeprefix("step_"))
+        drop_samples(path.parent, {record["name"] for record in logged if record["step"] == step})
+
+
 def _upgraded(stored: str, kind: type[cfg.TrainConfig | cfg.SftConfig]) -> str:
-    """A stored config, with newer fields at their defaults."""
+    """A stored config, with newer fields at their defaults and paths as `load` would give them."""
     try:
-        return dump(check(kind, parse(stored)))
+        return dump(check(kind, Paths(None, naming=True).absolute(kind, parse(stored))))
     except ValueError:  # it has removed fields, which the comparison names
         return stored
 
 
-def build_checkpoints(config: Config, folder: RunFolder, processes: Processes) -> Checkpoints:
-    """Builds the run's checkpoints."""
+def build_checkpoints(
+    config: Config, folder: RunFolder, processes: Processes, ranked_by: str | None
+) -> Checkpoints:
+    """Builds the run's checkpoints; the evaluation of the name `ranked_by` decides which are best."""
     section = config.checkpoint
     return Checkpoints(
         folder,
         console=processes.console,
         world=processes.world,
         keep_last=section.keep_last,
-        keep_best=section.keep_best,
+        best=Best(section.keep_best, ranked_by) if ranked_by else None,
         background=section.background,
         on_error=section.on_error,
     )

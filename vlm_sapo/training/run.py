@@ -242,6 +242,9 @@ class Run:
                 if record["step"] == step:
                     short = {key: record[key] for key in ("pass@1", "ci95", "n")}
                     summary[f"{name}/{record['name']}"] = short
+        after = [key.partition("/")[2] for key in summary if key.startswith("eval_after/")]
+        if added := [name for name in after if f"eval_before/{name}" not in summary]:
+            summary["not_evaluated_before"] = added
         if conclusion := self.conclusion():
             summary["learnt_nothing"] = conclusion
         if self.stream.skipped:

@@ -150,7 +150,7 @@ class Estimator:
         responses to each, and its memory."""
         rollout, section = self.config.rollout, self.config.eval
         batches = [(min(max(1, rollout.batch_sequences // rollout.group), self.prompts), rollout.group)]
-        if section.data is not None or section.benchmarks:
+        if section.data or section.benchmarks or self.config.data.holdout:
             batches.append((max(1, rollout.batch_sequences // section.samples), section.samples))
         sizes = {
             (prompts, samples): passes.generation_memory(

@@ -1,0 +1,92 @@
+"""Held-out sets of a run: their names everywhere, the split, and what may change when the run is resumed."""
+
+import json
+import re
+
+import pytest
+
+from tests.training.conftest import short_run
+from vlm_sapo.cli import _report
+from vlm_sapo.training.trainer import train
+
+SHAPES = "{{source: 'data/shapes.py:rows', args: {{split: {split}, size: {size}}}, name: {name}}}"
+TWO = f"[{SHAPES.format(split='test', size=3, name='small')}, {SHAPES.format(split='validation', size=2, name='other')}]"
+
+
+def records(run, name="evaluations.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first(model_folder, tmp_path_factory):
+    """Two steps with rows held out, two sets of one's own and a benchmark that the run's reward grades; the
+    folder, the summary and what was printed."""
+    folder = tmp_path_factory.mktemp("held_out")
+    (folder / "mine.yaml").write_text(
+        "source: data/shapes.py:rows\nargs: {split: test, size: 2}\nverifier: {name: run}\nmax_tokens: 8\n"
+    )
+    return folder
+
+
+def settings(folder, model_folder, *overrides):
+    common = ("data.holdout=4", f"eval.data={TWO}", f"eval.benchmarks=[{folder}/mine.yaml]", "train.steps=2")
+    return short_run(folder, model_folder(), "checkpoint.keep_best=1", "eval.every=2", *common, *overrides)
+
+
+def test_every_set_has_its_name_and_may_change_on_resume(first, model_folder, capsys):
+    run = first / "run"
+    summary = train(settings(first, model_folder))
+    said = capsys.readouterr().out
+    assert "16 rows trained, 4 held out (by image), of data/shapes.py:rows" in said
+    names = ["held-out", "small", "other", "mine"]
+    assert [row["name"] for row in records(run) if row["step"] == 0] == names
+    assert {row["name"]: row["n"] for row in records(run)} == {
+        "held-out": 4,
+        "small": 3,
+        "other": 2,
+        "mine": 2,
+    }
+    assert all({f"eval_before/{name}", f"eval_after/{name}"} <= summary.keys() for name in names)
+    assert all(f"{name} pass@1 after 2 steps" in said for name in names)
+    samples = records(run, "evaluations/step_000000/samples.jsonl")
+    held_out = {row["id"] for row in samples if row["benchmark"] == "held-out"}
+    trained = {row["id"] for row in records(run, "rollouts.jsonl")}
+    assert len(held_out) == 4 and not held_out & trained
+    graded = next(row for row in samples if row["benchmark"] == "mine")
+    assert graded["scores"] == [float(len(graded["responses"][0]) % 2)]  # by the run's reward
+
+    (first / "second.yaml").write_text((first / "mine.yaml").read_text())
+    added = f"eval.benchmarks=[{first}/mine.yaml, {first}/second.yaml]"
+    finished = train(settings(first, model_folder, added))  # to a finished run
+    assert finished["not_evaluated_before"] == ["second"]
+    assert [row["name"] for row in records(run) if row["step"] == 2] == [*names, "second"]
+    _report(finished)
+    said = capsys.readouterr().out
+    assert "this run continues with changes: eval.benchmarks: " in said
+    assert "second pass@1: not evaluated before, " in said
+
+    changes = (
+        added,
+        "eval.every=1",
+        "eval.samples=2",
+        "log.rollouts=1",
+        "checkpoint.keep_last=1",
+        "alarms.window=3",
+    )
+    train(
+        settings(
+            first, model_folder, *changes, "train.steps=4", "checkpoint.keep_best=0", "checkpoint.every=1"
+        )
+    )
+    assert [row["step"] for row in records(run) if row["name"] == "second"] == [2, 3, 4]
+    assert {row["step"]: row["samples"] for row in records(run)} == {0: 1, 2: 1, 3: 2, 4: 2}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000004"]
+    logged = {row["step"]: row["id"] for row in records(run, "rollouts.jsonl")}
+    assert not held_out & set(logged.values())
+    slots = [
+        len({row["place"] for row in records(run, "rollouts.jsonl") if row["step"] == step})
+        for step in (1, 3)
+    ]
+    assert slots == [2, 1]
+    with pytest.raises(ValueError, match=re.escape("holds a run with another config: data.holdout: 4 -> 5")):
+        train(settings(first, model_folder, "train.steps=4", "data.holdout=5"))
