@@ -173,8 +173,8 @@ class Estimator:
     @property
     def engine_minimum(self) -> float:
         """What a vLLM engine needs of a GPU: weights, one sequence, graphs and its largest pass."""
-        kept = self._engine_weights() + self._longest_sequence()
-        return kept + memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
+        resident = self._engine_weights() + self._longest_sequence()
+        return resident + memory.ENGINE_GRAPHS + memory.ENGINE_PROFILE
 
     def _engine_weights(self) -> float:
         engine = self.config.rollout.engine
