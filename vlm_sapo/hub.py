@@ -27,7 +27,7 @@ from yaml import YAMLError
 from vlm_sapo.plugins import locate
 
 Kind = Literal["model", "dataset"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN = re.compile(r"hf_\w+")
 FAILURES = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
