@@ -85,7 +85,11 @@ class Hub:
         body = request.rfile.read(length)
         path = unquote(urlsplit(request.path).path)
         self.requests.append(f"{request.command} {path}")
-        authorized = request.headers.get("Authorization") == f"Bearer {TOKEN}"
+        header = request.headers.get("Authorization")
+        authorized = header == f"Bearer {TOKEN}"
+        if header and not authorized:
+            refusal = "Invalid credentials in Authorization header"
+            return reply(request, 401, {"error": refusal}, {"X-Error-Message": refusal})
         for text, (status, message) in self.refusals.items():
             if text in path:
                 return reply(request, status, {"error": message}, {"X-Error-Message": message})
@@ -112,8 +116,7 @@ class Hub:
 
     def whoami(self, request, body, authorized):
         if not authorized:
-            message = {"X-Error-Message": "Invalid credentials in Authorization header"}
-            return reply(request, 401, {"error": "Invalid credentials in Authorization header"}, message)
+            return reply(request, 401, {"error": "Invalid username or password."})
         return reply(request, 200, {"type": "user", "name": OWNER, "orgs": [], "auth": {}})
 
     def create(self, request, body, authorized):

@@ -24,6 +24,7 @@ from vlm_sapo import hub as access
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.rows import open_rows
+from vlm_sapo.tools.serve import build_command
 from vlm_sapo.training.trainer import train
 
 BASE, ROWS, TRAINED = f"{OWNER}/base", f"{OWNER}/rows", f"{OWNER}/trained"
@@ -251,6 +252,7 @@ def test_only_finished_runs_are_pushed(tmp_path):
         ("team/none", None, TOKEN, False, r"there is no such repository, or the token may not read it"),
         ("team/none", None, None, False, r"there is no such repository, if it is private, set HF_TOKEN"),
         ("team/hidden", None, None, False, r"there is no such repository, if it is private, set HF_TOKEN"),
+        (BASE, None, "hf_wrongwrong", False, r"can't be read: the hub refuses the token; set HF_TOKEN"),
         (BASE, "v9", TOKEN, False, r"model.revision \(v9\) must be a branch, tag or commit of team/base"),
         ("team/gated", None, TOKEN, False, r"is gated; accept its terms on its page on the hub"),
         (
@@ -271,7 +273,7 @@ def test_a_model_that_cannot_be_read_is_one_sentence(
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match=sentence) as error:
         access.local_model(name, revision)
-    assert "\n" not in str(error.value) and TOKEN not in str(error.value)
+    assert "\n" not in str(error.value) and (token or TOKEN) not in str(error.value)
 
 
 def test_only_what_is_on_the_hub_has_revisions(model_folder, tmp_path):
@@ -295,6 +297,14 @@ def test_rows_of_a_revision(hub, monkeypatch):
     assert open_rows("team/moving", revision=second)[0]["answer"] == "6"
     with pytest.raises(ValueError, match=rf"data.revision \({'c' * 40}\) of team/moving is not in the cache"):
         open_rows("team/moving", revision="c" * 40)
+
+
+def test_a_server_is_started_with_the_revision(hub, base, tmp_path):
+    engine = "rollout.engine={type: vllm_server, servers: ['http://127.0.0.1:8000']}"
+    config = run_config(tmp_path, f"model.revision={next(iter(base.commits))}", engine, "eval.data=null")
+    command = build_command(config, host="127.0.0.1", port=8000, extra="", cpu=True)
+    assert command[:3] == ["vllm", "serve", BASE]
+    assert command[command.index("--revision") + 1] == config.model.revision
 
 
 def test_an_evaluation_names_the_commit(hub, base, rows, model_folder, tmp_path, monkeypatch):

@@ -22,11 +22,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import tqdm
+from yaml import YAMLError
 
 from vlm_sapo.plugins import locate
 
 Kind = Literal["model", "dataset"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN = re.compile(r"hf_\w+")
 FAILURES = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
@@ -108,7 +109,10 @@ def describe_base(path: str, revision: str | None) -> dict[str, str]:
     """What a base model's card says that holds for a model trained from it: `license`, `license_name`,
     `license_link` and, of a local model, `base_model`, as far as they are there."""
     card = Path(local_model(path, revision, weights=False)) / "README.md"
-    metadata = (metadata_load(card) if card.is_file() else None) or {}
+    try:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError):  # written by hand, and none of this run's business
+        return {}
     keys = ("license", "license_name", "license_link", *(() if is_hub_id(path) else ("base_model",)))
     return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
 

@@ -44,6 +44,8 @@ WITHOUT_FIELD: dict[str, str] = {
     "shuffle": "rows are always shuffled, by run.seed",
     "disable_dropout": "dropout is always off; leave it out",
     "fp16": "train.precision is bf16 or no",
+    "hub_token": "the token is that of HF_TOKEN or `hf auth login`; a config is stored and has none",
+    "hub_strategy": "hub.push uploads the result once, when the run is finished",
     "rlhf_type": "`vlm-sapo train` is group-relative reinforcement learning, `vlm-sapo sft` the cold start",
     "ulysses_sequence_parallel_size": "a response stays on one GPU; train.shard divides the weights",
     "sequence_parallel_size": "a response stays on one GPU; train.shard divides the weights",

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Section
 
 Factor = Annotated[float, Field(ge=1)]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class RunConfig(Section):

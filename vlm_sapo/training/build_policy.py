@@ -45,8 +45,10 @@ def check_moe(model: cfg.ModelConfig, algo: cfg.AlgoConfig) -> None:
         "model.freeze (router)": "router" in model.freeze,
     }
     used = [name for name, is_used in options.items() if is_used]
-    if used and not load_outline(path := local_model(model.path, model.revision, weights=False)).routers:
-        raise ValueError(f"{used[0]} must be for a mixture of experts; {path} is dense, so leave it out")
+    if used and not load_outline(local_model(model.path, model.revision, weights=False)).routers:
+        raise ValueError(
+            f"{used[0]} must be for a mixture of experts; {model.path} is dense, so leave it out"
+        )
 
 
 def weights_path(model: cfg.ModelConfig, checkpoint: Path | None) -> str:
