@@ -7,6 +7,8 @@ import pytest
 
 from tests.training.conftest import short_run
 from vlm_sapo.cli import _report
+from vlm_sapo.config import schema as cfg
+from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
 
 SHAPES = "{{source: 'data/shapes.py:rows', args: {{split: {split}, size: {size}}}, name: {name}}}"
@@ -90,3 +92,20 @@ def test_every_set_has_its_name_and_may_change_on_resume(first, model_folder, ca
     assert slots == [2, 1]
     with pytest.raises(ValueError, match=re.escape("holds a run with another config: data.holdout: 4 -> 5")):
         train(settings(first, model_folder, "train.steps=4", "data.holdout=5"))
+
+
+def test_supervised_training_holds_rows_out_too(model_folder, tmp_path):
+    mixture = "data=[{{source: 'data/shapes.py:rows', args: {{size: 12}}, columns: {{response: demonstration}}, name: {}, share: 1}}]"
+    options = (
+        mixture.format("figures"),
+        "data.mixture.0.args.split=train",
+        "data.holdout=0.25",
+        "eval.data=null",
+    )
+    config = short_run(tmp_path, model_folder(), *options, "train.steps=1", kind=cfg.SftConfig)
+    summary = sft(config)
+    assert summary["eval_after/held-out/figures"]["n"] == 3
+    with pytest.raises(
+        ValueError, match="data.holdout needs a reward; set reward.parts, or remove data.holdout"
+    ):
+        short_run(tmp_path, model_folder(), *options, "reward.parts=[]", kind=cfg.SftConfig)

@@ -153,9 +153,9 @@ def _override(kind: type[Section], values: dict, override: str) -> None:
     *path, last = key.split(".")
     node: Any = values
     field = None
-    for name, field in zip(path, _fields_along(kind, path), strict=True):
+    for name, following, field in zip(path, [*path[1:], last], _fields_along(kind, path), strict=True):
         child = _entry(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
-        child = _written_out(child, field, key)
+        child = _written_out(child, field, following)
         if not isinstance(child, dict | list):
             raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
         node[int(name) if isinstance(node, list) else name] = child
@@ -173,16 +173,16 @@ def _override(kind: type[Section], values: dict, override: str) -> None:
         node[last] = value
 
 
-def _written_out(value: Any, field: FieldInfo | None, key: str) -> Any:
-    """A section that is written in short, by its type or as a list, with its fields, where `key` goes on into
-    it."""
+def _written_out(value: Any, field: FieldInfo | None, following: str) -> Any:
+    """A section that is written in short, by its type or as a list, with its fields, where the field
+    `following` of it is set."""
     if field is None:
         return value
     if isinstance(value, str) and _is_typed(field):
         return {"type": value}
-    if isinstance(value, list):
+    if isinstance(value, list) and not following.isdecimal():
         for section in sections_in(field.annotation):
-            if section.list_field and f".{section.list_field}." in f"{key}.":
+            if section.list_field:
                 return {section.list_field: value}
     return value
 
