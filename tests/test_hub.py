@@ -166,23 +166,45 @@ def test_a_run_goes_on_with_its_commits_and_a_failing_push_loses_nothing(hub, pu
     assert "- steps: 3" in hub.repositories[TRAINED].files["README.md"].decode()
 
 
-def test_a_push_replaces_another_model_and_keeps_a_card_that_was_edited(hub, pushed, capsys):
-    """By the command in its own process, with the variables that a user sets."""
+def test_a_push_replaces_another_model_and_keeps_a_card_that_was_edited(hub, pushed):
     files = {"model-00001-of-00002.safetensors": b"old", "config.json": b"old", "notes.txt": b"mine"}
     other = hub.add(f"{OWNER}/other", {**files, "README.md": b"old"})
     first = other.refs["main"]
     card = pushed.run / "final/README.md"
-    card.write_text(card.read_text() + "\nMine.\n")
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_HOME")
-    } | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "vlm_sapo", "push", str(pushed.run), "--repo", f"{OWNER}/other"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "other exists and has 4 files" in done.stdout and TOKEN not in done.stdout + done.stderr
+    written = card.read_text()
+    push = ["push", str(pushed.run), "--repo", f"{OWNER}/other"]
+    result = CliRunner().invoke(app, push)
+    assert result.exit_code == 0 and "other exists and has 4 files" in result.output
     assert "model-00001-of-00002.safetensors" not in other.files and other.files["notes.txt"] == b"mine"
+    assert f'from_pretrained("{OWNER}/other"' in other.files["README.md"].decode()
+    card.write_text(written + "\nMine.\n")
+    assert CliRunner().invoke(app, push).exit_code == 0
     assert other.files["README.md"].endswith(b"\nMine.\n")
     assert other.commits[first]["config.json"] == b"old"
+
+
+@pytest.mark.slow
+def test_the_command_reads_the_variables_that_users_set(hub, pushed):
+    """In a process of its own, without what the fixture sets."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "vlm_sapo", "push", str(pushed.run), "--repo", f"{OWNER}/commanded"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/{OWNER}/commanded" in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert "model.safetensors" in hub.repositories[f"{OWNER}/commanded"].files
+    refused = subprocess.run(
+        command,
+        env=environment | {"HF_TOKEN": "hf_wrongwrong"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "error: --repo (team/commanded) needs a valid token"
+    )
+    assert len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -252,7 +274,7 @@ def test_only_finished_runs_are_pushed(tmp_path):
         ("team/none", None, TOKEN, False, r"there is no such repository, or the token may not read it"),
         ("team/none", None, None, False, r"there is no such repository, if it is private, set HF_TOKEN"),
         ("team/hidden", None, None, False, r"there is no such repository, if it is private, set HF_TOKEN"),
-        (BASE, None, "hf_wrongwrong", False, r"can't be read: the hub refuses the token; set HF_TOKEN"),
+        ("team/new", None, "hf_wrongwrong", False, r"can't be read: the hub refuses the token; set HF_TOKEN"),
         (BASE, "v9", TOKEN, False, r"model.revision \(v9\) must be a branch, tag or commit of team/base"),
         ("team/gated", None, TOKEN, False, r"is gated; accept its terms on its page on the hub"),
         (
