@@ -85,7 +85,8 @@ def split(
 
 def _choose(groups: Sequence[Sequence[Row]], goals: Mapping[str, int]) -> list[Row]:
     """The rows of the first groups that stay within the goals. Groups of several tasks come first, up to
-    their part of one of their tasks' rows: else a task whose rows are all tied to another's might get none."""
+    their part of one of their tasks' rows: else a task whose rows are all tied to another's might get
+    none."""
     sizes = [Counter(task for task, _ in group) for group in groups]
     totals = sum(sizes, Counter())
     kinds: dict[tuple[str, ...], list[int]] = defaultdict(list)

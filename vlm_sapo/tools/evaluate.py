@@ -55,8 +55,10 @@ def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     console = Console()
     benchmarks = build_benchmarks(options.names, limit=options.limit)
     if options.dtype is None and options.responses is None:
-        options = options.model_copy(update={"dtype": stored_dtype(str(locate(options.model)))})
-        console.say(f"weights in {options.dtype}, as in the checkpoint (--dtype for another)")
+        dtype = stored_dtype(str(locate(options.model)))
+        options = options.model_copy(update={"dtype": dtype or "float32"})
+        says = "as the checkpoint's config says" if dtype else "since the checkpoint's config doesn't say"
+        console.say(f"weights in {options.dtype}, {says} (--dtype for another)")
     folder = RunFolder(options.out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, options)
