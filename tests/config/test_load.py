@@ -87,10 +87,6 @@ def test_overrides_set_list_entries_and_replace_lists(load):
         ("model.lora=16", "model.lora (16) must be fields such as {rank: 16} or null"),
         ("eval.data=[{source: x}, {source: x}]", "eval.data: two sets of one name (x, x); give each its own"),
         ("data.holdout=1.0", "data.holdout (1.0) must be a whole number of at least 1"),
-        (
-            "data={source: x, holdout: 3} eval.data={source: y}",
-            "eval.data and data.holdout (3) would both be evaluated as held-out; name the set",
-        ),
         ("data.columns={image: x}", "data.columns.image ('image') must be `problem`, `answer`, `images`"),
         ("log.to=wandb", "log.to ('wandb') must be a list such as [tensorboard]"),
         ("run.name=5", "run.name (5) must be text; put it in quotes"),
@@ -108,7 +104,7 @@ def test_overrides_set_list_entries_and_replace_lists(load):
 )
 def test_errors_name_field_value_and_remedy(load, override, sentence):
     with pytest.raises(ValueError) as error:
-        load(override.split(" ") if " eval." in override else [override])
+        load([override])
     assert sentence in str(error.value)
 
 
@@ -197,6 +193,31 @@ def test_a_list_of_tasks_takes_overrides_with_and_without_mixture(tmp_path):
         assert config.data.tasks[0].share == 0.5 and config.reward.parts[0].weight == 2
 
 
+def test_two_evaluations_of_one_name_are_refused(load):
+    options = ["data.holdout=3", "eval.data.source=x"]
+    with pytest.raises(
+        ValueError, match=r"eval.data and data.holdout \(3\) would both be evaluated as held-out"
+    ):
+        load(options)
+    assert [rows.task for rows in load([*options, "eval.data.name=test"]).eval.data] == ["test"]
+    with pytest.raises(
+        ValueError, match=r"keep_best \(1\) selects checkpoints by evaluation; set data.holdout or"
+    ):
+        load(["checkpoint.keep_best=1", "checkpoint.every=5", "eval.every=5"])
+    load(["checkpoint.keep_best=1", "checkpoint.every=5", "eval.every=5", "data.holdout=3"])
+
+
+def test_fields_beside_a_list_that_stands_for_a_section(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "model: {path: m}\ndata: [{source: d, share: 1}]\nreward: [{name: math}]\ntrain: {steps: 3}\n"
+    )
+    config = configfile.load(
+        cfg.TrainConfig, str(path), ["data.holdout=0.1", "reward.timeout=3", "data.0.share=2"]
+    )
+    assert (config.data.holdout, config.data.tasks[0].share, config.reward.timeout) == (0.1, 2, 3)
+
+
 def test_notes_beside_the_fields():
     free, shown = cfg.free_on_resume(), cfg.report_fields()
     for name in (
@@ -231,7 +252,6 @@ def test_what_may_change_on_resume():
         ("checkpoint.keep_last=9", True),
         ("eval.samples=2", True),
         ("eval.data.args.size=9", True),
-        ("data.holdout=9", False),
         ("train.steps=50", True),
         ("train.lr=1", False),
         ("rollout.engine=vllm", False),

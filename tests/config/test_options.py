@@ -34,7 +34,10 @@ def test_the_signature_of_evaluate_has_the_options_with_defaults():
         ({"modle": "x"}, "unknown field `--modle`; did you mean `--model`?"),
         ({"model": "x", "samples": 0}, "--samples (0) must be a whole number of at least 1"),
         ({"model": "x", "top_p": 1.5}, "--top-p (1.5) must be a number greater than 0 and at most 1"),
-        ({"model": "x", "dtype": "int8"}, "--dtype ('int8') must be `float32`, `bfloat16`, `float16` or null"),
+        (
+            {"model": "x", "dtype": "int8"},
+            "--dtype ('int8') must be `float32`, `bfloat16`, `float16` or null",
+        ),
         ({}, "give --model, or --responses"),
         ({"model": "x", "engine_args": "[1]"}, "--engine-args ([1]) must be a YAML mapping"),
     ],

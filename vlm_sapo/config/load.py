@@ -153,13 +153,13 @@ def _override(kind: type[Section], values: dict, override: str) -> None:
     *path, last = key.split(".")
     node: Any = values
     field = None
-    for name, following, field in zip(path, [*path[1:], last], _fields_along(kind, path), strict=True):
+    for name, following, field in zip(path, [*path, last][1:], _fields_along(kind, path), strict=True):
         child = _entry(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
         child = _written_out(child, field, following)
         if not isinstance(child, dict | list):
             raise ValueError(f"override ({override}) must name a field; {name} is a value and has none")
         node[int(name) if isinstance(node, list) else name] = child
-        node = child
+        node = _as_list(child, field) if following.isdecimal() else child
     try:
         value = parse(text) if text else None
     except ValueError as error:
@@ -185,6 +185,13 @@ def _written_out(value: Any, field: FieldInfo | None, following: str) -> Any:
             if section.list_field:
                 return {section.list_field: value}
     return value
+
+
+def _as_list(value: Any, field: FieldInfo | None) -> Any:
+    """The list that a section stands for, where its list is written out."""
+    names = [section.list_field for section in sections_in(field.annotation)] if field else []
+    lists = [value[name] for name in names if name and isinstance(value, dict) and name in value]
+    return lists[0] if lists else value
 
 
 def _is_typed(field: FieldInfo) -> bool:

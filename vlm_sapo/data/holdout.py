@@ -68,14 +68,9 @@ def split(
     """
     goals = {task: _goal(task, len(examples), size) for task, examples in tasks.items()}
     marks = _marks(tasks, progress)
-    counts = Counter(dict.fromkeys(tasks, 0))
     rows: dict[str, list[int]] = {task: [] for task in tasks}
-    for group in _groups(marks):
-        added = Counter(task for task, _ in group)
-        if all(counts[task] + number <= goals[task] for task, number in added.items()):
-            counts += added
-            for task, index in group:
-                rows[task].append(index)
+    for task, index in _choose(_groups(marks), goals):
+        rows[task].append(index)
     for task in (task for task in tasks if not rows[task]):
         raise ValueError(
             f"data.holdout ({size}) must leave rows on both sides; the {len(tasks[task])} rows of {task} "
@@ -86,6 +81,35 @@ def split(
         {mark for row in side for mark in marks[row] if mark[0] == "image"} for side in _sides(rows, marks)
     ]
     return Split({task: sorted(indices) for task, indices in rows.items()}, *map(len, images))
+
+
+def _choose(groups: Sequence[Sequence[Row]], goals: Mapping[str, int]) -> list[Row]:
+    """The rows of the first groups that stay within the goals. Groups of several tasks come first, up to
+    their part of one of their tasks' rows: else a task whose rows are all tied to another's might get
+    none."""
+    sizes = [Counter(task for task, _ in group) for group in groups]
+    totals = sum(sizes, Counter())
+    kinds: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, size in enumerate(sizes):
+        kinds[tuple(sorted(size))].append(number)
+    counts: Counter[str] = Counter()
+    selected: dict[int, None] = {}
+
+    def take(numbers: Sequence[int], parts: Mapping[str, float]) -> None:
+        taken: Counter[str] = Counter()
+        for number in (number for number in numbers if number not in selected):
+            size = sizes[number]
+            fits = all(counts[task] + rows <= goals[task] for task, rows in size.items())
+            if fits and any(taken[task] < parts[task] for task in size):
+                selected[number] = None
+                counts.update(size)
+                taken.update(size)
+
+    for tasks in sorted(kinds, key=lambda tasks: (-len(tasks), tasks)):
+        rows = sum((sizes[number] for number in kinds[tasks]), Counter())
+        take(kinds[tasks], {task: goals[task] * rows[task] / totals[task] for task in tasks})
+    take(range(len(groups)), goals)
+    return [row for number in selected for row in groups[number]]
 
 
 def _sides(

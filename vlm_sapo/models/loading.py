@@ -177,12 +177,14 @@ def count_parameters(path: str) -> int:
     return load_outline(path).model.num_parameters()
 
 
-def stored_dtype(path: str) -> str:
-    """The data type of a checkpoint's weights, by its config; float32 where that doesn't say. Raises
-    ValueError for one that no engine computes in."""
+def stored_dtype(path: str) -> str | None:
+    """The data type of a checkpoint's weights, by its config; None where that doesn't say. Raises ValueError
+    for one that no engine computes in."""
     check_folder(path)
     config = _config(path)
-    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is None:
+        return None
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(

@@ -56,9 +56,11 @@ def eval_command(options: EvalOptions, engine: EngineConfig) -> dict:
     options = options.model_copy(update={"revision": _commit(options)})
     benchmarks = build_benchmarks(options.names, limit=options.limit)
     if options.dtype is None and options.responses is None:
-        folder = local_model(options.model, options.revision, weights=False, field="--model")
-        options = options.model_copy(update={"dtype": stored_dtype(folder)})
-        console.say(f"weights in {options.dtype}, as in the checkpoint (--dtype for another)")
+        path = local_model(options.model, options.revision, weights=False, field="--model")
+        dtype = stored_dtype(path)
+        options = options.model_copy(update={"dtype": dtype or "float32"})
+        says = "as the checkpoint's config says" if dtype else "since the checkpoint's config doesn't say"
+        console.say(f"weights in {options.dtype}, {says} (--dtype for another)")
     folder = RunFolder(options.out)
     for benchmark in benchmarks:
         _claim(folder, benchmark, options)

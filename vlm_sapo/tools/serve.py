@@ -60,13 +60,13 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
     """The arguments of the command, `vllm` first."""
     model = config.model
     engine = config.rollout.engine
-    benchmarks = benchmarks_of(config)
+    lengths = [item.max_tokens for item in benchmarks_of(config)]
     outline = load_outline(local_model(model.path, model.revision, weights=False))
     options = {
         "host": host,
         "port": port,
         "dtype": engine.weights_dtype(default_dtype(config)),
-        "max-model-len": longest_row(config, benchmarks, outline),
+        "max-model-len": longest_row(config, lengths, outline),
         **engine_arguments(model.max_pixels),
     }
     if model.revision is not None:

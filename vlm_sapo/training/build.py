@@ -9,7 +9,6 @@ import torch
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.stream import TaskMixture
-from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.evaluation.periodic import Evaluator
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.loading import count_parameters
@@ -139,8 +138,8 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     console, world = processes.console, processes.world
     reward = build_reward(config.reward, processes.local)  # first: its workers start while the model loads
     torch.manual_seed(config.run.seed)
-    rows, benchmarks = build_tasks(config, processes), benchmarks_of(config)
-    sets = build_evaluation_sets(config, rows, benchmarks)
+    rows = build_tasks(config, processes)
+    sets = build_evaluation_sets(config, rows)
     checkpoints = build_checkpoints(config, folder, processes, ranked_by=sets[0].name if sets else None)
     checkpoint = checkpoints.newest()
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
@@ -152,7 +151,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     needs = EngineNeeds(
         vlm,
         path,
-        longest=longest_row(config, benchmarks, vlm),
+        longest=longest_row(config, [item.sampling.max_tokens for item in sets], vlm),
         dtype=default_dtype(config),
         sequences_per_batch=config.rollout.batch_sequences,
         warn=console.warn,

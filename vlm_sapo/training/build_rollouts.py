@@ -13,7 +13,7 @@ from vlm_sapo.data.holdout import Split, TaskRows, apply, split
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.stream import InlinePreparation, Preparation, TaskMixture, ThreadedPreparation
 from vlm_sapo.distributed import World
-from vlm_sapo.evaluation.benchmarks import Benchmark
+from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.evaluation.periodic import EvaluationSet
 from vlm_sapo.evaluation.results import Measure
 from vlm_sapo.models.encode import Encoder
@@ -103,10 +103,11 @@ def default_dtype(config: Config) -> str:
     return "bfloat16" if config.train.precision == "bf16" else config.model.dtype
 
 
-def longest_row(config: Config, benchmarks: Sequence[Benchmark], vlm: VLM) -> int:
-    """The most tokens of a prompt and its response, in training and evaluation."""
-    responses = max([config.rollout.max_tokens, *(benchmark.max_tokens for benchmark in benchmarks)])
-    return int(min(config.data.max_prompt_tokens + responses, vlm.context))
+def longest_row(config: Config, evaluated: Sequence[int], vlm: VLM) -> int:
+    """The most tokens of a prompt and its response, in training and in evaluations with responses of these
+    lengths."""
+    response = max([config.rollout.max_tokens, *evaluated])
+    return int(min(config.data.max_prompt_tokens + response, vlm.context))
 
 
 def build_rollouts(
@@ -125,9 +126,7 @@ def build_rollouts(
     return PrefetchedSampler(sampler, steps=rollout.ahead, last=config.train.steps, world=world)
 
 
-def build_evaluation_sets(
-    config: Config, rows: TaskRows, benchmarks: Sequence[Benchmark]
-) -> list[EvaluationSet]:
+def build_evaluation_sets(config: Config, rows: TaskRows) -> list[EvaluationSet]:
     """What is held out of training, the sets of `eval.data`, and the benchmarks, in this order: the first
     decides which checkpoint is best. Raises ValueError if two have one name."""
     section = config.eval
@@ -145,7 +144,7 @@ def build_evaluation_sets(
         EvaluationSet(name, examples, sampling, Measure(section.part or config.reward.measured))
         for name, examples in held_out
     ]
-    for item in benchmarks:
+    for item in benchmarks_of(config):
         longer = replace(sampling, max_tokens=item.max_tokens)
         parts = None if item.graded_by_run else item.parts
         sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=parts))
