@@ -104,6 +104,7 @@ def test_facts_name_the_run_and_differences(runs, tmp_path):
 def test_how_a_run_was_started_and_what_it_trained_on(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
+    (run / "environment.json").unlink()
     [bare] = collect([run])["runs"]
     assert "command" not in bare["about"] and bare["about"]["steps"] == "4 of 4, finished"
     assert bare["about"]["epochs"] == "0.8" and "GB of a process" in bare["about"]["peak memory"]

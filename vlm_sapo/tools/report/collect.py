@@ -218,6 +218,14 @@ def _flatten(config: dict, path: str = "") -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    """A value in one line; mappings in a list without their fields that have none."""
+    if isinstance(value, list):
+        value = [
+            {key: one for key, one in item.items() if one not in (None, {}, [])}
+            if isinstance(item, dict)
+            else item
+            for item in value
+        ]
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
 
 

@@ -25,7 +25,8 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 /* A cell is a value or an element. */
 function table(header, rows) {
   const numeric = (column) => rows.every((row) => row[column] == null || typeof row[column] === "number" || /^([+-]?[\d.]+(e[+-]?\d+)?( %)?)?$/.test(row[column]));
-  const cell = (tag, value, column) => make(tag, { class: column && numeric(column) ? "number" : null, scope: tag === "th" ? "col" : null }, value instanceof Node ? value : shown(value));
+  const kind = (tag, value, column) => (column && numeric(column) ? "number" : tag === "td" && shown(value).length < 24 ? "short" : null);
+  const cell = (tag, value, column) => make(tag, { class: kind(tag, value, column), scope: tag === "th" ? "col" : null }, value instanceof Node ? value : shown(value));
   return make("div", { class: "wide" }, make("table", {},
     make("thead", {}, make("tr", {}, header.map((name, column) => cell("th", name, column)))),
     make("tbody", {}, rows.map((row) => make("tr", {}, row.map((value, column) => cell("td", value, column)))))));
@@ -58,7 +59,7 @@ function chart(parent, title, note, traces, layout = {}) {
   const extra = traces.length > 2 ? Math.ceil(traces.length / 2) : traces.length > 1 ? 1 : 0; // rows of the legend
   const area = make("div", { class: "chart", style: `height:calc(${extra * 1.3}rem + 16rem)`, role: "img", "aria-label": `${title}. ${note}` });
   parent.append(make("figure", {}, make("figcaption", {}, title, make("small", {}, note)), area));
-  const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+  const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true, exponentformat: "power" };
   const named = (own, standoff) => ({ ...axis, ...own, title: { standoff, ...(own || {}).title } });
   Plotly.newPlot(area, traces, {
     margin: { l: 55, r: 10, t: 8, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -159,7 +160,7 @@ function renderCurves(page) {
     charts.replaceChildren();
     for (const [title, note, unit, label] of CURVES) {
       const [traces, ends] = curves(label, (values, name) => average(name.startsWith("outcome/") ? values.map((count) => count ?? 0) : values, Number(smooth.value)));
-      if (traces.length) chart(charts, title, `${note}. ${ends}`, traces, axes(unit));
+      if (traces.length) chart(charts, title, `${note}. ${ends}`, traces, axes(unit, title === "Learning rate" ? { rangemode: "tozero" } : {}));
     }
   }
   fill();
@@ -182,7 +183,7 @@ function renderGate(page) {
   const label = make("output", {});
   page.append(make("p", { class: "note" },
     "f'(r) is the share of the plain policy gradient that a token keeps. It is 1 where the ratio r of new to old probability is 1. SAPO lowers it smoothly as r moves away from 1, faster for negative advantages; hard clipping drops it from 1 to 0."));
-  page.append(make("div", { class: "controls" }, make("label", {}, "Run ", choose), make("label", { class: "slider" }, "Step ", slider, label)));
+  page.append(make("div", { class: "controls" }, make("label", { hidden: data.runs.length < 2 }, "Run ", choose), make("label", { class: "slider" }, "Step ", slider, label)));
   const distributions = make("div", { class: "charts" }), overall = make("div", { class: "charts" });
   page.append(distributions, make("h2", {}, "Over the run"), overall);
   const run = () => data.runs[Number(choose.value)];
@@ -212,7 +213,7 @@ function renderGate(page) {
       chart(distributions, "Token gates compared with a sequence gate", `${inside} of ${sequences.length} responses are within the bound tau²/4 · variance (section 4 of the paper)`, [
         { x: sequences.map((each) => each[0]), y: sequences.map((each) => each[1]), mode: "markers", name: "a response", marker: { size: 5, opacity: 0.7 } },
         ...factors.map((factor) => ({ x: [0, most], y: [0, factor * most], mode: "lines", name: `bound, tau ${shown(2 * Math.sqrt(factor), 2)}`, line: { dash: "dash" } })),
-      ], { xaxis: { title: { text: "variance of log r within the response" } }, yaxis: { title: { text: "deviation from the sequence gate" } } });
+      ], { xaxis: { title: { text: "variance of log r within the response" } }, yaxis: { title: { text: "deviation of the gates" } } });
     }
   }
   function fill() {
