@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +39,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the plain help is there in half the time
-    help="Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization.",
 )
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")
@@ -92,6 +93,36 @@ def with_options(section: type[Section]) -> Callable[[Command], Command]:
         return checked
 
     return decorate
+
+
+def _print_versions(wanted: bool) -> None:
+    """Prints what a report of a fault needs, from the packages' metadata: nothing is imported."""
+    if not wanted:
+        return
+    lines = []
+    for name in ("vlm-sapo", "torch", "transformers", "vllm"):
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    lines.insert(1, f"python {platform.python_version()}")
+    typer.echo("\n".join(lines))
+    raise typer.Exit()
+
+
+@app.callback()
+def main_options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of vlm-sapo, Python, torch, transformers and vLLM.",
+        ),
+    ] = False,
+) -> None:
+    """Reinforcement learning for vision-language models with Soft Adaptive Policy Optimization."""
 
 
 @app.command("train")
