@@ -216,4 +216,4 @@ def reason(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     said = cause.server_message if isinstance(cause, HfHubHTTPError) else None
     lines = [line.strip() for line in (said or str(cause) or type(cause).__name__).splitlines()]
-    return TOKEN.sub("hf_***", "; ".join(line for line in lines if line)[:300])
+    return TOKEN.sub("hf_***", "; ".join(line for line in lines if line)[:300]).rstrip(".")

@@ -265,7 +265,9 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
     )
     devices = started.get("devices", [])
     on = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
-    yield f"- steps: {summary['steps']}, in {duration(summary['seconds'])}{f' on {on}' if on else ''}"
+    seconds = summary["seconds"]
+    took = duration(seconds) if seconds >= 60 else f"{seconds:.0f} s"
+    yield f"- steps: {summary['steps']}, in {took}{f' on {on}' if on else ''}"
     if started:
         yield f"- command: `{_public(started['command'])}`"
         changed = ", with uncommitted changes" if started["uncommitted_changes"] else ""
