@@ -65,8 +65,14 @@ class Estimator:
 
     @property
     def minimum(self) -> float:
-        """What training takes at least, however small its batches are."""
-        return sum(row.training for row in (*self._cuda_rows(), *self._model_rows()))
+        """What it takes at least, however small its batches are."""
+        rows = [*self._cuda_rows(), *self._model_rows()]
+        engine, beside = self.config.rollout.engine, 0.0
+        if isinstance(engine, VllmConfig):
+            beside = self.engine_minimum
+        elif engine.type == "hf" and self.sharded:
+            beside = memory.unsharded_bytes(self.parameters, self.element_size)
+        return max(sum(row.training for row in rows), sum(row.generating for row in rows) + beside)
 
     def _cuda_rows(self) -> Iterator[MemoryRow]:
         yield MemoryRow.constant(memory.CONTEXT, memory.CUDA_CONTEXT, "assumed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -88,14 +89,17 @@ def nearest(name: str, overrides: Sequence[str], gpus: Gpus) -> Recommendation:
         if base.minimum > TARGET_SHARE * gpus.memory:
             continue
         microbatch, generation = _microbatch_changes(base.config), _generation_changes(base.config)
-        smallest = search.first_fit(generation[::-1], (*model, *microbatch[-1]))
-        if smallest is None:
+        smaller = search.first_fit(microbatch, (*model, *generation[-1]), training_only=True)
+        if smaller is None:
             continue
-        microbatch_changes = search.first_fit(microbatch, (*model, *smallest))
-        generation_changes = search.first_fit(generation, (*model, *microbatch_changes))
-        changes = (*model, *microbatch_changes, *generation_changes)
-        estimator = search.estimator(changes)
-        return Recommendation(estimator.config, estimator, estimator.estimate(), changes)
+        several = isinstance(base.config.rollout.engine, VllmConfig)
+        sampled = search.first_fit(generation, (*model, *smaller), sorted_by_size=not several)
+        if sampled is None:
+            continue
+        changes = (*model, *smaller, *sampled)
+        return Recommendation(
+            search.config(changes), search.estimator(changes), search.estimate(changes), changes
+        )
     batch = search.estimator(()).batch
     raise ValueError(
         f"--gpus ({gpus.memory / GB:.0f} GB each) must hold one prompt of {batch.prompt} tokens with one "
@@ -127,15 +131,28 @@ class Search:
             return False
         return True
 
-    def first_fit(self, options: Sequence[Changes], changes: Changes) -> Changes | None:
-        """The first option that fits together with the changes."""
-        return next((option for option in options if self._fits((*changes, *option))), None)
+    def first_fit(
+        self, options: Sequence[Changes], changes: Changes, *, training_only=False, sorted_by_size=True
+    ) -> Changes | None:
+        """The first option that fits together with the changes; options that are sorted take less memory from
+        one to the next."""
 
-    def _fits(self, changes: Changes) -> bool:
+        def fits(option: Changes) -> bool:
+            estimate = self.estimate((*changes, *option))
+            if training_only:
+                return estimate.totals["training"] <= TARGET_SHARE * self.gpus.memory
+            return estimate.fits_within(TARGET_SHARE)
+
+        if not sorted_by_size or fits(options[0]):
+            return next((option for option in options if fits(option)), None)
+        index = bisect_left(options, True, key=fits)  # each try simulates a pass
+        return options[index] if index < len(options) else None
+
+    def estimate(self, changes: Changes) -> Estimate:
         key = _overrides(changes)
         if key not in self.estimates:
             self.estimates[key] = self.estimator(changes).estimate()
-        return self.estimates[key].fits_within(TARGET_SHARE)
+        return self.estimates[key]
 
 
 def _overrides(changes: Sequence[Change]) -> tuple[str, ...]:
