@@ -224,7 +224,12 @@ def test_the_command_reads_the_variables_that_users_set(hub, pushed):
             None,
             r"can't be written to \(no right to write\); use a token that may write",
         ),
-        (f"{OWNER}/new", TOKEN, (500, "down"), r"can't be written to \(down\); try again later"),
+        (
+            f"{OWNER}/new",
+            TOKEN,
+            (500, "down"),
+            r"can't be written to \(down\); try again; a finished run can be pushed",
+        ),
     ],
 )
 def test_a_push_that_cannot_work_is_refused_before_the_first_step(

@@ -38,7 +38,7 @@ WEIGHT_FILES = ("*.safetensors",)
 MARKS = {"model": ["config.json"], "dataset": ["README.md", ".gitattributes"]}
 """Small files that are read to find a commit, and whether files may be read."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`"
-PUSH_LATER = "push the finished run later, with `vlm-sapo push`"
+PUSH_LATER = "a finished run can be pushed at any time, with `vlm-sapo push`"
 
 
 class SilentBar(tqdm):
@@ -123,7 +123,7 @@ def prepare_push(repo: str, *, private: bool | None, field: str) -> str:
     ValueError naming `field`."""
     if is_offline_mode():
         raise ValueError(
-            f"{field} ({repo}) needs the hub, and HF_HUB_OFFLINE is set; unset it, or {PUSH_LATER}"
+            f"{field} ({repo}) needs the hub, and HF_HUB_OFFLINE is set; unset it, now or later: {PUSH_LATER}"
         )
     if get_token() is None:
         raise ValueError(f"{field} ({repo}) needs a token, and there is none; {LOGIN}")
@@ -171,7 +171,7 @@ def writing(field: str, repo: str) -> Iterator[None]:
             403: "use a token that may write there, or make room if the quota is full",
             402: "make room there, or get a larger quota",
             413: "make room there, or get a larger quota",
-        }.get(status, "try again later")
+        }.get(status, f"try again; {PUSH_LATER}")
         raise ValueError(f"{field} ({repo}) can't be written to ({reason(error)}); {remedy}") from error
 
 

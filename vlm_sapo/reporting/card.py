@@ -136,10 +136,14 @@ def _eval_result(config: Record, before: Record, after: Record) -> EvalResult:
     )
 
 
+def _held_out_sections(config: Record) -> list[Record]:
+    data = config["eval"].get("data") or []
+    return data if isinstance(data, list) else [data]
+
+
 def _held_out(config: Record, name: str) -> Record:
     """The section of the held-out rows that are evaluated under this name; empty for a benchmark."""
-    data = config["eval"].get("data") or []
-    sections = data if isinstance(data, list) else [data]
+    sections = _held_out_sections(config)
     named = [section for section in sections if name in (section.get("name"), section.get("source"))]
     return (named or (sections if len(sections) == 1 and name == "held-out" else [{}]))[0]
 
@@ -237,10 +241,10 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
     tasks = _tasks(config)
     total = sum(task.get("share", 1.0) for task in tasks)
     for task in tasks:
-        parts = [f"`{_public(str(task['source']))}`"]
-        parts += [f"{word} {task[word]}" for word in ("subset", "split", "revision") if task.get(word)]
-        parts += [f"{task.get('share', 1.0) / total:.0%} of every step"] if len(tasks) > 1 else []
-        yield f"- data: {', '.join(parts)}"
+        share = f", {task.get('share', 1.0) / total:.0%} of every step" if len(tasks) > 1 else ""
+        yield f"- data: {_rows(task)}{share}"
+    for section in _held_out_sections(config):
+        yield f"- held-out data: {_rows(section)}"
     for part in config.get("reward", {}).get("parts", []) if "algo" in config else []:
         gate = f", gate {part['gate']}" if part.get("gate") is not None else ""
         yield f"- reward: `{_public(part['name'])}`, weight {part['weight']:g}{gate}"
@@ -276,6 +280,15 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
     if resumed := len(started.get("resumed", [])):
         times = "once" if resumed == 1 else f"{resumed} times"
         yield f"- resumed {times}; versions and devices are those of the first start"
+
+
+def _rows(section: Record) -> str:
+    """Where a section's rows come from, and which."""
+    name = f"{section['name']}, " if section.get("name") else ""
+    fields = [
+        f", {field} {section[field]}" for field in ("subset", "split", "revision") if section.get(field)
+    ]
+    return f"{name}`{_public(str(section['source']))}`{''.join(fields)}"
 
 
 def _licence(started: Record) -> str:
