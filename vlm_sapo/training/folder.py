@@ -7,6 +7,7 @@ from vlm_sapo.config.fields import belongs
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.config.paths import Paths
+from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.console import Console
@@ -33,6 +34,8 @@ def open_folder(config: cfg.TrainConfig | cfg.SftConfig, processes: Processes) -
 def _open(
     folder: RunFolder, config: cfg.TrainConfig | cfg.SftConfig, console: Console, devices: list[str]
 ) -> None:
+    for name in config.eval.benchmarks:
+        read_definition(name)  # before anything is written
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
     stored = folder.stored()  # raises ValueError if other files are there
