@@ -12,6 +12,7 @@ from vlm_sapo.config.fields import Section, belongs
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.config.paths import Paths
+from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
 from vlm_sapo.hub import Kind, commit_of, describe_base, is_hub_id, prepare_push, push
 from vlm_sapo.reporting import environment
@@ -125,6 +126,8 @@ def _open(
     devices: list[str],
     commits: Mapping[str, str],
 ) -> None:
+    for name in config.eval.benchmarks:
+        read_definition(name)  # before anything is written
     cleared = {"overwrite": False, "accept_changes": False}
     text = dump(config.model_copy(update={"run": config.run.model_copy(update=cleared)}))
     stored = folder.stored()  # raises ValueError if other files are there
