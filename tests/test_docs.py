@@ -23,8 +23,10 @@ from vlm_sapo.cli import app
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.evaluation.benchmarks import read_definition
+from vlm_sapo.plugins import resolve
 from vlm_sapo.rewards import verifiers
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rewards.trl import TrlReward, has_trl_signature
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import ResponseText
@@ -93,7 +95,7 @@ def test_commands_are_valid(command, monkeypatch):
         assert all(option in help_text for option in rest if option.startswith("--"))
         return
     assert program == "vlm-sapo"
-    options = {option for option in rest if option.startswith("--")}
+    options = {word for word in rest if word.startswith("--") and " " not in word}
     assert all(option in help_of(verb) for option in options)
     if verb in ("train", "sft", "doctor", "filter", "check", "serve", "plan"):
         kind = cfg.SftConfig if verb == "sft" else cfg.TrainConfig
@@ -132,10 +134,11 @@ def test_the_carried_over_reward_works(tmp_path, monkeypatch):
     [code] = [block for block in blocks("python") if "# my_rewards.py" in block]
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
+    function = resolve("my_rewards.py:my_reward", field="reward")
+    assert has_trl_signature(function)
     row = replace(example(), answer="7", columns={"answer": "7"})
-    with closing(RewardPool([{"name": "my_rewards.py:my_reward"}])) as reward:
-        scores = reward([(ResponseText(text), row) for text in ("it is 7", "it is 8")])
-    assert [score.total for score in scores] == [1.0, 0.0]
+    responses = [ResponseText(text) for text in ("it is 7", "it is 8")]
+    assert TrlReward(function)(responses, [row, row]) == [1.0, 0.0]
 
 
 def test_a_verifier_in_a_reward_of_ones_own(tmp_path, monkeypatch):
