@@ -43,11 +43,16 @@ def opened(chromium, path, view):
     context.close()
 
 
-@pytest.fixture(params=["light", "dark", "phone"])
-def page(request, chromium, runs, tmp_path):
-    out = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pages") / "report.html"
     report_command(runs, out, groups=100, watch=False, port=0)
-    with opened(chromium, out, request.param) as page:
+    return out
+
+
+@pytest.fixture(params=["light", "dark", "phone"])
+def page(request, chromium, report):
+    with opened(chromium, report, request.param) as page:
         yield page
 
 
@@ -132,7 +137,10 @@ def test_next_and_previous_step_through_responses(page):
     for _ in range(first):
         page.click("#previous")
     assert page.inner_text("#counter").startswith("1 of ")
+    page.select_option("#colour", "none")
+    assert page.inner_text("#counter").startswith("1 of "), "colours keep the group"
     assert "onerror" in page.locator("#item article .text").first.inner_text()
+    page.focus("#next")
     page.keyboard.press("ArrowLeft")
     total = page.inner_text("#counter").split(" of ")
     assert total[0] == total[1], "previous of the first is the last"
@@ -168,10 +176,10 @@ def test_responses_can_be_searched_and_sorted(page):
     page.fill("#search", "in no text at all")
     assert page.inner_text("#counter") == "none" and "Nothing matches" in page.inner_text("#item")
     page.fill("#search", "")
+    page.select_option("#task", "data/shapes.py:rows")
     for name, first_is_least in (("low", True), ("high", False)):
         page.select_option("#sort", name)
         first = page.locator("#item p", has_text="Mean reward").inner_text()
-        page.keyboard.press("Escape")
         page.click("#previous")
         last = page.locator("#item p", has_text="Mean reward").inner_text()
         assert (first < last) == first_is_least

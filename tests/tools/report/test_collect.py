@@ -136,7 +136,7 @@ def test_an_evaluation_alone_has_a_page(runs, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [data] = collect([folder])["evaluations"]
     assert "results.json doesn't have them" in data["findings"][1]["text"]
-    assert "best a (1.000), worst b (0.000)" in data["findings"][-1]["text"]
+    assert "of 2 values best a (1.000), worst b (0.000)" in data["findings"][-1]["text"]
     assert [(row["value"], row["pass@1"], row["n"]) for row in data["subsets"]] == [
         ("a", 1.0, 3),
         ("b", 0.0, 3),

@@ -93,8 +93,8 @@ def _extremes(subsets: Sequence[Mapping[str, Any]]) -> list[Finding]:
             findings.append(
                 Finding(
                     "note",
-                    f"{key[0]} by {key[1]}: best {best['value']} ({_score(best):.3f}), worst "
-                    f"{worst['value']} ({_score(worst):.3f}); their 95 % intervals don't overlap.",
+                    f"{key[0]} by {key[1]}: of {len(rows)} values best {best['value']} ({_score(best):.3f}), "
+                    f"worst {worst['value']} ({_score(worst):.3f}); their 95 % intervals don't overlap.",
                 )
             )
     return findings

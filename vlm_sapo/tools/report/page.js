@@ -307,7 +307,7 @@ function highlight(area, text) {
 /* Steps through the items (a problem with its responses) of each source: `{name, items}`. */
 function renderBrowser(page, sources, filters, tasksTitle) {
   let items = [], at = 0;
-  const pick = (name, label, options) => make("label", { hidden: options.length < 2 }, `${label} `, make("select", { id: name, onchange: () => filter() }, options.map(([value, text]) => make("option", { value }, text))));
+  const pick = (name, label, options, change = () => filter()) => make("label", { hidden: options.length < 2 }, `${label} `, make("select", { id: name, onchange: change }, options.map(([value, text]) => make("option", { value }, text))));
   const all = sources.flatMap((source) => source.items), unique = (values) => [...new Set(values)].sort();
   const traced = all.some((item) => item.responses.some((each) => each.pieces));
   const named = (values) => [["", "all"], ...values.map((value) => [value, value])];
@@ -323,7 +323,7 @@ function renderBrowser(page, sources, filters, tasksTitle) {
     pick("subset", "Subset", named(subsets)),
     pick("outcome", "Outcome", named(unique(all.flatMap(outcomesOf)))),
     pick("sort", "Sort by", Object.entries(SORTS).filter(([name]) => traced || name !== "clipped").map(([name, [text]]) => [name, text])),
-    pick("colour", "Colour by", Object.entries(COLOURS).filter(([name]) => traced || name === "none").map(([name, [text]]) => [name, text]))));
+    pick("colour", "Colour by", Object.entries(COLOURS).filter(([name]) => traced || name === "none").map(([name, [text]]) => [name, text]), () => show())));
   page.append(make("div", { class: "controls" },
     make("button", { id: "previous", onclick: () => go(-1) }, "← previous"), make("button", { id: "next", onclick: () => go(1) }, "next →"), counter,
     make("span", { class: "note" }, "keys: ← and →")));
