@@ -12,7 +12,7 @@ PACKAGE = ROOT / "vlm_sapo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"algo"},
-    {"types", "plugins", "distributed", "search_path", "hub"},
+    {"types", "plugins", "distributed", "search_path", "hub", "fingerprint"},
     {"config"},
     {"models", "rewards"},
     {"data", "reporting"},

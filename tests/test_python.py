@@ -1,20 +1,34 @@
 """Runs from Python: rows in memory, functions and callbacks."""
 
 import json
+import subprocess
+import sys
 import threading
+from contextlib import closing
+from functools import partial
 
 import datasets
+import numpy as np
 import pytest
+import torch
 import yaml
 
 import vlm_sapo
-from tests.conftest import numbered_image
+from tests.conftest import ROOT, numbered_image
 from tests.fixtures.trl_reward import odd_length
-from vlm_sapo.config.load import load
+from vlm_sapo.api import _with_objects
+from vlm_sapo.config.load import check, load
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.data.memory import usable_rows
+from vlm_sapo.data.sources import build_examples
+from vlm_sapo.fingerprint import fingerprint_function, fingerprint_rows
 from vlm_sapo.plugins import passing
+from vlm_sapo.rewards.functions import config_parts
 from vlm_sapo.rewards.parts import build_part
+from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.types import Example, ResponseText
+
+LIMIT = 3
 
 
 def memory(count: int = 8, first: int = 0) -> list[dict]:
@@ -151,7 +165,7 @@ def test_a_failing_callback_stops_the_run_which_then_resumes(whole, tmp_path, mo
     after = Events()
     with pytest.raises(LookupError, match="no such service") as failure:
         vlm_sapo.train(values, **call, callbacks=[Fails(), after])
-    assert "raised by Fails.on_step after step 3; the same call resumes" in failure.value.__notes__[0]
+    assert "raised by Fails.on_step after step 3; the same call resumes a run" in failure.value.__notes__[0]
     assert ("step", 3) not in after.events and ("step", 2) in after.events
     assert (tmp_path / "run/checkpoints/step_000003").is_dir()
     vlm_sapo.train(values, **call)
@@ -181,10 +195,6 @@ def test_a_failure_after_the_last_step_is_raised_too(tmp_path, model_folder):
         ({"dataset": ["text"]}, "must have mappings .* its first is str"),
         ({"dataset": {1, 2}}, r"df.to_dict\('records'\)"),
         ({"dataset": memory(2), "reward": 3}, r"reward \(3\) must be a function, the name of a verifier"),
-        (
-            {"dataset": memory(2), "reward": [lambda response, example: 1.0, lambda r, e: 0.0]},
-            "two reward functions",
-        ),
         ({"dataset": memory(2), "reward": "maths"}, r"reward.parts.0.name \(maths\).*did you mean 'math'"),
     ],
 )
@@ -248,13 +258,12 @@ def test_an_async_function_of_trls_signature_is_refused():
     async def function(completions):
         return [0.0]
 
-    with pytest.raises(ValueError, match="async function function must take"):
+    with pytest.raises(ValueError, match="async function f must take"):
         graded(function, columns={})
 
 
 def test_rows_of_datasets_are_read_as_rows_of_a_list(tmp_path, model_folder):
     from vlm_sapo.config.data import RowsConfig
-    from vlm_sapo.data.sources import build_examples
 
     kinds = []
     for rows in (memory(3), datasets.Dataset.from_list(memory(3))):
@@ -263,3 +272,108 @@ def test_rows_of_datasets_are_read_as_rows_of_a_list(tmp_path, model_folder):
     for one, two in zip(*kinds, strict=True):
         assert (one.problem, one.answer) == (two.problem, two.answer)
         assert one.images[0].tobytes() == two.images[0].tobytes()
+
+
+def test_equal_completions_are_all_passed_to_trls_functions():
+    """As a reward for diversity needs."""
+
+    def rare(completions):
+        return [1 / completions.count(text) for text in completions]
+
+    responses = [ResponseText(text) for text in "aaab"]
+    with passing({"python:rare": rare}), closing(RewardPool([{"name": "python:rare"}], workers=1)) as pool:
+        for _ in range(2):
+            scores = pool([(text, Example("1", "p", "2")) for text in responses])
+            assert [score.total for score in scores] == pytest.approx([1 / 3] * 3 + [1])
+
+
+def test_messages_are_passed_on_from_any_form_of_a_prompt():
+    from vlm_sapo.config.data import RowsConfig
+
+    parts = [{"type": "image", "image": numbered_image()}, {"type": "text", "text": "How many?"}]
+    rows = [{"prompt": [{"role": "user", "content": parts}], "answer": "2"}]
+    rows.append(rows[0] | {"prompt": json.dumps([{"role": "user", "content": "How many?"}])})
+    with passing({"python:dataset": rows}):
+        one, two = build_examples(RowsConfig(source="python:dataset"))
+    assert (
+        one.columns["prompt"][0]["content"][1]["text"] == two.columns["prompt"][0]["content"] == "How many?"
+    )
+    assert one.images and not any("bytes" in part for part in one.columns["prompt"][0]["content"])
+
+
+def test_functions_are_named_apart():
+    def scorer(weight):
+        return lambda response, example: weight
+
+    parts, passed = config_parts([scorer(1), scorer(2), {"name": partial(scorer(3)), "label": "third"}])
+    assert [part["label"] for part in parts] == ["reward", "reward_2", "third"]
+    assert list(passed) == ["python:reward", "python:reward_2", "python:third"]
+    assert len({part["fingerprint"] for part in parts}) == 3
+    again, _ = config_parts([scorer(1), scorer(2), {"name": partial(scorer(3)), "label": "third"}])
+    assert parts == again
+
+
+def test_values_of_the_programs_own_classes_are_the_same_class_in_workers(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from enum import Enum\nfrom vlm_sapo.plugins import passing\n"
+        "from vlm_sapo.rewards.pool import RewardPool\nfrom vlm_sapo.types import Example, ResponseText\n"
+        "class Kind(Enum):\n    A = 1\n"
+        "def is_a(response, example):\n    return float(example.columns['kind'] is Kind.A)\n"
+        "if __name__ == '__main__':\n"
+        "    with passing({'python:f': is_a}):\n        pool = RewardPool([{'name': 'python:f'}], workers=1)\n"
+        "    item = ResponseText('1'), Example('1', 'p', '1', columns={'kind': Kind.A})\n"
+        "    print(pool([item])[0].total)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "1.0", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("callbacks", [Events(), [Events], [object()], [print]])
+def test_what_is_no_callback_is_refused(callbacks, tmp_path, model_folder):
+    with pytest.raises(ValueError, match="must be a list of objects of subclasses of vlm_sapo.Callback"):
+        vlm_sapo.train(
+            config(tmp_path, model_folder()), dataset=memory(2), reward="math", callbacks=callbacks
+        )
+
+
+def test_rows_of_another_split_are_left_out(tmp_path, model_folder):
+    rows = [row | {"split": "test" if number else "train"} for number, row in enumerate(memory(3))]
+    values = config(tmp_path, model_folder(), data={"split": "train"})
+    prepared, objects = _with_objects(TrainConfig, values, rows, None, "math")
+    with passing(objects):
+        assert len(build_examples(check(TrainConfig, prepared).data.tasks[0])) == 1
+
+
+def test_fingerprints_are_of_contents():
+    def twice(number):
+        def inner(response, example, extra=number):
+            return LIMIT * number
+
+        return inner
+
+    class Counts:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, response, example):
+            return self.weight
+
+    same = [fingerprint_function(make) for make in (twice(1), Counts(1), partial(twice(1), extra=2))]
+    assert same == [fingerprint_function(make) for make in (twice(1), Counts(1), partial(twice(1), extra=2))]
+    assert not {
+        fingerprint_function(make) for make in (twice(2), Counts(2), partial(twice(1), extra=3))
+    } & set(same)
+    array = {"a": np.arange(6), "t": torch.tensor(1.5), "s": {"x", "y"}, "i": numbered_image()}
+    assert fingerprint_rows([array]) == fingerprint_rows([dict(array)])
+    assert fingerprint_rows([array]) != fingerprint_rows([array | {"t": torch.tensor(1.25)}])
+
+
+def test_a_broken_image_of_a_dataset_is_an_error_of_its_row():
+    broken = datasets.Dataset.from_list(
+        [{"problem": "p", "answer": "1", "image": {"bytes": b"no", "path": None}}]
+    )
+    rows = usable_rows(broken.cast_column("image", datasets.Image()), "dataset")
+    assert rows[0]["image"]["bytes"] == b"no" and fingerprint_rows(rows)

@@ -23,7 +23,7 @@ from vlm_sapo.config.rollout import EngineConfig, VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig
 from vlm_sapo.distributed import Interrupted
 from vlm_sapo.plugins import PYTHON, passing
-from vlm_sapo.reporting.callbacks import Callback
+from vlm_sapo.reporting.callbacks import Callback, checked
 
 __all__ = [
     "Callback",
@@ -68,6 +68,7 @@ def train(
     each evaluation, ... Raises ValueError for mistakes, `Interrupted` where a signal stopped the run, and
     what a callback raised.
     """
+    callbacks = checked(callbacks)
     values, objects = _with_objects(TrainConfig, config, dataset, eval_dataset, reward)
     config = check(TrainConfig, values)
     use_expandable_segments(config.rollout.engine)
@@ -87,6 +88,7 @@ def sft(
 ) -> dict[str, Any]:
     """Supervised fine-tuning on demonstrations, with arguments like those of `train`. Returns the contents of
     `summary.json`."""
+    callbacks = checked(callbacks)
     values, objects = _with_objects(SftConfig, config, dataset, eval_dataset, None)
     config = check(SftConfig, values)
     use_expandable_segments(config.rollout.engine)
@@ -114,8 +116,7 @@ def _with_objects(
     objects: dict[str, Any] = {}
     for section, argument, rows in (("data", "dataset", dataset), ("eval", "eval_dataset", eval_dataset)):
         if rows is not None:
-            _name_rows(values, section, argument, rows)
-            objects[f"{PYTHON}{argument}"] = rows
+            objects[f"{PYTHON}{argument}"] = _name_rows(values, section, argument, rows)
     if reward is not None:
         from vlm_sapo.rewards.functions import config_parts
 
@@ -128,26 +129,29 @@ def _with_objects(
     return values, objects
 
 
-def _name_rows(values: dict[str, Any], section: str, argument: str, rows: Any) -> None:
-    """Lets a config's `data` or `eval.data` name these rows, and checks them."""
-    from vlm_sapo.data.memory import check_rows, fingerprint
+def _name_rows(values: dict[str, Any], section: str, argument: str, rows: Any) -> Sequence[Any]:
+    """Lets a config's `data` or `eval.data` name these rows. Returns them as they are read."""
+    from vlm_sapo.data.memory import usable_rows
+    from vlm_sapo.fingerprint import fingerprint_rows
 
-    check_rows(rows, argument)
+    rows = usable_rows(rows, argument)
     if section == "eval":
-        parent = values.setdefault("eval", {})
+        values["eval"] = parent = values.get("eval") or {}
         known = parent.get("data") or _how_rows_are_read(values.get("data"))
         known = known[0] if isinstance(known, list) and len(known) == 1 else known
     else:
         parent, known = values, values.get("data") or {}
+    known = {} if isinstance(known, str) else known  # a source alone
     if not isinstance(known, dict) or known.get("mixture"):
         raise ValueError(
             f"{argument} is one set of rows, and the config's {section} names several sources; leave "
             f"{argument} out, or name one source"
         )
-    unset = dict.fromkeys(("subset", "split", "args"))
-    named = {"source": f"{PYTHON}{argument}", "fingerprint": fingerprint(rows)}
+    unset = dict.fromkeys(("subset", "revision", "args"))  # `split` may be a value of a column
+    named = {"source": f"{PYTHON}{argument}", "fingerprint": fingerprint_rows(rows)}
     name = HELD_OUT if section == "eval" else argument
     parent["data"] = {"name": name, **known, **unset, **named}
+    return rows
 
 
 def _how_rows_are_read(data: Any) -> dict[str, Any]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
-from PIL.Image import Image
-
 from vlm_sapo.data.formats import Row
-
-HASHED_ROWS = 256
-"""Most rows that a fingerprint covers, evenly spaced."""
+from vlm_sapo.data.rows import undecoded
 
 
-def check_rows(rows: Any, argument: str) -> Sequence[Row]:
-    """Rows as `argument` of a function: a list of mappings, a `datasets.Dataset`, or anything else with a
-    length and mappings by index. Raises ValueError otherwise."""
+def usable_rows(rows: Any, argument: str) -> Sequence[Row]:
+    """Rows as `argument` of a function: a list of mappings, a `datasets.Dataset`, whose images stay encoded
+    until a row is read, or anything else with a length and mappings by index. Raises ValueError
+    otherwise."""
+    import datasets
+
     kind = type(rows).__name__
     if isinstance(rows, Mapping):
         raise ValueError(f"{argument} ({kind}) must be one list of rows; pass one of {', '.join(rows)}")
@@ -25,6 +22,8 @@ def check_rows(rows: Any, argument: str) -> Sequence[Row]:
         raise ValueError(f"{argument} ({kind}) must have a length; pass list(...) of it")
     if not len(rows):
         raise ValueError(f"{argument} must have rows; it is empty")
+    if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":  # with_transform
+        rows = undecoded(rows.with_format(None))
     try:
         first = rows[0]
     except (LookupError, TypeError) as error:
@@ -38,26 +37,3 @@ def check_rows(rows: Any, argument: str) -> Sequence[Row]:
             f"rows; its first is {type(first).__name__}"
         )
     return rows
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """A hash of the number of rows and of up to HASHED_ROWS of them, with the pixels of their images."""
-    total = hashlib.sha256(str(len(rows)).encode())
-    count = min(HASHED_ROWS, len(rows))
-    for number in range(count):
-        row = rows[number * len(rows) // count]
-        total.update(json.dumps(_plain(row), sort_keys=True, default=repr).encode())
-    return total.hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    """A value with hashes in place of images and bytes."""
-    if isinstance(value, Image):
-        return [value.mode, *value.size, hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value

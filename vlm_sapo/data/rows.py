@@ -21,17 +21,20 @@ from vlm_sapo.data.formats import (
     IMAGES,
     Content,
     Row,
+    as_turns,
     check_column,
     check_marks,
     holds_image,
     is_missing,
     read_answer,
     recognize,
+    with_images,
 )
 from vlm_sapo.data.images import decode
 from vlm_sapo.hub import COMMIT, check_no_revision, is_hub_id
 from vlm_sapo.plugins import PYTHON, locate, resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
+from vlm_sapo.rewards.trl import TrlReward
 from vlm_sapo.rewards.verifiers.options import multiple_choice
 from vlm_sapo.types import Example, RowError, one_line
 
@@ -54,7 +57,7 @@ def open_rows(
     `data.source`.
     """
     if source.startswith(PYTHON):
-        return _passed(source)
+        return resolve(source, field="data.source")
     if not is_hub_id(source):
         check_no_revision(source, revision, field="data.source")
     if ":" in source and not Path(source).exists():
@@ -88,15 +91,7 @@ def open_rows(
     rows = _pick_split(rows, split, source)
     if revision is not None and is_offline_mode():
         _check_cached(rows, source, revision)
-    return _undecoded(rows)
-
-
-def _passed(source: str) -> Sequence[Row]:
-    """The rows that a Python program passed."""
-    import datasets
-
-    rows = resolve(source, field="data.source")
-    return _undecoded(rows) if isinstance(rows, datasets.Dataset) else rows
+    return undecoded(rows)
 
 
 def _call(source: str, args: Mapping[str, Any]) -> Sequence[Row]:
@@ -135,7 +130,7 @@ def _pick_split(rows: Any, split: str | None, source: str) -> Any:
     return rows[split]
 
 
-def _undecoded(rows: Any) -> Any:
+def undecoded(rows: Any) -> Any:
     """Leaves images as bytes, at any depth: a broken one is an error of its row and not of the whole set,
     and no column opens files or addresses by itself. Answers that are class labels become the names."""
     import datasets
@@ -176,10 +171,10 @@ class ExampleSet(Sequence):
         verifier = section.verifier
         if verifier:
             function = resolve_reward(verifier.name, verifier.args, field="data.verifier")
-            if iscoroutinefunction(function):
+            if iscoroutinefunction(function) or isinstance(function, TrlReward):
                 raise ValueError(
                     f"data.verifier ({verifier.name}) must be a function that is called once per response; "
-                    "name an async one such as judge in reward.parts"
+                    "name an async one such as judge, or one of TRL's signature, in reward.parts"
                 )
         self.common = {
             "task": task or section.task,
@@ -187,7 +182,7 @@ class ExampleSet(Sequence):
             "system": section.system,
             "verifier": (verifier.name, verifier.args) if verifier else None,
         }
-        path = locate(self.name.partition(":")[0])
+        path = Path() if self.name.startswith(PYTHON) else locate(self.name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
         columns = dict(section.columns)
         self.response_column = columns.get("response")
@@ -233,6 +228,8 @@ class ExampleSet(Sequence):
             for name, value in row.items()
             if name not in (*IMAGES, content.image_field) and not holds_image(value)
         }
+        if (turns := as_turns(row.get("prompt"))) is not None:  # for rewards that read messages
+            others["prompt"] = with_images(turns, lambda _: None)
         if content.reply is not None and self.response_column == problem_field:
             others[problem_field] = content.reply
         return Example(
@@ -275,7 +272,7 @@ class ExampleSet(Sequence):
     def _transformed(self, index: int) -> Row:
         row = self.raw(index)
         try:
-            return self.transform(row) if self.transform else row
+            return self.transform(dict(row)) if self.transform else row  # it may change what it gets
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             raise RowError(
                 f"row {self._name(row, index)} of {self.name}: data.transform cannot read it ({error!r}); "
@@ -313,8 +310,8 @@ def _matching(rows: Sequence[Row], conditions: Mapping[str, Any], name: str) -> 
     allowed = {column: value if isinstance(value, list) else [value] for column, value in conditions.items()}
     return [
         index
-        for index, row in enumerate(rows)
-        if all(row.get(column) in values for column, values in allowed.items())
+        for index in range(len(rows))  # not every kind of rows ends an iteration
+        if all(rows[index].get(column) in values for column, values in allowed.items())
     ]
 
 

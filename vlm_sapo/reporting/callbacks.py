@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_sapo.distributed import Interrupted, deferring_signals
+from vlm_sapo.distributed import deferring_signals
 
 
 class Callback:
@@ -32,6 +32,17 @@ class Callback:
         announced when the next one starts, or the run ends."""
 
 
+def checked(callbacks: Any) -> list[Callback]:
+    """The callbacks as a list. Raises ValueError for what is none."""
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for item in listed:
+        if not isinstance(item, Callback) or not isinstance(callbacks, Iterable):
+            raise ValueError(
+                f"callbacks ({item!r:.80}) must be a list of objects of subclasses of vlm_sapo.Callback"
+            )
+    return listed
+
+
 class Callbacks:
     """Calls callbacks for what is written into a run's folder, until one fails.
 
@@ -40,7 +51,7 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback], request_stop: Callable[[str], None]):
         self.callbacks, self.request_stop = callbacks, request_stop
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """What a callback raised; none is called any more."""
         self._rollouts: list[dict[str, Any]] = []
 
@@ -68,13 +79,13 @@ class Callbacks:
         for method in methods:
             if self.failure is not None:
                 return
-            try:
-                with deferring_signals():  # a signal is not the callback's failure
+            with deferring_signals():  # a signal is not the callback's failure
+                try:
                     method(step, *facts)
-            except Interrupted:
-                raise
-            except Exception as error:  # whatever a user's code raises
-                name = method.__qualname__
-                error.add_note(f"raised by {name} after step {step}; the same call resumes the run")
-                self.failure = error
-                self.request_stop(f"{name} raised {error!r}")
+                except BaseException as error:  # whatever a user's code raises, `sys.exit()` included
+                    name = method.__qualname__
+                    error.add_note(
+                        f"raised by {name} after step {step}; the same call resumes a run that isn't finished"
+                    )
+                    self.failure = error
+                    self.request_stop(f"{name} raised {error!r}")

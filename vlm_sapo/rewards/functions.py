@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import cloudpickle
-
+from vlm_sapo.fingerprint import fingerprint_function
 from vlm_sapo.plugins import PYTHON
 
 Reward = Callable[..., Any] | str | Mapping[str, Any]
-FINGERPRINT = 16
-"""Characters of a fingerprint."""
 
 
 def config_parts(reward: Reward | Sequence[Reward]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -22,19 +19,19 @@ def config_parts(reward: Reward | Sequence[Reward]) -> tuple[list[dict[str, Any]
     may be a function; and the functions that these name `python:NAME`.
 
     A function at the top level of an importable module is named by that, and a stored config finds it again.
-    Raises ValueError for anything else than these, and for two functions of one name.
+    Raises ValueError for anything else than these.
     """
-    parts, passed = [], {}
+    parts: list[dict[str, Any]] = []
+    passed: dict[str, Any] = {}
     for item in reward if isinstance(reward, list | tuple) else [reward]:
         part = dict(item) if isinstance(item, Mapping) else {"name": item}
         function = part.get("name")
         if callable(function):
-            part["name"] = name = importable_name(function) or f"{PYTHON}{short_name(function)}"
-            part.setdefault("label", short_name(function))
-            if name.startswith(PYTHON):
-                part["fingerprint"] = fingerprint(function)
-                if passed.setdefault(name, function) is not function:
-                    raise ValueError(f"two reward functions are called {short_name(function)}; rename one")
+            label = _unused(part.get("label") or short_name(function), parts)
+            part |= {"name": importable_name(function) or f"{PYTHON}{label}", "label": label}
+            if part["name"].startswith(PYTHON):
+                part["fingerprint"] = fingerprint_function(function)
+                passed[part["name"]] = function
         elif not isinstance(function, str):
             raise ValueError(
                 f"reward ({item!r:.80}) must be a function, the name of a verifier, a part as in "
@@ -57,15 +54,14 @@ def importable_name(function: Callable[..., Any]) -> str | None:
 
 def short_name(function: Callable[..., Any]) -> str:
     """A name for logs: of the function, or of the class of a callable object."""
+    if isinstance(function, functools.partial):
+        return short_name(function.func)
     name = function.__name__ if inspect.isroutine(function) else type(function).__name__
     return name if name.isidentifier() else "reward"
 
 
-def fingerprint(function: Callable[..., Any]) -> str:
-    """A hash of a function's source text; of its code where there is no source. Raises ValueError for a
-    function that can't be pickled."""
-    try:
-        text = inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        text = cloudpickle.dumps(function)
-    return hashlib.sha256(text).hexdigest()[:FINGERPRINT]
+def _unused(label: str, parts: Sequence[Mapping[str, Any]]) -> str:
+    """The label, with a number where another part has it."""
+    labels = {part.get("label") for part in parts}
+    numbered = (f"{label}_{number}" for number in range(2, len(labels) + 3))
+    return label if label not in labels else next(name for name in numbered if name not in labels)

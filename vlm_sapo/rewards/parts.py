@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import traceback
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import cloudpickle
 from pydantic import TypeAdapter, ValidationError
 
 from vlm_sapo.plugins import PYTHON, absolute, check_call, resolve
-from vlm_sapo.rewards.trl import TrlReward, has_trl_signature
+from vlm_sapo.rewards.trl import TrlReward, has_trl_signature, is_async
 from vlm_sapo.rewards.verifiers.answers import Ungraded
 from vlm_sapo.rewards.verifiers.table import VERIFIERS
 from vlm_sapo.types import Example, ResponseText, Reward
@@ -70,6 +69,11 @@ class Part:
     """How it is called: `(response, example)`, `(responses, examples)` for many, or awaited."""
     builtin: bool = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether a score may depend on the other responses, as TRL's functions get all of a batch."""
+        return isinstance(self.function, TrlReward)
+
     def grade(self, items: Sequence[Item], timeout: float | None = None) -> list[Verdict]:
         """Verdicts of the responses; `timeout` in seconds is an async function's for each. Exceptions become
         verdicts with outcome `error`."""
@@ -94,7 +98,7 @@ class Part:
                 raise ValueError(f"returned {len(values)} values for {len(items)} responses")
         except BaseException as error:
             return [_failure(error)] * len(items)
-        if isinstance(self.function, TrlReward):  # None is TRL's word for a row that the function is not for
+        if self.compares:  # None is TRL's word for a row that the function is not for
             return [Verdict(0.0, NOT_APPLICABLE) if value is None else _verdict(value) for value in values]
         return [_verdict(value) for value in values]
 
@@ -163,7 +167,9 @@ def resolve_reward(name: str, args: Mapping[str, Any], *, field: str) -> RewardF
     is none or it doesn't take the arguments."""
     function = resolve(name, field=f"{field}.name", builtin=VERIFIERS, group=ENTRY_POINTS)
     if has_trl_signature(function):
-        return TrlReward(function)
+        adapted = TrlReward(function, name.rpartition(":")[2])
+        adapted.check_args(args, field)
+        return adapted
     check_call(function, "", None, name=name, field=f"{field}.name", args=args)
     if is_builtin(name):
         _check_values(function, args, field)
@@ -178,14 +184,13 @@ def build_part(spec: Mapping[str, Any], number: int = 0) -> Part:
     name, args = spec["name"], spec.get("args", {})
     function = resolve_reward(name, args, field=f"reward.parts.{number}")
     batched = spec.get("batched", False) or isinstance(function, TrlReward)
-    is_async = inspect.iscoroutinefunction(function)
     return Part(
         label=spec.get("label") or name.rpartition(":")[2],
         function=function,
         args=args,
         weight=spec.get("weight", 1.0),
         gate=spec.get("gate"),
-        kind="batched" if batched else "async" if is_async else "each",
+        kind="batched" if batched else "async" if is_async(function) else "each",
         builtin=is_builtin(name),
     )
 

@@ -28,7 +28,7 @@ import cloudpickle
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 
-from vlm_sapo.plugins import passing
+from vlm_sapo.plugins import PYTHON, passing
 from vlm_sapo.rewards.parts import (
     MAX_CONCURRENT_CALLS,
     Item,
@@ -63,9 +63,14 @@ def _do_nothing() -> None:
 
 
 def _start_worker(
-    specs: Sequence[Mapping[str, Any]], functions: bytes, isolated: bool, path: Sequence[str]
+    specs: Sequence[Mapping[str, Any]],
+    functions: bytes,
+    isolated: bool,
+    path: Sequence[str],
+    variables: Mapping[str, str],
 ) -> None:
     sys.path[:] = path
+    os.environ.update(variables)
     if isolated:
         leave_network()  # first: no process with threads can
     Thread(target=_end_with_parent, daemon=True).start()
@@ -88,13 +93,17 @@ def _parts() -> list[Part]:
     return _PARTS
 
 
-def _grade_each(items: Sequence[Item]) -> list[list[Verdict]]:
-    items = [load_images(item) for item in items]
+def _grade_each(sent: Sequence[Item] | bytes) -> list[list[Verdict]]:
+    items = [load_images(item) for item in _unpacked(sent)]
     return [[part.grade([item])[0] for part in _parts() if part.kind == "each"] for item in items]
 
 
-def _grade_part(items: Sequence[Item], number: int, timeout: float) -> list[Verdict]:
-    return _parts()[number].grade([load_images(item) for item in items], timeout)
+def _grade_part(sent: Sequence[Item] | bytes, number: int, timeout: float) -> list[Verdict]:
+    return _parts()[number].grade([load_images(item) for item in _unpacked(sent)], timeout)
+
+
+def _unpacked(sent: Sequence[Item] | bytes) -> Sequence[Item]:
+    return cloudpickle.loads(sent) if isinstance(sent, bytes) else sent
 
 
 def items_of(prompt: Prompt, responses: Sequence[Response]) -> list[Item]:
@@ -124,6 +133,10 @@ class RewardPool:
             if part.function is judge:
                 check_endpoint(part.args, field=f"reward.parts.{number}")
         self.on_error, self.timeout = on_error, timeout
+        self.compares = any(part.compares for part in self.parts)
+        self.passed = any(spec["name"].startswith(PYTHON) for spec in specs)
+        """Whether a Python program passed functions: what they read may be of its own classes, which only
+        cloudpickle takes to another process."""
         self.isolated = all(part.builtin and part.kind != "async" for part in self.parts)
         """Whether the workers, which parse what a model wrote, run without the network."""
         self.cache: dict[Key, list[Verdict]] = {}
@@ -133,7 +146,13 @@ class RewardPool:
         self._pool = ProcessPool(
             max_workers=workers or min(os.cpu_count() or 1, 8),
             initializer=_start_worker,
-            initargs=([portable(spec) for spec in specs], pickled(specs), self.isolated, path),
+            initargs=(
+                [portable(spec) for spec in specs],
+                pickled(specs),
+                self.isolated,
+                path,
+                dict(os.environ),
+            ),
             context=self._context,
         )
         atexit.register(self.close)  # before the interpreter takes the workers' locks away
@@ -155,12 +174,17 @@ class RewardPool:
             finally:
                 scoring.cancel()
 
-    def schedule(self, function: Callable[..., list], *args: Any, limit: float | None = None) -> Future:
-        """Runs a function in a worker, for at most `limit` seconds."""
-        return self._pool.schedule(function, args=args, timeout=limit or self.timeout)
+    def schedule(
+        self, function: Callable[..., list], items: Sequence[Item], *args: Any, limit: float | None = None
+    ) -> Future:
+        """Runs a function on items in a worker, for at most `limit` seconds."""
+        sent = cloudpickle.dumps(items) if self.passed else items
+        return self._pool.schedule(function, args=(sent, *args), timeout=limit or self.timeout)
 
     def remember(self, verdicts: Mapping[Key, list[Verdict]]) -> None:
         """Caches the verdicts that another try would not change."""
+        if self.compares:
+            return
         if len(self.cache) + len(verdicts) > CACHE_SIZE:
             self.cache.clear()
         self.cache |= {
@@ -225,7 +249,7 @@ class Scoring:
         keys = list(map(_cache_key, items))
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cached}
         with _naming_broken_pool():
-            graded = self._collect(new)
+            graded = self._collect(new, keys)
         self.pool.remember(graded)
         verdicts = self._cached | graded
         return [combine(self.pool.parts, verdicts[key]) for key in keys]
@@ -274,11 +298,11 @@ class Scoring:
         self._tasks.append(Task(keys, sent, future))
         return self._tasks[-1]
 
-    def _collect(self, items: Mapping[Key, Item]) -> dict[Key, list[Verdict]]:
-        """Verdicts of every part for every response."""
+    def _collect(self, items: Mapping[Key, Item], order: list[Key]) -> dict[Key, list[Verdict]]:
+        """Verdicts of every part for every response. `order` has the keys of all, equal ones included."""
         parts, keys = self.pool.parts, list(items)
         batched = {
-            number: [self._schedule_part(number, keys)]
+            number: [self._schedule_part(number, order if part.compares else keys)]
             for number, part in enumerate(parts)
             if part.kind == "batched" and keys
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_sapo.types import Example, ResponseText, one_line
@@ -13,8 +15,16 @@ SUPPLIED = ("prompts", COMPLETIONS, "images", "image")
 
 
 def has_trl_signature(function: Callable[..., Any]) -> bool:
-    """Whether a function takes `completions`, which no function of ours does."""
-    return COMPLETIONS in inspect.signature(function).parameters
+    """Whether a function takes `completions`, and no `examples` as a batched one of ours does."""
+    names = inspect.signature(function).parameters
+    return COMPLETIONS in names and "examples" not in names
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calls are awaited, also of a partial function or an object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 class TrlReward:
@@ -25,12 +35,23 @@ class TrlReward:
     `image` (the first). Returns its scores, None where it has none.
     """
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        if inspect.iscoroutinefunction(function):
+    def __init__(self, function: Callable[..., Any], name: str = "function"):
+        self.function, self.name = function, name
+        self.parameters = inspect.signature(function).parameters.values()
+        if is_async(function):
             raise ValueError(
-                f"the async function {function.__name__} must take (response, example); TRL's signature is "
-                "read for ordinary functions only"
+                f"the async function {name} must take (response, example); TRL's signature is read for "
+                "ordinary functions only"
+            )
+
+    def check_args(self, args: Mapping[str, Any], field: str) -> None:
+        """Raises ValueError for arguments that the function doesn't take."""
+        names = [item.name for item in self.parameters]
+        takes_all = any(item.kind is item.VAR_KEYWORD for item in self.parameters)
+        if not takes_all and (unknown := [name for name in args if name not in names]):
+            raise ValueError(
+                f"{field}.args ({dict(args)}) must fit {self.name}({', '.join(names)}); it has no "
+                f"{unknown[0]}"
             )
 
     def __call__(
@@ -45,17 +66,19 @@ class TrlReward:
             "image": [example.images[0] if example.images else None for example in examples],
         }
         supplied |= args
-        parameters = inspect.signature(self.function).parameters.values()
-        named = [item.name for item in parameters if item.kind is not item.VAR_KEYWORD]
-        required = [item.name for item in parameters if item.name in named and item.default is item.empty]
+        named = [item for item in self.parameters if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)]
+        required = [item.name for item in named if item.default is item.empty]
         if missing := [name for name in required if name not in supplied]:
             raise TypeError(
-                f"{self.function.__name__} asks for `{missing[0]}`, which is no column of these rows; they "
-                f"have {one_line(', '.join(sorted(set(supplied) - set(SUPPLIED))))}"
+                f"{self.name} asks for `{missing[0]}`, which is no column of these rows; they have "
+                f"{one_line(', '.join(sorted(set(supplied) - set(SUPPLIED))))}"
             )
-        takes_all = len(named) < len(parameters)
-        call = supplied if takes_all else {name: supplied[name] for name in named if name in supplied}
-        return list(self.function(**call))
+        takes_all = any(item.kind is item.VAR_KEYWORD for item in self.parameters)
+        names = supplied if takes_all else [item.name for item in named if item.name in supplied]
+        return [
+            None if value is None or math.isnan(value) else value
+            for value in self.function(**{name: supplied[name] for name in names})
+        ]
 
 
 def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from vlm_sapo.config.fields import Section, belongs
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.config.paths import Paths
+from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
 from vlm_sapo.hub import Kind, commit_of, describe_base, is_hub_id, prepare_push, push
@@ -37,12 +39,25 @@ def open_folder(config: Config, processes: Processes) -> tuple[RunFolder, Config
     """Opens the run's folder; returns also the config with the commits of models and data sets on the hub.
     Raises ValueError if the folder has a run with another config, or if the result can't be pushed."""
     world, console = processes.world, processes.console
+    _check_same(config, world)
     folder = RunFolder(config.run.folder) if world.main else ReadOnlyRunFolder(config.run.folder)
     devices = world.all_gather(environment.device_name(processes.accelerator.device))
     commits = world.on_main(lambda: _commits(folder, config, console))
     pinned = pin(config, commits)
     world.on_main(lambda: _open(folder, pinned, console, devices, commits))
     return folder, pinned
+
+
+def _check_same(config: Config, world: World) -> None:
+    """Raises ValueError, in all processes, where a Python program passed different rows or functions."""
+    first, *others = world.all_gather(re.findall(r"fingerprint: (\S+)", dump(config)))
+    for rank, hashes in enumerate(others, 1):
+        if hashes != first:
+            raise ValueError(
+                f"all processes must train on the same rows with the same functions, and process {rank} has "
+                "others than the first; give all the same rows in the same order, with a fixed seed where "
+                "they are shuffled"
+            )
 
 
 def _commits(folder: RunFolder, config: Config, console: Console) -> dict[str, str]:

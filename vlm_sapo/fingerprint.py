@@ -1,0 +1,125 @@
+"""Hashes of objects that a Python program passes, the same in every process: of rows, and of functions with
+what they refer to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+LENGTH = 16
+"""Characters of a fingerprint."""
+HASHED_ROWS = 256
+"""Most rows that a fingerprint covers, evenly spaced."""
+PLAIN = (type(None), bool, int, float, str)
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of the number of rows and of up to HASHED_ROWS of them, with the pixels of their images."""
+    count = min(HASHED_ROWS, len(rows))
+    return _hash([len(rows), *(_plain(rows[number * len(rows) // count], []) for number in range(count))])
+
+
+def fingerprint_function(function: Callable[..., Any]) -> str:
+    """A hash of a function's source text, defaults, and the values of closures and globals that it uses;
+    functions and classes of the program itself count with theirs, those of importable modules by name."""
+    return _hash(_plain(function, []))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:LENGTH]
+
+
+def _plain(value: Any, above: list[Any]) -> Any:
+    """A value as JSON can hold it. `above` has the objects that contain it, which may contain each other."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, bytes | bytearray):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Image):
+        return [value.mode, *value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy()
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if any(value is item for item in above):
+        return "again"
+    within = [*above, value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, within) for name, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item, within) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(_plain(item, within), sort_keys=True) for item in value)
+    return _described(value, within)
+
+
+def _described(value: Any, within: list[Any]) -> Any:
+    """What a function, class or other object is."""
+    if isinstance(value, functools.partial):
+        return ["partial", *(_plain(item, within) for item in (value.func, value.args, value.keywords))]
+    if isinstance(value, MethodType):
+        return ["method", _plain(value.__func__, within), _plain(value.__self__, within)]
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, FunctionType | type):
+        if not _is_of_program(value):
+            return f"{value.__module__}.{value.__qualname__}"
+        if isinstance(value, type):
+            return _source(value) or value.__qualname__
+        return _function(value, within)
+    if isinstance(value, CodeType):
+        return [
+            value.co_code.hex(),
+            list(value.co_names),
+            *(_plain(item, within) for item in value.co_consts),
+        ]
+    if type(value).__module__ == "builtins":
+        return ADDRESS.sub("", repr(value))
+    if len(within) > 2 and not _is_of_program(
+        type(value)
+    ):  # a library's, such as a client, has its own state
+        return _plain(type(value), within)
+    try:
+        state = vars(value)
+    except TypeError:  # it has no attributes of its own
+        state = ADDRESS.sub("", repr(value))
+    return [_plain(type(value), within), _plain(state, within)]
+
+
+def _is_of_program(value: FunctionType | type) -> bool:
+    """Whether it is defined in the script or notebook, or inside a function: no other process finds it."""
+    return value.__module__ in ("__main__", "__mp_main__") or "<locals>" in value.__qualname__
+
+
+def _function(value: FunctionType, within: list[Any]) -> Any:
+    names = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+    closure = []
+    for cell in value.__closure__ or ():
+        try:
+            closure.append(_plain(cell.cell_contents, within))
+        except ValueError:  # not set yet
+            closure.append("empty")
+    return [
+        _source(value) or _plain(value.__code__, within),
+        closure,
+        *(_plain(item, within) for item in (value.__defaults__, value.__kwdefaults__, names)),
+    ]
+
+
+def _source(value: Any) -> str | None:
+    """The source text; None where there is no file or cell of it."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return None
