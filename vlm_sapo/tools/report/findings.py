@@ -187,7 +187,7 @@ def _responses(metrics: Sequence[Record]) -> list[Finding]:
     _, truncated, steps = _ends(metrics, "response/truncated")
     text = f"Truncated: {truncated:.1%} of the responses of the last {steps} reached the length limit"
     look = truncated >= TRUNCATED_SHARE
-    remedy = "; they get no or a wrong reward: raise rollout.max_tokens" if look else ""
+    remedy = ", often before they answer: raise rollout.max_tokens" if look else ""
     findings = [Finding("look" if look else "ok", f"{text}{remedy}.")]
     outcomes = Counter(
         {
