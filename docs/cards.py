@@ -1,12 +1,14 @@
 """Writes docs/cards.md: the command for each card and model, by the functions of `vlm-sapo plan`.
 
-python docs/cards.py
+python docs/cards.py [MODEL ...]     all models, or these; the rest of the page stays
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,45 +153,80 @@ def serves(model: str, gpus: Gpus) -> bool:
     return estimator.engine_minimum <= SERVER_SHARE * visible_memory(gpus.memory)
 
 
-def row(model: str, found: Cell | None, card: str) -> str:
-    """A line of a card's table."""
+@dataclass(frozen=True)
+class Entry:
+    """What the page says of a card with a model."""
+
+    short: str
+    """What is trained, for the first table."""
+    row: str
+    """The line of the card's table."""
+    commands: str = ""
+    """The lines of the card's block, with a comment above."""
+
+
+def entry(card: str, model: str) -> Entry:
+    """What the page says of a card with a model, by `plan`."""
+    found = cell(card, model)
     if found is None:
-        return f"| {model} | doesn't fit | | | | |"
+        return Entry("-", f"| {model} | doesn't fit | | | | |")
     estimate, seconds = found.best.estimate, step_seconds(found.best.estimator, card_of(found.gpus.memory))
     training, generating = (estimate.totals[phase] / GB for phase in ("training", "generating"))
-    return (
+    row = (
         f"| {model} | {found.trained} | {found.engine} | {training:.1f} / {generating:.1f} | "
         f"{estimate.host_total / GB:.0f} | {seconds:.0f} s |"
     )
-
-
-def block(model: str, found: Cell | None) -> str:
-    """A model's commands; none where it doesn't fit."""
-    if found is None:
-        return ""
     commands = launch_commands(found.best.config, found.gpus, (CONFIG, *found.words))
-    return "\n".join([f"# {model}: {found.trained}", *commands]) + "\n"
+    return Entry(found.short, row, "\n".join([f"# {model}: {found.trained}", *commands]) + "\n")
 
 
-def page(cells: dict[tuple[str, str], Cell | None]) -> str:
+def unplanned(card: str, model: str) -> Entry:
+    """What it says where the page has no plan yet: the command that makes one."""
+    words, count = [f"model.path={MODELS[model]}"], parse_gpus(card).count
+    if PROMPTS_PER_UPDATE % count:
+        words.append(f"train.prompts_per_step={4 * count}")
+    command = f"vlm-sapo plan {CONFIG} {' '.join(words)} --gpus {card} --write runs/mine.yaml"
+    return Entry("plan", f"| {model} | by the command below | | | | |", f"# {model}: plan it\n{command}\n")
+
+
+def read(text: str) -> dict[tuple[str, str], Entry]:
+    """The entries of a page, those without a plan left out."""
+    entries = {}
+    overview, *sections = text.split("\n## ")
+    short = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for cells in (line.strip("| ").split("|") for line in overview.splitlines() if line.startswith("| "))
+    }
+    for section in sections:
+        card, _, rest = section.partition("\n")
+        blocks = {block.partition(":")[0]: f"# {block}" for block in re.split(r"^# ", rest, flags=re.M)[1:]}
+        for line in rest.splitlines():
+            model = line.strip("| ").partition(" | ")[0]
+            if model in MODELS and line.startswith("|") and "by the command below" not in line:
+                commands = blocks.get(model, "").partition("```")[0]
+                entries[card, model] = Entry(short[model][CARDS.index(card)], line, commands)
+    return entries
+
+
+def page(entries: Mapping[tuple[str, str], Entry]) -> str:
     """The page, of all cards and models."""
     lines = [HEAD, "| | " + " | ".join(f"[{card}](#{card.lower()})" for card in CARDS) + " |"]
     lines.append("| --- |" + " --- |" * len(CARDS))
-    for model in MODELS:
-        short = (cells[card, model] for card in CARDS)
-        lines.append(
-            f"| {model} | " + " | ".join("-" if found is None else found.short for found in short) + " |"
-        )
+    every = {(card, model): unplanned(card, model) for card in CARDS for model in MODELS} | dict(entries)
+    lines += [
+        f"| {model} | " + " | ".join(every[card, model].short for card in CARDS) + " |" for model in MODELS
+    ]
     for card in CARDS:
-        name, gpus = card_of(parse_gpus(card).memory).name, parse_gpus(card)
+        gpus = parse_gpus(card)
         lines += ["", f"## {card}", "", about(gpus)]
         lines.append(
-            f"| model | trained | responses from | GB training / generating | GB host | step ({name}) |"
+            "| model | trained | responses from | GB training / generating | GB host | "
+            f"step ({card_of(gpus.memory).name}) |"
         )
         lines.append("| --- | --- | --- | --- | --- | --- |")
-        lines += [row(model, cells[card, model], card) for model in MODELS]
-        blocks = "".join(block(model, cells[card, model]) for model in MODELS)
-        lines += ["", f"```bash\n{blocks}```"]
+        lines += [every[card, model].row for model in MODELS]
+        commands = "".join(every[card, model].commands for model in MODELS)
+        lines += ["", f"```bash\n{commands}```"]
     return "\n".join(lines) + "\n"
 
 
@@ -201,11 +238,10 @@ def about(gpus: Gpus) -> str:
 
 
 if __name__ == "__main__":
-    cells = {}
-    for model in MODELS:  # a model's cells share its simulated passes
+    entries = read(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    for model in sys.argv[1:] or MODELS:  # a model's cells share its simulated passes
         for card in CARDS:
-            start = time.perf_counter()
-            cells[card, model] = cell(card, model)
-            print(f"{card} {model} {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    PAGE.write_text(page(cells), encoding="utf-8")
-    print("docs/cards.md")
+            start = time.process_time()
+            entries[card, model] = entry(card, model)
+            PAGE.write_text(page(entries), encoding="utf-8")
+            print(f"{card} {model}: {time.process_time() - start:.0f} s", flush=True)
