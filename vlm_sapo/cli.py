@@ -95,9 +95,9 @@ def with_options(section: type[Section]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _print_versions(wanted: bool) -> None:
+def _print_versions(requested: bool) -> None:
     """Prints what a report of a fault needs, from the packages' metadata: nothing is imported."""
-    if not wanted:
+    if not requested:
         return
     lines = []
     for name in ("vlm-sapo", "torch", "transformers", "vllm"):
