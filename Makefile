@@ -1,14 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# uv shows its progress in a terminal; in CI's logs it says nothing unless it fails. TORCH is uv's name of a torch
+# build, such as cpu; without it the package index's own wheel is taken, that for CUDA.
+UV_INSTALL = $(BIN)/uv pip install $(if $(CI),--quiet) $(if $(TORCH),--torch-backend $(TORCH))
 
-.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu gpu gpu-wheels study study-quick study-coldstart study-trl clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu gpu gpu-wheels study study-quick study-coldstart study-trl docs clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --compile-bytecode --editable '.[test]'
+	@echo "Installing into .venv: some minutes; $(if $(TORCH),torch for $(TORCH),a download of 3.2 GB for CUDA - TORCH=cpu: 0.4 GB) unless uv has the files already."
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV_INSTALL) --compile-bytecode --editable '.[test]'
 	touch $@
 
 # The miniature: evaluates the shipped cold start, trains it with SAPO, evaluates again.
@@ -30,7 +34,7 @@ test-report: .venv/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m report
 
 .venv/browser: .venv/installed
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --editable '.[browser,trackers]'
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV_INSTALL) --editable '.[browser,docs,trackers]'
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1 \
 		|| $(BIN)/playwright install chromium
 	touch $@
@@ -56,12 +60,21 @@ check-gpu: .venv-gpu/installed
 
 .venv-gpu/installed: pyproject.toml .venv/installed
 	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
-	VIRTUAL_ENV=$(CURDIR)/.venv-gpu $(BIN)/uv pip install --quiet --editable '.[test,vllm]'
+	@echo "Installing vLLM into .venv-gpu: some minutes, a download of 4.5 GB unless uv has the files already."
+	VIRTUAL_ENV=$(CURDIR)/.venv-gpu $(UV_INSTALL) --editable '.[test,vllm]'
 	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --line-length 110 .
+
+# The pages of README.md and docs/ as a site with search, in build/site; `make docs SERVE=1` shows it at localhost:8000.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --quiet --strict)
+
+.venv/docs: .venv/installed
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV_INSTALL) --editable '.[docs]'
+	touch $@
 
 # Makes the weights in data/shapes/cold_start again (about 20 minutes on two cores).
 coldstart: setup
@@ -94,7 +107,7 @@ gpu-wheels:
 
 .venv-trl/installed: pyproject.toml .venv/installed
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	VIRTUAL_ENV=$(CURDIR)/.venv-trl $(BIN)/uv pip install --quiet --editable . 'trl==1.16.*'
+	VIRTUAL_ENV=$(CURDIR)/.venv-trl $(UV_INSTALL) --editable . 'trl==1.16.*'
 	touch $@
 
 # Makes the starting points of the study again, data/shapes/hard_dense and hard_moe (about 10 minutes on two cores):

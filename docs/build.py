@@ -1,11 +1,18 @@
+<<<<<<< HEAD
 """Writes docs/config.md and the tables of docs/coming-from.md from the config classes, and the plots of
 docs/algorithm.md from the objectives. docs/cards.py writes docs/cards.md, which takes longer.
+=======
+"""Writes docs/config.md and docs/coming-from.md from the config classes, the tables of docs/install.md from
+pyproject.toml and the versions that tests recorded, and the plots of docs/algorithm.md from the objectives.
+>>>>>>> w/pack
 
 python docs/build.py
 """
 
 from __future__ import annotations
 
+import json
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -33,9 +40,9 @@ in the config file, or on the command line as `section.field=value`; entries of 
 
 def config_page() -> str:
     """The page: all sections of `train`, then those that only `sft` has."""
-    lines, done = [HEAD, "# vlm-sapo train\n"], set()
+    lines, done = [HEAD, "## vlm-sapo train\n"], set()
     _section(TrainConfig, "", lines, done)
-    lines.append("# vlm-sapo sft\n\nThe same sections without `algo` and `alarms`; `train` differs:\n")
+    lines.append("## vlm-sapo sft\n\nThe same sections without `algo` and `alarms`; `train` differs:\n")
     _section(SftConfig, "", lines, done)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -78,6 +85,58 @@ def names_page(page: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+PURPOSES = {
+    "vllm": "responses by vLLM, in the training process or by `vllm serve`",
+    "quantized": "8-bit AdamW, base models of 4 bits (bitsandbytes)",
+    "fused": "Liger's fused norms and SwiGLU",
+    "qwen3_5": "fast linear attention of Qwen3.5",
+    "judge": "rewards and benchmarks that a judge model grades over an OpenAI-compatible API",
+    "trackers": "Weights & Biases, TensorBoard, trackio, MLflow",
+    "test": "`make test` and `make lint`",
+    "browser": "`make test-report`",
+    "docs": "`make docs`",
+    "fuzz": "`eval/fuzz.py`",
+}
+"""What each extra of pyproject.toml is for."""
+VERSIONED = {
+    "python": "Python",
+    "torch": "torch",
+    "transformers": "transformers",
+    "vllm": "vLLM",
+}
+
+
+def install_page(text: str) -> str:
+    """docs/install.md with its two tables, between comments that name them, made anew."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    for name, table in {"extras": _extras(project), "versions": _versions(project)}.items():
+        before, start, rest = text.partition(f"<!-- {name}: python docs/build.py -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = f"{before}{start}{table}\n{end}{after}"
+    return text
+
+
+def _extras(project: dict) -> str:
+    lines = ["| extra | for | brings |", "| --- | --- | --- |"]
+    extras = project["optional-dependencies"]
+    lines += [f"| `{name}` | {text} | {_names(extras[name])} |" for name, text in PURPOSES.items()]
+    return "\n".join(lines)
+
+
+def _versions(project: dict) -> str:
+    """What pyproject.toml allows, then what tests passed with."""
+    texts = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    bounds = {
+        name: text.removeprefix(name) for text in texts for name in VERSIONED if text.startswith(f"{name}>")
+    }
+    allowed = {"python": project["requires-python"], "cuda": "torch's", **bounds}
+    rows = [["allowed", *(allowed[name] for name in VERSIONED)]]
+    for row in json.loads((DOCS / "versions.json").read_text()):
+        rows.append([f"`{row['tests']}`, {row['date']}", *(row[name] for name in VERSIONED)])
+    head = ["", *VERSIONED.values()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def _section(model: type[Section], path: str, lines: list[str], done: set) -> None:
     """A table of the fields with values, then the sections among them, each class once."""
     done.add(model)
@@ -95,7 +154,7 @@ def _section(model: type[Section], path: str, lines: list[str], done: set) -> No
         if part not in done:
             types = part.model_fields.get("type")
             kind = f", type {_kind(types.annotation)}" if types else ""
-            lines.append(f"## {path}{name}{kind}\n")
+            lines.append(f"### {path}{name}{kind}\n")
             _section(part, f"{path}{name}.", lines, done)
 
 
@@ -178,8 +237,17 @@ def _gradient_weight(
 
 if __name__ == "__main__":
     (DOCS / "config.md").write_text(config_page(), encoding="utf-8")
+<<<<<<< HEAD
     names = DOCS / "coming-from.md"
     names.write_text(names_page(names.read_text(encoding="utf-8")), encoding="utf-8")
+=======
+    (DOCS / "coming-from.md").write_text(names_page(), encoding="utf-8")
+    install = DOCS / "install.md"
+    install.write_text(install_page(install.read_text(encoding="utf-8")), encoding="utf-8")
+>>>>>>> w/pack
     for name, figure in plots().items():
         figure.savefig(DOCS / name, dpi=110)
-    print("docs/config.md, docs/coming-from.md, " + ", ".join(f"docs/{name}" for name in plots()))
+    print(
+        "docs/config.md, docs/coming-from.md, docs/install.md, "
+        + ", ".join(f"docs/{name}" for name in plots())
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
+from tests.versions import record
 from vlm_sapo.models import families
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
@@ -38,6 +40,13 @@ settings.register_profile(
 settings.register_profile("deep", settings.get_profile("same"), derandomize=False, max_examples=20_000)
 settings.load_profile("same")
 CORPUS = ["How many red shapes are there? \\boxed{2}", "Find x. The answer is 12."] * 20
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """`RECORD_VERSIONS="make test" make test` records the versions that all of these tests passed with."""
+    tests = os.environ.get("RECORD_VERSIONS")
+    if tests and exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
+        record(tests)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +82,17 @@ def vlm(model_folder) -> VLM:
 @pytest.fixture
 def encoder(vlm) -> Encoder:
     return Encoder(vlm)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def numbered_image(number: int = 0, size: tuple[int, int] = (48, 48)) -> Image.Image:

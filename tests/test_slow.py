@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -22,10 +23,28 @@ def run(*command, cwd, **environment) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", str(folder), cwd=ROOT)
-    return next(folder.glob("*.whl"))
+def packages(tmp_path_factory):
+    """A folder with the sdist and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("packages")
+    run(sys.executable, "-m", "uv", "build", "--out-dir", str(folder), cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(packages):
+    return next(packages.glob("*.whl"))
+
+
+def test_the_packages_have_licence_and_description(packages, wheel):
+    with tarfile.open(next(packages.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "CITATION.cff", "Makefile", "docs/install.md", "pyproject.toml"} <= names
+    with zipfile.ZipFile(wheel) as archive:
+        [licence] = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(metadata).decode()
+    assert "License-Expression: Apache-2.0" in text and "# vlm_sapo" in text
 
 
 def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
@@ -43,6 +62,8 @@ def test_a_wheel_trains_the_quick_start_from_anywhere(wheel, tmp_path):
     options = ("--model", "out/final", "--benchmark", "shapes", "--limit", "4", "--out", "results")
     run(*command, "eval", *options, cwd=work, PYTHONPATH=site)
     assert json.loads((work / "results/results.json").read_text())["shapes"]["n"] == 4
+    run(*command, "report", "out", cwd=work, PYTHONPATH=site)
+    assert "<html" in (work / "out/report.html").read_text()
 
 
 def test_the_quick_start_learns(tmp_path):

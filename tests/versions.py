@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
+import platform
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tests.conftest import ROOT
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs/versions.json"
 
 DEFINITION = re.compile(r"^(?:class|def|async def) (\w+)|^(\w+)\s*[:=]", re.M)
 
@@ -164,3 +171,18 @@ def problems(sources: Sources, package: str) -> list[str]:
         ):
             lines.append(f"{use.where}: {use.name} takes no {use.positional} values and {set(use.keywords)}")
     return sorted(set(lines))
+
+
+def record(tests: str) -> None:
+    """Writes the versions of this environment into docs/versions.json, as those that the tests called `tests`
+    passed with. `python docs/build.py` makes the table of docs/install.md of it."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    row = {"tests": tests, "date": str(date.today()), "python": platform.python_version()}
+    row["cuda"] = f"{torch.version.cuda}, {gpu}" if torch.version.cuda else "CPU build"
+    for name in ("torch", "transformers", "vllm"):
+        try:
+            row[name] = version(name)
+        except PackageNotFoundError:
+            row[name] = "not installed"
+    rows = [item for item in json.loads(RECORDS.read_text()) if item["tests"] != tests]
+    RECORDS.write_text(json.dumps([*rows, row], indent=1) + "\n")

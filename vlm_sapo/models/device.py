@@ -78,7 +78,7 @@ class Device:
         if self.torch.type == "cuda" and "linear_attention" in layer_kinds and find_spec("fla") is None:
             warn(
                 "this model has linear attention, and without the package flash-linear-attention it is "
-                "several times slower; pip install 'vlm-sapo[qwen3_5]'"
+                "several times slower; install the extra qwen3_5 (docs/install.md)"
             )
 
     def check_half_precision(self, fields: Mapping[str, str]) -> None:

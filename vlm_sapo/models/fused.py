@@ -24,7 +24,8 @@ def should_fuse(choice: bool | None) -> bool:
     installed, device = find_spec("liger_kernel") is not None, torch.cuda.is_available()
     if choice and not installed:
         raise ValueError(
-            "model.fused (true) must be false or null without liger-kernel; pip install 'vlm-sapo[fused]'"
+            "model.fused (true) must be false or null without liger-kernel; install the extra fused "
+            "(docs/install.md)"
         )
     if choice and not device:
         raise ValueError("model.fused (true) must be false or null without a GPU; its kernels run on no CPU")

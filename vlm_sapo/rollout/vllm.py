@@ -74,7 +74,7 @@ class VllmEngine:
         except ImportError as error:
             raise RolloutError(
                 f"rollout.engine (vllm) needs the package vllm, and it cannot be imported ({error}); "
-                "install vlm-sapo[vllm]"
+                "install the extra vllm (docs/install.md)"
             ) from error
         self.sleeps = torch.cuda.is_available()
         arguments = {

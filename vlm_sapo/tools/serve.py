@@ -51,7 +51,8 @@ def serve_command(config: TrainConfig, *, host: str, port: int, extra: str, only
     program = str(installed) if installed.is_file() else shutil.which("vllm")
     if program is None:
         raise ValueError(
-            "vllm is not installed here; install vlm-sapo[vllm], or run the printed command where it is"
+            "vllm is not installed here; install the extra vllm (docs/install.md), or "
+            "run the printed command where it is"
         )
     os.execve(program, command, os.environ | environment)
 

@@ -114,11 +114,13 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
     needs = {"model.lora.bits": four_bits, "train.optimizer": config.train.optimizer != "adamw"}
     if any(needs.values()) and find_spec("bitsandbytes") is None:
         field = next(field for field, needed in needs.items() if needed)
-        raise ValueError(f"{field} needs bitsandbytes; pip install 'vlm-sapo[quantized]', or leave it out")
+        raise ValueError(
+            f"{field} needs bitsandbytes; install the extra quantized (docs/install.md), or leave it out"
+        )
     if isinstance(config.rollout.engine, VllmConfig) and find_spec("vllm") is None:
         raise ValueError(
-            "rollout.engine (vllm) needs vllm, which is not installed; install the extra (in the repository "
-            "`uv pip install -e '.[vllm]'`), or set rollout.engine=hf"
+            "rollout.engine (vllm) needs vllm, which is not installed; install the extra vllm (in the "
+            "repository `uv pip install -e '.[vllm]'`), or set rollout.engine=hf"
         )
 
 

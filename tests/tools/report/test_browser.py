@@ -14,17 +14,6 @@ pytestmark = pytest.mark.report
 COLOURED = "nodes => nodes.some(node => !/ 0\\)$/.test(node.style.backgroundColor || ' 0)'))"
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @contextmanager
 def opened(chromium, path, view):
     """The page of a file; at the end it must have made no request and raised no error."""
