@@ -1,10 +1,6 @@
-<<<<<<< HEAD
-"""Writes docs/config.md and the tables of docs/coming-from.md from the config classes, and the plots of
-docs/algorithm.md from the objectives. docs/cards.py writes docs/cards.md, which takes longer.
-=======
-"""Writes docs/config.md and docs/coming-from.md from the config classes, the tables of docs/install.md from
-pyproject.toml and the versions that tests recorded, and the plots of docs/algorithm.md from the objectives.
->>>>>>> w/pack
+"""Writes docs/config.md and the tables of docs/coming-from.md from the config classes, the tables of
+docs/install.md from pyproject.toml and the versions that tests recorded, and the plots of docs/algorithm.md from
+the objectives. docs/cards.py writes docs/cards.md, which takes longer.
 
 python docs/build.py
 """
@@ -237,14 +233,9 @@ def _gradient_weight(
 
 if __name__ == "__main__":
     (DOCS / "config.md").write_text(config_page(), encoding="utf-8")
-<<<<<<< HEAD
-    names = DOCS / "coming-from.md"
+    names, install = DOCS / "coming-from.md", DOCS / "install.md"
     names.write_text(names_page(names.read_text(encoding="utf-8")), encoding="utf-8")
-=======
-    (DOCS / "coming-from.md").write_text(names_page(), encoding="utf-8")
-    install = DOCS / "install.md"
     install.write_text(install_page(install.read_text(encoding="utf-8")), encoding="utf-8")
->>>>>>> w/pack
     for name, figure in plots().items():
         figure.savefig(DOCS / name, dpi=110)
     print(

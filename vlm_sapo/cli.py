@@ -95,15 +95,9 @@ def with_options(section: type[Section]) -> Callable[[Command], Command]:
     return decorate
 
 
-<<<<<<< HEAD
-def _print_versions(asked: bool) -> None:
-    """Prints what a report of a fault needs, from the packages' metadata: nothing is imported."""
-    if not asked:
-=======
 def _print_versions(requested: bool) -> None:
     """Prints what a report of a fault needs, from the packages' metadata: nothing is imported."""
     if not requested:
->>>>>>> w/pack
         return
     lines = []
     for name in ("vlm-sapo", "torch", "transformers", "vllm"):
