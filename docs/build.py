@@ -1,6 +1,6 @@
 """Writes docs/config.md and the tables of docs/coming-from.md from the config classes, the tables of
-docs/install.md from pyproject.toml and the versions that tests recorded, and the plots of docs/algorithm.md from
-the objectives. docs/cards.py writes docs/cards.md, which takes longer.
+docs/install.md from pyproject.toml and the versions that tests recorded, and the plots of docs/algorithm.md
+from the objectives. docs/cards.py writes docs/cards.md, which takes longer.
 
 python docs/build.py
 """
