@@ -49,13 +49,14 @@ def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:
     started, evaluations = environment.read(folder.path), folder.read("evaluations.jsonl")
     name = repo or config.get("hub", {}).get("push") or folder.path.resolve().name
     results = list(_before_and_after(evaluations, summary["steps"]))
+    conclusion = summary.get("learnt_nothing", "").partition(";")[0]
     metadata = _metadata(config, started, name, results).to_yaml()
     body = [
         f"# {name.rpartition('/')[2]}",
         _introduction(config, started, summary),
         "## Results",
         *_results(config, results, evaluations),
-        f"The run's own check says: {summary['learnt_nothing']}." if "learnt_nothing" in summary else "",
+        *([f"The run's own check says: {conclusion}."] if conclusion else []),
         *([f"![Curves of the training run]({CURVES})"] if (folder.path / CURVES).is_file() else []),
         "## Use",
         USE.format(name=name if "/" in name else "path/to/this/folder"),
@@ -94,6 +95,10 @@ def _base_model(config: Record, started: Record) -> str | None:
     """The hub id of the base model; of a local folder what its own card says, or None."""
     path = str(config["model"]["path"])
     return path if is_hub_id(path) else started.get("base", {}).get("base_model")
+
+
+def _steps(summary: Record) -> str:
+    return f"{summary['steps']} step{'' if summary['steps'] == 1 else 's'}"
 
 
 def _objective(config: Record) -> str:
@@ -169,7 +174,7 @@ def _introduction(config: Record, started: Record, summary: Record) -> str:
         else ""
     )
     return (
-        f"{named}{at}, trained with {how} for {summary['steps']} steps by vlm-sapo.{adapters} This card was "
+        f"{named}{at}, trained with {how} for {_steps(summary)} by vlm-sapo.{adapters} This card was "
         "written from the files of the run."
     )
 
@@ -243,6 +248,8 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
     for task in tasks:
         share = f", {task.get('share', 1.0) / total:.0%} of every step" if len(tasks) > 1 else ""
         yield f"- data: {_rows(task)}{share}"
+    if holdout := config["data"].get("holdout"):
+        yield f"- held-out data: {holdout} of these rows (`data.holdout`), not trained on"
     for section in _held_out_sections(config):
         yield f"- held-out data: {_rows(section)}"
     for part in config.get("reward", {}).get("parts", []) if "algo" in config else []:
