@@ -1,4 +1,4 @@
-"""docs/cards.md is what `vlm-sapo plan` says: some cells always, all of them with `make test-slow`."""
+"""docs/cards.md is what `vlm-sapo plan` says: some cells always, one of each model with `make test-slow`."""
 
 import pytest
 
@@ -19,10 +19,10 @@ def test_an_entry_is_what_plan_says(card, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", sorted({model for _, model in ENTRIES}))
-def test_a_models_entries_are_what_plan_says(model):
-    for card in cards.CARDS:
-        if (card, model) in ENTRIES:
-            assert ENTRIES[card, model] == cards.entry(card, model), card
+def test_a_models_largest_entry_is_what_plan_says(model):
+    """All of them take many minutes: `python docs/cards.py` writes them anew."""
+    card = next(card for card in reversed(cards.CARDS) if (card, model) in ENTRIES)
+    assert ENTRIES[card, model] == cards.entry(card, model)
 
 
 def test_the_page_is_made_of_its_entries():

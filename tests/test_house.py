@@ -25,7 +25,7 @@ LAYERS = [
 ]
 """Folders and modules of the package; each may import those on its own line and above it."""
 OWNERS = {
-    "transformers": ("models", "rollout/hf.py", "tools/new_model.py", "tools/plan/", "api.py"),
+    "transformers": ("models", "rollout/hf.py", "tools/new_model.py", "tools/plan/simulate.py", "api.py"),
     "vllm": ("rollout/vllm", "rollout/weight_transfer.py"),
     "matplotlib": ("reporting",),
 }

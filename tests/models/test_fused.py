@@ -29,7 +29,8 @@ def test_where_they_are_used(monkeypatch, installed, gpu):
         assert fused.should_fuse(True)
     else:
         with pytest.raises(
-            ValueError, match=r"model.fused \(true\) must .*" + ("GPU" if installed else "pip install")
+            ValueError,
+            match=r"model.fused \(true\) must .*" + ("GPU" if installed else "install the extra fused"),
         ):
             fused.should_fuse(True)
 

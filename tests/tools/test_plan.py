@@ -28,7 +28,7 @@ from vlm_sapo.tools.plan.launch import launch_commands, quote
 from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
 from vlm_sapo.tools.plan.nearest import Change, _generation_changes, _model_changes, nearest
 from vlm_sapo.tools.plan.passes import BatchSpec
-from vlm_sapo.tools.plan.shapes import published, published_config
+from vlm_sapo.tools.plan.shapes import published, published_shape
 from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec
 from vlm_sapo.tools.plan.write import config_text
 
@@ -78,8 +78,8 @@ def tiny(model_folder, tmp_path):
 @pytest.mark.parametrize("name", published())
 def test_the_shapes_of_published_models(name):
     """Known without a network, by the names of all their variants."""
-    config = published_config(f"{name}-Instruct")
-    assert config.to_dict() == published_config(f"{name}-Thinking").to_dict()
+    config = simulate.read_config(f"{name}-Instruct")
+    assert config.to_dict() == simulate.read_config(f"{name}-Thinking").to_dict()
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -89,7 +89,7 @@ def test_the_shapes_of_published_models(name):
 
 
 def test_a_model_that_is_not_listed_has_no_shape():
-    assert published_config("Qwen/Qwen3-VL-2B-Embedding") is None
+    assert published_shape("Qwen/Qwen3-VL-2B-Embedding") is None
 
 
 @real

@@ -15,7 +15,7 @@ from vlm_sapo.tools.plan.cards import visible_memory
 from vlm_sapo.tools.plan.memory import GB, PHASES, UNSHARDED, Estimate, Gpus, MemoryRow, ParameterSpec
 from vlm_sapo.tools.plan.operations import model_work
 from vlm_sapo.tools.plan.passes import BatchSpec, GenerationMemory
-from vlm_sapo.tools.plan.shapes import published_config
+from vlm_sapo.tools.plan.shapes import published_shape
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -270,7 +270,7 @@ def model_spec(config: TrainConfig, *, sharded: bool) -> ModelSpec:
 
 def where_config_is(model: ModelConfig) -> str:
     """The folder with a model's config, or the hub id of a published model whose shape is known."""
-    if not locate(model.path).exists() and published_config(model.path) is not None:
+    if not locate(model.path).exists() and published_shape(model.path) is not None:
         return model.path
     return local_model(model.path, model.revision, weights=False)
 

@@ -162,7 +162,9 @@ def _overrides(changes: Sequence[Change]) -> tuple[str, ...]:
 def _model_changes(config: TrainConfig, gpus: Gpus) -> Iterator[Changes]:
     """Changes of how the model is stored, trained and sampled, nearest first."""
     lora, engine = config.model.lora, config.rollout.engine
-    experts = read_config(where_config_is(config.model)).get_text_config().to_dict().get("num_experts")
+    experts = (
+        read_config(where_config_is(config.model)).get_text_config().to_dict().get("num_experts_per_tok")
+    )
     left_out = "; the experts get none (docs/moe.md)" if experts else ""
     sixteen, four = (replace(change, reason=change.reason + left_out) for change in (LORA, QLORA))
     value = f"{max(LORA_LR, config.train.lr):g}".replace("e-0", "e-")

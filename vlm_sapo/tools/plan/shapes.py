@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
-
 from vlm_sapo.config.files import read_mapping
 
 VARIANTS = ("-Instruct", "-Thinking")
@@ -19,12 +17,8 @@ def published() -> dict[str, dict]:
     return read_mapping(Path(__file__).with_name("shapes.yaml"))
 
 
-def published_config(name: str) -> PretrainedConfig | None:
-    """The config of a published model by its hub id; None for one that isn't listed."""
+def published_shape(name: str) -> dict | None:
+    """The fields of a published model by its hub id; None for one that isn't listed."""
     for variant in VARIANTS:
         name = name.removesuffix(variant)
-    fields = published().get(name)
-    if fields is None:
-        return None
-    model_type, values = fields["model_type"], {key: fields[key] for key in fields if key != "model_type"}
-    return AutoConfig.for_model(model_type, **values)
+    return published().get(name)

@@ -29,7 +29,7 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
-from vlm_sapo.tools.plan.shapes import published_config
+from vlm_sapo.tools.plan.shapes import published_shape
 from vlm_sapo.types import Example, Prompt, Response
 
 MAX_ELEMENTS_WITH_VALUES = 2**22
@@ -167,8 +167,8 @@ def _leave_meta(model: nn.Module) -> None:
 def read_config(path: str) -> PretrainedConfig:
     """The config of a folder or hub id; that of a published model is known without a network. Raises
     ValueError where it is not a vision-language model."""
-    if not Path(path).exists() and (known := published_config(path)) is not None:
-        return known
+    if not Path(path).exists() and (shape := published_shape(path)) is not None:
+        return AutoConfig.for_model(**shape)
     requirement = f"model.path ({path}) must be a folder with a config.json or a hub id"
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{requirement}; there is no config.json in that folder")

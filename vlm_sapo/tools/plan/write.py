@@ -45,9 +45,7 @@ def check_target(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"--write ({path}) must be a file; it is a folder")
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE):
-        raise ValueError(
-            f"--write ({path}) must be a new file or one of an earlier plan; choose another name"
-        )
+        raise ValueError(f"--write ({path}) must be a new file or one that plan wrote; choose another name")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"--write ({path}) must be in a folder that can be written; {parent} can't")
