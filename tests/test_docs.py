@@ -170,6 +170,11 @@ def test_the_cases_of_the_verifiers():
         assert str(found) == wanted or float(found) == float(wanted), (name, gold, answer)
 
 
+def test_the_sites_menu_has_every_page():
+    named = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {str(path.relative_to(ROOT)) for path in DOCUMENTS} <= named
+
+
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
