@@ -49,6 +49,15 @@ def pytest_sessionfinish(session, exitstatus):
         record(tests)
 
 
+LONGEST = ("test_kill.py", "test_gpu.py")
+"""Files whose slow tests take minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that the other workers don't wait for one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

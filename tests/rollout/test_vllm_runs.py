@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -121,7 +122,8 @@ def test_a_server_is_killed_in_the_middle(tmp_path):
     """Of two, one is killed; the run goes on with the other. Then that one is killed as well; the run stops with
     a checkpoint, and goes on from it when a server is there again."""
     ports = [free_port(), free_port()]
-    servers = [start_server(COLD_START, port, tmp_path / f"{port}.log") for port in ports]
+    with ThreadPoolExecutor() as pool:
+        servers = [*pool.map(lambda port: start_server(COLD_START, port, tmp_path / f"{port}.log"), ports)]
     urls = ", ".join(f"'http://127.0.0.1:{port}'" for port in ports)
     engine = f"rollout.engine={{type: vllm_server, servers: [{urls}], patience: 2, timeout: 60}}"
     words = ["train", "quickstart", engine, "rollout.ahead=1", "checkpoint.every=0", "train.steps=12"]
