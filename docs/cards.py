@@ -167,17 +167,18 @@ class Entry:
 
 def entry(card: str, model: str) -> Entry:
     """What the page says of a card with a model, by `plan`."""
-    found = cell(card, model)
-    if found is None:
+    planned = cell(card, model)
+    if planned is None:
         return Entry("-", f"| {model} | doesn't fit | | | | |")
-    estimate, seconds = found.best.estimate, step_seconds(found.best.estimator, card_of(found.gpus.memory))
+    estimate = planned.best.estimate
+    seconds = step_seconds(planned.best.estimator, card_of(planned.gpus.memory))
     training, generating = (estimate.totals[phase] / GB for phase in ("training", "generating"))
     row = (
-        f"| {model} | {found.trained} | {found.engine} | {training:.1f} / {generating:.1f} | "
+        f"| {model} | {planned.trained} | {planned.engine} | {training:.1f} / {generating:.1f} | "
         f"{estimate.host_total / GB:.0f} | {seconds:.0f} s |"
     )
-    commands = launch_commands(found.best.config, found.gpus, (CONFIG, *found.words))
-    return Entry(found.short, row, "\n".join([f"# {model}: {found.trained}", *commands]) + "\n")
+    commands = launch_commands(planned.best.config, planned.gpus, (CONFIG, *planned.words))
+    return Entry(planned.short, row, "\n".join([f"# {model}: {planned.trained}", *commands]) + "\n")
 
 
 def unplanned(card: str, model: str) -> Entry:

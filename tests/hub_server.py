@@ -184,7 +184,7 @@ class Hub:
         url = f"{self.url}/{name}/commit/{sha}"
         return reply(request, 200, {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
 
-    def found(self, request, name, revision, authorized):
+    def look_up(self, request, name, revision, authorized):
         """The repository and commit; None where an error was answered."""
         repository = self.repositories.get(name)
         if repository is None or (repository.private and not authorized):
@@ -198,8 +198,8 @@ class Hub:
 
     def info(self, request, body, authorized, kind, name, revision):
         full = name if kind == "models" else f"datasets/{name}"
-        if found := self.found(request, full, revision, authorized):
-            repository, sha = found
+        if snapshot := self.look_up(request, full, revision, authorized):
+            repository, sha = snapshot
             siblings = [{"rfilename": path} for path in repository.commits[sha]]
             about = {
                 "id": name,
@@ -212,21 +212,21 @@ class Hub:
 
     def tree(self, request, body, authorized, kind, name, revision):
         full = name if kind == "models" else f"datasets/{name}"
-        if found := self.found(request, full, revision, authorized):
-            repository, sha = found
+        if snapshot := self.look_up(request, full, revision, authorized):
+            repository, sha = snapshot
             reply(request, 200, [entry(path, data) for path, data in repository.commits[sha].items()])
 
     def paths(self, request, body, authorized, kind, name, revision):
         full = name if kind == "models" else f"datasets/{name}"
-        if found := self.found(request, full, revision, authorized):
-            repository, sha = found
+        if snapshot := self.look_up(request, full, revision, authorized):
+            repository, sha = snapshot
             files = repository.commits[sha]
             asked = json.loads(body)["paths"]
             reply(request, 200, [entry(path, files[path]) for path in asked if path in files])
 
     def resolve(self, request, body, authorized, name, revision, file):
-        if found := self.found(request, name, revision, authorized):
-            repository, sha = found
+        if snapshot := self.look_up(request, name, revision, authorized):
+            repository, sha = snapshot
             if repository.gated:
                 message = {
                     "X-Error-Code": "GatedRepo",
