@@ -21,20 +21,9 @@ from vlm_sapo.config.files import parse
 from vlm_sapo.config.load import check, dump, load, read_values
 from vlm_sapo.config.rollout import EngineConfig, VllmConfig
 from vlm_sapo.config.schema import SftConfig, TrainConfig
-from vlm_sapo.distributed import Interrupted
+from vlm_sapo.distributed import Interrupted as Interrupted  # what `train` raises
 from vlm_sapo.plugins import PYTHON, passing
 from vlm_sapo.reporting.callbacks import Callback, checked
-
-__all__ = [
-    "Callback",
-    "Interrupted",
-    "evaluate",
-    "load_config",
-    "load_sft_config",
-    "report",
-    "sft",
-    "train",
-]
 
 
 def load_config(config: str | Path, *overrides: str) -> TrainConfig:

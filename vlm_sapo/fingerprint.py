@@ -86,9 +86,8 @@ def _described(value: Any, within: list[Any]) -> Any:
         ]
     if type(value).__module__ == "builtins":
         return ADDRESS.sub("", repr(value))
-    if len(within) > 2 and not _is_of_program(
-        type(value)
-    ):  # a library's, such as a client, has its own state
+    is_inner = len(within) > 2  # a library's object there, such as a client, has state of its own
+    if is_inner and not _is_of_program(type(value)):
         return _plain(type(value), within)
     try:
         state = vars(value)
