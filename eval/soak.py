@@ -122,6 +122,7 @@ def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict
     A rate of 0 is a run without faults."""
     from vlm_sapo.config.load import load
     from vlm_sapo.config.schema import TrainConfig
+    from vlm_sapo.training.checkpoint import FREE_DISK
     from vlm_sapo.training.trainer import train
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def soak(folder: Path, steps: int, *, rate: float, overrides: list[str]) -> dict
                 summary = train(config)
                 break
             except ValueError as error:  # a full disk at the very end: a user would start it again
-                if "make room" not in str(error):
+                if FREE_DISK not in str(error):
                     raise
                 restarts += 1
                 time.sleep(disk.lasting)

@@ -90,4 +90,4 @@ def test_a_full_disk_of_one_process_costs_that_checkpoint_alone(runs):
 def test_a_full_disk_of_one_process_stops_all_if_configured(runs):
     assert steps(runs, "full-stop") == [1]
     failures = [(runs.folder / f"full-stop/failure_{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("make room, then start the same command again" in failure for failure in failures)
+    assert all("free disk space, then start the same command again" in failure for failure in failures)

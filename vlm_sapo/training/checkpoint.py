@@ -37,6 +37,7 @@ PATIENCE = 120.0
 T = TypeVar("T")
 FAILURES = (OSError, SafetensorError)
 """Errors of writing to a full or broken disk."""
+FREE_DISK = "free disk space, then start the same command again"
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Checkpoints:
         shutil.rmtree(self._partial(writing.step), ignore_errors=True)
         text = f"a checkpoint could not be written ({problems[0]}); earlier ones in {self.folder} are intact"
         if self.on_error == "stop":
-            raise ValueError(f"{text}; make room, then start the same command again")
+            raise ValueError(f"{text}; {FREE_DISK}")
         self.console.warn(f"{text}, and the run continues (checkpoint.on_error)")
         return False
 
@@ -239,6 +240,16 @@ class Checkpoints:
         best = self.run_folder.best(self.best.count, self.best.evaluation) if self.best else []
         for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
             shutil.rmtree(self.folder / f"step_{step:06d}")
+
+    @property
+    def newest_written(self) -> str:
+        """Where the newest complete checkpoint is, in words."""
+        steps = _steps(self.folder)
+        return (
+            f"the newest checkpoint in {self.folder} is of step {steps[-1]}"
+            if steps
+            else "no checkpoint was written"
+        )
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None if there are none. Torn ones are renamed, with a warning;

@@ -30,7 +30,7 @@ from vlm_sapo.reporting.step_report import StepRecords, StepReport
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.rollout.scoring import Stopwatch
 from vlm_sapo.training.batch import Batch
-from vlm_sapo.training.checkpoint import FAILURES, Checkpoints, Progress, sync_to_disk
+from vlm_sapo.training.checkpoint import FAILURES, FREE_DISK, Checkpoints, Progress, sync_to_disk
 from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import RolloutBatch
@@ -189,10 +189,11 @@ class Run:
             if self.progress.step and self.checkpoints.newest_step != self.progress.step:
                 disagrees = any(self.world.all_gather(isinstance(error, ParityError)))
                 self.save_checkpoint(self.rollouts.state(resample=disagrees))
-                self.console.say(
-                    f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
-                )
-            self.checkpoints.wait()
+                self.checkpoints.wait()
+                if self.checkpoints.newest_step is not None:
+                    self.console.say(
+                        f"a checkpoint after {self.progress.step} steps is in {self.checkpoints.folder}"
+                    )
             raise
 
     def evaluate(self, step: int, *, last: int) -> None:
@@ -228,9 +229,8 @@ class Run:
             return self._summarize(steps)
         except FAILURES as error:
             raise ValueError(
-                f"all {steps} steps are done, but the result cannot be written ({error}); the newest "
-                f"checkpoint in {self.checkpoints.folder} is of step {self.checkpoints.newest_step}: free "
-                "disk space, then start the same command again"
+                f"all {steps} steps are done, but the result cannot be written ({error}), and "
+                f"{self.checkpoints.newest_written}; {FREE_DISK}"
             ) from error
 
     def _summarize(self, steps: int) -> dict:
