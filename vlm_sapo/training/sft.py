@@ -12,7 +12,8 @@ from vlm_sapo.config.schema import SftConfig, SftTrainerConfig
 from vlm_sapo.reporting.callbacks import Callback
 from vlm_sapo.training.batch import Batch, MicroBatch, collate
 from vlm_sapo.training.build import build_sft
-from vlm_sapo.training.folder import open_folder, publish
+from vlm_sapo.training.folder import open_folder
+from vlm_sapo.training.hub_use import publish
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.policy import ForwardPass
 from vlm_sapo.training.run import FINISHED, Run

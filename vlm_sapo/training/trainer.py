@@ -11,7 +11,8 @@ from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.assignment import reassign
 from vlm_sapo.training.batch import collate
 from vlm_sapo.training.build import build_training
-from vlm_sapo.training.folder import open_folder, publish
+from vlm_sapo.training.folder import open_folder
+from vlm_sapo.training.hub_use import publish
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
