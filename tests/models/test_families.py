@@ -120,7 +120,7 @@ def ids_of(groups):
 
 def test_a_row_with_images(name, loaded):
     vlm = loaded
-    assert vlm.attends_fully == (REAL.get(name, name) in SHARING)
+    assert vlm.shares_prefix == (REAL.get(name, name) in SHARING)
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
     assert vlm.tokenizer.convert_tokens_to_ids("<|im_end|>") in vlm.stops

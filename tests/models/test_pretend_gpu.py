@@ -112,7 +112,7 @@ def reference(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_of_every_family(folder, reference, monkeypatch, family, precision):
     vlm = load(folder(family), precision)
-    groups, layout = groups_of(vlm), choose("shared", attends_fully=vlm.attends_fully)
+    groups, layout = groups_of(vlm), choose("shared", shares_prefix=vlm.shares_prefix)
     inputs = layout.inputs(groups)
     with torch.no_grad(), autocast(precision, "cpu"):
         wanted = Pass(vlm)(inputs)
@@ -130,14 +130,14 @@ def test_a_pass_of_every_family(folder, reference, monkeypatch, family, precisio
     limit = 0.5 if "moe" in family else 0.1  # by rounding, a token may go to another expert
     assert difference.max() < limit and difference.mean() < limit / 10, difference
     assert encoding <= WAITS_OF_TOWER[family], gpu.waits
-    if vlm.attends_fully:
+    if vlm.shares_prefix:
         layers = SHAPE.layers
         assert [call for call in calls if call[0]] == [
             (True, 7)
         ] * layers  # prompts and branches by themselves
         assert calls.count((False, 2)) >= layers  # the branches of two prompts to them
     assert not gpu.copies, gpu.copies  # of cached images: nothing is copied in a pass
-    assert gpu.waits.total() <= (0 if vlm.attends_fully else WAITS_FOR_MASKS), gpu.waits
+    assert gpu.waits.total() <= (0 if vlm.shares_prefix else WAITS_FOR_MASKS), gpu.waits
     inside_layers = ("models/attention.py", "models/flash.py", "models/vlm.py")
     assert not [copy for copy in first if any(file in copy.where for file in inside_layers)], first
 

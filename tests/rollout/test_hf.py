@@ -77,7 +77,7 @@ def test_prefill_in_several_passes_changes_nothing(setting, monkeypatch):
         sizes.clear()
         groups = engine.generate(again, sampling)
         assert ids_of(groups) == ids_of(before)
-        if vlm.attends_fully:  # others prefill one padded row for each prompt
+        if vlm.shares_prefix:  # others prefill one padded row for each prompt
             assert [length for _, length in sizes if length > 1] == [
                 len(item.prompt.ids) + sum(len(response.ids) for response in item.responses) for item in again
             ]

@@ -121,7 +121,7 @@ def test_a_simulated_pass_counts_the_memory_of_a_real_one(family, checkpointing,
     if frozen:
         vlm.vision([group.prompt for group in groups])
     with MemoryCounter() as counted:
-        scores = Pass(vlm)(choose(layout, attends_fully=vlm.attends_fully).inputs(groups))
+        scores = Pass(vlm)(choose(layout, shares_prefix=vlm.shares_prefix).inputs(groups))
         scores.logprobs.sum().backward()
     estimate = passes.training_memory(spec, BATCH)
     assert estimate.activations + estimate.logits == pytest.approx(counted.peak, rel=0.15)

@@ -57,7 +57,7 @@ def test_operations_are_those_of_the_models_own_pass(family, model_folder):
         responses = tuple(simulate.synthetic_response(prompt, 12) for _ in range(3))
     object.__setattr__(prompt, "pixels", torch.zeros(prompt.pixels.shape))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Pass(vlm)(choose("shared", attends_fully=True).inputs([GroupSlice(prompt, responses)]))
+        Pass(vlm)(choose("shared", shares_prefix=True).inputs([GroupSlice(prompt, responses)]))
     image = int((prompt.ids == vlm.model.config.image_token_id).sum())
     work, group = model_work(spec), GroupTokens(40, image, 12, 3)
     attention = 4 * work.attention_layers * work.query_width * group.pairs

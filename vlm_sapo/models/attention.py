@@ -83,13 +83,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of B prompts, [B, K, P, D] by layer, padded on the right, for decoding their branches.
+    """Keys and values of B prompts, [B, K, P, D] by layer with full attention, padded on the right, for
+    decoding their branches.
 
     The batch that decodes holds the prompts' branches in order, G for each.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    keys: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
     padding: torch.Tensor
     """[B, 1, 1, P] bool, true after the end of a prompt."""
     branch_padding: torch.Tensor | None = None
@@ -97,7 +98,9 @@ class Prefix:
     different lengths; None if all start at their prompt."""
 
     @staticmethod
-    def from_row(keys: list[torch.Tensor], values: list[torch.Tensor], segments: Segments) -> Prefix:
+    def from_row(
+        keys: dict[int, torch.Tensor], values: dict[int, torch.Tensor], segments: Segments
+    ) -> Prefix:
         """Splits the prompts off a packed row's keys and values, [1, K, L, D] by layer."""
 
         def split(row: torch.Tensor) -> torch.Tensor:
@@ -105,15 +108,19 @@ class Prefix:
             return pad_sequence(prompts, batch_first=True).transpose(1, 2)
 
         lengths = segments.sizes[::2]
-        ends = torch.tensor(lengths, device=keys[0].device)
+        ends = torch.tensor(lengths, device=next(iter(keys.values())).device)
         padding = torch.arange(max(lengths), device=ends.device) >= ends[:, None]
-        keys = [key.to(value.dtype) for key, value in zip(keys, values, strict=True)]
-        return Prefix([split(row) for row in keys], [split(row) for row in values], padding[:, None, None])
+        prompt_keys = {layer: split(row.to(values[layer].dtype)) for layer, row in keys.items()}
+        prompt_values = {layer: split(row) for layer, row in values.items()}
+        return Prefix(prompt_keys, prompt_values, padding[:, None, None])
 
     def select(self, prompts: torch.Tensor, branches: torch.Tensor) -> Prefix:
         """Selects prompts and branches by index."""
         if len(prompts) < len(self.padding):
-            keys, values = ([layer[prompts] for layer in layers] for layers in (self.keys, self.values))
+            keys, values = (
+                {layer: tensor[prompts] for layer, tensor in layers.items()}
+                for layers in (self.keys, self.values)
+            )
             padding = self.padding[prompts]
         else:
             keys, values, padding = self.keys, self.values, self.padding

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
+from vlm_sapo.models.linear import store, stored
 from vlm_sapo.models.packing import Sizes
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Context, Response
@@ -122,7 +123,7 @@ class DecodeState(Protocol):
 def prefill(vlm: VLM, grid: BranchGrid, recorder: Recorder) -> tuple[torch.Tensor, DecodeState]:
     """Prefills each prompt and each response so far once. Returns the logits [rows, V] of the token that
     follows each of the grid's rows, and the decoding state of its branches."""
-    kind = SharedDecodeState if vlm.attends_fully else ForkedDecodeState
+    kind = SharedDecodeState if vlm.shares_prefix else ForkedDecodeState
     return kind.prefill(vlm, grid, recorder)
 
 
@@ -154,15 +155,12 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if not self.is_initialized:
             return
         length = self.keys.shape[2]
-        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
+        self.buffers = tuple(buffer[beam_idx] for buffer in self.buffers)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
 
 
 def _buffer(states: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -177,7 +175,8 @@ def new_cache(vlm: VLM) -> Cache:
 
 
 class SharedDecodeState:
-    """Branches that share their prompt's keys and values, for models that attend fully."""
+    """Branches that share their prompt's keys and values. In layers with linear attention each has its own
+    state, at first a copy of its prompt's."""
 
     def __init__(self, vlm: VLM, prefix: Prefix, cache: Cache):
         self.vlm, self.prefix, self.cache = vlm, prefix, cache
@@ -188,14 +187,20 @@ class SharedDecodeState:
         with recorder.prefill(grid.sizes, grid.sources.tolist()):
             passes = [_prefill_row(vlm, part) for part in grid.split(PREFILL_TOKENS)]
         logits = torch.cat([logits for logits, _ in passes])
-        rows = [cache.layers for _, cache in passes]
-        keys = [torch.cat([layer.keys for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
-        values = [torch.cat([layer.values for layer in layers], dim=2) for layers in zip(*rows, strict=True)]
-        del passes, rows
+        caches = [cache for _, cache in passes]
+        del passes
+        keys, values, own, sources = {}, {}, new_cache(vlm), grid.sources.to(vlm.device)
+        for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+            if isinstance(layers[0], DynamicLayer):
+                keys[number] = torch.cat([layer.keys for layer in layers], dim=2)
+                values[number] = torch.cat([layer.values for layer in layers], dim=2)
+            else:
+                states = zip(*(stored(cache, number) for cache in caches), strict=True)
+                store(own, number, tuple(torch.cat(parts)[sources] for parts in states))
+        del caches
         prefix = Prefix.from_row(keys, values, _segments(grid))
-        own = new_cache(vlm)
         if any(lengths for _, lengths in grid.sizes):
-            padding = _fill(own, keys, values, grid, grid.sources.to(vlm.device))
+            padding = _fill(own, keys, values, grid, sources)
             prefix = Prefix(prefix.keys, prefix.values, prefix.padding, padding)
         return logits, SharedDecodeState(vlm, prefix, own)
 
@@ -204,7 +209,7 @@ class SharedDecodeState:
         remaining, rows = compact_grid(running.view(len(self.prefix.padding), -1))
         if len(remaining) == len(running):
             return torch.arange(len(running), device=running.device)
-        self.cache.batch_select_indices(remaining)
+        self.cache.reorder_cache(remaining)
         self.prefix = self.prefix.select(rows, remaining)
         return remaining
 
@@ -258,8 +263,8 @@ def _ends(grid: BranchGrid) -> torch.Tensor:
 
 def _fill(
     cache: Cache,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
+    keys: dict[int, torch.Tensor],
+    values: dict[int, torch.Tensor],
     grid: BranchGrid,
     sources: torch.Tensor,
 ) -> torch.Tensor:
@@ -273,16 +278,16 @@ def _fill(
         own = [piece.transpose(0, 1) for piece, response in pieces if response]
         return pad_sequence(own, batch_first=True, padding_side="left").transpose(1, 2)[sources]
 
-    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-        cache.update(branches(key.to(value.dtype)), branches(value), layer)
+    for layer, value in values.items():
+        cache.update(branches(keys[layer].to(value.dtype)), branches(value), layer)
     lengths = torch.tensor([length for length, response in zip(sizes, is_response, strict=True) if response])
     padding = torch.arange(int(lengths.max())) < (lengths.max() - lengths)[:, None]
     return padding.to(sources.device)[sources][:, None, None]
 
 
 class ForkedDecodeState:
-    """Branches that each start from a copy of their prompt's state: the recurrent state of linear attention,
-    and the keys and values of other layers. `mask` [A, 1, 1, P + S] is true where a branch has a token."""
+    """Branches that each start from a copy of their prompt's whole state, for models that can't share it.
+    `mask` [A, 1, 1, P + S] is true where a branch has a token."""
 
     def __init__(self, vlm: VLM, cache: Cache, mask: torch.Tensor):
         self.vlm, self.cache, self.mask = vlm, cache, mask

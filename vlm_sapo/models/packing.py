@@ -195,9 +195,9 @@ class Plain:
         )
 
 
-def choose(name: str, *, attends_fully: bool) -> Layout:
-    """The layout `shared` if the model attends fully, otherwise (or for `plain`) the plain one."""
-    return SharedPrefix() if name == "shared" and attends_fully else Plain()
+def choose(name: str, *, shares_prefix: bool) -> Layout:
+    """The layout `shared` if the model can share prompts, otherwise (or for `plain`) the plain one."""
+    return SharedPrefix() if name == "shared" and shares_prefix else Plain()
 
 
 def _scored(groups: Sequence[GroupSlice], predicting: torch.Tensor) -> dict[str, torch.Tensor]:

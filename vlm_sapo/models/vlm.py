@@ -17,6 +17,7 @@ from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
 from vlm_sapo.models.fused import fuse
 from vlm_sapo.models.head import ban, is_plain, operand_dtype, product
+from vlm_sapo.models.linear import FULL, group_linear_attention
 from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import (
@@ -70,6 +71,11 @@ class VLM(nn.Module):
         self.head_casts: dict[torch.dtype, torch.Tensor] | None = None
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
+        kinds = model.config.get_text_config().to_dict().get("layer_types") or [FULL]
+        self.shares_prefix = set(kinds) == {FULL} or group_linear_attention(
+            model.model.language_model.layers, kinds
+        )
+        """Whether the responses to a prompt can share it in a packed row."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
             model.model.language_model._deepstack_process = add_features
 
@@ -93,12 +99,7 @@ class VLM(nn.Module):
     @property
     def layer_kinds(self) -> set[str]:
         """The kinds of language layers, as transformers names them."""
-        return set(self.model.config.get_text_config().to_dict().get("layer_types") or ["full_attention"])
-
-    @cached_property
-    def attends_fully(self) -> bool:
-        """Whether every language layer is full attention, so that branches can share a prefix."""
-        return self.layer_kinds == {"full_attention"}
+        return set(self.model.config.get_text_config().to_dict().get("layer_types") or [FULL])
 
     @cached_property
     def cache_argument(self) -> str:
@@ -150,7 +151,7 @@ class VLM(nn.Module):
                 indices = where.flatten().nonzero_static(size=len(features.tokens))[:, 0]
                 extra |= {"visual_pos_masks": indices, "deepstack_visual_embeds": list(features.deep)}
         if mask is None:
-            assert self.attends_fully, "linear attention supports neither segments nor a prefix"
+            assert self.shares_prefix, "this model supports neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
             extra |= {"segments": segments, "prefix": prefix}
         return language(

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.linear import FULL
 from vlm_sapo.models.vlm import VLM, part_of
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,7 +52,7 @@ class AdapterShape:
             return f"vLLM takes adapters of the language model only, and these change {', '.join(other)}"
         if self.bits is not None:
             return "vLLM would add them to the checkpoint's weights and not to those of 4 bits"
-        if vlm.routers or not vlm.attends_fully:
+        if vlm.routers or vlm.layer_kinds != {FULL}:
             return "it is untested with experts and linear attention"
         if self.rank > MAX_RANKS[-1]:
             return f"vLLM takes ranks up to {MAX_RANKS[-1]}"

@@ -153,9 +153,9 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
 
 
 def _layout(name: str, vlm: VLM, console: Console) -> Layout:
-    if name == "shared" and not vlm.attends_fully:
+    if name == "shared" and not vlm.shares_prefix:
         console.warn(
             f"train.layout is shared, but {vlm.model.config.model_type} has layers without full attention; "
             "the plain layout is used"
         )
-    return choose(name, attends_fully=vlm.attends_fully)
+    return choose(name, shares_prefix=vlm.shares_prefix)

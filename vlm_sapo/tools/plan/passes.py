@@ -78,7 +78,7 @@ def training_memory(spec: ModelSpec, batch: BatchSpec) -> TrainingMemory:
     mode, vlm = simulated_model(spec)
     with mode:
         groups = micro_batch(vlm, batch, spec.layout)
-        inputs = choose(spec.layout, attends_fully=vlm.attends_fully).inputs(groups)
+        inputs = choose(spec.layout, shares_prefix=vlm.shares_prefix).inputs(groups)
         for parameter in vlm.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         vision = VisionPeak(0, 0, 0, 0) if vlm.vision.frozen else _vision_peak(vlm, inputs.prompts, spec)
@@ -138,7 +138,7 @@ def pixel_bytes(spec: ModelSpec, batch: BatchSpec) -> int:
 
 def micro_batch(vlm: VLM, batch: BatchSpec, layout: str = "shared") -> list[GroupSlice]:
     """Groups that fill the budget, the last one with fewer responses; at least one response."""
-    shared = layout == "shared" and vlm.attends_fully
+    shared = layout == "shared" and vlm.shares_prefix
     return [
         GroupSlice(prompt, tuple(simulate.synthetic_response(prompt, length) for length in lengths))
         for lengths in (_shared_lengths(batch) if shared else _plain_lengths(batch))

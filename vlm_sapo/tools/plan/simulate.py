@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
+from vlm_sapo.models.linear import FULL
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.tools.plan.shapes import published_shape
@@ -226,7 +227,8 @@ def at_full_depth(measure: Callable[..., tuple[int, ...]], vlm: VLM, *args: Any)
     """What `measure(vlm, *args)` returns for the whole model, extrapolated from two runs with a few decoder
     layers."""
     layers = len(vlm.model.model.language_model.layers)
-    depth = MEASURED_LAYERS if vlm.attends_fully else _period(vlm.model.config.get_text_config().layer_types)
+    hybrid = vlm.layer_kinds != {FULL}
+    depth = _period(vlm.model.config.get_text_config().layer_types) if hybrid else MEASURED_LAYERS
     if layers <= 2 * depth:
         return measure(vlm, *args)
     with _first_layers(vlm, depth):
