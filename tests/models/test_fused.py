@@ -9,10 +9,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.conftest import ROOT, SHARING
+from tests.conftest import ROOT
 from vlm_sapo.models import fused
 from vlm_sapo.models.loading import load_vlm
 
+FUSED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 needs_liger = pytest.mark.skipif(
     find_spec("liger_kernel") is None or find_spec("triton") is None, reason="liger-kernel and Triton"
 )
@@ -35,7 +36,7 @@ def test_where_they_are_used(monkeypatch, installed, gpu):
             fused.should_fuse(True)
 
 
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FUSED)
 def test_the_families_modules_are_the_ones_that_can_be_fused(model_folder, family):
     """Another version of transformers may call or build them otherwise."""
     vlm = load_vlm(str(model_folder(family)))
@@ -56,7 +57,7 @@ def test_the_families_modules_are_the_ones_that_can_be_fused(model_folder, famil
 
 @needs_liger
 @pytest.mark.slow
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FUSED)
 def test_they_compute_the_same(model_folder, family):
     """With Triton's interpreter, in a process of its own: Triton reads the setting when it is imported."""
     done = subprocess.run(

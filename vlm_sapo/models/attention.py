@@ -11,6 +11,7 @@ transformers' SDPA attention, so that one model serves all three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -29,6 +30,10 @@ NAME = "vlm_sapo_prefix"
 VISION_NAME = "vlm_sapo_flash_vision"
 """transformers passes cumulative lengths only to vision attention with `flash` in its name, and loops over
 sequences for all others."""
+LEAST_FILLED = 0.75
+"""Length of a batch's shortest branch as a share of the longest one's, so that little is padding."""
+ALWAYS_TOGETHER = 64
+"""Tokens up to which branches of any length are one batch: linear attention computes so many at once."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,75 @@ class PackedGroup:
 
 
 @dataclass(frozen=True)
+class BranchBatch:
+    """N branches of a packed row as a batch, padded on the right to R tokens."""
+
+    groups: torch.Tensor
+    """[N] the number of each one's group."""
+    tokens: torch.Tensor
+    """[N, R] the indices of their tokens in the row; padding repeats the last one."""
+    real: torch.Tensor
+    """The flat indices of those that are no padding."""
+
+    @staticmethod
+    def of(branches: Sequence[tuple[int, int, int]]) -> BranchBatch:
+        """From the group, the start and the length of each branch."""
+        groups, starts, lengths = torch.tensor(branches).T
+        steps = torch.arange(int(lengths.max()))
+        tokens = starts[:, None] + steps.minimum(lengths[:, None] - 1)
+        return BranchBatch(groups, tokens, (steps < lengths[:, None]).flatten().nonzero()[:, 0])
+
+    def to(self, device: torch.device) -> BranchBatch:
+        return BranchBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class BranchBatches:
+    """All branches of a packed row in batches of similar lengths."""
+
+    batches: tuple[BranchBatch, ...]
+    order: torch.Tensor
+    """[L] where to find each token of the row in the prompts of all groups, followed by the batches' real
+    tokens."""
+
+    @staticmethod
+    def of(groups: Sequence[PackedGroup]) -> BranchBatches:
+        found, prompts = [], []
+        for number, group in enumerate(groups):
+            prompts.append(torch.arange(group.start, group.start + group.prompt))
+            start = group.start + group.prompt
+            for length in group.branches:
+                found.append((number, start, length))
+                start += length
+        batches: list[list[tuple[int, int, int]]] = []
+        for branch in sorted(found, key=lambda item: -item[2]):
+            longest = batches[-1][0][2] if batches else 0
+            if batches and (branch[2] >= LEAST_FILLED * longest or longest <= ALWAYS_TOGETHER):
+                batches[-1].append(branch)
+            else:
+                batches.append([branch])
+        made = tuple(map(BranchBatch.of, batches))
+        places = torch.cat([*prompts, *(batch.tokens.flatten()[batch.real] for batch in made)])
+        return BranchBatches(made, places.argsort())
+
+    def to(self, device: torch.device) -> BranchBatches:
+        return BranchBatches(tuple(batch.to(device) for batch in self.batches), self.order.to(device))
+
+
+@dataclass(frozen=True)
 class Segments:
     """The groups of a packed row, in order and without gaps."""
 
     groups: tuple[PackedGroup, ...]
     packed_row: PackedRow | None = None
     """The same on a GPU; see `to`."""
+    moved: BranchBatches | None = None
+    """`branches` on a GPU."""
+
+    @cached_property
+    def branches(self) -> BranchBatches:
+        """The branches in batches, for layers that run each of them from its prompt's state."""
+        return BranchBatches.of(self.groups) if self.moved is None else self.moved
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -78,7 +146,7 @@ class Segments:
         if device.type == "cpu":
             return self
         groups = [(group.prompt, group.branches) for group in self.groups]
-        return Segments(self.groups, PackedRow.of_groups(groups, device))
+        return Segments(self.groups, PackedRow.of_groups(groups, device), self.branches.to(device))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Linear attention over groups: a prompt is run once, and each of its branches starts from the state after it.
+"""Linear attention over groups: a prompt is run once, and its branches start from the state after it.
 
 The layers' own `forward` computes everything, first on the prompt, then on its branches; autograd adds up the
 branches' gradients in the prompt's state. Like the attention in models/attention.py they take `segments` for
 packed rows, and run as transformers wrote them without.
 
-[L] tokens of a packed row, [H] hidden size, [G] branches of a group, [R] tokens of the longest one, [C] channels
-of the convolution, [K] its width.
+[L] tokens of a packed row, [H] hidden size, [N] branches of a batch, [R] tokens of the longest one, [C]
+channels of the convolution, [K] its width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
-from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
+from vlm_sapo.models.attention import Prefix, Segments
 
 MIXERS = {"linear_attention": "linear_attn"}
 """The module of a layer that mixes tokens, by transformers' name of the layer's kind."""
@@ -33,8 +33,8 @@ LEAST = 2
 
 
 class ForkedState(LinearAttentionLayer):
-    """The state of a layer after a sequence, with its gradient: the convolution's last inputs [B, C, K] and the
-    recurrent state [B, ...]. transformers' own layer copies both into buffers, which have none."""
+    """The state of a layer after a sequence, with its gradient. transformers' own layer copies it into buffers,
+    which have none."""
 
     def __init__(self, state: State | None = None):
         super().__init__()
@@ -74,40 +74,42 @@ class GroupedLinearAttention(nn.Module):
         prefix: Prefix | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """[B, L, H] to [B, L, H]. With segments B is 1, and a cache gets the states after each of the groups'
-        last sequences: after a prompt without branches, or after each branch. `prefix` is for full attention:
-        here a cache has the prompts' states."""
+        """[B, L, H] to [B, L, H]. With segments B is 1, and a cache gets the states after the groups' last
+        sequences: after each branch, or after a prompt without branches. `prefix` is for full attention."""
         if segments is None:
             return super().forward(hidden_states, **kwargs)
-        cache: Cache | None = kwargs[self.cache_argument]
+        if kwargs[self.cache_argument] is None:
+            return self._train(hidden_states, segments)
+        return self._prefill(hidden_states, segments, kwargs[self.cache_argument])
+
+    def _train(self, hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """[1, L, H] to the same. Branches are padded on the right, where padding changes only states that
+        nobody reads."""
+        prompts = [self._run(prompt) for prompt in hidden.split(segments.sizes, dim=1)[::2]]
+        outputs = [output[0] for output, _ in prompts]
+        states = [torch.cat(parts) for parts in zip(*(state for _, state in prompts), strict=True)]
+        for batch in segments.branches.batches:
+            longest = batch.tokens.shape[1]
+            rows = pad(hidden[0, batch.tokens], (0, 0, 0, max(0, LEAST - longest)))  # [N, R, H]
+            convolution, recurrent = (tensor[batch.groups] for tensor in states)
+            output, _ = self._run(rows, (convolution, recurrent))
+            outputs.append(output[:, :longest].flatten(0, 1)[batch.real])
+        return torch.cat(outputs)[None, segments.branches.order]
+
+    def _prefill(self, hidden: torch.Tensor, segments: Segments, cache: Cache) -> torch.Tensor:
+        """[1, L, H] to the same, each sequence by itself, since padding would change the states."""
         outputs, states = [], []
-        pieces = hidden_states.split(segments.sizes, dim=1)
+        pieces = hidden.split(segments.sizes, dim=1)
         for group, prompt, branches in zip(segments.groups, pieces[::2], pieces[1::2], strict=True):
             output, state = self._run(prompt)
             outputs.append(output)
-            if not group.branches:
-                states.append(state)
-            elif cache is None:
-                outputs.append(self._run_branches(branches, group, state))
-            else:  # padding would change their states
-                for branch in branches.split(group.branches, dim=1):
-                    output, after = self._run(branch, state)
-                    outputs.append(output)
-                    states.append(after)
-        if cache is not None:
-            store(cache, self.layer_idx, tuple(map(torch.cat, zip(*states, strict=True))))
+            for branch in branches.split(group.branches, dim=1) if group.branches else ():
+                output, after = self._run(branch, state)
+                outputs.append(output)
+                states.append(after)
+            states += [] if group.branches else [state]
+        store(cache, self.layer_idx, tuple(map(torch.cat, zip(*states, strict=True))))
         return torch.cat(outputs, dim=1)
-
-    def _run_branches(self, hidden: torch.Tensor, group: PackedGroup, state: State) -> torch.Tensor:
-        """[1, sum of branches, H] to the same, from the state after their prompt. They are padded on the right,
-        where padding changes only states that nobody reads."""
-        count, longest = len(group.branches), max(group.branches)
-        rows = hidden[0] if group.even else hidden[0, group.padded.to(hidden.device)]
-        rows = pad(rows.unflatten(0, (count, longest)), (0, 0, 0, max(0, LEAST - longest)))  # [G, R, H]
-        convolution, recurrent = (tensor.expand(count, *tensor.shape[1:]) for tensor in state)
-        output, _ = self._run(rows, (convolution, recurrent))
-        output = output[:, :longest].flatten(0, 1)
-        return (output if group.even else output[group.unpadded.to(output.device)])[None]
 
     def _run(self, hidden: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
         """The module's own forward from a state (None: the beginning), and the state after it."""
