@@ -26,8 +26,6 @@ from vlm_sapo.types import Example, Prompt, Response
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 FAMILIES = tuple(families.FAMILIES)
-SHARING = FAMILIES
-"""Families whose branches can share a prefix."""
 SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
 # The same examples every time; `--hypothesis-profile=deep` tries more, and others.
 settings.register_profile(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import FAMILIES, SHARING, example, group_slice
+from tests.conftest import FAMILIES, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.experts import ExpertRoutes
 from vlm_sapo.models.forward import Pass
@@ -70,8 +70,6 @@ class RoutedModel:
 @pytest.fixture
 def make(model_folder, family):
     def build(layout, **options) -> RoutedModel:
-        if isinstance(layout, SharedPrefix) and family not in SHARING:
-            pytest.skip("linear attention has no shared prefix")
         return RoutedModel(model_folder(family), layout, **options)
 
     return build

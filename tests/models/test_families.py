@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import CORPUS, FAMILIES, SHARED, SHARING, example, group_slice, numbered_image
+from tests.conftest import CORPUS, FAMILIES, SHARED, example, group_slice, numbered_image
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
-from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
+from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.models.weights import hf_state_dict, save_model
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
@@ -120,7 +120,7 @@ def ids_of(groups):
 
 def test_a_row_with_images(name, loaded):
     vlm = loaded
-    assert vlm.shares_prefix == (REAL.get(name, name) in SHARING)
+    assert vlm.shares_prefix
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
     assert vlm.tokenizer.convert_tokens_to_ids("<|im_end|>") in vlm.stops
@@ -184,16 +184,6 @@ def test_dropping_finished_branches_and_batching_change_nothing(folder):
     )
     other = dataclasses.replace(sampling, seed=6)
     assert ids_of(HfEngine(vlm, prompts_per_batch=2).generate(as_contexts(prompts), other)) != ids_of(groups)
-
-
-@TINY
-def test_linear_attention_refuses_a_shared_prefix(name, loaded):
-    inputs = SharedPrefix().inputs(groups_of(loaded))
-    if name in SHARING:
-        assert Pass(loaded)(inputs).logprobs.shape == (5, 7)
-    else:
-        with pytest.raises(AssertionError, match="neither segments nor a prefix"):
-            Pass(loaded)(inputs)
 
 
 def backward(vlm, groups):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import SHARING, example, group_slice
+from tests.conftest import FAMILIES, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -17,7 +17,7 @@ def inputs_of(rows):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     """One prompt with two images, through transformers' public call that derives its own positions."""
     vlm = load_vlm(str(model_folder(family)))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vlm_sapo.models.forward as forward
-from tests.conftest import SHARING, example, group_slice
+from tests.conftest import FAMILIES, example, group_slice
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.head import is_plain, product, score_tokens
@@ -149,7 +149,7 @@ def test_a_cast_lasts_only_while_the_weights_are_fixed(model_folder):
 
 
 @pytest.mark.parametrize("layout", [Plain(), SharedPrefix()], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_gets_the_gradients_of_a_head_with_hooks(model_folder, monkeypatch, family, layout):
     """Whose logits go through autograd; head and embedding are one parameter in these models."""
     gradients = []

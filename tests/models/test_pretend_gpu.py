@@ -30,9 +30,6 @@ WAITS_OF_TOWER = {
 }
 """Most waits of a pass that encodes images: their sizes are read, and lists of patches made from them."""
 
-WAITS_FOR_MASKS = 3
-"""Most waits of a pass whose rows are padded: transformers looks at the mask."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -130,12 +127,11 @@ def test_a_pass_of_every_family(folder, reference, monkeypatch, family, precisio
     limit = 0.5 if "moe" in family else 0.1  # by rounding, a token may go to another expert
     assert difference.max() < limit and difference.mean() < limit / 10, difference
     assert encoding <= WAITS_OF_TOWER[family], gpu.waits
-    if vlm.shares_prefix:
-        layers = kinds_of(vlm).count("full_attention")
-        assert [call for call in calls if call[0]] == [(True, 7)] * layers  # prompts, branches by themselves
-        assert calls.count((False, 2)) >= layers  # the branches of two prompts to them
+    layers = kinds_of(vlm).count("full_attention")
+    assert [call for call in calls if call[0]] == [(True, 7)] * layers  # prompts and branches by themselves
+    assert calls.count((False, 2)) >= layers  # the branches of two prompts to them
     assert not gpu.copies, gpu.copies  # of cached images: nothing is copied in a pass
-    assert gpu.waits.total() <= (0 if vlm.shares_prefix else WAITS_FOR_MASKS), gpu.waits
+    assert not gpu.waits.total(), gpu.waits
     inside_layers = ("models/attention.py", "models/flash.py", "models/vlm.py")
     assert not [copy for copy in first if any(file in copy.where for file in inside_layers)], first
 

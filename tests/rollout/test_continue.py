@@ -142,7 +142,7 @@ def test_fresh_and_continued_ones_go_together(setting):
             words = setting.vlm.tokenizer.batch_decode([first, second], skip_special_tokens=True)
             assert item.text == context.prompt.opening + "\n".join(words)
             assert int(item.mask.sum()) == len(first) + len(second) == len(item.ids) - len(ANSWER)
-    for layout in (Plain(), SharedPrefix()) if setting.vlm.shares_prefix else (Plain(),):
+    for layout in (Plain(), SharedPrefix()):
         for context, responses in zip(contexts, groups, strict=True):
             rows_of_logprobs = setting.logprobs(layout, context.prompt, responses)
             for logprobs, item in zip(rows_of_logprobs, responses, strict=True):

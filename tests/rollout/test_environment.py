@@ -89,7 +89,7 @@ def test_responses_say_who_wrote_what(vlm):
 def test_each_turn_is_sampled_from_what_was_said_before(vlm):
     """The engine's log-probs of all turns are those of a training pass over the whole episode."""
     prompts, groups = sample(vlm, episodes(vlm))
-    policy = make_policy(None, vlm=vlm, layout=SharedPrefix() if vlm.shares_prefix else Plain())
+    policy = make_policy(None, vlm=vlm, layout=SharedPrefix())
     for prompt, responses in zip(prompts, groups, strict=True):
         with torch.no_grad():
             scores = policy.run([GroupSlice(prompt, tuple(responses))])
@@ -137,8 +137,6 @@ def test_an_episode_does_not_depend_on_the_others(vlm):
 
 
 def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm):
-    if not vlm.shares_prefix:
-        pytest.skip("linear attention has no shared prefix")
     prompts, sampled = sample(vlm, episodes(vlm))
     groups = [
         Group(prompt, tuple(items), tuple(Reward(float(index % 2), {}) for index in range(len(items))))

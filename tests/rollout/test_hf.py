@@ -77,10 +77,9 @@ def test_prefill_in_several_passes_changes_nothing(setting, monkeypatch):
         sizes.clear()
         groups = engine.generate(again, sampling)
         assert ids_of(groups) == ids_of(before)
-        if vlm.shares_prefix:  # others prefill one padded row for each prompt
-            assert [length for _, length in sizes if length > 1] == [
-                len(item.prompt.ids) + sum(len(response.ids) for response in item.responses) for item in again
-            ]
+        assert [length for _, length in sizes if length > 1] == [
+            len(item.prompt.ids) + sum(len(response.ids) for response in item.responses) for item in again
+        ]
         for group, other in zip(groups, before, strict=True):
             for item, same in zip(group, other, strict=True):
                 assert torch.allclose(item.logprobs, same.logprobs, atol=1e-5)

@@ -25,8 +25,7 @@ FAR = 0.3
 
 def moe_policy(folder, *, budget=10**6, **options):
     vlm = load_vlm(str(folder))
-    options = {"layout": SharedPrefix() if vlm.shares_prefix else Plain()} | options
-    return make_policy(None, vlm=vlm, budget=budget, **options)
+    return make_policy(None, vlm=vlm, budget=budget, **{"layout": SharedPrefix()} | options)
 
 
 def update(policy, groups, loss, *, count=2, fresh=True):

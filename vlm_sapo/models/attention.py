@@ -99,23 +99,23 @@ class BranchBatches:
 
     @staticmethod
     def of(groups: Sequence[PackedGroup]) -> BranchBatches:
-        found, prompts = [], []
+        branches, prompts = [], []
         for number, group in enumerate(groups):
             prompts.append(torch.arange(group.start, group.start + group.prompt))
             start = group.start + group.prompt
             for length in group.branches:
-                found.append((number, start, length))
+                branches.append((number, start, length))
                 start += length
-        batches: list[list[tuple[int, int, int]]] = []
-        for branch in sorted(found, key=lambda item: -item[2]):
-            longest = batches[-1][0][2] if batches else 0
-            if batches and (branch[2] >= LEAST_FILLED * longest or longest <= ALWAYS_TOGETHER):
-                batches[-1].append(branch)
+        similar: list[list[tuple[int, int, int]]] = []
+        for branch in sorted(branches, key=lambda item: -item[2]):
+            longest = similar[-1][0][2] if similar else 0
+            if similar and (branch[2] >= LEAST_FILLED * longest or longest <= ALWAYS_TOGETHER):
+                similar[-1].append(branch)
             else:
-                batches.append([branch])
-        made = tuple(map(BranchBatch.of, batches))
-        places = torch.cat([*prompts, *(batch.tokens.flatten()[batch.real] for batch in made)])
-        return BranchBatches(made, places.argsort())
+                similar.append([branch])
+        batches = tuple(map(BranchBatch.of, similar))
+        tokens = torch.cat([*prompts, *(batch.tokens.flatten()[batch.real] for batch in batches)])
+        return BranchBatches(batches, tokens.argsort())
 
     def to(self, device: torch.device) -> BranchBatches:
         return BranchBatches(tuple(batch.to(device) for batch in self.batches), self.order.to(device))

@@ -33,8 +33,8 @@ LEAST = 2
 
 
 class ForkedState(LinearAttentionLayer):
-    """The state of a layer after a sequence, with its gradient. transformers' own layer copies it into buffers,
-    which have none."""
+    """The state of a layer after a sequence, with its gradient. transformers' own layer copies it into
+    buffers, which have none."""
 
     def __init__(self, state: State | None = None):
         super().__init__()
@@ -139,16 +139,16 @@ def group_linear_attention(layers: nn.ModuleList, kinds: list[str]) -> bool:
         for layer, kind in zip(layers, kinds, strict=True)
         if kind != FULL
     ]
-    grouped = [_grouped(type(module)) for module in modules]
-    if None in grouped:
+    classes = [grouped(type(module)) for module in modules]
+    if None in classes:
         return False
-    for module, kind in zip(modules, grouped, strict=True):
-        module.__class__ = kind
+    for module, mixed in zip(modules, classes, strict=True):
+        module.__class__ = mixed
     return True
 
 
 @cached
-def _grouped(kind: type[nn.Module]) -> type[nn.Module] | None:
+def grouped(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class of a module with GroupedLinearAttention mixed in; None if it doesn't take a cache."""
     names = signature(kind.forward).parameters
     argument = next((name for name in CACHE_ARGUMENTS if name in names), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from vlm_sapo.config import schema as cfg
@@ -155,7 +156,8 @@ def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpos
 def _layout(name: str, vlm: VLM, console: Console) -> Layout:
     if name == "shared" and not vlm.shares_prefix:
         console.warn(
-            f"train.layout is shared, but {vlm.model.config.model_type} has layers without full attention; "
-            "the plain layout is used"
+            f"train.layout is shared, but transformers {version('transformers')} has another form of "
+            f"{vlm.model.config.model_type}'s linear attention than is known here; the plain layout is used, "
+            "and responses are sampled from copies of their prompt: the same results, more slowly"
         )
     return choose(name, shares_prefix=vlm.shares_prefix)
