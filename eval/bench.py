@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 WORKLOADS = {
     "cpu": {
         "4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8 --steps 3",
+        "Qwen3.5, 4 prompts, 512 x 512, G 8, 64 tokens": "--side 512 --prompts 4 --group 8 --steps 3",
+        "Qwen3.5, 2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8 --steps 3",
         "2 prompts, 1024 x 1024, G 8, 64 tokens": "--side 1024 --prompts 2 --group 8 --steps 3",
         "2 prompts of two images 1024 x 1024, G 16, 1 to 64 tokens": (
             "--side 1024 --prompts 2 --group 16 --images 2 --unequal --steps 1"
@@ -38,7 +41,9 @@ WORKLOADS = {
         ),
     },
 }
-MODELS = {"cpu": "bench", "cuda": "2b"}
+SIZES = {"cpu": "bench", "cuda": "2b"}
+HYBRID = "Qwen3.5"
+"""Workloads of this name are of a model with linear attention in three of four layers; others of a Qwen3-VL."""
 
 
 def main() -> None:
@@ -54,7 +59,6 @@ def main() -> None:
     if args.trl:
         sides["TRL"] = [args.trl, HERE / "trl_step.py"]
     results = Results(Path("runs/bench") / f"{args.device}.jsonl", fresh=args.fresh)
-    model = make_model(Path("runs/bench") / MODELS[args.device], MODELS[args.device])
     jobs = [
         (number, workload, side)
         for number in range(args.rounds)
@@ -66,6 +70,7 @@ def main() -> None:
             if not results.has(number, workload, side):
                 options = WORKLOADS[args.device][workload].split()
                 options += ["--plain"] if side == "ours, plain" else []
+                model = make_model(hybrid=workload.startswith(HYBRID), size=SIZES[args.device])
                 measured = run([*sides[side], model, *options])
                 results.add({"round": number, "workload": workload, "side": side} | measured)
             show(done, f"{workload}: {side}")
@@ -92,11 +97,13 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
 
-def make_model(folder: Path, size: str) -> Path:
+def make_model(*, hybrid: bool, size: str) -> Path:
     """The model that is timed, written once."""
+    folder = Path("runs/bench") / (f"{size}_hybrid" if hybrid else size)
     if not (folder / "config.json").exists():
         corpus = resolve("data/shapes.py:corpus", field="corpus")()
-        new_model(folder, family="qwen3_vl", corpus=corpus, shape=SHAPES[size])
+        shape = replace(SHAPES[size], layers=max(4, SHAPES[size].layers)) if hybrid else SHAPES[size]
+        new_model(folder, family="qwen3_5" if hybrid else "qwen3_vl", corpus=corpus, shape=shape)
     return folder
 
 
