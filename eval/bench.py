@@ -43,7 +43,7 @@ WORKLOADS = {
 }
 SIZES = {"cpu": "bench", "cuda": "2b"}
 HYBRID = "Qwen3.5"
-"""Workloads of this name are of a model with linear attention in three of four layers; others of a Qwen3-VL."""
+"""Workloads of this name are of a model with linear attention in three of four layers; others of Qwen3-VL."""
 
 
 def main() -> None:
