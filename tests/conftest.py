@@ -47,6 +47,11 @@ def pytest_sessionfinish(session, exitstatus):
         record(tests)
 
 
+def slow_but(*default, of):
+    """The values of a parameter, in the slow suite but for `default`."""
+    return [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in of]
+
+
 LONGEST = ("test_kill.py", "test_gpu.py")
 """Files whose slow tests take minutes."""
 

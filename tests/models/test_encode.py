@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from tests.conftest import SHARED, example, numbered_image
+from tests.conftest import SHARED, example, numbered_image, slow_but
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.types import RowError
 
@@ -70,7 +70,7 @@ def shared_processors() -> list:
     return [None, *names]
 
 
-@pytest.mark.parametrize("processor", shared_processors())
+@pytest.mark.parametrize("processor", slow_but(*shared_processors()[:2], of=shared_processors()))
 def test_special_tokens_in_a_data_set_are_plain_text(vlm, processor):
     """The prompt has the special tokens of one without such text, and decodes to the row's text."""
     if processor:

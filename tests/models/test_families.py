@@ -42,7 +42,8 @@ TINY = pytest.mark.parametrize("name", FAMILIES, indirect=True)
 
 
 @pytest.fixture(
-    scope="module", params=[*FAMILIES, *(pytest.param(name, marks=needs_shared) for name in REAL)]
+    scope="module",
+    params=[*FAMILIES, *(pytest.param(name, marks=[needs_shared, pytest.mark.slow]) for name in REAL)],
 )
 def name(request):
     return request.param

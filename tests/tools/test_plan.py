@@ -101,8 +101,9 @@ def test_parameters_are_the_published_ones(name, shape):
     assert memory.gradient_bytes(parameters) == 2 * PARAMETERS[name]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "frozen"), [(True, False), pytest.param(False, True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", [*FAMILIES, "plain layout"])
 def test_a_simulated_pass_counts_the_memory_of_a_real_one(family, checkpointing, frozen, model_folder):
     freeze, layout = ["vision", "merger"] if frozen else [], "shared"

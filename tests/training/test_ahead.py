@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import slow_but
 from tests.rollout.model_server import HANG_UP, ModelServer
 from tests.training.conftest import short_run
 from vlm_sapo.config import load as configfile
@@ -304,7 +305,7 @@ def test_three_steps_ahead_responses_are_three_steps_old(further, tmp_path):
     assert ahead[0]["minibatch0/ratio_max"] == 1.0 != ahead[4]["minibatch0/ratio_max"]
 
 
-@pytest.mark.parametrize("interrupted", ["update", "sample"])
+@pytest.mark.parametrize("interrupted", slow_but("update", of=["update", "sample"]))
 def test_a_run_three_steps_ahead_resumes_to_the_number(further, tmp_path, monkeypatch, interrupted):
     """It fails while it logs step 4, or while it samples step 6 before it trains step 3."""
     train(further("whole"))

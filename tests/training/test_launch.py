@@ -118,10 +118,12 @@ def metrics(folder) -> list[dict]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model.lora.rank=4", "algo.kl=0.1"),
+        pytest.param(("model.lora.rank=4", "algo.kl=0.1"), marks=pytest.mark.slow),
         ("model.lora.rank=4", "model.lora.bits=4", "train.optimizer=adamw_8bit"),
-        ("model.freeze=[vision, merger]", "train.optimizer=paged_adamw_8bit"),
-        ("model.dtype=bfloat16", "train.weight_decay=0.1"),
+        pytest.param(
+            ("model.freeze=[vision, merger]", "train.optimizer=paged_adamw_8bit"), marks=pytest.mark.slow
+        ),
+        pytest.param(("model.dtype=bfloat16", "train.weight_decay=0.1"), marks=pytest.mark.slow),
     ],
     ids=["adapters", "4-bit", "8-bit optimizer", "bfloat16 weights"],
 )
@@ -156,7 +158,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(run):
     ("overrides", "recomputed"),
     [
         (("model.dtype=bfloat16",), True),
-        (("train.precision=bf16",), True),
+        pytest.param(("train.precision=bf16",), True, marks=pytest.mark.slow),
         ((), False),
         (("model.dtype=bfloat16", "train.old_logprobs=rollout"), False),
     ],

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, slow_but
 from tests.training.test_batch import REWARDS, loss_of, make_policy, sample_groups, scored
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
@@ -156,7 +156,7 @@ def test_a_dense_model_is_refused(settings, override):
         train(settings(override))
 
 
-@pytest.mark.parametrize("replay", ["r2", "r3"])
+@pytest.mark.parametrize("replay", slow_but("r3", of=["r2", "r3"]))
 def test_a_run_with_replay(settings, tmp_path, folder, replay):
     options = [f"model.path={folder}", f"algo.replay={replay}", "algo.balance=0.01", "train.steps=2"]
     train(
