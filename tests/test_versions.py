@@ -17,6 +17,7 @@ import torch
 from tests.conftest import FAMILIES, ROOT
 from tests.versions import Sources, fits, keywords_of, problems, uses
 from vlm_sapo.models.attention import prefix_attention, vision_attention
+from vlm_sapo.models.linear import CACHE_ARGUMENTS, ForkedState
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {
@@ -137,6 +138,23 @@ def test_transformers_gives_attention_what_it_takes(transformers):
         assert list(inspect.signature(function).parameters)[:5] == [
             "module", "query", "key", "value", "attention_mask",
         ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_linear_attention_and_its_cache_are_called_as_before(transformers):
+    """models/linear.py runs the layers with a cache layer of its own. With another argument the prompt would not
+    be shared; the layout's tests passed with transformers 5.16.0, 5.20.0 and 5.24.0."""
+    for family in (name for name in FAMILIES if name.startswith("qwen3_5")):
+        module = f"transformers.models.{family}.modeling_{family}"
+        layer = "".join(part.capitalize() for part in family.split("_")).replace("Qwen35", "Qwen3_5")
+        [arguments] = transformers.methods(module, f"{layer}GatedDeltaNet", "forward")
+        assert {item.arg for item in arguments.args} & {*CACHE_ARGUMENTS}
+    for name, keywords in (("update_conv_state", "conv_kernel_size"), ("update_recurrent_state", "")):
+        [arguments] = transformers.methods("transformers.cache_utils", "LinearAttentionLayer", name)
+        assert fits(arguments, 2, frozenset(keywords.split()))
+        assert inspect.signature(getattr(ForkedState, name)).parameters.keys() >= {
+            item.arg for item in arguments.args
+        }
 
 
 @pytest.mark.parametrize("package", ["torch", "accelerate", "peft", "transformers", "huggingface_hub"])
