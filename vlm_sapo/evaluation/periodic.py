@@ -101,10 +101,15 @@ class Evaluator:
             f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
             f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
         )
-        if max(result["truncated"], result["no_answer"]) > WARNING_SHARE:
-            self.console.warn(
-                f"{result['truncated']:.0%} of these responses were truncated at the length limit, "
-                f"{result['no_answer']:.0%} have no answer"
-            )
-        if result.get("outside", 0.0) > WARNING_SHARE:
-            self.console.warn(OUTSIDE.format(result["outside"]))
+        for warning in warnings_of(result):
+            self.console.warn(warning)
+
+
+def warnings_of(result: dict) -> list[str]:
+    """What is wrong with more than WARNING_SHARE of the responses, in words."""
+    texts = {
+        "truncated": "{:.0%} of these responses were truncated at the length limit",
+        "no_answer": "{:.0%} of these responses have no answer that could be found",
+        "outside": OUTSIDE,
+    }
+    return [text.format(result[key]) for key, text in texts.items() if result.get(key, 0.0) > WARNING_SHARE]
