@@ -27,6 +27,8 @@ from yaml import YAMLError
 from vlm_sapo.plugins import locate
 
 Kind = Literal["model", "dataset"]
+FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py", ".yaml", ".yml")
+"""Of names that are meant for files."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN = re.compile(r"hf_\w+")
@@ -49,8 +51,10 @@ class SilentBar(tqdm):
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is meant for the hub: `owner/name`, and no file or folder here."""
-    return HUB_ID.fullmatch(name) is not None and not locate(name).exists()
+    """Whether a name is meant for the hub: `owner/name`, without a data file's ending, and no file or folder
+    here."""
+    named = HUB_ID.fullmatch(name) is not None and not name.lower().endswith(FILE_ENDINGS)
+    return named and not locate(name).exists()
 
 
 def local_model(

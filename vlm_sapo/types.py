@@ -242,7 +242,7 @@ class Context:
 class ResponseText(str):
     """What a reward reads: the text of a response, with its length, image sizes and coordinates."""
 
-    tokens: int | None
+    known_tokens: int | None
     """Its length in tokens; None if it is from a file that doesn't say."""
     resized: tuple[tuple[int, int], ...]
     """Width and height of the resized images."""
@@ -258,8 +258,18 @@ class ResponseText(str):
         coordinates: Coordinates | None = None,
     ):
         response = super().__new__(cls, text)
-        response.tokens, response.resized, response.coordinates = tokens, resized, coordinates
+        response.known_tokens, response.resized, response.coordinates = tokens, resized, coordinates
         return response
+
+    @property
+    def tokens(self) -> int:
+        """Its length in tokens. Raises ValueError if it is from a file that doesn't say."""
+        if self.known_tokens is None:
+            raise ValueError(
+                "response.tokens is not known for this response: give its row a column `tokens`, or vlm-sapo "
+                "score --model FOLDER, whose tokenizer counts them"
+            )
+        return self.known_tokens
 
     def with_text(self, text: str) -> ResponseText:
         """Another text with the same facts, such as a part of this one."""

@@ -11,6 +11,7 @@ from vlm_sapo.config.data import RowsConfig
 from vlm_sapo.data.holdout import apply, split
 from vlm_sapo.data.images import pixel_digest
 from vlm_sapo.data.sources import build_examples
+from vlm_sapo.types import RowError
 
 REAL = SHARED / "data"
 
@@ -111,6 +112,13 @@ def test_rows_that_cannot_be_read_stay_in_training(rows, tmp_path):
     tasks = {"a": build_examples(write(tmp_path, "a.jsonl", rows))}
     sides = apply(split(tasks, len(rows) - 4), tasks, mixture=False)
     assert {"x0", "x1", "x2"} <= ids(sides.trained["a"])
+
+
+def test_missing_images_are_named(rows, tmp_path):
+    rows = [row | {"image": f"elsewhere/{row['id']}.png", "images": None} for row in rows]
+    tasks = {"a": build_examples(write(tmp_path, "a.jsonl", rows))}
+    with pytest.raises(RowError, match=r"elsewhere/a0.png does not exist"):
+        split(tasks, 4)
 
 
 @pytest.mark.parametrize(

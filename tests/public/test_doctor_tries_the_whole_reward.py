@@ -27,21 +27,24 @@ def thoughts(response, example):
 
 def fine(response, example):
     return 0.5
+
+def knows_two(response, example):
+    return {"1": 1.0, "2": 1.0}[example.answer]
 """
 
 
 @pytest.fixture
 def doctor(tmp_path, model_folder):
-    def run(*parts, template="{problem}"):
+    def run(*parts, template="{problem}", alone=False):
         numbered_image(0).save(tmp_path / "0.png")
         (tmp_path / "mine.py").write_text(REWARDS)
-        rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "image": "0.png"} for n in range(3)]
+        rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "image": "0.png"} for n in range(9)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {
             "model": {"path": str(model_folder())},
             "data": {"source": str(tmp_path / "rows.jsonl"), "template": template},
             "rollout": {"max_tokens": 8},
-            "reward": {"parts": [{"name": "math"}, *parts], "workers": 1},
+            "reward": {"parts": [*([] if alone else [{"name": "math"}]), *parts], "workers": 1},
             "train": {"steps": 1},
         }
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -91,3 +94,12 @@ def test_a_row_is_printed_as_the_model_reads_it(doctor):
     assert "gold answer '1', graded by math" in output
     assert "the prompt asks for no \\boxed{} and no <answer> tags" in output
     assert "asks for no" not in doctor(template="{problem} Put it in \\boxed{}.").output
+
+
+def test_a_function_that_fails_on_some_rows_breaks_the_run(doctor, tmp_path):
+    """Each error once, with the number of rows, and not as a gold answer that is wrong."""
+    result = doctor({"name": f"{tmp_path}/mine.py:knows_two"}, alone=True)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and "rejected" not in said
+    assert "reward fails: 7 (2, 3, 4, 5, 6, ...)" in said and "ends with error: KeyError: '3'; mend" in said
+    assert "1 findings would break the run; 2 findings in all" in said

@@ -1,12 +1,13 @@
 """`vlm-sapo score`: files of responses, good and bad."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 from vlm_sapo.cli import app
 
 ROWS = [
@@ -64,6 +65,19 @@ def test_a_users_function_sees_the_rows_images(run, tmp_path):
     result, rows = run(lines, "--reward", f"{tmp_path}/mine.py:f")
     assert [row["score"] for row in rows] == [30, 0] and rows[1]["outcome"] == "bad_row"
     assert "b.png does not exist" in rows[1]["error"]
+
+
+def test_the_documented_function_that_counts_tokens(run, tmp_path):
+    page = (ROOT / "docs/rewards.md").read_text()
+    (tmp_path / "concise.py").write_text(re.search(r"```python\n# concise.py\n(.*?)```", page, re.DOTALL)[1])
+    options = ("--reward", f"{tmp_path}/concise.py:concise", "--args", "{longest: 12}")
+    lines = [json.dumps({"gold": "3", "response": text + r"\boxed{3}"}) for text in ("", "so it is " * 9)]
+    result, _ = run(lines, *options)
+    assert "--model FOLDER, whose tokenizer counts them" in str(result.exception)
+    result, rows = run(lines, *options, "--model", str(ROOT / "data/shapes/cold_start"))
+    assert result.exit_code == 0 and [row["score"] for row in rows] == [1.0, 0.9]
+    result, rows = run([lines[0][:-1] + ', "tokens": 50}'], *options)
+    assert result.exit_code == 0 and rows[0]["score"] == 0.9
 
 
 def test_graded_rows_are_written_before_a_function_fails(run, tmp_path, monkeypatch):

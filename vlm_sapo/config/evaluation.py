@@ -47,6 +47,8 @@ class ScoreOptions(Options):
     """Columns with the response, separated by commas; the first non-empty one is used."""
     gold: str = ""
     """Column with the gold answer, if not `gold` or `answer`."""
+    model: Text | None = None
+    """Folder or Hugging Face id of a model whose tokenizer counts `response.tokens` where rows don't say."""
     out: Path | None = None
     """File for the rows with score and outcome."""
     timeout: float = 10.0

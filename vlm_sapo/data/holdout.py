@@ -64,7 +64,7 @@ def split(
     without images that have the same problem. The order in which such groups are held out is that of a hash
     of their content: it depends neither on a seed nor on the order of the rows. A group that would exceed the
     size is left to training, and so are rows that can't be read.
-    Raises ValueError where one side would be empty.
+    Raises ValueError where one side would be empty, and RowError where no row of a task can be read.
     """
     goals = {task: _goal(task, len(examples), size) for task, examples in tasks.items()}
     marks = _marks(tasks, progress)
@@ -72,6 +72,8 @@ def split(
     for task, index in _choose(_groups(marks), goals):
         rows[task].append(index)
     for task in (task for task in tasks if not rows[task]):
+        if not any(own == task for own, _ in marks):
+            _read_first(tasks[task])
         raise ValueError(
             f"data.holdout ({size}) must leave rows on both sides; the {len(tasks[task])} rows of {task} "
             f"share images or problems, and no group of them has {goals[task]} rows or fewer; raise it, or "
@@ -157,6 +159,11 @@ def _marks_of(examples: ExampleSet, index: int) -> list[Mark]:
     digests = [("image", pixel_digest(image)) for image in images if not is_blank(image)]
     text = " ".join(example.problem.split())
     return digests or [("problem", hashlib.sha1(text.encode()).hexdigest())]
+
+
+def _read_first(examples: ExampleSet) -> None:
+    """Raises RowError if the first row can't be read."""
+    _ = examples[0]
 
 
 def _groups(marks: Mapping[Row, list[Mark]]) -> list[list[Row]]:

@@ -75,6 +75,7 @@ class Evaluator:
         own = nullcontext(self.reward) if item.parts is None else closing(RewardPool(item.parts))
         title = f"evaluate {item.name}"
         with own as reward, self.console.progress(title, len(item.examples), lines=4) as show:
+            show(0, f"problems, {item.sampling.group} responses each")
             evaluation = Evaluation(
                 self.rollouts.engine,
                 self.encode,

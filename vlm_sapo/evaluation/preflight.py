@@ -35,6 +35,8 @@ ROWS_AHEAD = 64
 """Rows that are read ahead of the current one."""
 WRONG_BOX_SHIFT = 2.0
 """Images by which a box is moved that must score 0."""
+FAILURES = ("error", "crash", "timeout")
+"""Outcomes of a function that has given no value."""
 TRIED_ROWS = 4
 """Rows on which every part of the reward is tried."""
 ROWS_PER_GRADING = 256
@@ -75,6 +77,8 @@ class Inspected:
     """What is wrong with the gold answer; empty if it scores 1."""
     wrong: str = ""
     """A wrong answer that scores above 0, and its score."""
+    failure: str = ""
+    """The error with which the reward ended on one of both."""
 
 
 def inspect(
@@ -221,6 +225,8 @@ def _checked(
 ) -> Inspected:
     """The row with what the part `label` said of both responses."""
     right, other = probe
+    if failure := failure_of(gold, label) or failure_of(wrong, label):
+        return replace(row, failure=failure)
     answer, problem = row.example.answer[:60], ""
     value, outcome = gold.parts[label], gold.outcomes[label]
     if value < 1:
@@ -228,6 +234,12 @@ def _checked(
         problem = f"the gold answer {answer!r}, given as {str(right)[:80]!r}: {why}"
     accepted = f"{str(other)[:60]!r} scores {wrong.parts[label]:g} for the gold {answer!r}"
     return replace(row, gold=problem, wrong=accepted if wrong.parts[label] > 0 and not problem else "")
+
+
+def failure_of(reward: Reward, label: str) -> str:
+    """How a part of the reward ended without a value, with its error's last line; empty if it has one."""
+    outcome, lines = reward.outcomes[label], reward.details[label].strip().splitlines()
+    return f"{outcome}: {lines[-1] if lines else ''}" if outcome in FAILURES else ""
 
 
 TEXT_VERIFIERS = ("anls", "chartqa", "edit_distance", "exact", "short")

@@ -441,7 +441,7 @@ def _cache_key(item: Item) -> Key:
     """What a verdict depends on; rows of several splits may share source and id."""
     response, example = item
     row = (example.source, example.task, example.id, example.problem, example.answer)
-    return *row, str(response), response.tokens, response.resized, response.coordinates
+    return *row, str(response), response.known_tokens, response.resized, response.coordinates
 
 
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from vlm_sapo.evaluation.preflight import (
     Inspected,
     Trial,
     check_golds,
+    failure_of,
     inspect,
     try_reward,
 )
@@ -34,7 +35,7 @@ from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
 from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rewards.verifiers.table import VERIFIERS, own_verifier
-from vlm_sapo.types import one_line
+from vlm_sapo.types import RowError, one_line
 
 IDS_PER_FINDING = 5
 """Rows that a finding names."""
@@ -220,12 +221,28 @@ def _check_verdicts(rows: RowSet) -> list[Finding]:
     accepted = [row for row in rows.rows if row.wrong]
     level = "note" if rows.own_function else "breaks"
     text = f"{rejected[0].gold}; no response can be right" if rejected else ""
+    wrong = accepted[0].wrong if accepted else ""
     if rows.own_function:
         text += " if your function reads \\boxed{} answers"
+        wrong += "; right if your function pays that to any response"
+    accepted_level = "note" if rows.own_function else "warning"
     return [
+        *_check_failures(rows),
         *rows.finding(level, "gold answers rejected", rejected, text),
-        *rows.finding("warning", "wrong answers accepted", accepted, accepted[0].wrong if accepted else ""),
+        *rows.finding(accepted_level, "wrong answers accepted", accepted, wrong),
     ]
+
+
+def _check_failures(rows: RowSet) -> list[Finding]:
+    """The reward must give every row a value: each kind of error once."""
+    failed: dict[str, list[Inspected]] = defaultdict(list)
+    for row in (row for row in rows.rows if row.failure):
+        failed[":".join(row.failure.split(":")[:2])].append(row)
+    findings = []
+    for own in failed.values():
+        text = f"the first of them ends with {own[0].failure}; mend the function"
+        findings += rows.finding("breaks", "reward fails", own, text)
+    return findings
 
 
 def _check_trials(rows: RowSet) -> list[Finding]:
@@ -233,17 +250,17 @@ def _check_trials(rows: RowSet) -> list[Finding]:
     findings = []
     labels = {label for trial in rows.trials for label in trial.rewards[0].parts if "/" not in label}
     for label in sorted(labels):
-        failed = [
-            (trial.row, reward.outcomes[label], reward.details[label].strip().splitlines()[-1:])
+        failed = {
+            trial.row.index: (trial.row, failure)
             for trial in rows.trials
             for reward in trial.rewards
-            if reward.outcomes[label] in ("error", "crash", "timeout")
-        ]
+            if (failure := failure_of(reward, label))
+        }
         if failed:
-            _, outcome, detail = failed[0]
-            text = f"{label} ends with {outcome}: {' '.join(detail)}; mend the function"
-            tried = list({row.index: row for row, *_ in failed}.values())
-            findings += rows.finding("breaks", "reward fails", tried, text)
+            tried, failures = zip(*failed.values(), strict=True)
+            if failures[0] not in {row.failure for row in rows.rows}:  # else all rows with it are listed
+                text = f"{label} ends with {failures[0]}; mend the function"
+                findings += rows.finding("breaks", "reward fails", tried, text)
         elif label not in NEVER_POSITIVE and all(trial.rewards[0].parts[label] <= 0 for trial in rows.trials):
             shown = one_line(rows.trials[0].right)
             text = f"{label} gives nothing to {shown!r}, the gold answer in the layout that the prompt asks "
@@ -465,7 +482,10 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
     )
     tasks, parts = build_tasks(config.data), None
     if config.data.holdout is not None:
-        with console.progress("split by image", sum(map(len, tasks.values())), lines=2) as show:
+        with (
+            console.progress("split by image", sum(map(len, tasks.values())), lines=2) as show,
+            suppress(RowError),  # no row can be read, which is a finding
+        ):
             parts = split(tasks, config.data.holdout, lambda done: show(done, "rows"))
     rows = apply(parts, tasks, mixture=bool(config.data.mixture))
     sets = list(_inspect_sets(config, rows, against, Inspector(encode, console)))

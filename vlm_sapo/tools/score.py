@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -16,6 +16,8 @@ from PIL.Image import Image
 
 from vlm_sapo.config.evaluation import ScoreOptions
 from vlm_sapo.data.images import decode
+from vlm_sapo.hub import local_model
+from vlm_sapo.models.loading import load_outline
 from vlm_sapo.plugins import resolve
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.rewards.parts import ENTRY_POINTS, Item
@@ -73,11 +75,15 @@ class ResponseFile:
     """Columns with the response; the first that is not empty counts."""
     gold: str | None = None
     """Column with the gold answer; GOLD_COLUMNS by default."""
+    count: Callable[[str], int] | None = None
+    """Tokens of a response whose row has no `tokens`; None if they can't be counted."""
 
     def item(self, row: Mapping[str, Any], line: int, *, with_images: bool) -> Item:
         """A row as its response and example. Raises NoGold, or ValueError for an image that can't be read."""
         text = next((str(row[name]) for name in self.responses if row.get(name) not in (None, "")), "")
         tokens, source = row.get("tokens"), f"{self.path}, line {line}"
+        if not isinstance(tokens, int):
+            tokens = self.count(text) if self.count is not None else None
         problem = str(next((row[name] for name in PROBLEM_COLUMNS if row.get(name)), ""))
         problem, answer = multiple_choice(problem, self._answer(row), row)
         example = Example(
@@ -90,7 +96,7 @@ class ResponseFile:
         )
         resized = row.get("resized") or [image.size for image in example.images]
         sizes = tuple(map(tuple, resized))
-        return ResponseText(text, tokens=tokens if isinstance(tokens, int) else None, resized=sizes), example
+        return ResponseText(text, tokens=tokens, resized=sizes), example
 
     def _answer(self, row: Mapping[str, Any]) -> Any:
         names = (self.gold,) if self.gold else GOLD_COLUMNS
@@ -180,7 +186,8 @@ def score_command(path: Path, options: ScoreOptions) -> None:
     if options.out and options.out.resolve() == path.resolve():
         raise ValueError(f"--out ({options.out}) must be another file than the one that is graded")
     arguments = _mapping(options.args)
-    file = ResponseFile(path, options.response.split(","), options.gold or None)
+    count = token_counter(options.model) if options.model is not None else None
+    file = ResponseFile(path, options.response.split(","), options.gold or None, count)
     file.check_columns()
     function = resolve(options.reward, field="--reward", builtin=VERIFIERS, group=ENTRY_POINTS)
     if "finding" in signature(function).parameters:
@@ -192,6 +199,12 @@ def score_command(path: Path, options: ScoreOptions) -> None:
     with closing(RewardPool([part], on_error=options.on_error, timeout=options.timeout)) as reward:
         agreements = score_file(file, reward, out=options.out, console=console)
     console.table(*report(agreements))
+
+
+def token_counter(model: str) -> Callable[[str], int]:
+    """Counts the tokens of a text as this model writes it, with the end that stops it."""
+    tokenizer = load_outline(local_model(model, weights=False, field="--model")).tokenizer
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False)) + 1
 
 
 def _mapping(text: str) -> dict:

@@ -198,8 +198,6 @@ def _values_match(value: Any, gold: Any) -> bool:
 def length(response: ResponseText, example: Example, *, allowed: int, buffer: int) -> float:
     """Soft overlong penalty (DAPO, arXiv 2503.14476): 0 up to `allowed` tokens, falling to -1 over the next
     `buffer`, -1 from there."""
-    if response.tokens is None:
-        raise ValueError("length needs the number of tokens of a response; give the row a `tokens` column")
     return -min(max(response.tokens - allowed, 0) / buffer, 1.0)
 
 
