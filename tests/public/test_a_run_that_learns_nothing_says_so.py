@@ -28,6 +28,10 @@ def watched(steps: list[dict], **options) -> tuple[Alarms, list[str]]:
     [
         ({"reward/mean": 0.0, "outcome/math/no_answer": 60}, "every reward is 0 (no_answer 60 per step)"),
         ({"reward/mean": 0.25}, "every reward is 0.25: read responses and answers"),
+        (
+            {"reward/mean": 0.2, "reward/accuracy": 0.0, "reward/short": 1.0},
+            "every reward is 0.2 (part accuracy 0, part short 1): read responses",
+        ),
         ({"reward/mean": 0.0, "response/identical": 1.0}, "responses of a group are the same"),
         ({"reward/mean": 0.3, "reward/zero_variance": 0.6, "response/truncated": 0.9}, "cut off"),
         ({"reward/mean": 0.3, "reward/zero_variance": 0.6, "policy/grad_norm": 0.0}, "the gradient is 0"),

@@ -26,6 +26,8 @@ FULL_SHARE = 0.95
 """Share of the full reward from which on rows are solved."""
 TRUNCATED_SHARE, IDENTICAL_SHARE = 0.5, 0.9
 """Shares of truncated and of identical responses that explain a missing signal."""
+WHOLE_REWARD = ("reward/mean", "reward/std", "reward/zero_variance")
+"""Metrics that are of no part of the reward."""
 PENALTIES = ("length",)
 """Verifiers that give 0 at most."""
 WATCHED_METRICS = (
@@ -132,10 +134,14 @@ class LearningSignal:
                 "problems are always or never solved: keep those that are solved sometimes "
                 "(vlm-sapo filter), or raise rollout.group"
             )
-        names = {name for record in self.last for name in record if name.startswith("outcome/")}
-        counts = ", ".join(f"{name.split('/')[-1]} {self._mean(name):.0f} per step" for name in sorted(names))
+        names = sorted({name for record in self.last for name in record})
+        parts = [name for name in names if name.startswith("reward/") and name not in WHOLE_REWARD]
+        facts = [f"part {name.split('/', 1)[1]} {self._mean(name):.3g}" for name in parts if len(parts) > 1]
+        outcomes = [name for name in names if name.startswith("outcome/")]
+        facts += [f"{name.split('/')[-1]} {self._mean(name):.0f} per step" for name in outcomes]
+        known = f" ({', '.join(facts)})" if facts else ""
         return (
-            f"every reward is {reward:.3g}{f' ({counts})' if counts else ''}: read responses and answers in "
+            f"every reward is {reward:.3g}{known}: read responses and answers in "
             "rollouts.jsonl and try the reward with vlm-sapo doctor; data.template must ask for the form "
             "that the verifier reads. If the problems are too hard, take easier ones (vlm-sapo filter) or a "
             "cold start (vlm-sapo sft)"

@@ -358,7 +358,7 @@ def _check_leakage(trained: RowSet, evaluated: RowSet) -> list[Finding]:
     same = sum(match == "same" for _, _, match in pairs)
     leaked = [row for row, _, _ in pairs]
     named = "; ".join(f"{a.id} and {b.id} ({match})" for a, b, match in pairs[:IDS_PER_FINDING])
-    text = f"{same} with the same pixels, {len(pairs) - same} nearly: {named}; filter them out of training"
+    text = f"{same} with the same pixels, {len(pairs) - same} nearly: {named}; take them out of the file"
     return trained.finding("warning", f"pictures of {evaluated.name} in training", leaked, text)
 
 
