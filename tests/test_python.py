@@ -128,6 +128,13 @@ def test_rows_functions_and_callbacks(whole):
     assert {"reward/odd_length", "reward/short", "reward/length"} <= metrics(folder)[0].keys()
 
 
+def test_a_trl_function_that_reads_messages_of_rows_without_them_is_told(tmp_path):
+    example = Example("1", "How many?", "3", columns={"solution": "3"})
+    part = build_part({"name": "tests.fixtures.trl_reward:odd_length"})
+    with pytest.raises(TypeError, match=r"completions are texts here, .* no column `prompt`"):
+        part.function([ResponseText("abc")], [example])
+
+
 def test_a_run_goes_on_with_the_same_objects_only(whole, tmp_path, model_folder):
     folder, short, _, _ = whole
     values = config(folder, model_folder(), steps=5)

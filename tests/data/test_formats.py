@@ -140,6 +140,15 @@ LAYOUTS = {
     "R1-V": ({"problem": PLAIN, "solution": "5", "image": "a.png"}, "R1-V rows: problem from problem"),
     "question and label": ({"question": PLAIN, "label": 5, "image_path": "a.png"}, "images from image_path"),
     "text and label": ({"text": PLAIN, "label": 5, "image": "a.png"}, "problem from text"),
+    "TRL, with the columns that the prompt was made of": (
+        {
+            "problem": "raw",
+            "prompt": [{"role": "system", "content": "Think."}, *user(QUESTION)],
+            "solution": "5",
+            "image": "a.png",
+        },
+        "TRL rows: problem from prompt",
+    ),
     "a question beside its conversation": (
         {"question": "raw", "messages": user(QUESTION), "answer": "5", "images": ["a.png"]},
         "problem from messages",
@@ -396,6 +405,17 @@ def test_the_users_columns_and_transform_count_before_the_usual_names(folder):
     )
     example = one(folder, row, transform=f"{folder}/change.py:change")
     assert (example.problem, example.answer) == ("r", "2")
+
+
+def test_columns_that_a_transform_removed_are_none(folder):
+    (folder / "change.py").write_text(
+        "def change(row):\n"
+        "    turns = [{'role': 'user', 'content': '<image>' + row['problem']}]\n"
+        "    return {'prompt': turns, 'solution': row['solution'], 'images': [row['picture']]}\n"
+    )
+    rows = [{"problem": "How many?", "solution": "5", "picture": "a.png"}] * 2
+    example = lines(folder, *rows, transform=f"{folder}/change.py:change")[1]
+    assert example.problem == "<image>How many?" and len(example.images) == 1
 
 
 def test_a_demonstration_may_be_an_assistants_turn(folder):

@@ -102,4 +102,4 @@ def test_a_function_that_fails_on_some_rows_breaks_the_run(doctor, tmp_path):
     said = " ".join(result.output.split())
     assert result.exit_code == 1 and "rejected" not in said
     assert "reward fails: 7 (2, 3, 4, 5, 6, ...)" in said and "ends with error: KeyError: '3'; mend" in said
-    assert "1 findings would break the run; 2 findings in all" in said
+    assert "1 finding would break the run; 2 findings in all" in said

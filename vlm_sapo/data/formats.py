@@ -246,7 +246,8 @@ def recognize(names: Mapping[str, str | Sequence[str]], row: Row, source: str) -
     problem, answer, _ = (_by_user(field, names, row, source) for field in ("problem", "answer", "images"))
     if problem is None:
         chats = [name for name in CONVERSATIONS if _is_list(row.get(name))]
-        problem = _usual("problem", (("problem",), chats, *PROBLEMS), row, source)
+        sent = ["prompt"] if "prompt" in chats else []  # by TRL and verl, whatever stands beside it
+        problem = _usual("problem", (sent, ("problem",), chats, *PROBLEMS), row, source)
     chat = as_turns(lookup(row, problem))
     if answer is None:
         tiers = ((GROUND_TRUTH,), *ANSWERS) if problem == "prompt" and chat else ANSWERS

@@ -291,10 +291,11 @@ class ExampleSet(Sequence):
     def _sample(self) -> Row:
         """The columns of the rows, with the first values of each among the first rows."""
         sample = dict(self._row(0))
-        if isinstance(self.rows, list):  # of JSON, whose rows need not have all columns
+        uneven = isinstance(self.rows, list)  # rows of JSON need not have all columns
+        if uneven and self.transform is None:
             sample = dict.fromkeys(name for row in self.rows for name in row) | sample
         for index in range(1, min(SAMPLED_ROWS, len(self))):
-            if not any(is_missing(value) for value in sample.values()):
+            if not (uneven and self.transform) and not any(is_missing(value) for value in sample.values()):
                 break
             with suppress(RowError):  # it is an error when the row is read
                 sample |= {n: v for n, v in self._row(index).items() if is_missing(sample.get(n))}

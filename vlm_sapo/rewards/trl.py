@@ -75,10 +75,16 @@ class TrlReward:
             )
         takes_all = any(item.kind is item.VAR_KEYWORD for item in self.parameters)
         names = supplied if takes_all else [item.name for item in named if item.name in supplied]
-        return [
-            None if value is None or math.isnan(value) else value
-            for value in self.function(**{name: supplied[name] for name in names})
-        ]
+        try:
+            scores = self.function(**{name: supplied[name] for name in names})
+        except TypeError as error:
+            if "string indices must be integers" not in str(error) or any(map(_is_conversation, examples)):
+                raise
+            raise TypeError(
+                f"{error}; completions are texts here, since the rows have no column `prompt` with a list of "
+                "messages: give them one (data.transform), or read the text itself"
+            ) from error
+        return [None if value is None or math.isnan(value) else value for value in scores]
 
 
 def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:

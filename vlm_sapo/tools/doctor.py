@@ -286,10 +286,14 @@ def _check_images(rows: RowSet) -> list[Finding]:
         if row.example and not row.example.images and IMAGE_MENTION.search(row.example.problem)
     ]
     missing_text = "the problem mentions an image; the row has none"
+    without = [row for row in rows.rows if row.example and not row.example.images]
+    mentioned = {row.index for row in missing}
+    some = [row for row in without if row.index not in mentioned] if len(without) < len(rows.rows) / 2 else []
     return [
         *rows.finding("warning", "blank pictures", blank, "the image has one colour only"),
         *rows.finding("note", "pictures much reduced", shrunk, text),
         *rows.finding("warning", "picture missing", missing, missing_text),
+        *rows.finding("note", "rows without an image", some, "the others have images"),
     ]
 
 
@@ -563,5 +567,9 @@ def _print(sets: Sequence[RowSet], findings: Sequence[Finding], out: Path, conso
         console.say(f"{finding.level}: {finding.where}: {finding.name}: {finding.count} ({ids})")
         console.say("\n".join(f"    {line}" for line in finding.text.splitlines()))
     breaks = sum(finding.level == "breaks" for finding in findings)
-    verdict = f"{breaks} findings would break the run" if breaks else "nothing would break the run"
-    console.say(f"{verdict}; {len(findings)} findings in all, in {out}")
+    verdict = f"{_findings(breaks)} would break the run" if breaks else "nothing would break the run"
+    console.say(f"{verdict}; {_findings(len(findings))} in all, in {out}")
+
+
+def _findings(count: int) -> str:
+    return f"{count} finding{'s' * (count != 1)}"
