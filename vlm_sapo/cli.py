@@ -325,7 +325,8 @@ def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
     gpus: Annotated[
-        str, typer.Option(help="GPUs x memory, or nodes x GPUs x memory: 1x24GB, 8x80GB, 4x8x141GB.")
+        str,
+        typer.Option(help="GPUs that train, with their memory: 1x24GB, 8x80GB, or nodes first: 4x8x141GB."),
     ] = "1x80GB",
     card: Annotated[
         str | None, typer.Option(help="H100, RTX 4090, ...: for the duration; the usual one of that memory.")

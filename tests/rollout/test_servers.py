@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from tests.conftest import example
 from tests.rollout.model_server import HANG_UP, ModelServer
 from vlm_sapo.config.rollout import RolloutConfig
+from vlm_sapo.distributed import World
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.lora import layers
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
-from vlm_sapo.rollout.engine import RolloutError, as_contexts
+from vlm_sapo.rollout.engine import RolloutError, as_contexts, server_in_turn
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm_requests import SEED_STRIDE
 from vlm_sapo.types import Context, RowError, Sampling
@@ -85,6 +87,27 @@ def test_prompts_are_distributed_and_answers_keep_their_order(vlm, servers, prom
         assert len(bodies) == 3
         assert all(len(body.get("content_parts", [])) <= 2 for body in bodies)
     assert not list(tmp_path.iterdir()), "weights were left behind"
+
+
+@pytest.mark.parametrize(("processes", "contexts", "count"), [(1, 16, 8), (4, 16, 4), (24, 4, 8), (8, 1, 4)])
+def test_the_processes_of_a_run_use_all_servers_equally(processes, contexts, count):
+    first = Counter()
+    for rank in range(processes):
+        world = World()
+        world.rank = rank
+        first.update(server_in_turn(context, contexts, world) % count for context in range(contexts))
+    assert [first[number] for number in range(count)] == [processes * contexts // count] * count
+
+
+def test_each_process_begins_with_another_server(vlm, servers, prompts, tmp_path):
+    with closing(build(vlm, servers, tmp_path)) as engine:
+        engine.sync(vlm)
+        engine.world.rank = 1
+        engine.generate(as_contexts(prompts[:1]), SAMPLING)
+    assert [[route for route, _ in server.requests].count("inference/v1/generate") for server in servers] == [
+        0,
+        1,
+    ]
 
 
 def test_groups_are_reported_as_they_arrive(vlm, servers, prompts, tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -125,6 +126,17 @@ class VllmServerConfig(_Engine):
     def weights_dtype(self, default: str) -> str:
         return default if self.dtype == "auto" else self.dtype
 
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        """Servers elsewhere would wait for a trainer on their own machine, for `timeout` each."""
+        elsewhere = [url for url in self.servers if not _is_local(url)]
+        if self.weights == "nccl" and elsewhere and _is_local(f"//{self.address}"):
+            raise ValueError(
+                f"address ({self.address}) must be the address of the first trainer's machine as the server "
+                f"{elsewhere[0]} sees it"
+            )
+        return self
+
     @field_validator("servers", mode="before")
     @classmethod
     def _addresses(cls, value: Any) -> Any:
@@ -133,6 +145,12 @@ class VllmServerConfig(_Engine):
             for address in value:
                 check_address(str(address), "servers")
         return value
+
+
+def _is_local(url: str) -> bool:
+    """Whether an address is of the machine itself."""
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 EngineConfig = Annotated[

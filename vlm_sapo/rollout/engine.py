@@ -92,3 +92,9 @@ def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: 
 def as_contexts(prompts: Sequence[Prompt]) -> list[Context]:
     """Contexts without responses so far."""
     return [Context(prompt) for prompt in prompts]
+
+
+def server_in_turn(context: int, count: int, world: World) -> int:
+    """The number, modulo how many there are, of the server that first gets a context of this process's
+    `count`: the prompts of all processes go to the servers in turn."""
+    return world.rank * count + context

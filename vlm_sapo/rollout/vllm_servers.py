@@ -20,7 +20,7 @@ import httpx2 as httpx
 from vlm_sapo.distributed import World
 from vlm_sapo.hub import repo_of_snapshot
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import EngineNeeds, RolloutError
+from vlm_sapo.rollout.engine import EngineNeeds, RolloutError, server_in_turn
 from vlm_sapo.rollout.vllm_client import START, AdapterLost, Server, Unavailable, decode_experts
 from vlm_sapo.rollout.vllm_requests import (
     PROBLEMS_AT_ONCE,
@@ -198,7 +198,7 @@ class VllmServers:
                 return self._read(server, request, answer, sampling)
 
             async with limit:
-                first = request.context % len(self.servers)
+                first = server_in_turn(request.context, len(contexts), self.world) % len(self.servers)
                 order = [*self.servers[first:], *self.servers[:first]]
                 responses = await self._retry(order, ask, f"for {request.prompt.example.label}")
             if request.so_far is None:  # the whole group

@@ -19,7 +19,7 @@ from vlm_sapo.tools.report.page import EmbeddedImages, render
 from vlm_sapo.tools.report.samples import Samples, mean_score, problem_item, read_samples
 
 HEADER = ["benchmark", "problems", "A", "B", "B - A", "95 % interval", "wins", "losses", "sign test p"]
-IGNORED_SETTINGS = ("model", "responses", "weights", "recorded", "definition", "on_error", "dtype")
+IGNORED_SETTINGS = ("model", "responses", "weights", "recorded", "definition", "on_error")
 """Settings that two evaluations may differ in without a note."""
 MAX_PROBLEMS = 500
 """Problems on the page, the changed ones first."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vlm_sapo.config.schema import TrainConfig
-from vlm_sapo.evaluation.benchmarks import benchmarks_of
+from vlm_sapo.evaluation.benchmarks import read_definition
 from vlm_sapo.hub import local_model
 from vlm_sapo.models.loading import load_outline
 from vlm_sapo.models.vlm import VLM
@@ -61,7 +61,8 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
     """The arguments of the command, `vllm` first."""
     model = config.model
     engine = config.rollout.engine
-    lengths = [item.max_tokens for item in benchmarks_of(config)]
+    definitions = [read_definition(name)[1] for name in config.eval.benchmarks]  # their rows aren't needed
+    lengths = [definition.max_tokens for definition in definitions]
     outline = load_outline(local_model(model.path, model.revision, weights=False))
     options = {
         "host": host,

@@ -24,7 +24,7 @@ from vlm_sapo.models.packing import GroupSlice, Layout, Part, Plain
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.models.weights import full_tensor, shard_like
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.engine import RolloutError, as_contexts
+from vlm_sapo.rollout.engine import RolloutError, as_contexts, server_in_turn
 from vlm_sapo.rollout.sampler import Rollouts
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, RolloutBatch
@@ -223,14 +223,15 @@ class Parity:
             return {}
         self.rollouts.wait()
         examples = [group.prompt.example for group in rollout.groups[: self.groups]]
+        count = len(rollout.groups)  # of one call, in which the servers had their turns
         if rollout.version == self.policy.vlm.version:
             groups = [GroupSlice(group.prompt, group.responses) for group in rollout.groups[: self.groups]]
         else:
-            groups = self.probe(examples)
+            groups, count = self.probe(examples), len(examples)
         comparison = Comparison(self.policy, groups)
         trainer = comparison.trainer()
         difference = comparison.against(trainer)
-        servers = self.servers_out_of_tolerance(comparison, trainer)
+        servers = self.servers_out_of_tolerance(comparison.by_group(trainer), count)
         if servers or not difference.mean <= self.tolerance:
             causes = servers + self.likely_causes(comparison, difference, examples)
             raise ParityError(self._disagrees(difference, causes, step))
@@ -249,13 +250,19 @@ class Parity:
             return [RUN_CHECK]
         return self.explain(comparison, difference, examples)
 
-    def servers_out_of_tolerance(self, comparison: Comparison, trainer: torch.Tensor) -> list[str]:
-        """A message for each server whose own groups disagree; prompts go to the servers in turn."""
-        means = comparison.by_group(trainer)
+    def servers_out_of_tolerance(self, means: Sequence[float], count: int) -> list[str]:
+        """A message for each server whose own groups disagree, of the first of `count` that one call sampled:
+        their `means`."""
+        if len(self.server_urls) < 2:
+            return []
+        by_server: dict[str, list[float]] = {}
+        for context, mean in enumerate(means):
+            number = server_in_turn(context, count, self.world) % len(self.server_urls)
+            by_server.setdefault(self.server_urls[number], []).append(mean)
         return [
             f"on {url} alone the mean is {mean:.1e}"
-            for url, mean in zip(self.server_urls, means, strict=False)
-            if len(self.server_urls) > 1 and not mean <= 2 * self.tolerance
+            for url, mean in ((url, sum(own) / len(own)) for url, own in by_server.items())
+            if not mean <= 2 * self.tolerance
         ]
 
     def probe(self, examples: Sequence[Example]) -> list[GroupSlice]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.fields import belongs
@@ -26,6 +29,9 @@ from vlm_sapo.training.run import Interruption
 
 Config = cfg.TrainConfig | cfg.SftConfig
 
+SHARED_DISK_SECONDS = 30.0
+"""How long a file that one machine has written may stay unseen by the others."""
+POLL_SECONDS = 0.2
 EVALUATION = frozenset({"eval"})
 """Fields that change what is measured."""
 EVALUATION_SETS = frozenset({"eval.data", "eval.benchmarks"})
@@ -42,7 +48,22 @@ def open_folder(config: Config, processes: Processes) -> tuple[RunFolder, Config
     commits = world.on_main(lambda: commits_of(folder, config, console))
     pinned = pin(config, commits)
     world.on_main(lambda: _open(folder, pinned, console, devices, commits))
+    check_shared(config.run.folder, world)
     return folder, pinned
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Raises ValueError, in all processes, where one doesn't see the folder that the first has written: its
+    part of each checkpoint would be missing."""
+    deadline = time.monotonic() + SHARED_DISK_SECONDS
+    while not (seen := (folder / "config.yaml").is_file()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    blind = [host for host in world.all_gather("" if seen else socket.gethostname()) if host]
+    if blind:
+        raise ValueError(
+            f"run.dir ({folder}) must be on a disk that all machines share, under the same path; on "
+            f"{', '.join(sorted(set(blind)))} it has no config.yaml"
+        )
 
 
 def _check_same(config: Config, world: World) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
-from vlm_sapo.config.rollout import VllmConfig
+from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.distributed import World
 from vlm_sapo.models.device import Device, find_device
 from vlm_sapo.models.parallel import FullySharded, Parallelism, Replicated, prefetched_layers
@@ -117,10 +117,14 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
         raise ValueError(
             f"{field} needs bitsandbytes; install the extra quantized (docs/install.md), or leave it out"
         )
-    if isinstance(config.rollout.engine, VllmConfig) and find_spec("vllm") is None:
+    engine = config.rollout.engine
+    sends = isinstance(engine, VllmServerConfig) and engine.weights == "nccl"
+    if (isinstance(engine, VllmConfig) or sends) and find_spec("vllm") is None:
+        needing = "rollout.engine.weights (nccl)" if sends else "rollout.engine (vllm)"
         raise ValueError(
-            "rollout.engine (vllm) needs vllm, which is not installed; install the extra vllm (in the "
-            "repository `uv pip install -e '.[vllm]'`), or set rollout.engine=hf"
+            f"{needing} needs vllm, which is not installed; install the extra vllm (in the repository "
+            "`uv pip install -e '.[vllm]'`), or set "
+            + ("rollout.engine.weights=folder" if sends else "rollout.engine=hf")
         )
 
 

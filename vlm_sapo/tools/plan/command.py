@@ -69,9 +69,13 @@ def plan_command(
         write.write_text(text, encoding="utf-8")
         words = (str(write),)
         console.say(f"the config that fits is in {write}")
-    console.say("to start it" + (", on each node:" if gpus.nodes > 1 else ":"))
-    for command in launch_commands(best.config, gpus, words):
-        console.say(f"    {command}")
+    *servers, start = launch_commands(best.config, gpus, words)
+    if servers:
+        console.say(f"to start its servers, on GPUs beside the {gpus.count} that train:")
+        for command in servers:
+            console.say(f"    {command}")
+    console.say("to start it" + (", on each node that trains:" if gpus.nodes > 1 else ":"))
+    console.say(f"    {start}")
     return fits
 
 
