@@ -120,11 +120,13 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
     engine = config.rollout.engine
     sends = isinstance(engine, VllmServerConfig) and engine.weights == "nccl"
     if (isinstance(engine, VllmConfig) or sends) and find_spec("vllm") is None:
-        needing = "rollout.engine.weights (nccl)" if sends else "rollout.engine (vllm)"
+        missing = "rollout.engine (vllm) needs vllm, which is not installed"
+        other = "rollout.engine=hf"
+        if sends:
+            missing = "rollout.engine.weights (nccl) needs vllm, which is not installed"
+            other = "rollout.engine.weights=folder"
         raise ValueError(
-            f"{needing} needs vllm, which is not installed; install the extra vllm (in the repository "
-            "`uv pip install -e '.[vllm]'`), or set "
-            + ("rollout.engine.weights=folder" if sends else "rollout.engine=hf")
+            f"{missing}; install the extra vllm (in the repository `uv pip install -e '.[vllm]'`), or set {other}"
         )
 
 
