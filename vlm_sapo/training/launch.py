@@ -126,7 +126,8 @@ def _check_installed(config: cfg.TrainConfig | cfg.SftConfig) -> None:
             missing = "rollout.engine.weights (nccl) needs vllm, which is not installed"
             other = "rollout.engine.weights=folder"
         raise ValueError(
-            f"{missing}; install the extra vllm (in the repository `uv pip install -e '.[vllm]'`), or set {other}"
+            f"{missing}; install the extra vllm (in the repository `uv pip install -e '.[vllm]'`), or set "
+            f"{other}"
         )
 
 
