@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from tests.conftest import group_slice
 from tests.rollout.model_server import ModelServer
 from vlm_sapo.cli import app
+from vlm_sapo.evaluation import benchmarks
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.packing import Plain
 from vlm_sapo.tools import serve
@@ -164,6 +165,13 @@ def test_serve_prints_for_a_gpu_and_runs_on_what_is_here(run, monkeypatch):
     said = run("serve", "--port", port).output
     assert "--enforce-eager" in said and "--no-enable-chunked-prefill" in said
     assert "--enforce-eager" in executed[0]
+
+
+def test_serve_needs_no_rows_of_the_benchmarks(run, monkeypatch):
+    """Their longest response counts, and a server's machine may have no network."""
+    monkeypatch.setattr(benchmarks, "build_examples", lambda *_, **__: pytest.fail("rows were read"))
+    printed = run("serve", "eval.benchmarks=[mathvista]", "--print")
+    assert printed.exit_code == 0 and "--max-model-len" in printed.output
 
 
 def test_serve_names_a_port_that_is_in_use(run):

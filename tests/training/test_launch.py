@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes
+from vlm_sapo.distributed import World
 from vlm_sapo.models import device as devices
-from vlm_sapo.training import launch
+from vlm_sapo.training import folder, launch
 from vlm_sapo.training.trainer import train
 
 BASE = {
@@ -70,6 +71,27 @@ def test_a_config_that_fits_passes(size, tmp_path):
         for weights in ("folder", "nccl"):
             options = ("rollout.engine=vllm_server", f"rollout.engine.weights={weights}")
             assert check_processes(load(*options, f"train.shard={value}", tmp_path=tmp_path), size) == shard
+
+
+def test_servers_elsewhere_need_an_address_that_they_see(tmp_path):
+    engine = (
+        "rollout.engine={{type: vllm_server, weights: {}, address: {}, servers: ['http://10.0.0.4:8000']}}"
+    )
+    with pytest.raises(
+        ValueError, match=r"address \(127.0.0.1\) must be .* as the server http://10.0.0.4:8000"
+    ):
+        load(engine.format("nccl", "127.0.0.1"), tmp_path=tmp_path)
+    load(engine.format("nccl", "10.0.0.1"), tmp_path=tmp_path)
+    load(engine.format("folder", "127.0.0.1"), tmp_path=tmp_path)
+
+
+def test_a_run_folder_that_a_machine_does_not_see_is_refused(tmp_path, monkeypatch):
+    """Else it would train on without that machine's part of each checkpoint."""
+    monkeypatch.setattr(folder, "SHARED_DISK_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"must be on a disk that all machines share.*has no config.yaml"):
+        folder.check_shared(tmp_path, World())
+    (tmp_path / "config.yaml").touch()
+    folder.check_shared(tmp_path, World())
 
 
 def test_a_part_is_adapted_or_frozen(tmp_path):
