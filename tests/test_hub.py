@@ -24,6 +24,7 @@ from vlm_sapo import hub as access
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data.rows import open_rows
+from vlm_sapo.reporting.card import public_text
 from vlm_sapo.tools.serve import build_command
 from vlm_sapo.training.trainer import train
 
@@ -250,6 +251,33 @@ def test_offline_nothing_can_be_pushed(hub, base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="needs the hub, and HF_HUB_OFFLINE is set"):
         access.prepare_push(TRAINED, private=None, field="hub.push")
+
+
+def test_a_private_push_to_a_public_repository_is_refused(hub, base, rows, tmp_path):
+    hub.add("team/open", {".gitattributes": b""})
+    with pytest.raises(
+        ValueError, match=r"hub.push \(team/open\) exists and is public, and a private one is"
+    ):
+        train(run_config(tmp_path, "hub.push=team/open", "hub.private=true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_replaces_another_model_whole(hub, pushed):
+    old = dict.fromkeys(("adapter_config.json", "special_tokens_map.json", "chat_template.json"), b"{}")
+    hub.add("team/older", old | {"notes.md": b"mine", ".gitattributes": b""})
+    access.push(pushed.run / "final", "team/older", field="--to")
+    files = hub.repositories["team/older"].files
+    assert (
+        not old.keys() & files.keys() and {"notes.md", "model.safetensors", "tokenizer.json"} <= files.keys()
+    )
+
+
+@pytest.mark.parametrize("home", ["/", "/nobody"])
+def test_a_card_hides_the_home_and_nothing_else(monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    assert public_text("/data/rows.jsonl, /nobody/rows.jsonl") == (
+        "/data/rows.jsonl, ~/rows.jsonl" if home != "/" else "/data/rows.jsonl, /nobody/rows.jsonl"
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen-geometry", "a/b/c", "team/with space"])

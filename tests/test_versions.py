@@ -52,6 +52,7 @@ HUB = {
     "create_repo": "private exist_ok",
     "auth_check": "write",
     "list_repo_files": "",
+    "repo_info": "",
     "upload_folder": "repo_id folder_path commit_message delete_patterns",
 }
 """Methods of huggingface_hub's HfApi, and the arguments by name."""

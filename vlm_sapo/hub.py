@@ -27,6 +27,12 @@ from yaml import YAMLError
 from vlm_sapo.plugins import locate
 
 Kind = Literal["model", "dataset"]
+MODEL_FILES = [
+    *("*.safetensors", "*.index.json", "pytorch_model*", "adapter_config.json", "adapter/*"),
+    *("chat_template*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
+    *("merges.txt", "*preprocessor_config.json", "processor_config.json", "generation_config.json"),
+]
+"""What describes a model, its processor and its adapter."""
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py", ".yaml", ".yml")
 """Of names that are meant for files."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -136,7 +142,13 @@ def prepare_push(repo: str, *, private: bool | None, field: str) -> str:
         api.whoami()
         api.create_repo(repo, private=private, exist_ok=True)
         api.auth_check(repo, write=True)
+        public = private and not api.repo_info(repo).private
         files = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
+    if public:
+        raise ValueError(
+            f"{field} ({repo}) exists and is public, and a private one is asked for; make it private on its "
+            "page on the hub, or push to another one"
+        )
     if not files:
         return ""
     return (
@@ -146,15 +158,15 @@ def prepare_push(repo: str, *, private: bool | None, field: str) -> str:
 
 
 def push(folder: Path, repo: str, *, field: str) -> str:
-    """Uploads a model's folder; returns the address of the repository. Weights there that the folder doesn't
-    have are removed, so that nobody loads a mixture of two models; other files stay. Raises ValueError naming
-    `field`."""
+    """Uploads a model's folder; returns the address of the repository. A model's files there that the folder
+    doesn't have are removed, so that nobody loads a mixture of two models; other files stay. Raises
+    ValueError naming `field`."""
     with writing(field, repo):
         commit = HfApi().upload_folder(
             repo_id=repo,
             folder_path=folder,
             commit_message="Model and card, by vlm-sapo push",
-            delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*"],
+            delete_patterns=MODEL_FILES,
         )
     return str(commit.repo_url)
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, numbered_image
 from vlm_sapo.cli import main
 from vlm_sapo.config.data import SourceConfig
 from vlm_sapo.config.schema import RewardPartConfig
-from vlm_sapo.config.secrets import check_address, check_secrets
+from vlm_sapo.config.secrets import check_address, check_secrets, mask_secrets, mask_values
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.types import Example, ResponseText
@@ -80,10 +80,19 @@ def test_values_that_look_like_secrets_are_rejected():
         {"token": "abcdefghijklmnop1"},
         {"anything": "sk-abcdefgh12"},
         {"x": {"y": "hf_abcdefghijk"}},
+        {"header": "Bearer hf_" + "a1" * 12},
+        {"more": ["hf_" + "a1" * 12]},
+        {"url": "https://example.org/rows?t=hf_" + "a1" * 12},
     ):
         with pytest.raises(ValueError, match="looks like a secret"):
             SourceConfig(source="mine.py:rows", args=args)
     assert SourceConfig(source="mine.py:rows", args={"token": "<answer>", "sort_key": "area", "keys": "a"})
+
+
+def test_secrets_within_a_command_or_a_config_are_masked():
+    token = "hf_" + "a1" * 12
+    assert token not in " ".join(mask_secrets(["train", f"data.args={{header: 'Bearer {token}'}}"]))
+    assert token not in str(mask_values({"args": {"header": f"Bearer {token}", "more": [f"x={token}"]}}))
 
 
 def test_the_name_of_an_environment_variable_is_accepted():

@@ -46,7 +46,7 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.dir) if self.dir else Path("runs") / self.name
+        return Path(self.dir).expanduser() if self.dir else Path("runs") / self.name
 
 
 class CheckpointConfig(Section):

@@ -25,6 +25,12 @@ LONG = re.compile(r"^\S{16,}$")
 LOOKS_SECRET = re.compile(r"^(sk-|hf_|ghp_|github_pat_|xox[abp]-|AKIA|eyJ[\w-]+\.)[\w.-]{8,}$")
 """Keys of well-known services."""
 
+TOKEN_INSIDE = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|ghp_[A-Za-z0-9]{16,}|github_pat_\w{16,}|"
+    r"xox[abp]-[\w-]{10,}|AKIA[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,})"
+)
+"""The same within a longer text, such as a header or an address."""
+
 
 def check_address(address: str, field: str) -> None:
     """Raises ValueError where an address is not a server's, includes a password, or is link-local (where
@@ -70,12 +76,16 @@ def check_secrets(values: Any, field: str) -> None:
             check_secrets(value, f"{field}.{name}")
     elif isinstance(values, list):
         for number, value in enumerate(values):
-            check_secrets(value, f"{field}.{number}")
+            check_secrets({number: value}, field)
 
 
 def _is_secret(name: str, value: str) -> bool:
     named_so = SECRET.search(name) or (MAYBE_SECRET.search(name) and LONG.match(value))
-    return bool(named_so or LOOKS_SECRET.match(value))
+    return bool(named_so) or _looks_secret(value)
+
+
+def _looks_secret(value: str) -> bool:
+    return bool(LOOKS_SECRET.match(value) or TOKEN_INSIDE.search(value))
 
 
 def mask_secrets(words: Sequence[str]) -> list[str]:
@@ -102,4 +112,4 @@ def mask_values(values: Any) -> Any:
         return {name: "***" if masked[name] else mask_values(value) for name, value in values.items()}
     if isinstance(values, list):
         return [mask_values(value) for value in values]
-    return "***" if isinstance(values, str) and LOOKS_SECRET.match(values) else values
+    return "***" if isinstance(values, str) and _looks_secret(values) else values

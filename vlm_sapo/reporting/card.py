@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:
     results = list(_before_and_after(evaluations, summary["steps"]))
     conclusion = summary.get("learnt_nothing", "").partition(";")[0]
     metadata = _metadata(config, started, name, results).to_yaml()
+    masked = yaml.safe_dump(mask_values(config), sort_keys=False, allow_unicode=True)
     body = [
         f"# {name.rpartition('/')[2]}",
         _introduction(config, started, summary),
@@ -63,7 +65,7 @@ def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:
         _prompt(config),
         "## Training",
         "\n".join(_training(config, started, summary)),
-        _details("Config", _public(yaml.safe_dump(mask_values(config), sort_keys=False, allow_unicode=True))),
+        _details("Config", public_text(masked)),
         "## Licence",
         _licence(started),
     ]
@@ -254,7 +256,7 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
         yield f"- held-out data: {_rows(section)}"
     for part in config.get("reward", {}).get("parts", []) if "algo" in config else []:
         gate = f", gate {part['gate']}" if part.get("gate") is not None else ""
-        yield f"- reward: `{_public(part['name'])}`, weight {part['weight']:g}{gate}"
+        yield f"- reward: `{public_text(part['name'])}`, weight {part['weight']:g}{gate}"
     train = config["train"]
     if "algo" in config:
         algo = config["algo"]
@@ -280,7 +282,7 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
     took = duration(seconds) if seconds >= 60 else f"{seconds:.0f} s"
     yield f"- steps: {summary['steps']}, in {took}{f' on {on}' if on else ''}"
     if started:
-        yield f"- command: `{_public(started['command'])}`"
+        yield f"- command: `{public_text(started['command'])}`"
         changed = ", with uncommitted changes" if started["uncommitted_changes"] else ""
         yield f"- code: vlm-sapo at commit {started['commit'] or 'unknown'}{changed}"
         yield f"- versions: {', '.join(f'{name} {number}' for name, number in started['versions'].items())}"
@@ -295,7 +297,7 @@ def _rows(section: Record) -> str:
     fields = [
         f", {field} {section[field]}" for field in ("subset", "split", "revision") if section.get(field)
     ]
-    return f"{name}`{_public(str(section['source']))}`{''.join(fields)}"
+    return f"{name}`{public_text(str(section['source']))}`{''.join(fields)}"
 
 
 def _licence(started: Record) -> str:
@@ -310,9 +312,12 @@ def _licence(started: Record) -> str:
     return f"That of the base model, as its card says: {name}{link}. The data may have terms of its own."
 
 
-def _public(text: str) -> str:
+def public_text(text: str) -> str:
     """A text without what concerns this machine alone: the user's home folder, and hosts of addresses."""
-    return HOST.sub(r"\1...", text.replace(str(Path.home()), "~"))
+    with suppress(RuntimeError):  # a user without a home
+        if (home := str(Path.home())) != "/":
+            text = text.replace(f"{home}/", "~/")
+    return HOST.sub(r"\1...", text)
 
 
 def _details(title: str, text: str, language: str = "yaml") -> str:
