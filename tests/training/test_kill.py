@@ -18,7 +18,7 @@ from tests.training.conftest import metrics, short_run
 from vlm_sapo.tools.new_model import new_model
 from vlm_sapo.training.trainer import train
 
-KILLS = {1: 8, 2: 6}
+KILLS = {1: 8, 2: 4}
 """By number of CPU threads."""
 STEPS = 12
 OPTIONS = (
