@@ -24,10 +24,18 @@ PLAIN = (type(None), bool, int, float, str)
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A hash of the number of rows and of up to HASHED_ROWS of them, with the pixels of their images."""
-    count = min(HASHED_ROWS, len(rows))
-    return _hash([len(rows), *(_plain(rows[number * len(rows) // count], []) for number in range(count))])
+def fingerprint_rows(rows: Sequence[Mapping[str, Any]], indices: Sequence[int] | None = None) -> str:
+    """A hash of the number of rows, or of those with these `indices`, and of up to HASHED_ROWS of them, with
+    the pixels of their images."""
+    numbers = range(len(rows)) if indices is None else indices
+    count = min(HASHED_ROWS, len(numbers))
+    hashed = [numbers[number * len(numbers) // count] for number in range(count)]
+    return _hash([len(numbers), *(_plain(rows[number], []) for number in hashed)])
+
+
+def fingerprint_settings(*settings: Any) -> str:
+    """A hash of values of a config."""
+    return _hash(_plain(settings, []))
 
 
 def fingerprint_function(function: Callable[..., Any]) -> str:

@@ -80,8 +80,15 @@ def test_every_set_has_its_name_and_may_change_on_resume(first, model_folder, ca
             first, model_folder, *changes, "train.steps=4", "checkpoint.keep_best=0", "checkpoint.every=1"
         )
     )
-    assert [row["step"] for row in records(run) if row["name"] == "second"] == [2, 3, 4]
-    assert {row["step"]: row["samples"] for row in records(run)} == {0: 1, 2: 1, 3: 2, 4: 2}
+    said = capsys.readouterr().out
+    assert "second is evaluated with other settings than before this run was resumed" in said
+    measured = [(row["step"], row["samples"]) for row in records(run) if row["name"] == "second"]
+    assert measured == [(2, 1), (2, 2), (3, 2), (4, 2)]  # what can be compared starts anew
+    samples = records(run, "evaluations/step_000002/samples.jsonl")
+    assert [len(row["scores"]) for row in samples if row["benchmark"] == "second"] == [2, 2]
+    summary = json.loads((run / "summary.json").read_text())
+    assert "eval_after/small" in summary and "eval_before/small" not in summary
+    assert "| small |" not in (run / "final/README.md").read_text().partition("<details>")[0]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000004"]
     logged = {row["step"]: row["id"] for row in records(run, "rollouts.jsonl")}
     assert not held_out & set(logged.values())
@@ -92,6 +99,30 @@ def test_every_set_has_its_name_and_may_change_on_resume(first, model_folder, ca
     assert slots == [2, 1]
     with pytest.raises(ValueError, match=re.escape("holds a run with another config: data.holdout: 4 -> 5")):
         train(settings(first, model_folder, "train.steps=4", "data.holdout=5"))
+
+
+def test_other_rows_are_not_held_out_of_a_run_that_may_have_trained_on_them(model_folder, tmp_path, capsys):
+    def write(count):
+        lines = [json.dumps({"problem": f"{n}+1", "answer": str(n + 1)}) for n in range(count)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+
+    def run(*overrides):
+        data = f"data={{source: {tmp_path}/rows.jsonl, holdout: 0.2}}"
+        own = f"eval.data={{source: {tmp_path}/rows.jsonl, name: own, limit: 2}}"
+        return train(short_run(tmp_path, model_folder(), data, own, *overrides))
+
+    write(20)
+    assert run("train.steps=1")["eval_before/held-out"]["n"] == 4
+    capsys.readouterr()
+    assert run("train.steps=2")["eval_before/held-out"]["n"] == 4  # nothing has changed
+    assert "than before this run was resumed" not in capsys.readouterr().out
+    write(40)
+    with pytest.raises(ValueError, match="data.holdout holds out other rows for held-out than before"):
+        run("train.steps=3")
+    summary = run("train.steps=3", "run.accept_changes=true")
+    assert summary["not_evaluated_before"] == ["held-out"]
+    assert summary["eval_after/held-out"]["n"] == 8
+    assert "held-out is evaluated on other rows than before" in capsys.readouterr().out
 
 
 def test_supervised_training_holds_rows_out_too(model_folder, tmp_path):

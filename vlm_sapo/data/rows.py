@@ -31,6 +31,7 @@ from vlm_sapo.data.formats import (
     with_images,
 )
 from vlm_sapo.data.images import decode
+from vlm_sapo.fingerprint import fingerprint_rows, fingerprint_settings
 from vlm_sapo.hub import COMMIT, check_no_revision, is_hub_id
 from vlm_sapo.plugins import PYTHON, locate, resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
@@ -182,6 +183,8 @@ class ExampleSet(Sequence):
             "system": section.system,
             "verifier": (verifier.name, verifier.args) if verifier else None,
         }
+        self.reading = [section.columns, section.transform, section.template, section.system]
+        self.reading += [verifier.name, verifier.args] if verifier else []
         path = Path() if self.name.startswith(PYTHON) else locate(self.name.partition(":")[0])
         self.folder = path if path.is_dir() else path.parent
         columns = dict(section.columns)
@@ -249,6 +252,10 @@ class ExampleSet(Sequence):
         part.indices = [self.indices[index] for index in indices]
         part.common = self.common | ({"task": task} if task else {})
         return part
+
+    def fingerprint(self) -> str:
+        """A hash of the rows, as `fingerprint_rows` makes it, and of what makes problems of them."""
+        return fingerprint_settings(fingerprint_rows(self.rows, self.indices), *self.reading)
 
     def key(self, index: int) -> str:
         """A row's id, or its number, read without its images."""

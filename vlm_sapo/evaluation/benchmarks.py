@@ -11,12 +11,12 @@ from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config.load import check
 from vlm_sapo.config.paths import Paths
 from vlm_sapo.config.schema import SftConfig, TrainConfig
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
 from vlm_sapo.evaluation.results import METRICS, Measure
 from vlm_sapo.evaluation.samples import stamp
 from vlm_sapo.plugins import resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
-from vlm_sapo.types import Example
 
 FOLDER = "eval/benchmarks"
 VERDICT, OFFICIAL = "verdict", "official"
@@ -28,7 +28,7 @@ class Benchmark:
 
     name: str
     about: str
-    examples: Sequence[Example]
+    examples: ExampleSet
     parts: list[dict]
     """Reward parts: our verdict, and the authors' rule where there is one; or those of the run."""
     measure: Measure

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import OUTSIDE, Measure
-from vlm_sapo.evaluation.samples import SampleFile
+from vlm_sapo.evaluation.samples import SampleFile, drop_samples
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.reporting.run_folder import EVALUATIONS, RunFolder, measured_alike
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rollout.sampler import Rollouts
-from vlm_sapo.types import Example, Sampling
+from vlm_sapo.types import Sampling
 
 WARNING_SHARE = 0.25
 """Share of truncated responses, or of responses without an answer, that leads to a warning."""
@@ -29,11 +30,15 @@ class EvaluationSet:
     """A set of problems that the model is evaluated on during a run."""
 
     name: str
-    examples: Sequence[Example]
+    examples: ExampleSet
     sampling: Sampling
     measure: Measure
     parts: Sequence[dict] | None = None
     """Parts of the set's own reward; None for the run's reward."""
+    of_training: bool = False
+    """Whether these are rows of the training data that are held out."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """The hashes by which results are compared (`measured_alike`)."""
 
 
 @dataclass
@@ -65,8 +70,8 @@ class Evaluator:
                 self.rollouts.engine.sync(self.vlm)
                 samples = self.world.on_main(lambda item=item: SampleFile(folder, item.name))
                 result, records = self._measure(item, samples)
-                record = {"step": step, "name": item.name} | result
-                self.folder.append("evaluations.jsonl", record, after=samples.lines)
+                record = {"step": step, "name": item.name, **result, **item.fingerprints}
+                self.folder.append(EVALUATIONS, record, after=samples.lines)
                 self._say(f"{item.name} pass@1 after {step} steps", result)
                 if step in (0, last):
                     self.console.samples(records[:3])
@@ -89,11 +94,20 @@ class Evaluator:
             return evaluation.run(item.examples, samples, show)
 
     def _done(self, step: int, folder: Path) -> list[str]:
-        """Names of the sets that are already logged for this step; without any, removes leftover samples."""
-        evaluations = self.folder.read("evaluations.jsonl")
-        done = [record["name"] for record in evaluations if record["step"] == step]
+        """Names of the sets that are already logged for this step; without any, removes leftover samples.
+        One that was measured in another way is not done: its samples are replaced."""
+        logged = [record for record in self.folder.read(EVALUATIONS) if record["step"] == step]
+        changed = {
+            item.name
+            for item in self.sets
+            if (own := [record for record in logged if record["name"] == item.name])
+            and not measured_alike(own[-1], item.fingerprints)
+        }
+        done = [record["name"] for record in logged if record["name"] not in changed]
         if not done:
             shutil.rmtree(folder, ignore_errors=True)
+        elif changed:
+            drop_samples(folder, set(done))
         return done
 
     def _say(self, title: str, result: dict) -> None:

@@ -47,7 +47,7 @@ def write_card(folder: RunFolder, summary: Record, repo: str | None = None) -> N
 def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:
     """The card's text: metadata in YAML, then the page in Markdown."""
     config = parse((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    started, evaluations = environment.read(folder.path), folder.read("evaluations.jsonl")
+    started, evaluations = environment.read(folder.path), folder.evaluations()
     name = repo or config.get("hub", {}).get("push") or folder.path.resolve().name
     results = list(_before_and_after(evaluations, summary["steps"]))
     conclusion = summary.get("learnt_nothing", "").partition(";")[0]

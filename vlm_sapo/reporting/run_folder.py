@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 from vlm_sapo.distributed import deferring_signals
 
-LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", "evaluations.jsonl")
+EVALUATIONS = "evaluations.jsonl"
+LOGS = ("metrics.jsonl", "histograms.jsonl", "rollouts.jsonl", "traces.jsonl", EVALUATIONS)
+MEASURED = ("rows", "settings")
+"""Hashes in an evaluation's record: of its rows, and of how responses are sampled and graded."""
 RUN_FILES = (
     "config.yaml",
     "environment.json",
@@ -67,9 +70,17 @@ class RunFolder:
         """Removes the summary, so that a finished run can continue."""
         (self.path / "summary.json").unlink(missing_ok=True)
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of `evaluations.jsonl` that can be compared: of each name those that were measured as
+        its last one was."""
+        records = self.read(EVALUATIONS)
+        last = {record["name"]: record for record in records}
+        alike = [record for record in records if measured_alike(record, last[record["name"]])]
+        return list({(record["name"], record["step"]): record for record in alike}.values())
+
     def best(self, count: int, name: str) -> list[int]:
         """The `count` steps with the best pass@1 in the evaluation `name`, of equal ones the later."""
-        records = [record for record in self.read("evaluations.jsonl") if record["name"] == name]
+        records = [record for record in self.evaluations() if record["name"] == name]
         order = sorted(records, key=lambda record: (-record["pass@1"], -record["step"]))
         return [record["step"] for record in order[:count]]
 
@@ -139,6 +150,14 @@ class RunFolder:
         """The contents of `summary.json`, which a finished run has, or None."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else None
+
+
+def measured_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two evaluations are of the same rows with the same settings, as far as their records say:
+    earlier versions wrote nothing about it."""
+    return all(
+        first.get(key) is None or second.get(key) is None or first[key] == second[key] for key in MEASURED
+    )
 
 
 class ReadOnlyRunFolder(RunFolder):

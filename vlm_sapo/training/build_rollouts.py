@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.data import sources as data
@@ -16,6 +16,7 @@ from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import benchmarks_of
 from vlm_sapo.evaluation.periodic import EvaluationSet
 from vlm_sapo.evaluation.results import Measure
+from vlm_sapo.fingerprint import fingerprint_settings
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import RewardPool
@@ -126,6 +127,15 @@ def build_rollouts(
     return PrefetchedSampler(sampler, steps=rollout.ahead, last=config.train.steps, world=world)
 
 
+def _fingerprints(item: EvaluationSet, of_run: Sequence[dict]) -> dict[str, str]:
+    """The hashes of a set's rows and of how it is measured; `of_run` are the parts of the run's reward."""
+    graded = [item.measure.part, item.measure.official, item.measure.by, item.parts or of_run]
+    return {
+        "rows": item.examples.fingerprint(),
+        "settings": fingerprint_settings(asdict(item.sampling), *graded),
+    }
+
+
 def build_evaluation_sets(config: Config, rows: TaskRows) -> list[EvaluationSet]:
     """What is held out of training, the sets of `eval.data`, and the benchmarks, in this order: the first
     decides which checkpoint is best. Raises ValueError if two have one name."""
@@ -140,14 +150,17 @@ def build_evaluation_sets(config: Config, rows: TaskRows) -> list[EvaluationSet]
         min_p=section.min_p,
     )
     held_out = [*rows.held_out.items(), *((item.task, data.build_examples(item)) for item in section.data)]
+    measure = Measure(section.part or config.reward.measured)
     sets = [
-        EvaluationSet(name, examples, sampling, Measure(section.part or config.reward.measured))
+        EvaluationSet(name, examples, sampling, measure, of_training=name in rows.held_out)
         for name, examples in held_out
     ]
     for item in benchmarks_of(config):
         longer = replace(sampling, max_tokens=item.max_tokens)
         parts = None if item.graded_by_run else item.parts
         sets.append(EvaluationSet(item.name, item.examples, longer, item.measure, parts=parts))
+    of_run = [part.model_dump() for part in config.reward.parts]
+    sets = [replace(item, fingerprints=_fingerprints(item, of_run)) for item in sets]
     names = [item.name for item in sets]
     if len(set(names)) < len(names):
         raise ValueError(

@@ -234,7 +234,7 @@ class Run:
             ) from error
 
     def _summarize(self, steps: int) -> dict:
-        evaluations = self.folder.read("evaluations.jsonl")
+        evaluations = self.folder.evaluations()
         plot_curves(self.folder.path / "curves.png", self.folder.read("metrics.jsonl"), evaluations)
         summary: dict = {"steps": steps, "seconds": round(self.progress.seconds, 1)}
         for record in evaluations:

@@ -106,7 +106,7 @@ def _run(path: Path, groups: int, images: EmbeddedImages) -> dict[str, Any]:
         )
         raise ValueError(f"{path} must be the folder of a run or of an evaluation; {reason}")
     config = parse((path / "config.yaml").read_text(encoding="utf-8"))
-    evaluations, summary = folder.read("evaluations.jsonl"), folder.summary()
+    evaluations, summary = folder.evaluations(), folder.summary()
     comparisons = _compare_ends(path, evaluations)
     findings = [*describe_results(evaluations, comparisons), *describe_training(metrics, config)]
     return {
