@@ -23,6 +23,7 @@ from vlm_sapo import evaluate
 from vlm_sapo import hub as access
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.config.load import load
 from vlm_sapo.data.rows import open_rows
 from vlm_sapo.reporting.card import public_text
 from vlm_sapo.tools.serve import build_command
@@ -182,6 +183,92 @@ def test_a_push_replaces_another_model_and_keeps_a_card_that_was_edited(hub, pus
     assert CliRunner().invoke(app, push).exit_code == 0
     assert other.files["README.md"].endswith(b"\nMine.\n")
     assert other.commits[first]["config.json"] == b"old"
+
+
+@pytest.fixture
+def fresh(hub, model_folder):
+    """`fresh(name, rows)` adds a model and a data set of this name, and returns them."""
+
+    def add(name: str, rows: int = 12) -> SimpleNamespace:
+        files = {path.name: path.read_bytes() for path in model_folder().iterdir() if path.is_file()}
+        lines = "".join(ROW % (n, n + 1) for n in range(rows))
+        return SimpleNamespace(
+            model=hub.add(f"{OWNER}/{name}", files | {"README.md": b"---\nlicense_link: LICENSE\n---\n"}),
+            rows=hub.add(f"datasets/{OWNER}/{name}-rows", {"train.jsonl": lines.encode()}),
+        )
+
+    return add
+
+
+def fresh_run(folder: Path, name: str, *overrides: str, model: str | None = None) -> dict:
+    """Trains a step or more on what `fresh` added."""
+    common = (f"data={{source: {OWNER}/{name}-rows}}", "train.steps=1", "checkpoint.every=1")
+    return train(short_run(folder, model or f"{OWNER}/{name}", *common, "eval.data=null", *overrides))
+
+
+def test_a_card_is_for_the_repository_that_it_is_pushed_to(hub, fresh, tmp_path, capsys):
+    fresh("two")
+    fresh_run(tmp_path, "two")
+    renamed = (tmp_path / "run").rename(tmp_path / "renamed")
+    for repo in (f"{OWNER}/first", f"{OWNER}/second"):
+        assert CliRunner().invoke(app, ["push", str(renamed), "--repo", repo]).exit_code == 0
+        assert f'from_pretrained("{repo}"' in hub.repositories[repo].files["README.md"].decode()
+    renamed.rename(tmp_path / "run")
+    card = tmp_path / "run/final/README.md"
+    card.write_text(f"{card.read_text()}Mine.\n")
+    capsys.readouterr()
+    fresh_run(tmp_path, "two", "train.steps=2")
+    edited = tmp_path / "run/final/README.edited-1.md"
+    assert edited.read_text().endswith("Mine.\n") and "Mine." not in card.read_text()
+    assert "- steps: 2" in card.read_text() and f"it is kept as {edited}" in capsys.readouterr().out
+    fresh_run(tmp_path, "two", "train.steps=2", f"hub.push={OWNER}/late")
+    assert f"to push its model: vlm-sapo push {tmp_path}/run" in capsys.readouterr().out
+
+
+def test_a_result_names_the_rows_that_it_is_of(hub, fresh, tmp_path):
+    fresh("named")
+    hub.add(
+        f"datasets/{OWNER}/exam", {"train.jsonl": "".join(ROW % (n, n + 1) for n in range(50, 55)).encode()}
+    )
+    sets = (
+        f"[{{name: 'my|exam', source: {OWNER}/exam}}, {{name: easy, source: {OWNER}/named-rows, limit: 2}}, "
+        f"{{name: more, source: {OWNER}/named-rows, limit: 3}}]"
+    )
+    snapshot = access.local_model(f"{OWNER}/named")
+    fresh_run(tmp_path, "named", "data.holdout=3", f"eval.data={sets}", model=snapshot)
+    card = ModelCard((tmp_path / "run/final/README.md").read_text())
+    results = {
+        entry.dataset_name: (entry.dataset_type, entry.dataset_args) for entry in card.data.eval_results
+    }
+    assert results == {
+        "held-out": ("held-out", {"problems": 3}),  # as others have its data set too
+        "my|exam": (f"{OWNER}/exam", {"problems": 5}),
+        "easy": ("easy", {"problems": 2}),
+        "more": ("more", {"problems": 3}),
+    }
+    assert card.data.base_model == f"{OWNER}/named" and "| my\\|exam | 5 |" in card.text
+    assert card.data.license_link == f"https://huggingface.co/{OWNER}/named/blob/main/LICENSE"
+
+
+def test_a_resumed_run_keeps_its_commits(hub, fresh, tmp_path, monkeypatch, capsys):
+    added = fresh("kept")
+    with monkeypatch.context() as patch:  # as if data sets were read from the cache, offline
+        patch.setattr(
+            "vlm_sapo.training.hub_use.commit_of",
+            lambda name, revision, kind, field: None if kind == "dataset" else added.model.refs["main"],
+        )
+        fresh_run(tmp_path, "kept")
+    stored = load(cfg.TrainConfig, str(tmp_path / "run/config.yaml"), ["train.steps=2"])
+    train(stored)
+    added.model.commit({**added.model.files, "notes.md": b"x"})
+    fresh_run(tmp_path, "kept", "train.steps=3")
+    hub.refusals["/api/repos/create"] = (503, "maintenance")
+    capsys.readouterr()
+    summary = fresh_run(tmp_path, "kept", "train.steps=4", f"hub.push={OWNER}/down")
+    assert summary["steps"] == 4
+    assert re.search(
+        r"hub.push \(team/down\) can't be written to .*maintenance.* The run goes on", capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

@@ -123,8 +123,14 @@ def describe_base(path: str, revision: str | None) -> dict[str, str]:
         metadata = (metadata_load(card) if card.is_file() else None) or {}
     except (ValueError, YAMLError):  # written by hand, and none of this run's business
         return {}
-    keys = ("license", "license_name", "license_link", *(() if is_hub_id(path) else ("base_model",)))
-    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
+    repo = path if is_hub_id(path) else repo_of_snapshot(path)
+    keys = ("license", "license_name", "license_link", *(() if repo else ("base_model",)))
+    base = {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
+    if repo and "://" not in base.get("license_link", "://"):  # a file of that repository
+        base["license_link"] = (
+            f"https://huggingface.co/{repo}/blob/{revision or 'main'}/{base['license_link']}"
+        )
+    return base
 
 
 def prepare_push(repo: str, *, private: bool | None, field: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from PIL import Image
 
 from vlm_sapo.config import load as configfile
 from vlm_sapo.config import schema as cfg
@@ -103,6 +104,23 @@ def test_an_error_says_where_it_looked(project, tmp_path, source):
     assert f"looked beside the file that names it, in {tmp_path}/work, and among the shipped" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize("folder", ["a=b", "c:d", "~"])
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in (tmp_path / folder, tmp_path / "home"):
+        path.mkdir()
+        Image.new("RGB", (32, 32), "red").save(path / "1.png")
+        (path / "rows.jsonl").write_text('{"problem": "<image> 1 + 1?", "answer": "2", "image": "1.png"}\n')
+        (path / "bench.yaml").write_text("source: rows.jsonl\nverifier: {name: math}\n")
+    monkeypatch.chdir(tmp_path)
+    config = load(
+        tmp_path, data={"source": f"{folder}/rows.jsonl"}, eval={"benchmarks": [f"{folder}/bench.yaml"]}
+    )
+    assert build_examples(config.data)[0].images[0].size == (32, 32)
+    assert build_benchmark(config.eval.benchmarks[0]).examples[0].answer == "2"
+    assert build_benchmark(f"{folder}/bench.yaml={folder}/rows.jsonl").examples[0].answer == "2"
 
 
 def test_a_mapping_for_eval_data_is_named_as_written(project):

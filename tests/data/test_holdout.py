@@ -112,6 +112,8 @@ def test_rows_that_cannot_be_read_stay_in_training(rows, tmp_path):
     tasks = {"a": build_examples(write(tmp_path, "a.jsonl", rows))}
     sides = apply(split(tasks, len(rows) - 4), tasks, mixture=False)
     assert {"x0", "x1", "x2"} <= ids(sides.trained["a"])
+    with pytest.raises(ValueError, match="of a's 36 it would hold out 36; use a number from 1 to 35"):
+        split(tasks, 36)  # the other three can't be trained on
 
 
 def test_missing_images_are_named(rows, tmp_path):

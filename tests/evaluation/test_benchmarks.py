@@ -1,6 +1,7 @@
 """Benchmark definitions on their own rows: problems, images, verdicts, the authors' scores."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -275,6 +276,16 @@ def test_weights_have_the_checkpoints_dtype_by_default(run, bfloat16_model, opti
     assert result.exit_code == 0, result.output
     assert results["shapes"]["dtype"] == dtype
     assert ("weights in bfloat16, as the checkpoint's config says" in result.output) == (dtype == "bfloat16")
+
+
+def test_a_dtype_that_torch_does_not_have_is_named(run, model_folder, tmp_path):
+    shutil.copytree(model_folder(), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "auto"}))
+    result, _ = run("--benchmark", "shapes", "--model", str(tmp_path / "model"))
+    assert re.search(
+        r"has a config.json that can't be read .*auto.*; correct or remove its dtype", str(result.exception)
+    )
 
 
 def test_the_runs_reward_needs_a_run(run, model_folder, tmp_path):

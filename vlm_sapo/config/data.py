@@ -10,6 +10,7 @@ from vlm_sapo.config.fields import AlsoCalled, Count, Note, Positive, Rate, Sect
 from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config.paths import Paths
 from vlm_sapo.config.secrets import check_secrets
+from vlm_sapo.plugins import locate
 
 
 def _public(value: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class RowsConfig(SourceConfig):
 
     def at(self, path: str) -> RowsConfig:
         """The same rows from a local file: as the source, or as a source function's argument `path`."""
-        by_function = ":" in str(self.source)
+        by_function = ":" in str(self.source) and not locate(str(self.source)).exists()
         update = (
             {"args": self.args | {"path": path}}
             if by_function

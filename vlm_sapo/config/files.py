@@ -34,8 +34,8 @@ def parse(text: str) -> Any:
 def find(name: str, folder: str, *, field: str) -> Path:
     """The YAML file called `name`: a path, or the name of a shipped one in `folder`, with or without `.yaml`;
     case, dashes and underscores don't matter. `field` is what messages call it: config, recipe, ..."""
-    if Path(name).is_file():
-        return Path(name)
+    if (path := Path(name).expanduser()).is_file():
+        return path
     known = {path.stem: path for path in sorted(shipped(folder).glob("*.yaml"))}
     same = [path for stem, path in known.items() if _key(stem) == _key(name.removesuffix(".yaml"))]
     if same:

@@ -4,6 +4,7 @@ directory. What ships with the project, hub ids and built-in names stay as they 
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,16 @@ from pydantic.fields import FieldInfo
 
 from vlm_sapo.config.fields import Note, Section, sections_in
 from vlm_sapo.plugins import shipped
+
+BENCHMARK = re.compile(r"(?P<name>.+?\.ya?ml|[^:=]*)(?::(?P<variant>[^=]*))?(?:=(?P<rows>.*))?", re.DOTALL)
+
+
+def split_benchmark(text: str) -> tuple[str, str, str]:
+    """NAME, VARIANT and FILE of `NAME[:VARIANT][=FILE]`, the last two empty where they are missing; NAME may
+    be the path of a YAML file, with any characters."""
+    match = BENCHMARK.fullmatch(text)
+    name, variant, rows = match.group("name", "variant", "rows") if match else (text, None, None)
+    return name, variant or "", rows or ""
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,9 @@ class Paths:
 
     def _definition(self, text: str, name: str) -> str:
         """`NAME[:VARIANT][=FILE]`, where NAME may be the path of a YAML file."""
-        definition, equals, rows = text.partition("=")
-        stem, colon, variant = definition.partition(":")
-        stem = self._path(stem, name, os.path.isfile)
-        return f"{stem}{colon}{variant}{equals}{self._path(rows, name)}"
+        stem, variant, rows = split_benchmark(text)
+        stem, rows = self._path(stem, name, os.path.isfile), self._path(rows, name)
+        return f"{stem}{f':{variant}' if variant else ''}{f'={rows}' if rows else ''}"
 
     def _path(self, text: Any, name: str, exists: Callable[[str], bool] = os.path.exists) -> Any:
         if (

@@ -63,17 +63,22 @@ def split(
     Rows that share an image stay together, whatever their task and the image's file format, and so do rows
     without images that have the same problem. The order in which such groups are held out is that of a hash
     of their content: it depends neither on a seed nor on the order of the rows. A group that would exceed the
-    size is left to training, and so are rows that can't be read.
+    size is left to training. Rows that can't be read are left to training
+    too, and don't count.
     Raises ValueError where one side would be empty, and RowError where no row of a task can be read.
     """
-    goals = {task: _goal(task, len(examples), size) for task, examples in tasks.items()}
+    for task, examples in tasks.items():
+        _goal(task, len(examples), size)  # before all images are read
     marks = _marks(tasks, progress)
+    readable = Counter(task for task, _ in marks)
+    for task in tasks:
+        if not readable[task]:
+            _read_first(tasks[task])
+    goals = {task: _goal(task, readable[task], size) for task in tasks}
     rows: dict[str, list[int]] = {task: [] for task in tasks}
     for task, index in _choose(_groups(marks), goals):
         rows[task].append(index)
     for task in (task for task in tasks if not rows[task]):
-        if not any(own == task for own, _ in marks):
-            _read_first(tasks[task])
         raise ValueError(
             f"data.holdout ({size}) must leave rows on both sides; the {len(tasks[task])} rows of {task} "
             f"share images or problems, and no group of them has {goals[task]} rows or fewer; raise it, or "

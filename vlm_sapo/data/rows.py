@@ -61,7 +61,7 @@ def open_rows(
         return resolve(source, field="data.source")
     if not is_hub_id(source):
         check_no_revision(source, revision, field="data.source")
-    if ":" in source and not Path(source).exists():
+    if ":" in source and not locate(source).exists():
         return _call(source, args or {})
     if args:
         raise ValueError("data.args must be empty unless data.source is 'file.py:function'; remove it")
@@ -185,7 +185,8 @@ class ExampleSet(Sequence):
         }
         self.reading = [section.columns, section.transform, section.template, section.system]
         self.reading += [verifier.name, verifier.args] if verifier else []
-        path = Path() if self.name.startswith(PYTHON) else locate(self.name.partition(":")[0])
+        file = self.name if locate(self.name).exists() else self.name.rpartition(":")[0] or self.name
+        path = Path() if self.name.startswith(PYTHON) else locate(file)
         self.folder = path if path.is_dir() else path.parent
         columns = dict(section.columns)
         self.response_column = columns.get("response")

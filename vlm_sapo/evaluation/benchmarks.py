@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm_sapo.config import data as cfg
 from vlm_sapo.config.files import find, read_mapping
 from vlm_sapo.config.load import check
-from vlm_sapo.config.paths import Paths
+from vlm_sapo.config.paths import Paths, split_benchmark
 from vlm_sapo.config.schema import SftConfig, TrainConfig
 from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.data.sources import build_examples
@@ -44,8 +44,7 @@ def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
 
     Raises ValueError naming the file and its field.
     """
-    definition_name, _, file = name.partition("=")
-    stem, _, variant = definition_name.partition(":")
+    stem, variant, file = split_benchmark(name)
     path = find(stem, FOLDER, field="benchmark")
     values = Paths(path.parent).absolute(cfg.BenchmarkConfig, read_mapping(path))
     try:
@@ -54,7 +53,7 @@ def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
         raise ValueError(f"{path}: {error}") from error
     if variant:
         definition = definition.model_copy(update={definition.variant: variant})
-    if file and not Path(file).exists():
+    if file and not Path(file).expanduser().exists():
         raise ValueError(
             f"the rows of {path.stem} ({file}) must be a file or folder; there is none{searched(file)}"
         )
@@ -99,8 +98,8 @@ def build_benchmark(name: str, *, limit: int | None = None, run: Run | None = No
         parts.append(definition.official.model_dump() | {"label": OFFICIAL})
         resolve_reward(definition.official.name, definition.official.args, field=f"{title}: official")
     metric = definition.metric
-    file = name.partition("=")[2]
-    if file and ":" in name.partition("=")[0] and definition.variant == "split" and not examples.has_split:
+    _, variant, file = split_benchmark(name)
+    if file and variant and definition.variant == "split" and not examples.has_split:
         raise ValueError(
             f"{name}: {file} has no column that names the split; give the split's own rows as NAME=FILE"
         )

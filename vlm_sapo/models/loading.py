@@ -202,6 +202,10 @@ def _config(path: str) -> PreTrainedConfig:
             f"model.path ({path}) must be a model folder{searched(path)} or a hub id that can be reached; "
             f"{error}"
         ) from error
+    except AttributeError as error:  # it looks dtypes up by their names
+        raise ValueError(
+            f"model.path ({path}) has a config.json that can't be read ({error}); correct or remove its dtype"
+        ) from error
     check_family(config.model_type, f"the model type of model.path {path}")
     return config
 

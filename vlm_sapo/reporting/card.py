@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from vlm_sapo.config.data import HELD_OUT
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.secrets import mask_values
-from vlm_sapo.hub import is_hub_id
+from vlm_sapo.hub import is_hub_id, repo_of_snapshot
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.console import duration
 from vlm_sapo.reporting.run_folder import RunFolder, replace
 
 CARD = "README.md"
 CURVES = "curves.png"
+SIGNATURE = "<!-- written by vlm-sapo, checksum {} -->"
+"""The last line of a card, by which it is known whether somebody has edited it."""
 TASK = "image-text-to-text"
 MAX_ROWS = 20
 """Most evaluations of one set that the curve's table shows."""
@@ -35,13 +41,32 @@ processor = AutoProcessor.from_pretrained("{name}")
 Record = Mapping[str, Any]
 
 
-def write_card(folder: RunFolder, summary: Record, repo: str | None = None) -> None:
+def write_card(folder: RunFolder, summary: Record, repo: str | None = None) -> Path | None:
     """Writes the card of a run with this summary, and the plot of its curves, into `final/`. A `repo` on the
-    hub is where the model will be, by default that of the config."""
+    hub is where the model will be, by default that of the config. A card that was edited by hand stays beside
+    it; returns its new path."""
     final = folder.path / "final"
     if (folder.path / CURVES).is_file():
         shutil.copyfile(folder.path / CURVES, final / CURVES)
-    replace(final / CARD, card(folder, summary, repo))
+    edited = None
+    if is_edited(final / CARD):
+        edited = next(path for n in count(1) if not (path := final / f"README.edited-{n}.md").exists())
+        (final / CARD).rename(edited)
+    text = card(folder, summary, repo)
+    replace(final / CARD, f"{text}\n{SIGNATURE.format(_checksum(text))}\n")
+    return edited
+
+
+def is_edited(path: Path) -> bool:
+    """Whether a card was changed, or written as a whole, by hand."""
+    if not path.is_file():
+        return False
+    text, _, rest = path.read_text(encoding="utf-8").rpartition("\n<!--")
+    return f"<!--{rest.rstrip()}" != SIGNATURE.format(_checksum(text))
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:
@@ -89,14 +114,14 @@ def _metadata(
         pipeline_tag=TASK,
         tags=["vlm-sapo", *kind],
         model_name=name.rpartition("/")[2],
-        eval_results=[_eval_result(config, before, after) for before, after in results] or None,
+        eval_results=_eval_results(config, results) or None,
     )
 
 
 def _base_model(config: Record, started: Record) -> str | None:
     """The hub id of the base model; of a local folder what its own card says, or None."""
     path = str(config["model"]["path"])
-    return path if is_hub_id(path) else started.get("base", {}).get("base_model")
+    return path if is_hub_id(path) else repo_of_snapshot(path) or started.get("base", {}).get("base_model")
 
 
 def _steps(summary: Record) -> str:
@@ -120,8 +145,19 @@ def _before_and_after(evaluations: Sequence[Record], steps: int) -> Iterator[tup
             yield records[name, 0], records[name, steps]
 
 
+def _eval_results(config: Record, results: Sequence[tuple[Record, Record]]) -> list[EvalResult]:
+    """The entries of the metadata's `model-index`. Two sets of rows of one data set are two there, by their
+    own names: the hub takes entries of one data set for one result."""
+    entries = [_eval_result(config, before, after) for before, after in results]
+    shared = Counter(entry.unique_identifier for entry in entries)
+    return [
+        entry if shared[entry.unique_identifier] == 1 else _eval_result({}, before, after)
+        for entry, (before, after) in zip(entries, results, strict=True)
+    ]
+
+
 def _eval_result(config: Record, before: Record, after: Record) -> EvalResult:
-    """An entry of the metadata's `model-index`: the result after training, the one before in its args."""
+    """The result after training, with the one before in its args."""
     source = _held_out(config, after["name"])
     on_hub = is_hub_id(str(source.get("source")))
     return EvalResult(
@@ -144,15 +180,20 @@ def _eval_result(config: Record, before: Record, after: Record) -> EvalResult:
 
 
 def _held_out_sections(config: Record) -> list[Record]:
-    data = config["eval"].get("data") or []
+    data = config.get("eval", {}).get("data") or []
     return data if isinstance(data, list) else [data]
 
 
 def _held_out(config: Record, name: str) -> Record:
     """The section of the held-out rows that are evaluated under this name; empty for a benchmark."""
     sections = _held_out_sections(config)
+    if config.get("data", {}).get("holdout"):
+        of_training = {f"{HELD_OUT}/{task.get('name') or task['source']}": task for task in _tasks(config)}
+        of_training |= {} if config["data"].get("mixture") else {HELD_OUT: config["data"]}
+        if name in of_training:
+            return of_training[name]
     named = [section for section in sections if name in (section.get("name"), section.get("source"))]
-    return (named or (sections if len(sections) == 1 and name == "held-out" else [{}]))[0]
+    return (named or (sections if len(sections) == 1 and name == HELD_OUT else [{}]))[0]
 
 
 def _introduction(config: Record, started: Record, summary: Record) -> str:
@@ -188,7 +229,7 @@ def _results(
         yield "This run was not evaluated before and after training, so nothing here says how good it is."
         return
     rows = [
-        f"| {after['name']} | {after['n']} | {_score(before)} | {_score(after)} |"
+        f"| {_cell(after['name'])} | {after['n']} | {_score(before)} | {_score(after)} |"
         for before, after in results
     ]
     header = ["| evaluated on | problems | before | after |", "| --- | --- | --- | --- |"]
@@ -219,7 +260,12 @@ def _curve(evaluations: Sequence[Record]) -> Iterator[str]:
     yield "| --- | --- | --- |"
     for record in evaluations:
         if record["step"] in shown:
-            yield f"| {record['name']} | {record['step']} | {_score(record)} |"
+            yield f"| {_cell(record['name'])} | {record['step']} | {_score(record)} |"
+
+
+def _cell(text: str) -> str:
+    """A text that stays within its cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def _score(record: Record) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlm_sapo import hub
 from vlm_sapo.config.files import parse
-from vlm_sapo.reporting.card import CARD, card, write_card
+from vlm_sapo.reporting.card import CARD, is_edited, write_card
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 
@@ -31,6 +31,6 @@ def push_command(run: Path, repo: str | None, *, private: bool | None) -> None:
     if note := hub.prepare_push(repo, private=private, field=field):
         console.warn(note)
     written = run / "final" / CARD
-    if not written.is_file() or written.read_text(encoding="utf-8") == card(folder, summary):
+    if not is_edited(written):
         write_card(folder, summary, repo)
     console.say(f"{run / 'final'} is at {hub.push(run / 'final', repo, field=field)}")

@@ -84,7 +84,7 @@ def _open(
     config: Config,
     console: Console,
     devices: list[str],
-    commits: Mapping[str, str],
+    commits: Mapping[str, str | None],
 ) -> None:
     for name in config.eval.benchmarks:
         read_definition(name)  # before anything is written
@@ -98,7 +98,12 @@ def _open(
         folder.begin(text)
         return
     if config.hub.push is not None:
-        note = prepare_push(config.hub.push, private=config.hub.private, field="hub.push")
+        try:
+            note = prepare_push(config.hub.push, private=config.hub.private, field="hub.push")
+        except ValueError as error:
+            if not resumes:
+                raise
+            note = f"{error}. The run goes on, and tries to push at its end"
         if note:
             console.warn(note)
     base = describe_base(config.model.path, config.model.revision)

@@ -19,22 +19,21 @@ T = TypeVar("T")
 Config = cfg.TrainConfig | cfg.SftConfig
 
 
-def commits_of(folder: RunFolder, config: Config, console: Console) -> dict[str, str]:
+def commits_of(folder: RunFolder, config: Config, console: Console) -> dict[str, str | None]:
     """The commits that revisions on the hub stand for, by `_revision_key`: for a resumed run those of its
-    first start, and none of a run that an earlier version started without them."""
+    first start, and none of a run that an earlier version started without them. None is one that was not
+    known then."""
     resumes = folder.stored() is not None and not config.run.overwrite
     known = environment.read(folder.path) if resumes else {"revisions": {}}
     if "revisions" not in known:
         return {}
-    commits = {}
+    commits = dict(known["revisions"])
     for field, section in _hub_sections(config):
         kind, name = _repository(section)
-        key = _revision_key(section)
-        commit = known["revisions"].get(key) or commit_of(name, section.revision, kind, field=field)
-        if commit is None:
-            console.warn(f"{field} ({name}) is read from the cache, offline, so its commit is not known")
-        else:
-            commits[key] = commit
+        if (key := _revision_key(section)) not in commits:
+            commits[key] = commit_of(name, section.revision, kind, field=field)
+        if commits[key] is None:
+            console.warn(f"{field} ({name}) was read from the cache, offline, so its commit is not known")
     return commits
 
 
@@ -65,7 +64,7 @@ def _revision_key(section: cfg.ModelConfig | SourceConfig) -> str:
     return f"{'datasets/' if kind == 'dataset' else ''}{name}@{section.revision or 'main'}"
 
 
-def pin(value: T, commits: Mapping[str, str]) -> T:
+def pin(value: T, commits: Mapping[str, str | None]) -> T:
     """The config, or a part of it, with these commits as the revisions that they stand for."""
     if isinstance(value, list):
         return [pin(item, commits) for item in value]
@@ -78,12 +77,12 @@ def pin(value: T, commits: Mapping[str, str]) -> T:
 
 
 def publish(config: Config, folder: RunFolder, processes: Processes) -> None:
-    """Pushes a finished run's model if the config says so. A push that fails is a warning: the run is
-    complete without it."""
+    """Pushes a finished run's model if the config says so, with a card for that repository. A push that fails
+    is a warning: the run is complete without it."""
     repo, console = config.hub.push, processes.console
     if repo is None or not processes.world.main:  # the others don't wait for an upload of hours
         return
-    again = f"vlm-sapo push {shlex.quote(str(folder.path))}"
+    again = _push_command(folder)
     console.say(f"pushing to {repo}; the run is finished, so if this is interrupted: {again}")
     try:
         address = push(folder.path / "final", repo, field="hub.push")
@@ -91,3 +90,15 @@ def publish(config: Config, folder: RunFolder, processes: Processes) -> None:
         console.warn(f"{error}. The run is finished and complete; push it again with: {again}")
     else:
         console.say(f"pushed to {address}")
+
+
+def say_finished(config: Config, folder: RunFolder, console: Console) -> None:
+    """Says what can be done with a run that is finished already."""
+    push_it = f"; to push its model: {_push_command(folder)}" if config.hub.push else ""
+    console.say(
+        f"this run is finished; start it over with run.overwrite=true, or choose another run.dir{push_it}"
+    )
+
+
+def _push_command(folder: RunFolder) -> str:
+    return f"vlm-sapo push {shlex.quote(str(folder.path))}"

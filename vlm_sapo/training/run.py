@@ -35,7 +35,6 @@ from vlm_sapo.training.checks import ParityError
 from vlm_sapo.training.policy import Policy
 from vlm_sapo.types import RolloutBatch
 
-FINISHED = "this run is finished; start it over with run.overwrite=true, or choose another run.dir"
 SAME_SIGNAL = 2.0
 """Seconds within which repeated signals count as one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -253,7 +252,10 @@ class Run:
                 f"unusable rows were skipped {self.stream.skipped} times (data.on_error=skip); "
                 "vlm-sapo doctor names them"
             )
-        write_card(self.folder, summary)
+        if edited := write_card(self.folder, summary):
+            self.console.warn(
+                f"the model card was edited by hand; it is kept as {edited}, beside the new one"
+            )
         self.folder.replace("summary.json", json.dumps(summary, indent=2) + "\n")
         done = f"{steps} steps in {summary['seconds']} s; everything is in {self.folder.path}"
         if conclusion:

@@ -13,10 +13,10 @@ from vlm_sapo.reporting.callbacks import Callback
 from vlm_sapo.training.batch import Batch, MicroBatch, collate
 from vlm_sapo.training.build import build_sft
 from vlm_sapo.training.folder import open_folder
-from vlm_sapo.training.hub_use import publish
+from vlm_sapo.training.hub_use import publish, say_finished
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.policy import ForwardPass
-from vlm_sapo.training.run import FINISHED, Run
+from vlm_sapo.training.run import Run
 from vlm_sapo.types import Group, Prompt, RowError
 
 
@@ -25,7 +25,7 @@ def sft(config: SftConfig, callbacks: Sequence[Callback] = ()) -> dict:
     processes = join(config)
     folder, config = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
-        processes.console.say(FINISHED)
+        say_finished(config, folder, processes.console)
         return summary
     run = build_sft(config, folder, processes)
     with closing(run), run.interruption.handling_signals(), run.calling(callbacks):

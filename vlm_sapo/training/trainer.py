@@ -12,11 +12,11 @@ from vlm_sapo.training.assignment import reassign
 from vlm_sapo.training.batch import collate
 from vlm_sapo.training.build import build_training
 from vlm_sapo.training.folder import open_folder
-from vlm_sapo.training.hub_use import publish
+from vlm_sapo.training.hub_use import publish, say_finished
 from vlm_sapo.training.launch import join
 from vlm_sapo.training.loss import PolicyLoss
 from vlm_sapo.training.policy import Policy
-from vlm_sapo.training.run import FINISHED, TrainingRun
+from vlm_sapo.training.run import TrainingRun
 
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> dict:
@@ -24,7 +24,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> dict:
     processes = join(config)
     folder, config = open_folder(config, processes)
     if (summary := processes.world.on_main(folder.summary)) is not None:
-        processes.console.say(FINISHED)
+        say_finished(config, folder, processes.console)
         return summary
     run, loss = build_training(config, folder, processes)
     with closing(run), run.interruption.handling_signals(), run.calling(callbacks):
