@@ -180,9 +180,14 @@ def evaluate_with(options: EvalOptions) -> dict[str, Any]:
     return eval_command(options, engine)
 
 
-def report(*runs: str | Path, out: str | Path | None = None, groups: int = 100) -> Path:
+def report(*runs: str | Path, out: str | Path | None = None, groups: int | None = None) -> Path:
     """Writes the HTML report of one or several runs, by default into the first one's folder. Returns its
-    path."""
+    path. `groups` is the most groups of a run (100), or problems of an evaluation (1,000), that it shows.
+
+    Raises ValueError for folders that are neither.
+    """
+    if not runs:
+        raise ValueError("report() needs the folder of a run or of an evaluation; it got none")
     from vlm_sapo.tools.report.command import report_command
 
     page = Path(out) if out else Path(runs[0]) / "report.html"

@@ -83,9 +83,9 @@ def _described(value: Any, within: list[Any]) -> Any:
     if isinstance(value, FunctionType | type):
         if not _is_of_program(value):
             return f"{value.__module__}.{value.__qualname__}"
-        if isinstance(value, type):
-            return _source(value) or value.__qualname__
-        return _function(value, within)
+        return _class(value, within) if isinstance(value, type) else _function(value, within)
+    if callable(value) and (inner := inspect.unwrap(value)) is not value:  # as functools.lru_cache has it
+        return ["wrapped", _plain(inner, within)]
     if isinstance(value, CodeType):
         return [
             value.co_code.hex(),
@@ -98,8 +98,8 @@ def _described(value: Any, within: list[Any]) -> Any:
     if is_inner and not _is_of_program(type(value)):
         return _plain(type(value), within)
     try:
-        state = vars(value)
-    except TypeError:  # it has no attributes of its own
+        state = value.__getstate__()  # of slots too
+    except TypeError:  # it can't be pickled
         state = ADDRESS.sub("", repr(value))
     return [_plain(type(value), within), _plain(state, within)]
 
@@ -110,7 +110,9 @@ def _is_of_program(value: FunctionType | type) -> bool:
 
 
 def _function(value: FunctionType, within: list[Any]) -> Any:
-    names = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+    names = {
+        name: value.__globals__[name] for name in sorted(_names(value.__code__)) if name in value.__globals__
+    }
     closure = []
     for cell in value.__closure__ or ():
         try:
@@ -122,6 +124,23 @@ def _function(value: FunctionType, within: list[Any]) -> Any:
         closure,
         *(_plain(item, within) for item in (value.__defaults__, value.__kwdefaults__, names)),
     ]
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that a function's code uses, and that of the functions and comprehensions inside it."""
+    inner = [item for item in code.co_consts if isinstance(item, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _class(value: type, within: list[Any]) -> Any:
+    """Its source and what its methods use, and those of the program's classes that it inherits from."""
+    methods = {
+        name: _plain(item.fget if isinstance(item, property) else item, within)
+        for name, item in vars(value).items()
+        if isinstance(item, FunctionType | staticmethod | classmethod | property)
+    }
+    bases = [_plain(base, within) for base in value.__bases__ if _is_of_program(base)]
+    return [_source(value) or value.__qualname__, methods, bases]
 
 
 def _source(value: Any) -> str | None:

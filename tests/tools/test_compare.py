@@ -57,11 +57,26 @@ def test_wins_losses_and_changed_problems(tmp_path):
 def test_a_page_has_a_limited_number_of_responses_and_images_of_its_folder_only(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"x")
     one, other = write(tmp_path / "a", {"1": [1.0] * 9}), write(tmp_path / "b", {"1": [0.0] * 9})
-    path = one / "samples.jsonl"
-    path.write_text(path.read_text().replace("pictures/a.jpg", "../secret.jpg"))
+    for path in (one / "samples.jsonl", other / "samples.jsonl"):
+        path.write_text(path.read_text().replace("pictures/a.jpg", "../secret.jpg"))
     compare_command(one, other, tmp_path / "page.html")
     [item] = data_of((tmp_path / "page.html").read_text())["items"]
     assert len(item["responses"]) == 8 and item["images"] == [None]
+
+
+def test_problems_are_paired_by_what_they_are(tmp_path, capsys):
+    """Not by row and id: rows may have been added to the file, or be others altogether."""
+    one, other = (
+        write(tmp_path / "a", {"1": [0.0], "2": [0.0]}),
+        write(tmp_path / "b", {"1": [1.0], "2": [0.0]}),
+    )
+    path = other / "samples.jsonl"
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    moved = [first | {"row": 7, "id": "other"}, second | {"answer": "another"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in moved))
+    [comparison] = compare_command(one, other, tmp_path / "page.html")
+    assert (comparison.n, comparison.wins) == (1, 1)
+    assert "1 problems are in both, of 2 in A and 2 in B" in capsys.readouterr().out
 
 
 def test_reordered_scores_are_no_change(tmp_path, capsys):

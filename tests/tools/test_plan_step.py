@@ -139,7 +139,7 @@ def test_shards_are_gathered_twice_and_reduced_once():
     assert roofline.collective_seconds(QWEN2_5_VL_3B, Shards(8, 450e9, reduce_bytes=2)) == pytest.approx(
         seconds * 6 / 8
     )
-    assert roofline.gather_seconds(QWEN2_5_VL_3B, shards) == pytest.approx(seconds / 4)
+    assert roofline.gather_seconds(QWEN2_5_VL_3B.total, shards) == pytest.approx(seconds / 4)
 
 
 def test_cards():

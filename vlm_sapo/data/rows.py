@@ -31,7 +31,7 @@ from vlm_sapo.data.formats import (
     with_images,
 )
 from vlm_sapo.data.images import decode
-from vlm_sapo.fingerprint import fingerprint_rows, fingerprint_settings
+from vlm_sapo.fingerprint import fingerprint_rows
 from vlm_sapo.hub import COMMIT, check_no_revision, is_hub_id
 from vlm_sapo.plugins import PYTHON, locate, resolve, searched
 from vlm_sapo.rewards.parts import resolve_reward
@@ -183,7 +183,7 @@ class ExampleSet(Sequence):
             "system": section.system,
             "verifier": (verifier.name, verifier.args) if verifier else None,
         }
-        self.reading = [section.columns, section.transform, section.template, section.system]
+        self.reading: list[Any] = [section.columns, section.transform, section.template, section.system]
         self.reading += [verifier.name, verifier.args] if verifier else []
         file = self.name if locate(self.name).exists() else self.name.rpartition(":")[0] or self.name
         path = Path() if self.name.startswith(PYTHON) else locate(file)
@@ -255,8 +255,8 @@ class ExampleSet(Sequence):
         return part
 
     def fingerprint(self) -> str:
-        """A hash of the rows, as `fingerprint_rows` makes it, and of what makes problems of them."""
-        return fingerprint_settings(fingerprint_rows(self.rows, self.indices), *self.reading)
+        """A hash of the rows as the source holds them, as `fingerprint_rows` makes it."""
+        return fingerprint_rows(self.rows, self.indices)
 
     def key(self, index: int) -> str:
         """A row's id, or its number, read without its images."""

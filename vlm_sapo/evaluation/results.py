@@ -77,8 +77,8 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     return result
 
 
-def cautions(result: dict, *, limit: int | None, max_tokens: int) -> list[str]:
-    """What a reader of a benchmark's numbers must know."""
+def cautions(result: dict, *, limit: int | None, max_tokens: int | None) -> list[str]:
+    """What a reader of a benchmark's numbers must know. `max_tokens` is None where it isn't recorded."""
     lines = []
     if limit == result["n"] + result.get("skipped", 0):
         lines.append(f"only the first {limit} problems were evaluated, not the whole benchmark")
@@ -86,7 +86,8 @@ def cautions(result: dict, *, limit: int | None, max_tokens: int) -> list[str]:
         lines.append(f"{result['skipped']} problems were skipped, so this is not the whole benchmark")
     if result.get("truncated", 0.0) > WARNING_SHARE:
         share = f"{result['truncated']:.0%}"
-        lines.append(f"{share} of the responses were truncated at {max_tokens} tokens; raise --max-tokens")
+        at = "their length limit" if max_tokens is None else f"{max_tokens} tokens; raise --max-tokens"
+        lines.append(f"{share} of the responses were truncated at {at}")
     if result["no_answer"] > WARNING_SHARE:
         lines.append(f"no answer was found in {result['no_answer']:.0%} of the responses")
     if result.get("outside", 0.0) > WARNING_SHARE:

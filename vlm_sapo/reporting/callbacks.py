@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from vlm_sapo.distributed import deferring_signals
+from vlm_sapo.distributed import Interrupted, deferring_signals
 
 
 class Callback:
@@ -55,6 +56,13 @@ class Callbacks:
         """What a callback raised; none is called any more."""
         self._rollouts: list[dict[str, Any]] = []
 
+    def __enter__(self) -> Callbacks:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.failure is not None and (error is None or isinstance(error, Interrupted)):
+            raise self.failure from None
+
     def __call__(self, event: str, record: Mapping[str, Any]) -> None:
         """Passes on a line of a log, or a complete checkpoint."""
         if event == "rollouts.jsonl":
@@ -81,7 +89,7 @@ class Callbacks:
                 return
             with deferring_signals():  # a signal is not the callback's failure
                 try:
-                    method(step, *facts)
+                    method(step, *deepcopy(facts))  # one that changes them changes its own
                 except BaseException as error:  # whatever a user's code raises, `sys.exit()` included
                     name = method.__qualname__
                     error.add_note(

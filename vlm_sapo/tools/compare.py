@@ -4,6 +4,7 @@ verdict changed first."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from vlm_sapo.evaluation.results import RESAMPLES
 from vlm_sapo.reporting.console import Console
+from vlm_sapo.reporting.run_folder import EVALUATIONS, RunFolder
 from vlm_sapo.tools.report.findings import describe_comparisons
 from vlm_sapo.tools.report.page import EmbeddedImages, render
 from vlm_sapo.tools.report.samples import Samples, mean_score, problem_item, read_samples
@@ -21,6 +23,7 @@ from vlm_sapo.tools.report.samples import Samples, mean_score, problem_item, rea
 HEADER = ["benchmark", "problems", "A", "B", "B - A", "95 % interval", "wins", "losses", "sign test p"]
 IGNORED_SETTINGS = ("model", "responses", "weights", "recorded", "definition", "on_error")
 """Settings that two evaluations may differ in without a note."""
+OTHER_SETTINGS = "the two were sampled or graded in different ways (samples, lengths, temperature, reward)"
 MAX_PROBLEMS = 500
 """Problems on the page, the changed ones first."""
 MAX_RESPONSES = 4
@@ -127,6 +130,10 @@ def find_differences(one: Path, other: Path, first: Samples, second: Samples) ->
             notes.append(
                 f"{name}: {len(a.keys() & b.keys())} problems are in both, of {len(a)} in A and {len(b)} in B"
             )
+    for name in (name for name in first if name in second):
+        a, b = (_measured(folder).get(name, {}).get("settings") for folder in (one, other))
+        if a is not None and b is not None and a != b:
+            notes.append(f"{name}: {OTHER_SETTINGS}")
     settings_a, settings_b = _settings(one), _settings(other)
     for name in (name for name in settings_a if name in settings_b):
         a, b = settings_a[name], settings_b[name]
@@ -135,6 +142,13 @@ def find_differences(one: Path, other: Path, first: Samples, second: Samples) ->
             values = ", ".join(f"{key} {a[key]} and {b.get(key)}" for key in keys)
             notes.append(f"{name}: A and B differ in {values}")
     return notes
+
+
+def _measured(folder: Path) -> dict[str, dict]:
+    """By name the records of a run's evaluations after one step; empty for a folder of `vlm-sapo eval`."""
+    step = re.fullmatch(r"step_(\d+)", folder.resolve().name)
+    records = RunFolder(folder.resolve().parent.parent).read(EVALUATIONS) if step else []
+    return {record["name"]: record for record in records if record["step"] == int(step[1])}
 
 
 def _settings(folder: Path) -> dict[str, dict]:

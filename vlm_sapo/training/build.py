@@ -37,7 +37,8 @@ from vlm_sapo.training.build_rollouts import (
 )
 from vlm_sapo.training.checkpoint import Progress, restore
 from vlm_sapo.training.checks import Parity, SelfCheck, allowed_difference
-from vlm_sapo.training.folder import build_alarms, build_checkpoints, check_evaluations, open_logs
+from vlm_sapo.training.folder import build_alarms, build_checkpoints, open_logs
+from vlm_sapo.training.inputs import check_resumed
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.training.loss import PolicyLoss, build_advantage, build_loss
 from vlm_sapo.training.run import Interruption, Run, TrainingRun
@@ -140,7 +141,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     torch.manual_seed(config.run.seed)
     rows = build_tasks(config, processes)
     sets = build_evaluation_sets(config, rows)
-    world.on_main(lambda: check_evaluations(sets, folder, console, accept_all=config.run.accept_changes))
+    world.on_main(lambda: check_resumed(config, folder, console, rows, sets))
     checkpoints = build_checkpoints(config, folder, processes, ranked_by=sets[0].name if sets else None)
     checkpoint = checkpoints.newest()
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)

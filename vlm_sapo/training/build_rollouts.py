@@ -132,7 +132,7 @@ def _fingerprints(item: EvaluationSet, of_run: Sequence[dict]) -> dict[str, str]
     graded = [item.measure.part, item.measure.official, item.measure.by, item.parts or of_run]
     return {
         "rows": item.examples.fingerprint(),
-        "settings": fingerprint_settings(asdict(item.sampling), *graded),
+        "settings": fingerprint_settings(asdict(item.sampling), item.examples.reading, *graded),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_sapo.config import schema as cfg
@@ -15,13 +15,12 @@ from vlm_sapo.config.load import Change, check, differences, dump
 from vlm_sapo.config.paths import Paths
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import read_definition
-from vlm_sapo.evaluation.periodic import EvaluationSet
 from vlm_sapo.evaluation.samples import SAMPLES, drop_samples
 from vlm_sapo.hub import describe_base, prepare_push
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import EVALUATIONS, ReadOnlyRunFolder, RunFolder, measured_alike
+from vlm_sapo.reporting.run_folder import EVALUATIONS, ReadOnlyRunFolder, RunFolder
 from vlm_sapo.reporting.trackers import build_trackers
 from vlm_sapo.training.checkpoint import Best, Checkpoints
 from vlm_sapo.training.hub_use import commits_of, pin
@@ -143,30 +142,6 @@ def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accep
                 "(checkpoint.every=0); choose another run.dir, or start over with run.overwrite=true"
             )
         folder.unfinish()
-
-
-def check_evaluations(
-    sets: Sequence[EvaluationSet], folder: RunFolder, console: Console, *, accept_all: bool
-) -> None:
-    """Warns of evaluations that a resumed run measures in another way than before. Raises ValueError where
-    other rows are held out of training than before, since the run may have trained on them."""
-    last = {record["name"]: record for record in folder.read(EVALUATIONS)}
-    for item in sets:
-        earlier = last.get(item.name, {})
-        if measured_alike(earlier, item.fingerprints):
-            continue
-        same_rows = earlier["rows"] == item.fingerprints["rows"]
-        if not same_rows and item.of_training and not accept_all:
-            raise ValueError(
-                f"data.holdout holds out other rows for {item.name} than before this run was resumed, so "
-                "rows that it trained on may be among them: the rows of data.source have changed. Restore "
-                "them, choose another run.dir, or continue anyway with run.accept_changes=true"
-            )
-        what = "with other settings" if same_rows else "on other rows"
-        console.warn(
-            f"{item.name} is evaluated {what} than before this run was resumed, so only its results from "
-            "now on are compared with each other; give the set another name to keep both"
-        )
 
 
 def _drop_unfinished(folder: RunFolder) -> None:

@@ -138,20 +138,13 @@ class Run:
         self.checkpoints.close()
         self.folder.close()
 
-    @contextmanager
-    def calling(self, callbacks: Sequence[Callback]) -> Iterator[None]:
-        """Calls callbacks during the block. Raises the exception of one that failed, once the run has
-        stopped."""
+    def calling(self, callbacks: Sequence[Callback]) -> Callbacks:
+        """Calls callbacks during a `with` block. At its end raises the exception of one that failed, once the
+        run has stopped."""
         listener = Callbacks(callbacks, self.interruption.request_stop)
         if self.world.main:
             self.folder.listeners.append(listener)
-        try:
-            yield
-        except Interrupted:
-            if listener.failure is None:
-                raise
-        if listener.failure is not None:
-            raise listener.failure
+        return listener
 
     def begin_step(self) -> None:
         self.started, self.watch = time.perf_counter(), Stopwatch()

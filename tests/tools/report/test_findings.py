@@ -89,12 +89,24 @@ def test_many_comparisons_are_said_to_be_many():
     assert "one interval in 20" in describe_comparisons([better] * 3, "now")[-1].text
 
 
+def test_a_mean_that_few_large_changes_move_is_not_certain():
+    """Graded scores: most problems lose a little, some gain a lot."""
+    one = comparison([0.0] * 8 + [0.55] * 40, [1.0] * 8 + [0.5] * 40)
+    finding = describe_comparison(one, "from A to B")
+    assert (
+        finding.kind == "unsure" and "8 better, 40 worse" in finding.text and "don't confirm" in finding.text
+    )
+    assert "few problems" in describe_comparison(comparison([0.0] * 5, [1.0] * 5), "from A to B").text
+
+
 def test_evaluations_without_samples_are_compared_by_their_intervals():
-    first = {"name": "b", "step": 0, "pass@1": 0.4, "ci95": [0.35, 0.45]}
+    first = {"name": "b", "step": 0, "pass@1": 0.4, "ci95": [0.35, 0.45], "n": 400}
     for score, kind in ((0.6, "better"), (0.2, "worse"), (0.42, "same")):
         last = first | {"step": 9, "pass@1": score, "ci95": [score - 0.05, score + 0.05]}
         [finding] = describe_results([first, last], [])
         assert finding.kind == kind and "no paired test" in finding.text
+    few = [row | {"n": 2} for row in (first, first | {"step": 9, "pass@1": 1.0, "ci95": [1.0, 1.0]})]
+    assert describe_results(few, [])[0].kind == "unsure"
     assert "evaluated once" in describe_results([first], [])[0].text
     assert "No evaluations" in describe_results([], [])[0].text
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sapo.config.load import check_processes, load
-from vlm_sapo.config.rollout import VllmServerConfig
+from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import TrainConfig
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.tools.plan.cards import Card, card_of
@@ -43,6 +43,7 @@ def plan_command(
     console = Console()
     config = load(TrainConfig, name, overrides)
     check_processes(config, gpus.count)
+    _check_engine(config, gpus)
     if write is not None:
         check_target(write)
     card = card or card_of(gpus.memory)
@@ -77,6 +78,16 @@ def plan_command(
     console.say("to start it" + (", on each node that trains:" if gpus.nodes > 1 else ":"))
     console.say(f"    {start}")
     return fits
+
+
+def _check_engine(config: TrainConfig, gpus: Gpus) -> None:
+    """Raises ValueError for an engine that is spread over more GPUs than a node's processes have."""
+    engine = config.rollout.engine
+    if isinstance(engine, VllmConfig) and gpus.per_node % engine.tensor_parallel:
+        raise ValueError(
+            f"rollout.engine.tensor_parallel ({engine.tensor_parallel}) must divide the {gpus.per_node} GPUs "
+            "of a node (--gpus)"
+        )
 
 
 def _summary(best: Recommendation, card: Card) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from vlm_sapo.config.rollout import HfConfig, VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import TrainConfig
+from vlm_sapo.rollout.vllm_lora import NO_FOLDER, AdapterShape, served_beside
 from vlm_sapo.tools.plan import roofline
 from vlm_sapo.tools.plan.cards import Card
 from vlm_sapo.tools.plan.memory import Gpus
 from vlm_sapo.tools.plan.operations import GroupTokens, ModelWork, model_work
-from vlm_sapo.tools.plan.passes import BatchSpec, parameters
+from vlm_sapo.tools.plan.passes import BatchSpec, parameters, simulated_model
 from vlm_sapo.tools.plan.roofline import Shards, Training
 from vlm_sapo.tools.plan.simulate import ModelSpec
 
@@ -72,6 +73,7 @@ class StepEstimator:
         self.config, self.gpus, self.card = config, gpus, card
         self.trained = sum(item.numel for item in parameters(spec) if item.trained)
         self.longest = float(batch.response)
+        self.spec = spec
         self.setting = self._setting(spec, batch)
 
     def _setting(self, spec: ModelSpec, batch: BatchSpec) -> Setting:
@@ -81,7 +83,7 @@ class StepEstimator:
         image = min(batch.image, round(PROMPT_SHARE * batch.image))
         group = GroupTokens(prompt, image, RESPONSE_SHARE * batch.response, batch.group)
         groups = train.prompts_per_step / count
-        if train.layout == "plain" or work.attention_layers < work.layers:  # every response with its prompt
+        if train.layout == "plain":  # every response with its prompt
             group, groups = replace(group, group=1), groups * batch.group
         shards = count if train.shard == "all" else train.shard
         link = self.card.link if shards <= self.gpus.per_node else roofline.NETWORK
@@ -168,13 +170,24 @@ class StepEstimator:
         return roofline.vllm_seconds(setting.work, group, self.card, groups=groups, longest=self.longest)
 
     def sync(self) -> float:
-        """New weights for the engine: gathered in bfloat16 tensor by tensor, then put where it reads them."""
+        """New weights, or adapters, for the engine: gathered in bfloat16 tensor by tensor, then put where it
+        reads them; by `nccl` to one server after the other."""
         engine, setting = self.config.rollout.engine, self.setting
-        gathered = roofline.gather_seconds(setting.work, setting.shards)
+        if not isinstance(engine, VllmConfig | VllmServerConfig):
+            return 0.0
+        sent = self.trained if self._serves_adapters(engine) else setting.work.total
+        gathered = roofline.gather_seconds(sent, setting.shards)
         if isinstance(engine, VllmConfig):
             return gathered + roofline.wake_seconds(setting.work)
-        if isinstance(engine, VllmServerConfig):
-            folder = engine.weights == "folder"
-            rate = roofline.DISK / 2 if folder else roofline.LINK_SHARE * roofline.NETWORK
-            return gathered + roofline.send_seconds(setting.work, rate)
-        return 0.0
+        folder = engine.weights == "folder"
+        rate = roofline.DISK / 2 if folder else roofline.LINK_SHARE * roofline.NETWORK
+        return gathered + (1 if folder else len(engine.servers)) * roofline.send_seconds(sent, rate)
+
+    def _serves_adapters(self, engine: VllmConfig | VllmServerConfig) -> bool:
+        """Whether vLLM gets adapters alone, as `rollout.engine.adapter` chooses."""
+        lora, (_, vlm) = self.config.model.lora, simulated_model(self.spec)
+        shape = AdapterShape(frozenset(lora.parts), lora.rank, lora.bits) if lora else None
+        nccl = isinstance(engine, VllmServerConfig) and engine.weights == "nccl"
+        half = self.config.train.precision == "bf16"
+        dtype = engine.weights_dtype("bfloat16" if half else self.config.model.dtype)
+        return served_beside(engine.adapter, shape, vlm, dtype, obstacle=NO_FOLDER if nccl else "")

@@ -99,7 +99,7 @@ class Estimator:
         """What a GPU's attention takes in half precision beside what the simulated pass counts."""
         half = self.autocast or self.config.model.dtype != "float32"
         work, batch = model_work(self.model), self.batch
-        if not half or self.model.layout == "plain" or work.attention_layers < work.layers:
+        if not half or self.model.layout == "plain" or not work.attention_layers:
             return 0.0
         row = batch.prompt + batch.group * batch.response
         prompts = max(batch.budget, batch.prompt + batch.response) * batch.prompt / row

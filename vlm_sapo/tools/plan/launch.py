@@ -24,7 +24,7 @@ def launch_commands(config: TrainConfig, gpus: Gpus, words: Sequence[str]) -> li
     """
     ports: dict[str, list[int]] = {}
     for address in map(urlsplit, config.rollout.engine.addresses):
-        ports.setdefault(address.hostname or "", []).append(address.port or 8000)
+        ports.setdefault(address.hostname or "", []).append(address.port or 80)
     commands, quoted = [], quote(words)
     for host, numbers in ports.items():
         first = gpus.per_node if host in LOCAL else 0

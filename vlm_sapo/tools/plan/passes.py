@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import sample
 from vlm_sapo.tools.plan import simulate
+from vlm_sapo.tools.plan.kernels import gpu_kernels
 from vlm_sapo.tools.plan.memory import NF4_BYTES, UNSHARDED, ParameterSpec
 from vlm_sapo.tools.plan.simulate import MemoryCounter, ModelSpec, Simulation
 from vlm_sapo.types import Prompt
@@ -76,7 +77,7 @@ def parameters(spec: ModelSpec) -> tuple[ParameterSpec, ...]:
 def training_memory(spec: ModelSpec, batch: BatchSpec) -> TrainingMemory:
     """A micro-batch's forward and backward pass, beside weights, gradients and cached features."""
     mode, vlm = simulated_model(spec)
-    with mode:
+    with mode, _kernels(vlm, spec):
         groups = micro_batch(vlm, batch, spec.layout)
         inputs = choose(spec.layout, shares_prefix=vlm.shares_prefix).inputs(groups)
         for parameter in vlm.parameters():
@@ -194,20 +195,22 @@ def generation_memory(spec: ModelSpec, batch: BatchSpec, prompts_per_batch: int)
     """The `hf` engine with so many prompts at a time: their images, their prefill, and the last token of
     responses that are all of full length."""
     mode, vlm = simulated_model(spec)
-    with mode, torch.no_grad():
+    row = max(1, PREFILL_TOKENS // batch.prompt)
+    few = prompts_per_batch if prompts_per_batch <= 2 * row else row
+    with mode, _kernels(vlm, spec), torch.no_grad():
         vlm.eval()
-        prompts = [
-            simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(prompts_per_batch)
-        ]
+        prompts = [simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(2 * few)]
         with MemoryCounter() as counter, _autocast(spec):
-            first = next(BranchGrid.of(as_contexts(prompts), batch.group).split(PREFILL_TOKENS))
+            first = next(BranchGrid.of(as_contexts(prompts[:few]), batch.group).split(PREFILL_TOKENS))
             vlm.vision([context.prompt for context in first.contexts])
         vision = counter.peak - (counter.live if vlm.vision.frozen else 0)
         with _cached_features(vlm, prompts):
-            prefill_peak, decode_peak, cache = simulate.at_full_depth(
-                _generation_peaks, vlm, prompts, batch, spec
-            )
+            peaks = simulate.at_full_depth(_generation_peaks, vlm, prompts[:few], batch, spec)
+            if few < prompts_per_batch:  # each further row takes as much as the second
+                twice = simulate.at_full_depth(_generation_peaks, vlm, prompts, batch, spec)
+                peaks = simulate.extrapolate(peaks, twice, few, prompts_per_batch)
         vlm.train()
+    prefill_peak, decode_peak, cache = peaks
     peak = max(vision, prefill_peak, decode_peak)
     return GenerationMemory(peak - cache, cache)
 
@@ -224,6 +227,12 @@ def _generation_peaks(vlm: VLM, prompts: list[Prompt], batch: BatchSpec, spec: M
         cache, counter.peak = counter.live - before, counter.live
         sample(state.step(tokens, tokens), torch.empty(tokens.shape, dtype=torch.float64))
         return prefill_peak, counter.peak, cache
+
+
+def _kernels(vlm: VLM, spec: ModelSpec) -> AbstractContextManager[None]:
+    """Linear attention as a GPU computes it, in half precision; in float32 as transformers does."""
+    half = spec.autocast or spec.dtype != "float32"
+    return gpu_kernels(vlm.model) if half else nullcontext()
 
 
 def _autocast(spec: ModelSpec) -> torch.autocast:

@@ -193,9 +193,9 @@ def vllm_seconds(work: ModelWork, group: GroupTokens, card: Card, *, groups: flo
     return steps + keys + products + groups * prefill / (VLLM_PREFILL_SHARE * card.operations)
 
 
-def gather_seconds(work: ModelWork, shards: Shards, *, element_size: int = 2) -> float:
-    """To gather all weights once, tensor by tensor."""
-    moved = element_size * work.total * (shards.count - 1) / shards.count
+def gather_seconds(elements: float, shards: Shards, *, element_size: int = 2) -> float:
+    """To gather so many weights once, tensor by tensor."""
+    moved = element_size * elements * (shards.count - 1) / shards.count
     return moved / (LINK_SHARE * shards.link)
 
 
@@ -204,9 +204,9 @@ def wake_seconds(work: ModelWork, *, element_size: int = 2) -> float:
     return 2 * element_size * work.total / PCIE
 
 
-def send_seconds(work: ModelWork, rate: float, *, element_size: int = 2) -> float:
-    """To send all weights at so many bytes per second."""
-    return element_size * work.total / rate
+def send_seconds(elements: float, rate: float, *, element_size: int = 2) -> float:
+    """To send so many weights at so many bytes per second."""
+    return element_size * elements / rate
 
 
 def optimizer_seconds(trained: float, card: Card, *, element_size: int = 4) -> float:

@@ -31,7 +31,7 @@ from vlm_sapo.models.linear import FULL
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.tools.plan.shapes import published_shape
-from vlm_sapo.types import Example, Prompt, Response
+from vlm_sapo.types import Example, Prompt, Response, one_line
 
 MAX_ELEMENTS_WITH_VALUES = 2**22
 """Larger tensors lose their values."""
@@ -175,8 +175,8 @@ def read_config(path: str) -> PretrainedConfig:
         raise ValueError(f"{requirement}; there is no config.json in that folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"{requirement}; {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{requirement}; {one_line(error, 300)}") from error
     if "vision_config" not in config.to_dict():
         raise ValueError(
             f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 "
@@ -235,7 +235,12 @@ def at_full_depth(measure: Callable[..., tuple[int, ...]], vlm: VLM, *args: Any)
         few = measure(vlm, *args)
     with _first_layers(vlm, 2 * depth):
         twice = measure(vlm, *args)
-    return tuple(a + (b - a) * (layers - depth) // depth for a, b in zip(few, twice, strict=True))
+    return extrapolate(few, twice, depth, layers)
+
+
+def extrapolate(few: tuple[int, ...], twice: tuple[int, ...], count: int, total: int) -> tuple[int, ...]:
+    """What `total` layers or prompts take, where `count` take `few` and twice as many take `twice`."""
+    return tuple(a + (b - a) * (total - count) // count for a, b in zip(few, twice, strict=True))
 
 
 def _period(kinds: list[str]) -> int:

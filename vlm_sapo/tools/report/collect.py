@@ -6,25 +6,28 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sapo.config.fields import belongs
 from vlm_sapo.config.files import parse
 from vlm_sapo.config.schema import report_fields
+from vlm_sapo.evaluation.samples import SAMPLES
 from vlm_sapo.reporting.console import duration
-from vlm_sapo.reporting.run_folder import RunFolder
-from vlm_sapo.tools.compare import Comparison, compare
+from vlm_sapo.reporting.run_folder import RunFolder, measured_alike
+from vlm_sapo.tools.compare import OTHER_SETTINGS, Comparison, compare
 from vlm_sapo.tools.report.evaluation import collect_evaluation
 from vlm_sapo.tools.report.findings import (
     WINDOW,
+    Finding,
+    counted,
     describe_comparisons,
     describe_results,
     describe_training,
 )
 from vlm_sapo.tools.report.page import EmbeddedImages
-from vlm_sapo.tools.report.samples import Samples, problem_item, read_samples
+from vlm_sapo.tools.report.samples import Key, problem_item, read_samples
 
 GROUPS, PROBLEMS = 100, 1000
 """Groups of a run and problems of an evaluation that a page shows, unless told otherwise."""
@@ -70,17 +73,37 @@ def collect(folders: Sequence[Path], groups: int | None = None) -> dict[str, Any
 
 def _between(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sentences on how the last evaluation of each further run differs from the first run's."""
-    last = [
-        _samples(Path(run["folder"]), run["evaluations"], run["evaluations"][-1]["step"])
-        if run["evaluations"]
-        else {}
-        for run in runs
+    last = [_last_records(run["evaluations"]) for run in runs]
+    samples = [
+        {name: _samples_of(Path(run["folder"]), record) for name, record in records.items()}
+        for run, records in zip(runs, last, strict=True)
     ]
     findings = []
-    for run, samples in zip(runs[1:], last[1:], strict=True):
-        when = f"from {runs[0]['name']} to {run['name']}, after their last steps"
-        findings += describe_comparisons(compare(last[0], samples), when)
+    for run, records, others in zip(runs[1:], last[1:], samples[1:], strict=True):
+
+        def when(name: str, run=run, records=records) -> str:
+            before, after = (counted(own[name]["step"], "step") for own in (last[0], records))
+            return f"from {runs[0]['name']} (after {before}) to {run['name']} (after {after})"
+
+        findings += describe_comparisons(compare(samples[0], others), when)
+        findings += [
+            Finding("look", f"{name}: {OTHER_SETTINGS}.")
+            for name in records.keys() & last[0].keys()
+            if not measured_alike(last[0][name] | {"rows": None}, records[name])
+        ]
     return [finding._asdict() for finding in findings]
+
+
+def _last_records(evaluations: Sequence[dict]) -> dict[str, dict]:
+    """The last evaluation of each name."""
+    return {record["name"]: record for record in evaluations}
+
+
+def _samples_of(path: Path, record: Mapping[str, Any]) -> dict[Key, dict]:
+    """The samples of one evaluation; empty where they are missing."""
+    folder = path / "evaluations" / f"step_{record['step']:06d}"
+    samples = read_samples(folder) if (folder / SAMPLES).is_file() else {}
+    return samples.get(record["name"], {})
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -127,6 +150,8 @@ def thin(rows: list[Any], count: int) -> list[Any]:
     """At most `count` of the rows, evenly spaced, with the first and the last."""
     if len(rows) <= count:
         return rows
+    if count == 1:
+        return rows[:1]
     return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
 
 
@@ -327,33 +352,28 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
 
 
 def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:
-    """The comparison of the first with the last evaluation, of what both have finished; empty where the
-    samples of one are missing."""
-    samples = [_samples(path, evaluations, step) for step in _ends(evaluations)]
-    return compare(*samples) if len(samples) == 2 else []
+    """By name the comparison of the first with the last evaluation, where both have samples."""
+    comparisons = []
+    for name in _last_records(evaluations):
+        first, last = _ends(evaluations, name)
+        if first["step"] < last["step"]:
+            comparisons += compare(*({name: _samples_of(path, record)} for record in (first, last)))
+    return comparisons
 
 
-def _samples(path: Path, evaluations: list[dict], step: int) -> Samples:
-    """The samples of the evaluations that were finished after a step; empty where they are missing."""
-    folder = path / "evaluations" / f"step_{step:06d}"
-    names = {row["name"] for row in evaluations if row["step"] == step}
-    samples = read_samples(folder) if (folder / "samples.jsonl").is_file() else {}
-    return {name: records for name, records in samples.items() if name in names}
-
-
-def _ends(evaluations: list[dict]) -> list[int]:
-    """The steps of the first and the last evaluation."""
-    steps = sorted({row["step"] for row in evaluations})
-    return [steps[0], steps[-1]] if len(steps) > 1 else steps
+def _ends(evaluations: list[dict], name: str) -> tuple[dict, dict]:
+    """The records of the first and the last evaluation of a name."""
+    records = sorted((row for row in evaluations if row["name"] == name), key=lambda row: row["step"])
+    return records[0], records[-1]
 
 
 def _changed(
     comparisons: Sequence[Comparison], evaluations: list[dict], images: EmbeddedImages
 ) -> list[dict[str, Any]]:
     """Problems whose mean score differs between the first and the last evaluation."""
-    labels = [f"after {step} steps" for step in _ends(evaluations)]
-    return [
-        problem_item("evaluation", dict(zip(labels, pair, strict=True)), images)
-        for comparison in comparisons
-        for pair in thin(comparison.changed, MAX_CHANGED)
-    ]
+    items = []
+    for comparison in comparisons:
+        labels = [f"after {row['step']} steps" for row in _ends(evaluations, comparison.benchmark)]
+        for pair in thin(comparison.changed, MAX_CHANGED):
+            items.append(problem_item("evaluation", dict(zip(labels, pair, strict=True)), images))
+    return items

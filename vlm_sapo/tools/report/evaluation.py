@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from vlm_sapo.evaluation.results import Measure, bootstrap, cautions, summarize
-from vlm_sapo.tools.report.findings import Finding, counted
+from vlm_sapo.tools.report.findings import FEW, Finding, counted
 from vlm_sapo.tools.report.page import EmbeddedImages
 from vlm_sapo.tools.report.samples import mean_score, problem_item, read_samples
 
@@ -77,7 +77,7 @@ def _describe(name: str, result: Mapping[str, Any], *, complete: bool) -> list[F
                 f"{official['differ']} responses.",
             )
         )
-    lines = cautions(dict(result), limit=result.get("limit"), max_tokens=result.get("max_tokens", 0))
+    lines = cautions(dict(result), limit=result.get("limit"), max_tokens=result.get("max_tokens"))
     return findings + [Finding("look", f"{name}: {line}.") for line in lines]
 
 
@@ -85,7 +85,7 @@ def _extremes(subsets: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Which subsets of a column differ for certain: the best and the worst, if their intervals are apart."""
     findings = []
     for key in dict.fromkeys((row["benchmark"], row["column"]) for row in subsets):
-        rows = [row for row in subsets if (row["benchmark"], row["column"]) == key and row["n"] > 1]
+        rows = [row for row in subsets if (row["benchmark"], row["column"]) == key and row["n"] >= FEW]
         if len(rows) < 2:
             continue
         best, worst = max(rows, key=_score), min(rows, key=_score)

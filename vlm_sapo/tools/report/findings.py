@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vlm_sapo.config.load import check
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 WINDOW = 10
 """Steps at the beginning and at the end of a run whose means are compared."""
+FEW = 6
+"""Problems below which no sign test can be certain."""
 SIGNIFICANT = 0.05
 """Largest p-value of the sign test at which a change is called certain."""
 MANY_COMPARISONS = 3
@@ -61,8 +63,10 @@ def describe_comparison(comparison: Comparison, when: str) -> Finding:
         )
     verb, kind = ("rose", "better") if low > 0 else ("fell", "worse")
     claim = f"{comparison.benchmark}: pass@1 {verb} {when}: {values} ({interval})."
-    if comparison.p > SIGNIFICANT:
+    if changed < FEW:
         return Finding("unsure", f"{claim} But few problems changed, which may be chance. {test}.")
+    if comparison.p > SIGNIFICANT or (comparison.wins > comparison.losses) != (low > 0):
+        return Finding("unsure", f"{claim} But the numbers of better and worse don't confirm it. {test}.")
     return Finding(kind, f"{claim} {test}.")
 
 
@@ -71,9 +75,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def describe_comparisons(comparisons: Sequence[Comparison], when: str) -> list[Finding]:
-    """A sentence for each benchmark, and one on chance where there are many."""
-    findings = [describe_comparison(comparison, when) for comparison in comparisons]
+def describe_comparisons(
+    comparisons: Sequence[Comparison], when: str | Callable[[str], str]
+) -> list[Finding]:
+    """A sentence for each benchmark, and one on chance where there are many. `when` may be a function of the
+    benchmark's name."""
+    findings = [
+        describe_comparison(item, when if isinstance(when, str) else when(item.benchmark))
+        for item in comparisons
+    ]
     claimed = [finding for finding in findings if finding.kind in ("better", "worse")]
     if claimed and len(findings) >= MANY_COMPARISONS:
         findings.append(
@@ -96,6 +106,8 @@ def describe_unpaired(before: Record, after: Record) -> Finding:
         f"pass@1 {before['pass@1']:.3f} to {after['pass@1']:.3f} in {steps} ({difference:+.3f}, 95 % "
         f"interval about {low:+.3f} to {high:+.3f}). The samples are missing, so there is no paired test."
     )
+    if after["n"] < FEW:
+        return Finding("unsure", f"{after['name']}: {text} These are few problems.")
     if low <= 0 <= high:
         return Finding("same", f"{after['name']}: no measurable change: {text}")
     return Finding("better" if low > 0 else "worse", f"{after['name']}: {text}")
@@ -105,8 +117,8 @@ def describe_results(evaluations: Sequence[Record], comparisons: Sequence[Compar
     """What the evaluations of a run say of it. `comparisons` are of its first and last evaluation."""
     if not evaluations:
         return [Finding("note", "No evaluations, so nothing shows what training changed; set eval.data.")]
-    first, last = evaluations[0]["step"], evaluations[-1]["step"]
-    findings = describe_comparisons(comparisons, f"in {counted(last - first, 'step')}")
+    steps = {name: _steps_between(evaluations, name) for name in {row["name"] for row in evaluations}}
+    findings = describe_comparisons(comparisons, lambda name: f"in {counted(steps[name], 'step')}")
     compared = {comparison.benchmark for comparison in comparisons}
     for name in dict.fromkeys(row["name"] for row in evaluations):
         rows = [row for row in evaluations if row["name"] == name]
@@ -126,6 +138,12 @@ def describe_results(evaluations: Sequence[Record], comparisons: Sequence[Compar
     return findings
 
 
+def _steps_between(evaluations: Sequence[Record], name: str) -> int:
+    """Steps from the first to the last evaluation of a name."""
+    steps = [row["step"] for row in evaluations if row["name"] == name]
+    return max(steps) - min(steps)
+
+
 def describe_training(metrics: Sequence[Record], config: Mapping[str, Any]) -> list[Finding]:
     """What a run's steps show: trends, alarms, and whether shares and differences are as they should be."""
     findings = _trends(metrics)
@@ -138,7 +156,7 @@ def describe_training(metrics: Sequence[Record], config: Mapping[str, Any]) -> l
 def _trends(metrics: Sequence[Record]) -> list[Finding]:
     findings = []
     for metric, text in (
-        ("reward/mean", "Training reward: {} (other problems at each step, so this is a trend, not a test)."),
+        ("reward/mean", "Training reward: {} (problems differ from step to step: a trend, not a test)."),
         ("loss", "Loss: {}."),
     ):
         values = [row[metric] for row in metrics if row.get(metric) is not None]
@@ -245,11 +263,18 @@ def _mismatch(metrics: Sequence[Record], config: Mapping[str, Any]) -> list[Find
         and config["model"]["dtype"] == "float32"
         and config["train"]["precision"] == "no"
     )
+    if not all(map(math.isfinite, differences)):
+        text = "Train/inference mismatch: not a number in some steps; look at the log-probs in traces.jsonl."
+        return [Finding("look", text)]
     worst = max(differences)
     text = (
         "Train/inference mismatch: log-probs of the same tokens differ by "
         f"{_mean(differences):.1e} on average, by {worst:.1e} in the worst step"
     )
+    behind = max(row.get("rollout/updates_behind", 0) for row in metrics)
+    if behind:
+        late = counted(round(behind), "update")
+        return [Finding("note", f"{text}; responses were sampled up to {late} before, which is part of it.")]
     if worst > (EXACT_MISMATCH if exact else MISMATCH):
         return [Finding("look", f"{text}; rounding alone doesn't explain that: run vlm-sapo check.")]
     return [Finding("ok", f"{text}, no more than rounding explains.")]

@@ -38,7 +38,7 @@ function facts(header, rows) {
   return node;
 }
 /* A score between 0 and 1 with its 95 % interval, as a mark on a line. */
-const interval = (score, [low, high]) => make("span", { class: "interval", title: `${shown(score)}, 95 % interval ${shown(low)} to ${shown(high)}`, "aria-hidden": "true" },
+const interval = (score, [low, high]) => low < 0 || high > 1 ? "" : make("span", { class: "interval", title: `${shown(score)}, 95 % interval ${shown(low)} to ${shown(high)}`, "aria-hidden": "true" },
   make("i", { style: `left:${low * 100}%;width:${(high - low) * 100}%` }), make("b", { style: `left:${score * 100}%` }));
 
 /* ---- the summary in sentences ---- */
@@ -100,7 +100,8 @@ function renderSummary(page) {
       }] : [];
     });
     const ends = traces.map((trace) => `${trace.name}: ${shown(trace.y[0])} to ${shown(trace.y[trace.y.length - 1])}`).join("; ");
-    chart(charts, `pass@1, ${name}`, `with 95 % intervals. ${ends}`, traces, axes("share of responses that are right", { range: [0, 1.02] }));
+    const within = traces.every((trace) => trace.y.every((value) => value >= 0 && value <= 1)); // a reward of one's own may not be
+    chart(charts, `pass@1, ${name}`, `with 95 % intervals. ${ends}`, traces, axes("pass@1 (mean score)", within ? { range: [0, 1.02] } : {}));
   }
   page.append(make("h2", {}, "Data"), runTable(["data", "source", "share", "prompts", "epochs", "reward, first steps", "reward, last steps"],
     (run) => run.data.map((row) => [row.name, row.source, percent(row.share), row.prompts, row.epochs, row.first, row.last])));

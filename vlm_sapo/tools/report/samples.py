@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 
 from vlm_sapo.tools.report.page import EmbeddedImages
 
-Samples = dict[str, dict[tuple[int, str], dict]]
-"""Records of samples.jsonl by benchmark, then by row and id."""
+Key = tuple[str, ...]
+"""A problem's text, answer and pictures, and how many of the rows before it have the same."""
+Samples = dict[str, dict[Key, dict]]
+"""Records of samples.jsonl by benchmark, then by problem: rows may have moved between two evaluations, and
+another problem may have a row's number and id."""
 
 
 def read_samples(folder: Path) -> Samples:
@@ -22,15 +26,27 @@ def read_samples(folder: Path) -> Samples:
         inside = sorted(folder.glob("evaluations/*/samples.jsonl"))
         hint = f"; use one of {', '.join(str(p.parent) for p in inside)}" if inside else ""
         raise ValueError(f"{folder} must hold samples.jsonl, as `vlm-sapo eval` writes it{hint}")
-    samples: Samples = {}
+    benchmarks: dict[str, dict[int, dict]] = {}
     for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the last line of a process that was killed or is writing right now
             continue
         record["folder"] = str(folder)
-        samples.setdefault(record["benchmark"], {})[(record["row"], record["id"])] = record
-    return samples
+        benchmarks.setdefault(record["benchmark"], {})[record["row"]] = record
+    return {name: _by_problem(records) for name, records in benchmarks.items()}
+
+
+def _by_problem(records: Mapping[int, dict]) -> dict[Key, dict]:
+    """The records, by row, of a benchmark."""
+    keyed: dict[Key, dict] = {}
+    seen: Counter[Key] = Counter()
+    for row in sorted(records):
+        record = records[row]
+        key = (record["problem"], str(record["answer"]), *record.get("pictures", ()))
+        keyed[*key, str(seen[key])] = record
+        seen[key] += 1
+    return keyed
 
 
 def mean_score(record: dict) -> float:
