@@ -1,4 +1,4 @@
-"""docs/cards.md is what `vlm-sapo plan` says: one cell of each model in the slow suite."""
+"""docs/cards.md is what `vlm-sapo plan` says: one cell of each kind of model in the slow suite."""
 
 import pytest
 
@@ -10,7 +10,7 @@ ENTRIES = cards.read(PAGE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", sorted({model for _, model in ENTRIES}))
+@pytest.mark.parametrize("model", ["Qwen2.5-VL-3B", "Qwen3-VL-2B", "Qwen3-VL-30B-A3B", "Qwen3.5-4B"])
 def test_a_models_largest_entry_is_what_plan_says(model):
     """All of them take many minutes: `python docs/cards.py` writes them anew."""
     card = next(card for card in reversed(cards.CARDS) if (card, model) in ENTRIES)

@@ -139,7 +139,9 @@ def test_a_run_goes_on_with_the_same_objects_only(whole, tmp_path, model_folder)
     folder, short, _, _ = whole
     values = config(folder, model_folder(), steps=5)
     parts = [odd_length, short, {"name": "length", "weight": 0.1, "args": {"allowed": 4, "buffer": 2}}]
-    with pytest.raises(ValueError, match="data.fingerprint"):
+    with pytest.raises(
+        ValueError, match="data: the rows or the function that the program passes here have changed"
+    ):
         vlm_sapo.train(values, dataset=memory(9), eval_dataset=memory(4, first=8), reward=parts)
     with pytest.raises(ValueError, match=r"reward\.parts"):
         vlm_sapo.train(values, dataset=memory(), eval_dataset=memory(4, first=8), reward=odd_length)
@@ -338,6 +340,24 @@ def test_values_of_the_programs_own_classes_are_the_same_class_in_workers(tmp_pa
     assert done.stdout.strip() == "1.0", done.stderr[-2000:]
 
 
+def test_a_callback_has_its_own_facts_and_may_raise_anything(tmp_path, model_folder):
+    class Clears(vlm_sapo.Callback):
+        def on_evaluation(self, step, name, metrics):
+            metrics["ci95"].clear()
+
+    class Ends(vlm_sapo.Callback):
+        def on_evaluation(self, step, name, metrics):
+            assert len(metrics["ci95"]) == 2
+
+        def on_step(self, step, metrics):
+            raise StopIteration("no more")
+
+    rows = {"dataset": memory(4), "eval_dataset": memory(2), "reward": "math"}
+    with pytest.raises(StopIteration, match="no more") as failure:
+        vlm_sapo.train(config(tmp_path, model_folder(), steps=2), **rows, callbacks=[Clears(), Ends()])
+    assert "raised by" in failure.value.__notes__[0]
+
+
 @pytest.mark.parametrize("callbacks", [Events(), [Events], [object()], [print]])
 def test_what_is_no_callback_is_refused(callbacks, tmp_path, model_folder):
     with pytest.raises(ValueError, match="must be a list of objects of subclasses of vlm_sapo.Callback"):
@@ -384,3 +404,51 @@ def test_a_broken_image_of_a_dataset_is_an_error_of_its_row():
     )
     rows = usable_rows(broken.cast_column("image", datasets.Image()), "dataset")
     assert rows[0]["image"]["bytes"] == b"no" and fingerprint_rows(rows)
+
+
+PROGRAM = """
+from functools import lru_cache
+
+def weight(word):
+    return {factor}
+
+def by_generator(response, example):
+    return sum(weight(word) for word in response.split())
+
+def by_inner(response, example):
+    return (lambda: (lambda word: weight(word))(response))()
+
+@lru_cache
+def cached(word):
+    return weight(word)
+
+def by_cache(response, example):
+    return cached(response)
+
+class Base:
+    __slots__ = ("factor",)
+
+    def score(self):
+        return weight("a") * self.factor
+
+class Whole(Base):
+    def __call__(self, response, example):
+        return self.score()
+
+def by_slots(value):
+    whole = Whole()
+    whole.factor = value
+    return whole
+"""
+
+
+def test_fingerprints_cover_what_a_function_uses_of_its_program():
+    def program(factor):
+        names = {"__name__": "__main__"}
+        exec(PROGRAM.format(factor=factor), names)
+        functions = [names[name] for name in ("by_generator", "by_inner", "by_cache")]
+        return [*functions, names["by_slots"](1), names["by_slots"](2)]
+
+    one, again, other = (list(map(fingerprint_function, program(factor))) for factor in (1, 1, 2))
+    assert one == again and len(set(one)) == len(one)
+    assert not set(one) & set(other)

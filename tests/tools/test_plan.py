@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from tests.conftest import CORPUS, FAMILIES, SHARED
+from tests.conftest import CORPUS, FAMILIES, ROOT, SHARED
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes, load
@@ -24,6 +24,7 @@ from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.tools.plan import memory, passes, simulate
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.estimate import Estimator
+from vlm_sapo.tools.plan.kernels import CHUNK, chunk_gated_delta_rule
 from vlm_sapo.tools.plan.launch import launch_commands, quote
 from vlm_sapo.tools.plan.memory import GB, UNSHARDED, Gpus, ParameterSpec
 from vlm_sapo.tools.plan.nearest import Change, _generation_changes, _model_changes, nearest
@@ -548,3 +549,39 @@ def test_a_shipped_config_fits_on_its_gpus(name, shape):
     check_processes(config, gpus.count)
     estimate = Estimator(config, gpus).estimate()
     assert estimate.fits, estimate
+    [row] = [line for line in (ROOT / "configs/README.md").read_text().splitlines() if f"[`{name}`]" in line]
+    written = [float(number) for cell in row.split("|")[7:9] for number in cell.split("/")]
+    sizes = (estimate.totals["training"], estimate.totals["generating"], estimate.host_total)
+    assert written == pytest.approx([size / GB for size in sizes], abs=0.6)
+
+
+def test_linear_attention_takes_what_a_gpus_kernel_does(model_folder):
+    """It keeps normed queries and keys with their norms, values, gates, betas, a weight per token and place in
+    its chunk, and the state; nothing of each chunk."""
+    sequences, tokens, heads, size, wide, high = 2, 100, 2, 8, 4, 16
+    with simulate.Simulation(), MemoryCounter() as counter:
+        query, key = (
+            torch.empty(sequences, tokens, heads, size, dtype=torch.bfloat16, requires_grad=True)
+            for _ in "qk"
+        )
+        value = torch.empty(sequences, tokens, wide, high, dtype=torch.bfloat16, requires_grad=True)
+        gate, beta = (torch.empty(sequences, tokens, wide, requires_grad=True) for _ in "gb")
+        state = torch.empty(sequences, wide, size, high, requires_grad=True)
+        before = counter.live
+        output, after = chunk_gated_delta_rule(query, key, value, gate, beta, initial_state=state)
+        saved = (
+            2 * query.numel() * 2
+            + 2 * query.numel() // size * 4
+            + gate.numel() * 4
+            + gate.numel() * CHUNK * 2
+        )
+        assert counter.live - before == saved + output.nbytes + after.nbytes
+        (output.sum() + after.sum()).backward()
+        for tensor in (query, key, value, gate, beta, state):
+            assert tensor.grad.shape == tensor.shape
+    path = str(model_folder("qwen3_5"))
+    half, whole = (
+        passes.training_memory(ModelSpec(path, dtype, False, False), BATCH)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half.activations < 0.45 * whole.activations  # more than half the bytes of each element are gone

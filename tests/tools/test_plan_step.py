@@ -201,6 +201,10 @@ def test_what_a_config_changes(tiny):
     kinds = ("folder", "nccl")
     servers = [tiny(f"rollout.engine={{type: vllm_server, weights: {kind}}}") for kind in kinds]
     assert step(servers[0]).sync > step(servers[1]).sync > 0
+    engine = "rollout.engine={{type: vllm_server, weights: {}, servers: ['http://127.0.0.1:8000', 'http://127.0.0.1:8001']}}"
+    assert step(tiny(engine.format("nccl"))).sync == pytest.approx(2 * step(servers[1]).sync, rel=1e-6)
+    adapters = (engine.format("folder"), "model.lora={rank: 4}", "train.precision=bf16")
+    assert step(tiny(*adapters)).sync < 0.2 * step(tiny(*adapters, "rollout.engine.adapter=merged")).sync
     assert step(tiny(), card="RTX 4090").update > plain.update
     assert step(tiny(), gpus="2x80GB").sampling < plain.sampling
 

@@ -50,6 +50,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a file holds. Raises ValueError naming the file."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} must be a YAML file; {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} must be valid YAML; {error.__cause__ or error}") from error
     if not isinstance(values, dict):

@@ -111,9 +111,15 @@ class Change:
     after: Any
     harmless: bool
     """Whether a run with the new value is still the same run."""
+    reason: str = ""
+    """Why it isn't, where that is not plain."""
 
     def __str__(self) -> str:
-        return f"{self.field}: {one_line(self.before, MAX_CHANGE)} -> {one_line(self.after, MAX_CHANGE)}"
+        section, _, name = self.field.rpartition(".")
+        if name == "fingerprint":
+            return f"{section}: the rows or the function that the program passes here have changed"
+        text = f"{self.field}: {one_line(self.before, MAX_CHANGE)} -> {one_line(self.after, MAX_CHANGE)}"
+        return f"{text} ({self.reason})" if self.reason and not self.harmless else text
 
 
 def differences(before: str, after: str) -> list[Change]:
@@ -122,8 +128,9 @@ def differences(before: str, after: str) -> list[Change]:
     free = free_on_resume()
     if new["train"].get("schedule") == "constant":  # the length of a run then changes no step of it
         free |= {"train.steps"}
+    reasons = {"train.steps": f"which train.schedule={new['train'].get('schedule')} depends on"}
     return [
-        Change(field, old, value, belongs(field, free))
+        Change(field, old, value, belongs(field, free), reasons.get(field, ""))
         for field, old, value in _differing(parse(before), new)
     ]
 

@@ -31,6 +31,7 @@ class Split:
     """Different images of the rows that are held out."""
     trained_images: int
     """Different images of the others; no image is counted twice."""
+    unreadable: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def split(
     images = [
         {mark for row in side for mark in marks[row] if mark[0] == "image"} for side in _sides(rows, marks)
     ]
-    return Split({task: sorted(indices) for task, indices in rows.items()}, *map(len, images))
+    unreadable = [(task, n) for task, examples in tasks.items() for n in range(len(examples))]
+    unreadable = [row for row in unreadable if row not in marks]
+    return Split({task: sorted(indices) for task, indices in rows.items()}, *map(len, images), unreadable)
 
 
 def _choose(groups: Sequence[Sequence[Row]], goals: Mapping[str, int]) -> list[Row]:

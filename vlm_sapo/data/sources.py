@@ -28,7 +28,15 @@ def build_examples(section: RowsConfig, *, task: str | None = None) -> ExampleSe
 
 def build_tasks(data: DataConfig) -> dict[str, ExampleSet]:
     """The training rows of each task, also those that `data.holdout` holds out."""
-    return {task.task: build_examples(task) for task in data.tasks}
+    if not data.mixture:
+        return {task.task: build_examples(task) for task in data.tasks}
+    tasks = {}
+    for number, task in enumerate(data.mixture):
+        try:
+            tasks[task.task] = build_examples(task)
+        except ValueError as error:
+            raise ValueError(f"data.mixture.{number} ({task.task}): {error}") from error
+    return tasks
 
 
 def build_stream(

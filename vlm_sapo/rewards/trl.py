@@ -88,9 +88,14 @@ class TrlReward:
 
 
 def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The rows' columns as lists; None for a row that lacks one."""
+    """The rows' columns as lists; None for a row that lacks one. Where no row has a column of these names,
+    `answer` and `problem` are what the rows' columns were read as."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
-    return {name: [example.columns.get(name) for example in examples] for name in names}
+    read = {
+        "answer": [example.answer for example in examples],
+        "problem": [example.problem for example in examples],
+    }
+    return read | {name: [example.columns.get(name) for example in examples] for name in names}
 
 
 def _is_conversation(example: Example) -> bool:

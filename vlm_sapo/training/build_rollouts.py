@@ -40,7 +40,11 @@ def build_tasks(config: Config, processes: Processes) -> TaskRows:
         if size is None:
             return None
         with processes.console.progress("split by image", sum(map(len, tasks.values())), lines=2) as show:
-            return split(tasks, size, lambda done: show(done, "rows"))
+            parts = split(tasks, size, lambda done: show(done, "rows"))
+        if parts.unreadable and config.data.on_error == "stop":  # now, and not when it is drawn
+            task, row = parts.unreadable[0]
+            _ = tasks[task][row]
+        return parts
 
     return apply(processes.world.on_main(work), tasks, mixture=bool(config.data.mixture))
 

@@ -115,6 +115,12 @@ def _open(
 def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
     """Warns of changes of the config with which a run is resumed. Raises ValueError if they can't be
     accepted."""
+    for change in changes:
+        if isinstance(change.before, str) and _is_gone(change.before, str(change.after)):
+            raise ValueError(
+                f"{change.field} ({change.before}) isn't there any more, and the run in {folder.path} needs "
+                "it; put it back, or name another one with run.accept_changes=true"
+            )
     refused = [str(change) for change in changes if not change.harmless]
     if refused and not accept_all:
         raise ValueError(
@@ -142,6 +148,13 @@ def _accept(changes: list[Change], folder: RunFolder, console: Console, *, accep
                 "(checkpoint.every=0); choose another run.dir, or start over with run.overwrite=true"
             )
         folder.unfinish()
+
+
+def _is_gone(before: str, after: str) -> bool:
+    """Whether a path, or `FILE.py:NAME`, was absolute and now can't be looked up, so that it stays as it is
+    written."""
+    path, now = (Path(re.sub(r"(\.py):\w+$", r"\1", text)) for text in (before, after))
+    return path.is_absolute() and path.name == now.name and not now.is_absolute() and not path.exists()
 
 
 def _drop_unfinished(folder: RunFolder) -> None:

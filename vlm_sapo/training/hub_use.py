@@ -96,7 +96,8 @@ def say_finished(config: Config, folder: RunFolder, console: Console) -> None:
     """Says what can be done with a run that is finished already."""
     push_it = f"; to push its model: {_push_command(folder)}" if config.hub.push else ""
     console.say(
-        f"this run is finished; start it over with run.overwrite=true, or choose another run.dir{push_it}"
+        "this run is finished; raise train.steps to go on, start it over with run.overwrite=true, or choose "
+        f"another run.dir{push_it}"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sapo.config.fields import belongs
-from vlm_sapo.config.files import parse
+from vlm_sapo.config.files import read_mapping
 from vlm_sapo.config.schema import report_fields
 from vlm_sapo.evaluation.samples import SAMPLES
 from vlm_sapo.reporting.console import duration
@@ -128,7 +128,7 @@ def _run(path: Path, groups: int, images: EmbeddedImages) -> dict[str, Any]:
             else "there is no such folder"
         )
         raise ValueError(f"{path} must be the folder of a run or of an evaluation; {reason}")
-    config = parse((path / "config.yaml").read_text(encoding="utf-8"))
+    config = read_mapping(path / "config.yaml")
     evaluations, summary = folder.evaluations(), folder.summary()
     comparisons = _compare_ends(path, evaluations)
     findings = [*describe_results(evaluations, comparisons), *describe_training(metrics, config)]

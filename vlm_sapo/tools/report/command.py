@@ -20,6 +20,10 @@ def report_command(folders: Sequence[Path], out: Path, *, groups: int | None, wa
     if not watch:
         data = collect(folders, groups)
         text = render(data)
+        if out.is_dir():
+            raise ValueError(
+                f"--out ({out}) must be a file, and it is a folder; add a name such as page.html"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
         sources = data.get("runs") or data["evaluations"]

@@ -1,0 +1,63 @@
+"""A resumed run reads the rows and the Python files that it began with."""
+
+import json
+import re
+
+import pytest
+
+from tests.training.conftest import short_run
+from vlm_sapo.training.trainer import train
+
+REWARD = "def mine(response, example):\n    return float(len(response) % 2 == {remainder})\n"
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """`run(steps)` trains, or goes on, on rows.jsonl with the reward in mine.py."""
+
+    def go(steps: int, *overrides: str) -> dict:
+        common = (
+            f"data={{source: {tmp_path}/rows.jsonl}}",
+            f"reward={tmp_path}/mine.py:mine",
+            "eval.data=null",
+        )
+        return train(short_run(tmp_path, model_folder(), *common, f"train.steps={steps}", *overrides))
+
+    write_rows(tmp_path, 8)
+    (tmp_path / "mine.py").write_text(REWARD.format(remainder=0))
+    go(1)
+    return go
+
+
+def write_rows(folder, count: int) -> None:
+    rows = [{"problem": f"{n} + 1", "answer": str(n + 1)} for n in range(count)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("changed", ["rows", "reward"])
+def test_what_changed_is_named(run, tmp_path, changed, capsys):
+    if changed == "rows":
+        write_rows(tmp_path, 9)
+        words = f"the rows of {tmp_path}/rows.jsonl"
+    else:
+        (tmp_path / "mine.py").write_text(REWARD.format(remainder=1))
+        words = f"the file {tmp_path}/mine.py"
+    with pytest.raises(ValueError, match=rf"{re.escape(words)} changed since the run in .* read them"):
+        run(2)
+    assert run(2, "run.accept_changes=true")["steps"] == 2
+    assert f"this run continues although {words} changed" in capsys.readouterr().out
+    assert run(3)["steps"] == 3  # the new ones are known now
+
+
+def test_what_is_gone_is_named(run, tmp_path):
+    (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(ValueError, match=r"data.source \(.*rows.jsonl\)"):
+        run(2)
+
+
+def test_a_file_beside_the_config_that_is_gone_is_named(run, tmp_path, monkeypatch):
+    """A path that can't be looked up stays relative, which is no other config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").rename(tmp_path / "renamed.py")
+    with pytest.raises(ValueError, match=r"reward.parts.0.name \(.*/mine.py:mine\) isn't there any more"):
+        run(2, "reward=mine.py:mine")
