@@ -260,7 +260,7 @@ def test_trls_signature_gets_messages_where_the_prompt_has_them():
 
 def test_a_missing_column_is_named():
     [verdict, _] = graded(lambda completions, solutoin: [0.0, 0.0], columns={"solution": "2"})
-    assert "asks for `solutoin`, which is no column of these rows; they have solution" in verdict.detail
+    assert "asks for `solutoin`, which is no column of these rows; they have answer, problem, solution" in verdict.detail
 
 
 def test_an_async_function_of_trls_signature_is_refused():
