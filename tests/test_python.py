@@ -24,7 +24,7 @@ from vlm_sapo.data.sources import build_examples
 from vlm_sapo.fingerprint import fingerprint_function, fingerprint_rows
 from vlm_sapo.plugins import passing
 from vlm_sapo.rewards.functions import config_parts
-from vlm_sapo.rewards.parts import build_part
+from vlm_sapo.rewards.parts import RewardError, build_part
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.types import Example, ResponseText
 
@@ -200,6 +200,7 @@ def test_a_failure_after_the_last_step_is_raised_too(tmp_path, model_folder):
     [
         ({"dataset": (row for row in memory(2))}, r"dataset \(generator\) must have a length; pass list"),
         ({"dataset": []}, "dataset must have rows; it is empty"),
+        ({"dataset": [*memory(2), "three"]}, "dataset must have mappings as rows; row 2 is str"),
         ({"dataset": {"train": memory(2)}}, "must be one list of rows; pass one of train"),
         ({"dataset": ["text"]}, "must have mappings .* its first is str"),
         ({"dataset": {1, 2}}, r"df.to_dict\('records'\)"),
@@ -260,7 +261,10 @@ def test_trls_signature_gets_messages_where_the_prompt_has_them():
 
 def test_a_missing_column_is_named():
     [verdict, _] = graded(lambda completions, solutoin: [0.0, 0.0], columns={"solution": "2"})
-    assert "asks for `solutoin`, which is no column of these rows; they have answer, problem, solution" in verdict.detail
+    assert (
+        "asks for `solutoin`, which is no column of these rows; they have answer, problem, solution"
+        in verdict.detail
+    )
 
 
 def test_an_async_function_of_trls_signature_is_refused():
@@ -338,6 +342,16 @@ def test_values_of_the_programs_own_classes_are_the_same_class_in_workers(tmp_pa
         [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.strip() == "1.0", done.stderr[-2000:]
+
+
+def test_a_column_that_cannot_be_sent_is_named(tmp_path, model_folder):
+    rows = [row | {"lock": threading.Lock()} for row in memory(4)]
+    with pytest.raises(
+        RewardError, match=r"row .*: column lock \(lock\) cannot be sent to the reward's processes"
+    ):
+        vlm_sapo.train(
+            config(tmp_path, model_folder(), steps=1), dataset=rows, reward=lambda response, example: 1.0
+        )
 
 
 def test_a_callback_has_its_own_facts_and_may_raise_anything(tmp_path, model_folder):

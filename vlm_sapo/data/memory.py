@@ -36,4 +36,10 @@ def usable_rows(rows: Any, argument: str) -> Sequence[Row]:
             f"{argument} must have mappings such as {{'problem': ..., 'answer': ..., 'images': [...]}} as "
             f"rows; its first is {type(first).__name__}"
         )
+    if isinstance(rows, list):
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"{argument} must have mappings as rows; row {number} is {type(row).__name__}"
+                )
     return rows

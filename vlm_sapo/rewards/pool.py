@@ -46,6 +46,8 @@ from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
 CHUNK_SIZE = 16
 """Responses that a worker grades with built-in verifiers in one task."""
+UNPICKLABLE = (PicklingError, TypeError, AttributeError)
+"""What pickling raises for a value that can't go to another process."""
 CACHE_SIZE = 10_000
 """Verdicts that are cached."""
 CACHED_OUTCOMES = ("graded", "no_answer", "outside", "bad_gold", "not_applicable")
@@ -104,6 +106,22 @@ def _grade_part(sent: Sequence[Item] | bytes, number: int, timeout: float) -> li
 
 def _unpacked(sent: Sequence[Item] | bytes) -> Sequence[Item]:
     return cloudpickle.loads(sent) if isinstance(sent, bytes) else sent
+
+
+def _unsendable(items: Sequence[Item], error: Exception) -> RewardError:
+    """The error for items of which one can't be pickled; it names row and column if they are known."""
+    where = "a row"
+    for _, example in items:
+        for name, value in example.columns.items():
+            try:
+                cloudpickle.dumps(value)
+            except UNPICKLABLE:
+                where = f"{example.label}: column {name} ({type(value).__name__})"
+                break
+    return RewardError(
+        f"{where} cannot be sent to the reward's processes ({error}); columns must be plain values: leave it "
+        "out of the rows, or create it in the reward function"
+    )
 
 
 def items_of(prompt: Prompt, responses: Sequence[Response]) -> list[Item]:
@@ -178,7 +196,10 @@ class RewardPool:
         self, function: Callable[..., list], items: Sequence[Item], *args: Any, limit: float | None = None
     ) -> Future:
         """Runs a function on items in a worker, for at most `limit` seconds."""
-        sent = cloudpickle.dumps(items) if self.passed else items
+        try:
+            sent = cloudpickle.dumps(items) if self.passed else items
+        except UNPICKLABLE as error:
+            raise _unsendable(items, error) from error
         return self._pool.schedule(function, args=(sent, *args), timeout=limit or self.timeout)
 
     def remember(self, verdicts: Mapping[Key, list[Verdict]]) -> None:
@@ -365,10 +386,8 @@ class Scoring:
             return future.result()
         except (TimeoutError, ProcessExpired):
             return None
-        except (PicklingError, TypeError, AttributeError) as error:  # a function's own errors are verdicts
-            raise RewardError(
-                f"a row cannot be sent to the reward's processes ({error}); its columns must be plain values"
-            ) from error
+        except UNPICKLABLE as error:  # a function's own errors are verdicts
+            raise _unsendable([], error) from error
 
     def _lost_verdict(self, future: Future) -> Verdict:
         error = future.exception()

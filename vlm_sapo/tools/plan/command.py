@@ -52,6 +52,7 @@ def plan_command(
     fits = best.estimate.fits
     _print(config, best.estimate, console)
     if not fits:
+        console.say("looking for the nearest setting that fits, which may take two minutes")
         best = nearest(name, overrides, gpus)
         console.say(f"the nearest setting that fits, with {_totals(best.estimate)}:")
         console.say(f"    {quote(best.overrides)}")
