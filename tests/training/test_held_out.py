@@ -136,6 +136,8 @@ def test_supervised_training_holds_rows_out_too(model_folder, tmp_path):
     config = short_run(tmp_path, model_folder(), *options, "train.steps=1", kind=cfg.SftConfig)
     summary = sft(config)
     assert summary["eval_after/held-out/figures"]["n"] == 3
+    alone = ("run.name=alone", f"run.dir={tmp_path}/alone", "data.holdout=null", "reward.parts=[]")
+    assert sft(short_run(tmp_path, model_folder(), *options, *alone, kind=cfg.SftConfig))["steps"] == 4
     with pytest.raises(
         ValueError, match="data.holdout needs a reward; set reward.parts, or remove data.holdout"
     ):

@@ -154,11 +154,10 @@ def build_evaluation_sets(config: Config, rows: TaskRows) -> list[EvaluationSet]
         min_p=section.min_p,
     )
     held_out = [*rows.held_out.items(), *((item.task, data.build_examples(item)) for item in section.data)]
-    measure = Measure(section.part or config.reward.measured)
-    sets = [
-        EvaluationSet(name, examples, sampling, measure, of_training=name in rows.held_out)
-        for name, examples in held_out
-    ]
+    sets = []
+    for name, examples in held_out:  # a config without any may have no reward
+        measure = Measure(section.part or config.reward.measured)
+        sets.append(EvaluationSet(name, examples, sampling, measure, of_training=name in rows.held_out))
     for item in benchmarks_of(config):
         longer = replace(sampling, max_tokens=item.max_tokens)
         parts = None if item.graded_by_run else item.parts
