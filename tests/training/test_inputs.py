@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.training.conftest import short_run
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.training.trainer import train
 
 REWARD = "def mine(response, example):\n    return float(len(response) % 2 == {remainder})\n"
@@ -61,3 +62,19 @@ def test_a_file_beside_the_config_that_is_gone_is_named(run, tmp_path, monkeypat
     (tmp_path / "mine.py").rename(tmp_path / "renamed.py")
     with pytest.raises(ValueError, match=r"reward.parts.0.name \(.*/mine.py:mine\) isn't there any more"):
         run(2, "reward=mine.py:mine")
+
+
+def test_evaluations_are_graded_alike_by_the_same_code_anywhere(model_folder, tmp_path):
+    """And differently by other code in the same place."""
+
+    def settings(folder, remainder: int) -> str:
+        folder.mkdir(exist_ok=True)
+        write_rows(folder, 4)
+        (folder / "mine.py").write_text(REWARD.format(remainder=remainder))
+        rows = f"{{source: {folder}/rows.jsonl}}"
+        common = (f"data={rows}", f"reward={folder}/mine.py:mine", f"eval.data={rows}", "run.overwrite=true")
+        train(short_run(folder, model_folder(), *common, "train.steps=1"))
+        return RunFolder(folder / "run").read("evaluations.jsonl")[0]["settings"]
+
+    one, other = settings(tmp_path / "a", 0), settings(tmp_path / "b", 0)
+    assert one == other and settings(tmp_path / "a", 1) != one

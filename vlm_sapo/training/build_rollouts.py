@@ -24,6 +24,7 @@ from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.rollout.sampler import PrefetchedSampler, Rollouts, Sampler
 from vlm_sapo.training.build_policy import Config, Purpose
+from vlm_sapo.training.inputs import by_content
 from vlm_sapo.training.launch import Processes
 from vlm_sapo.types import RowError, Sampling
 
@@ -134,9 +135,10 @@ def build_rollouts(
 def _fingerprints(item: EvaluationSet, of_run: Sequence[dict]) -> dict[str, str]:
     """The hashes of a set's rows and of how it is measured; `of_run` are the parts of the run's reward."""
     graded = [item.measure.part, item.measure.official, item.measure.by, item.parts or of_run]
+    settings = by_content([item.examples.reading, *graded])
     return {
         "rows": item.examples.fingerprint(),
-        "settings": fingerprint_settings(asdict(item.sampling), item.examples.reading, *graded),
+        "settings": fingerprint_settings(asdict(item.sampling), *settings),
     }
 
 

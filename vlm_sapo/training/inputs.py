@@ -41,8 +41,23 @@ def read_inputs(config: Config, rows: TaskRows) -> dict[str, str]:
     sections = config.model_dump(mode="json")
     for name in _texts([sections[key] for key in SECTIONS if key in sections]):
         if (path := _python_file(name)) is not None:
-            hashes[f"the file {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            hashes[f"the file {path}"] = _hash(path)
     return hashes
+
+
+def by_content(value: Any) -> Any:
+    """A value of a config with each Python file that it names by what is in it instead of where it is."""
+    if isinstance(value, Mapping):
+        return {key: by_content(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [by_content(item) for item in value]
+    if isinstance(value, str) and (path := _python_file(value)) is not None:
+        return f"{value.rpartition(':')[2]} of {_hash(path)}"
+    return value
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def check_inputs(inputs: Mapping[str, str], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
