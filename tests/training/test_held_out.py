@@ -2,14 +2,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from tests.training.conftest import short_run
 from vlm_sapo.cli import _report
 from vlm_sapo.config import schema as cfg
+from vlm_sapo.evaluation.periodic import Evaluator
+from vlm_sapo.evaluation.samples import SampleFile
+from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.training.sft import sft
 from vlm_sapo.training.trainer import train
+from vlm_sapo.types import RowError
 
 SHAPES = "{{source: 'data/shapes.py:rows', args: {{split: {split}, size: {size}}}, name: {name}}}"
 TWO = f"[{SHAPES.format(split='test', size=3, name='small')}, {SHAPES.format(split='validation', size=2, name='other')}]"
@@ -123,6 +128,35 @@ def test_other_rows_are_not_held_out_of_a_run_that_may_have_trained_on_them(mode
     assert summary["not_evaluated_before"] == ["held-out"]
     assert summary["eval_after/held-out"]["n"] == 8
     assert "held-out is evaluated on other rows than before" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_read_stops_the_run_at_the_split(model_folder, tmp_path):
+    """And not when it is drawn, after hours."""
+    rows = [{"problem": f"{n} + 1", "answer": str(n + 1)} for n in range(20)]
+    rows.append({"problem": "<image>What is it?", "answer": "2", "image": "gone.png"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = (f"data={{source: {tmp_path}/rows.jsonl, holdout: 4}}", "eval.data=null", "train.steps=1")
+    with pytest.raises(RowError, match="row 20 of .*gone.png does not exist"):
+        train(short_run(tmp_path, model_folder(), *options))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert train(short_run(tmp_path, model_folder(), *options, "data.on_error=skip"))["steps"] == 1
+
+
+def test_a_set_that_changed_leaves_the_samples_of_others(tmp_path):
+    """Also of one whose evaluation was interrupted."""
+
+    def item(name: str, settings: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, fingerprints={"rows": "r", "settings": settings})
+
+    folder = RunFolder(tmp_path)
+    for name in ("one", "changed"):
+        folder.append("evaluations.jsonl", {"step": 2, "name": name, "rows": "r", "settings": "s"})
+    samples = SampleFile(tmp_path / "evaluations/step_000002", "any")
+    samples.add([{"benchmark": name, "row": 0} for name in ("one", "changed", "interrupted")])
+    sets = [item("one", "s"), item("changed", "t"), item("interrupted", "s")]
+    evaluator = Evaluator(sets, 1, folder, *[None] * 7)
+    assert evaluator._done(2, samples.folder) == ["one"]
+    assert [row["benchmark"] for row in records(samples.folder, "samples.jsonl")] == ["one", "interrupted"]
 
 
 def test_supervised_training_holds_rows_out_too(model_folder, tmp_path):

@@ -32,6 +32,7 @@ class Split:
     trained_images: int
     """Different images of the others; no image is counted twice."""
     unreadable: Sequence[Row] = ()
+    """Rows that can't be read."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def split(
     Rows that share an image stay together, whatever their task and the image's file format, and so do rows
     without images that have the same problem. The order in which such groups are held out is that of a hash
     of their content: it depends neither on a seed nor on the order of the rows. A group that would exceed the
-    size is left to training. Rows that can't be read are left to training
-    too, and don't count.
+    size is left to training. Rows that can't be read are left to training too, and don't count.
     Raises ValueError where one side would be empty, and RowError where no row of a task can be read.
     """
     for task, examples in tasks.items():

@@ -12,7 +12,7 @@ from vlm_sapo.data.rows import ExampleSet
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import OUTSIDE, Measure
-from vlm_sapo.evaluation.samples import SampleFile, drop_samples
+from vlm_sapo.evaluation.samples import SAMPLES, SampleFile, drop_samples
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
@@ -106,8 +106,8 @@ class Evaluator:
         done = [record["name"] for record in logged if record["name"] not in changed]
         if not done:
             shutil.rmtree(folder, ignore_errors=True)
-        elif changed:
-            drop_samples(folder, set(done))
+        elif changed and (folder / SAMPLES).is_file():
+            drop_samples(folder, {*done, *(item.name for item in self.sets)} - changed)
         return done
 
     def _say(self, title: str, result: dict) -> None:
