@@ -524,6 +524,18 @@ def test_the_exit_code_says_whether_a_config_fits(tiny):
     assert isinstance(result.exception, ValueError)
 
 
+def test_an_engine_over_more_gpus_than_there_are_is_refused(tiny):
+    engine = "rollout.engine={type: vllm, tensor_parallel: 2}"
+    with pytest.raises(ValueError, match=r"tensor_parallel \(2\) takes more GPUs than the one that trains"):
+        plan_command(tiny, [engine], parse_gpus("1x80GB"), None)
+
+
+def test_a_server_without_a_port_has_that_of_its_url(tiny):
+    engine = "rollout.engine={type: vllm_server, servers: ['http://10.0.0.5']}"
+    [serve, _] = launch_commands(load(cfg.TrainConfig, tiny, [engine]), parse_gpus("1x80GB"), ["c"])
+    assert serve.endswith("--host 10.0.0.5 --port 80")
+
+
 def test_a_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(ValueError, match="must be a folder with a config.json or a hub id"):
         simulate.read_config(str(tmp_path))

@@ -82,12 +82,12 @@ def plan_command(
 
 
 def _check_engine(config: TrainConfig, gpus: Gpus) -> None:
-    """Raises ValueError for an engine that is spread over more GPUs than a node's processes have."""
+    """Raises ValueError for an engine on more GPUs than the one that trains, which isn't counted."""
     engine = config.rollout.engine
-    if isinstance(engine, VllmConfig) and gpus.per_node % engine.tensor_parallel:
+    if isinstance(engine, VllmConfig) and engine.tensor_parallel > gpus.count:
         raise ValueError(
-            f"rollout.engine.tensor_parallel ({engine.tensor_parallel}) must divide the {gpus.per_node} GPUs "
-            "of a node (--gpus)"
+            f"rollout.engine.tensor_parallel ({engine.tensor_parallel}) takes more GPUs than the one that "
+            "trains, and plan counts only that; set it to 1, or plan rollout.engine=vllm_server"
         )
 
 

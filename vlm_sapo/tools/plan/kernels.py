@@ -39,7 +39,8 @@ class GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output, after):
-        """The gradients of all inputs."""
+        """The gradients of all inputs. What the kernel holds at once gets a name, so that it counts until it
+        is deleted."""
         query, key, _, _, value, sums, beta, weights, state = ctx.saved_tensors
         projected, updated, _ = _intra(key, value, weights)
         _, values = _states(key, value)

@@ -196,10 +196,10 @@ def generation_memory(spec: ModelSpec, batch: BatchSpec, prompts_per_batch: int)
     responses that are all of full length."""
     mode, vlm = simulated_model(spec)
     row = max(1, PREFILL_TOKENS // batch.prompt)
-    few = prompts_per_batch if prompts_per_batch <= 2 * row else row
+    few, several = (row, 2 * row) if prompts_per_batch > 2 * row else (prompts_per_batch, prompts_per_batch)
     with mode, _kernels(vlm, spec), torch.no_grad():
         vlm.eval()
-        prompts = [simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(2 * few)]
+        prompts = [simulate.synthetic_prompt(vlm, batch.prompt, batch.image) for _ in range(several)]
         with MemoryCounter() as counter, _autocast(spec):
             first = next(BranchGrid.of(as_contexts(prompts[:few]), batch.group).split(PREFILL_TOKENS))
             vlm.vision([context.prompt for context in first.contexts])
