@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 
 from vlm_sapo.evaluation.results import RESAMPLES
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.reporting.run_folder import EVALUATIONS, RunFolder
+from vlm_sapo.reporting.run_folder import EVALUATIONS, RunFolder, measured_alike
 from vlm_sapo.tools.report.findings import describe_comparisons
 from vlm_sapo.tools.report.page import EmbeddedImages, render
 from vlm_sapo.tools.report.samples import Samples, mean_score, problem_item, read_samples
@@ -131,8 +131,7 @@ def find_differences(one: Path, other: Path, first: Samples, second: Samples) ->
                 f"{name}: {len(a.keys() & b.keys())} problems are in both, of {len(a)} in A and {len(b)} in B"
             )
     for name in (name for name in first if name in second):
-        a, b = (_measured(folder).get(name, {}).get("settings") for folder in (one, other))
-        if a is not None and b is not None and a != b:
+        if not set_up_alike(*(_measured(folder).get(name, {}) for folder in (one, other))):
             notes.append(f"{name}: {OTHER_SETTINGS}")
     settings_a, settings_b = _settings(one), _settings(other)
     for name in (name for name in settings_a if name in settings_b):
@@ -142,6 +141,11 @@ def find_differences(one: Path, other: Path, first: Samples, second: Samples) ->
             values = ", ".join(f"{key} {a[key]} and {b.get(key)}" for key in keys)
             notes.append(f"{name}: A and B differ in {values}")
     return notes
+
+
+def set_up_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two records of evaluations were sampled and graded alike, whatever their rows."""
+    return measured_alike(dict(first) | {"rows": None}, second)
 
 
 def _measured(folder: Path) -> dict[str, dict]:

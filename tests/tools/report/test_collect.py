@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.tools.report.conftest import HOSTILE
 from tests.training.conftest import short_run
+from vlm_sapo import report
 from vlm_sapo.cli import app
 from vlm_sapo.rewards.verifiers.boxes import shown
 from vlm_sapo.tools.report import command, page
@@ -162,6 +163,20 @@ def test_an_evaluation_alone_has_a_page(runs, tmp_path):
     assert data["settings"]["held-out"] == {"model": "m", "seed": "7", "samples": "1", "limit": "6"}
     assert [len(data["items"]), data["problems"]] == [4, 6]
     assert data["items"][0]["subsets"] == {"kind": "a"} and "when" not in data["items"][0]["responses"][0]
+
+
+def test_what_cannot_be_reported_is_said(runs, tmp_path):
+    with pytest.raises(ValueError, match=r"report\(\) needs the folder of a run"):
+        report()
+    with pytest.raises(ValueError, match=r"--out \(.*\) must be a file, and it is a folder"):
+        report(runs[0], out=tmp_path)
+    page = report(runs[0], out=tmp_path / "page.html", groups=1)
+    shown = data_of(page.read_text())["runs"][0]["items"]
+    assert len([item for item in shown if item["kind"] != "evaluation"]) == 1
+    shutil.copytree(runs[0], tmp_path / "copy")
+    (tmp_path / "copy/config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"config.yaml must be a YAML file; No such file"):
+        collect([tmp_path / "copy"])
 
 
 def test_runs_and_evaluations_are_on_pages_of_their_own(runs):

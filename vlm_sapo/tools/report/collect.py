@@ -15,8 +15,8 @@ from vlm_sapo.config.files import read_mapping
 from vlm_sapo.config.schema import report_fields
 from vlm_sapo.evaluation.samples import SAMPLES
 from vlm_sapo.reporting.console import duration
-from vlm_sapo.reporting.run_folder import RunFolder, measured_alike
-from vlm_sapo.tools.compare import OTHER_SETTINGS, Comparison, compare
+from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.tools.compare import OTHER_SETTINGS, Comparison, compare, set_up_alike
 from vlm_sapo.tools.report.evaluation import collect_evaluation
 from vlm_sapo.tools.report.findings import (
     WINDOW,
@@ -27,7 +27,7 @@ from vlm_sapo.tools.report.findings import (
     describe_training,
 )
 from vlm_sapo.tools.report.page import EmbeddedImages
-from vlm_sapo.tools.report.samples import Key, problem_item, read_samples
+from vlm_sapo.tools.report.samples import Samples, problem_item, read_samples
 
 GROUPS, PROBLEMS = 100, 1000
 """Groups of a run and problems of an evaluation that a page shows, unless told otherwise."""
@@ -75,7 +75,7 @@ def _between(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sentences on how the last evaluation of each further run differs from the first run's."""
     last = [_last_records(run["evaluations"]) for run in runs]
     samples = [
-        {name: _samples_of(Path(run["folder"]), record) for name, record in records.items()}
+        _samples_of(Path(run["folder"]), list(records.values()))
         for run, records in zip(runs, last, strict=True)
     ]
     findings = []
@@ -89,7 +89,7 @@ def _between(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         findings += [
             Finding("look", f"{name}: {OTHER_SETTINGS}.")
             for name in records.keys() & last[0].keys()
-            if not measured_alike(last[0][name] | {"rows": None}, records[name])
+            if not set_up_alike(last[0][name], records[name])
         ]
     return [finding._asdict() for finding in findings]
 
@@ -99,11 +99,11 @@ def _last_records(evaluations: Sequence[dict]) -> dict[str, dict]:
     return {record["name"]: record for record in evaluations}
 
 
-def _samples_of(path: Path, record: Mapping[str, Any]) -> dict[Key, dict]:
-    """The samples of one evaluation; empty where they are missing."""
-    folder = path / "evaluations" / f"step_{record['step']:06d}"
-    samples = read_samples(folder) if (folder / SAMPLES).is_file() else {}
-    return samples.get(record["name"], {})
+def _samples_of(path: Path, records: Sequence[Mapping[str, Any]]) -> Samples:
+    """The samples of evaluations of different names, as far as they are there."""
+    folders = {row["step"]: path / "evaluations" / f"step_{row['step']:06d}" for row in records}
+    files = {step: read_samples(folder) for step, folder in folders.items() if (folder / SAMPLES).is_file()}
+    return {row["name"]: files.get(row["step"], {}).get(row["name"], {}) for row in records}
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -353,12 +353,10 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
 
 def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:
     """By name the comparison of the first with the last evaluation, where both have samples."""
-    comparisons = []
-    for name in _last_records(evaluations):
-        first, last = _ends(evaluations, name)
-        if first["step"] < last["step"]:
-            comparisons += compare(*({name: _samples_of(path, record)} for record in (first, last)))
-    return comparisons
+    ends = [_ends(evaluations, name) for name in _last_records(evaluations)]
+    ends = [pair for pair in ends if pair[0]["step"] < pair[1]["step"]]
+    first, last = (_samples_of(path, [pair[side] for pair in ends]) for side in (0, 1))
+    return compare(first, last)
 
 
 def _ends(evaluations: list[dict], name: str) -> tuple[dict, dict]:
