@@ -21,10 +21,10 @@ BENCHMARK = re.compile(r"(?P<name>.+?\.ya?ml|[^:=]*)(?::(?P<variant>[^=]*))?(?:=
 
 def split_benchmark(text: str) -> tuple[str, str, str]:
     """NAME, VARIANT and FILE of `NAME[:VARIANT][=FILE]`, the last two empty where they are missing; NAME may
-    be the path of a YAML file, with any characters."""
+    be the path of a YAML file, with any characters, and FILE may begin with `~`."""
     match = BENCHMARK.fullmatch(text)
     name, variant, rows = match.group("name", "variant", "rows") if match else (text, None, None)
-    return name, variant or "", rows or ""
+    return name, variant or "", os.path.expanduser(rows or "")
 
 
 @dataclass(frozen=True)

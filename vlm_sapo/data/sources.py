@@ -9,6 +9,7 @@ from vlm_sapo.config.data import DataConfig, RowsConfig
 from vlm_sapo.data.rows import ExampleSet, open_rows
 from vlm_sapo.data.stream import Preparation, PromptStream, TaskMixture
 from vlm_sapo.distributed import World
+from vlm_sapo.types import RowError
 
 if TYPE_CHECKING:
     from vlm_sapo.models.encode import Encoder
@@ -34,6 +35,8 @@ def build_tasks(data: DataConfig) -> dict[str, ExampleSet]:
     for number, task in enumerate(data.mixture):
         try:
             tasks[task.task] = build_examples(task)
+        except RowError:  # it names its source
+            raise
         except ValueError as error:
             raise ValueError(f"data.mixture.{number} ({task.task}): {error}") from error
     return tasks

@@ -53,7 +53,7 @@ def read_definition(name: str) -> tuple[str, cfg.BenchmarkConfig]:
         raise ValueError(f"{path}: {error}") from error
     if variant:
         definition = definition.model_copy(update={definition.variant: variant})
-    if file and not Path(file).expanduser().exists():
+    if file and not Path(file).exists():
         raise ValueError(
             f"the rows of {path.stem} ({file}) must be a file or folder; there is none{searched(file)}"
         )

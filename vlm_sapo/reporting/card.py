@@ -21,7 +21,7 @@ from vlm_sapo.config.secrets import mask_values
 from vlm_sapo.hub import is_hub_id, repo_of_snapshot
 from vlm_sapo.reporting import environment
 from vlm_sapo.reporting.console import duration
-from vlm_sapo.reporting.run_folder import RunFolder, replace
+from vlm_sapo.reporting.run_folder import ENCODING_ERRORS, RunFolder, replace
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -66,7 +66,7 @@ def is_edited(path: Path) -> bool:
 
 
 def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors=ENCODING_ERRORS)).hexdigest()[:16]
 
 
 def card(folder: RunFolder, summary: Record, repo: str | None = None) -> str:

@@ -110,18 +110,24 @@ def _unpacked(sent: Sequence[Item] | bytes) -> Sequence[Item]:
 
 def _unsendable(items: Sequence[Item], error: Exception) -> RewardError:
     """The error for items of which one can't be pickled; it names row and column if they are known."""
-    where = "a row"
-    for _, example in items:
-        for name, value in example.columns.items():
-            try:
-                cloudpickle.dumps(value)
-            except UNPICKLABLE:
-                where = f"{example.label}: column {name} ({type(value).__name__})"
-                break
+    columns = [
+        f"{example.label}: column {name} ({type(value).__name__})"
+        for _, example in items
+        for name, value in example.columns.items()
+        if not _can_be_pickled(value)
+    ]
     return RewardError(
-        f"{where} cannot be sent to the reward's processes ({error}); columns must be plain values: leave it "
-        "out of the rows, or create it in the reward function"
+        f"{(columns or ['a row'])[0]} cannot be sent to the reward's processes ({error}); columns must be "
+        "plain values: leave it out of the rows, or create it in the reward function"
     )
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except UNPICKLABLE:
+        return False
+    return True
 
 
 def items_of(prompt: Prompt, responses: Sequence[Response]) -> list[Item]:
