@@ -1,4 +1,4 @@
-"""A resumed run reads the rows and the Python files that it began with."""
+"""What a resumed run says of rows and Python files that are others than at its start."""
 
 import json
 import re
@@ -35,19 +35,35 @@ def write_rows(folder, count: int) -> None:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("changed", ["rows", "reward"])
-def test_what_changed_is_named(run, tmp_path, changed, capsys):
-    if changed == "rows":
-        write_rows(tmp_path, 9)
-        words = f"the rows of {tmp_path}/rows.jsonl"
-    else:
-        (tmp_path / "mine.py").write_text(REWARD.format(remainder=1))
-        words = f"the file {tmp_path}/mine.py"
+def test_other_rows_are_refused(run, tmp_path, capsys):
+    """With more of them, the order of all is another."""
+    write_rows(tmp_path, 9)
+    words = f"the number of rows of {tmp_path}/rows.jsonl"
     with pytest.raises(ValueError, match=rf"{re.escape(words)} changed since the run in .* read them"):
         run(2)
     assert run(2, "run.accept_changes=true")["steps"] == 2
-    assert f"this run continues although {words} changed" in capsys.readouterr().out
+    assert (
+        f"this run goes on although the rows of {tmp_path}/rows.jsonl and {words} changed"
+        in capsys.readouterr().out
+    )
     assert run(3)["steps"] == 3  # the new ones are known now
+
+
+@pytest.mark.parametrize("mended", ["row", "reward"])
+def test_what_was_mended_is_named(run, tmp_path, mended, capsys):
+    """A row or a reward that stopped a run is mended, and the run goes on: it says so, and so does the card."""
+    if mended == "row":
+        path = tmp_path / "rows.jsonl"
+        path.write_text(path.read_text().replace("0 + 1", "1 + 0"))
+        words = f"the rows of {path}"
+    else:
+        (tmp_path / "mine.py").write_text(REWARD.format(remainder=1))
+        words = f"the file {tmp_path}/mine.py"
+    run(2)
+    assert f"this run goes on although {words} changed since it began" in capsys.readouterr().out
+    run(3)
+    assert "this run goes on although" not in capsys.readouterr().out
+    assert f"- changed between two starts: {words}\n" in (tmp_path / "run/final/README.md").read_text()
 
 
 def test_what_is_gone_is_named(run, tmp_path):

@@ -332,6 +332,8 @@ def _training(config: Record, started: Record, summary: Record) -> Iterator[str]
         changed = ", with uncommitted changes" if started["uncommitted_changes"] else ""
         yield f"- code: vlm-sapo at commit {started['commit'] or 'unknown'}{changed}"
         yield f"- versions: {', '.join(f'{name} {number}' for name, number in started['versions'].items())}"
+    if changed := started.get("inputs_changed"):
+        yield f"- changed between two starts: {public_text(', '.join(dict.fromkeys(changed)))}"
     if resumed := len(started.get("resumed", [])):
         times = "once" if resumed == 1 else f"{resumed} times"
         yield f"- resumed {times}; versions and devices are those of the first start"

@@ -1,4 +1,4 @@
-"""What a run reads and its config only names: rows, and files with Python. A resumed run needs the same."""
+"""What a run reads and its config only names, rows and Python files; a resumed run says what changed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ Config = cfg.TrainConfig | cfg.SftConfig
 
 SECTIONS = ("model", "data", "rollout", "reward", "algo")
 """Whose functions can change what is trained."""
-INPUTS = "inputs"
-"""The key of `environment.json`."""
+INPUTS, CHANGED = "inputs", "inputs_changed"
+"""Keys of `environment.json`: the hashes, and the words for those that changed between two starts."""
+NUMBER = "the number of rows of"
 
 
 def check_resumed(
@@ -35,9 +36,10 @@ def check_resumed(
 
 
 def read_inputs(config: Config, rows: TaskRows) -> dict[str, str]:
-    """Hashes by the words for what they are of: the rows of each task, and each Python file with a function
-    that the config names. What such a file imports is not among them."""
+    """Hashes by the words for what they are of: the rows of each task, their number, and each Python file
+    with a function that the config names. What such a file imports is not among them."""
     hashes = {f"the rows of {task}": examples.fingerprint() for task, examples in rows.trained.items()}
+    hashes |= {f"{NUMBER} {task}": str(len(examples)) for task, examples in rows.trained.items()}
     sections = config.model_dump(mode="json")
     for name in _texts([sections[key] for key in SECTIONS if key in sections]):
         if (path := _python_file(name)) is not None:
@@ -61,20 +63,24 @@ def _hash(path: Path) -> str:
 
 
 def check_inputs(inputs: Mapping[str, str], folder: RunFolder, console: Console, *, accept_all: bool) -> None:
-    """Stores a new run's hashes. Raises ValueError where a resumed run would read something else."""
+    """Stores the hashes, and warns of what changed since the run read it: a row or a reward that was mended
+    so that the run can go on. Raises ValueError where there are more or fewer rows, since their order is then
+    another."""
     stored = environment.read(folder.path)
     known = stored.get(INPUTS, {})
     changed = [words for words, value in inputs.items() if known.get(words, value) != value]
-    if changed and not accept_all:
+    numbers = [words for words in changed if words.startswith(NUMBER)]
+    if numbers and not accept_all:
         raise ValueError(
-            f"{' and '.join(changed)} changed since the run in {folder.path} read them, so it can't go on as "
-            "it began. Restore them, choose another run.dir, start over with run.overwrite=true, or continue "
-            "anyway with run.accept_changes=true"
+            f"{' and '.join(numbers)} changed since the run in {folder.path} read them, so it can't go on in "
+            "the same order. Restore them, choose another run.dir, start over with run.overwrite=true, or "
+            "continue anyway with run.accept_changes=true"
         )
     if changed:
-        console.warn(f"this run continues although {' and '.join(changed)} changed")
+        console.warn(f"this run goes on although {' and '.join(changed)} changed since it began")
     if dict(known) != dict(inputs):
-        text = json.dumps(stored | {INPUTS: dict(inputs)}, indent=2, ensure_ascii=False)
+        further = {INPUTS: dict(inputs), CHANGED: [*stored.get(CHANGED, []), *changed]}
+        text = json.dumps(stored | further, indent=2, ensure_ascii=False)
         folder.replace(environment.FILE, text + "\n")
 
 
