@@ -136,6 +136,7 @@ def test_a_script_without_a_main_guard_gets_an_error(tmp_path):
         [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0 and "if __name__ == '__main__'" in done.stderr
+    assert "freeze_support" not in done.stderr  # of multiprocessing, from every worker
 
 
 @pytest.mark.parametrize(

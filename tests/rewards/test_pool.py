@@ -1,11 +1,14 @@
 """Rewards in worker processes: functions that hang, crash or raise, and every kind of custom function."""
 
+import os
+import signal
 import socket
 import threading
 import time
 from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -68,6 +71,9 @@ async def cancels(response, example):
     if "cancel" in response:
         raise asyncio.CancelledError
     return 1.0
+
+def process(response, example):
+    return float(os.getpid())
 
 def first_sleeps(response, example):
     if not os.path.exists(example.columns["log"]):
@@ -409,3 +415,32 @@ def test_a_judge_that_does_not_answer_is_named_when_the_pool_starts(reward):
             ValueError, match=r"reward.parts.0.args.url \(.*v1\) must be an endpoint that answers"
         ):
             reward({"name": "judge", "args": {"url": address, "model": "m"}})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_the_system_kills_are_started_again(reward, workers):
+    """As for their memory; here while no response is graded."""
+    grade = reward("process", workers=workers)
+    for _ in range(4):
+        items = [(ResponseText(f"{number} {os.urandom(4)}"), row()) for number in range(6)]
+        scores = grade(items)
+        assert [score.outcomes["process"] for score in scores] == ["graded"] * 6
+        processes = {int(score.total) for score in scores}
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        while any(Path(f"/proc/{process}").exists() for process in processes):
+            time.sleep(0.01)
+
+
+def test_a_call_that_was_sent_while_the_workers_broke_is_sent_again(reward):
+    grade = reward("process", workers=2)
+    with grade.scoring() as scoring:
+        items = [(ResponseText(str(number)), row()) for number in range(40)]
+        for item in items:
+            scoring.add([item])
+            if item is items[20]:
+                [worker] = {int(score.total) for score in grade([(ResponseText("now"), row())])}
+                os.kill(worker, signal.SIGKILL)
+        scores = scoring.results(items)
+    assert {score.outcomes["process"] for score in scores} <= {"graded", "crash"}
+    assert sum(score.outcomes["process"] == "crash" for score in scores) <= 1

@@ -10,14 +10,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, TimeoutError, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
-from multiprocessing.synchronize import RLock
 from pathlib import Path
 from pickle import PicklingError
 from tempfile import TemporaryDirectory
@@ -25,7 +20,6 @@ from threading import Thread
 from typing import Any, Literal, NamedTuple
 
 import cloudpickle
-from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 
 from vlm_sapo.plugins import PYTHON, passing
@@ -41,6 +35,7 @@ from vlm_sapo.rewards.parts import (
     portable,
 )
 from vlm_sapo.rewards.verifiers.judge import check_endpoint, judge
+from vlm_sapo.rewards.workers import BrokenWorkersError, Job, Workers
 from vlm_sapo.search_path import library_path
 from vlm_sapo.types import Prompt, Response, ResponseText, Reward
 
@@ -166,21 +161,10 @@ class RewardPool:
         self.cache: dict[Key, list[Verdict]] = {}
         """Verdicts of every part, by response."""
         path = library_path()
-        self._context = _start_server(path)
-        self._pool = ProcessPool(
-            max_workers=workers or min(os.cpu_count() or 1, 8),
-            initializer=_start_worker,
-            initargs=(
-                [portable(spec) for spec in specs],
-                pickled(specs),
-                self.isolated,
-                path,
-                dict(os.environ),
-            ),
-            context=self._context,
-        )
+        setup = ([portable(spec) for spec in specs], pickled(specs), self.isolated, path, dict(os.environ))
+        self._workers = Workers(_start_worker, setup, path, workers)
         atexit.register(self.close)  # before the interpreter takes the workers' locks away
-        self._pool.schedule(_do_nothing)  # starts the workers, which takes seconds, in the background
+        self._workers.call(_do_nothing)  # starts the workers, which takes seconds, in the background
 
     def __call__(self, items: Sequence[Item]) -> list[Reward]:
         """Scores of (response, example) pairs, in order."""
@@ -200,13 +184,13 @@ class RewardPool:
 
     def schedule(
         self, function: Callable[..., list], items: Sequence[Item], *args: Any, limit: float | None = None
-    ) -> Future:
+    ) -> Job:
         """Runs a function on items in a worker, for at most `limit` seconds."""
         try:
             sent = cloudpickle.dumps(items) if self.passed else items
         except UNPICKLABLE as error:
             raise _unsendable(items, error) from error
-        return self._pool.schedule(function, args=(sent, *args), timeout=limit or self.timeout)
+        return self._workers.call(function, sent, *args, timeout=limit or self.timeout)
 
     def remember(self, verdicts: Mapping[Key, list[Verdict]]) -> None:
         """Caches the verdicts that another try would not change."""
@@ -223,8 +207,7 @@ class RewardPool:
     def close(self) -> None:
         """Ends the workers."""
         atexit.unregister(self.close)
-        self._pool.stop()
-        self._pool.join()
+        self._workers.close()
 
 
 @dataclass(eq=False)
@@ -234,7 +217,7 @@ class Task:
     keys: list[Key]
     sent: list[Item]
     """The responses as they go to the worker."""
-    future: Future
+    job: Job
 
 
 class Scoring:
@@ -267,7 +250,7 @@ class Scoring:
                 self._cached[key] = self.pool.cache[key]
             elif key not in self._sent:
                 new[key] = item
-        with _naming_broken_pool():
+        with _naming_broken_workers():
             self._start(new)
 
     def results(self, items: Sequence[Item]) -> list[Reward]:
@@ -275,7 +258,7 @@ class Scoring:
         self.add(items)
         keys = list(map(_cache_key, items))
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cached}
-        with _naming_broken_pool():
+        with _naming_broken_workers():
             graded = self._collect(new, keys)
         self.pool.remember(graded)
         verdicts = self._cached | graded
@@ -284,7 +267,7 @@ class Scoring:
     def cancel(self) -> None:
         """Ends the tasks that run."""
         for task in self._tasks:
-            task.future.cancel()
+            task.job.cancel()
 
     def _start(self, new: Mapping[Key, Item]) -> None:
         builtin = all(part.builtin for part in self.pool.parts)
@@ -295,7 +278,7 @@ class Scoring:
             task = self._schedule_each(list(new)[start : start + size])
             self._graded_in |= dict.fromkeys(task.keys, task)
         for number, tasks in self._async.items():
-            if not tasks or tasks[-1].future.done():
+            if not tasks or tasks[-1].job.done():
                 self._start_async(number)
 
     def _share_images(self, items: Sequence[Item]) -> list[Item]:
@@ -318,11 +301,11 @@ class Scoring:
         """All of the responses go to one call of the part."""
         sent = [self._sent[key] for key in keys]
         limit = self._time_limit(self.pool.parts[number], len(sent))
-        future = self.pool.schedule(_grade_part, sent, number, self.pool.timeout, limit=limit)
-        return self._noted(keys, sent, future)
+        job = self.pool.schedule(_grade_part, sent, number, self.pool.timeout, limit=limit)
+        return self._noted(keys, sent, job)
 
-    def _noted(self, keys: list[Key], sent: list[Item], future: Future) -> Task:
-        self._tasks.append(Task(keys, sent, future))
+    def _noted(self, keys: list[Key], sent: list[Item], job: Job) -> Task:
+        self._tasks.append(Task(keys, sent, job))
         return self._tasks[-1]
 
     def _collect(self, items: Mapping[Key, Item], order: list[Key]) -> dict[Key, list[Verdict]]:
@@ -339,7 +322,7 @@ class Scoring:
                 table[key][number] = self._stop_on_error(verdict, parts[number], item)
         for number in self._async:
             if self._async[number]:
-                wait([self._async[number][-1].future])
+                self._async[number][-1].job.wait()
             self._start_async(number)
         for number, tasks in sorted((self._async | batched).items()):
             verdicts = {key: verdict for task in tasks for key, verdict in self._part_verdicts(number, task)}
@@ -351,24 +334,24 @@ class Scoring:
         """Verdicts of the parts that are called per response."""
         task = self._graded_in[key]
         if task not in self._rows:
-            self._rows[task] = self._chunk_verdicts(task.future, task.sent)
+            self._rows[task] = self._chunk_verdicts(task)
         return self._rows[task][task.keys.index(key)]
 
     def _part_verdicts(self, number: int, task: Task) -> Iterator[tuple[Key, Verdict]]:
-        verdicts = self._result(task.future) or self._grade_singly(number, task.sent)
+        verdicts = self._result(task) or self._grade_singly(number, task.sent)
         return zip(task.keys, verdicts, strict=True)
 
-    def _chunk_verdicts(self, future: Future, items: Sequence[Item]) -> list[list[Verdict]]:
+    def _chunk_verdicts(self, task: Task) -> list[list[Verdict]]:
         """Verdicts of a chunk. If it timed out or crashed, every part gets the whole time for each response:
         only the verdict of the part that hangs is lost."""
-        rows = self._result(future)
+        items, rows = task.sent, self._result(task)
         if rows is not None:
             return rows
         if len(items) > 1:
             singles = [self._noted([], [item], self.pool.schedule(_grade_each, [item])) for item in items]
-            return [self._chunk_verdicts(single.future, single.sent)[0] for single in singles]
+            return [self._chunk_verdicts(single)[0] for single in singles]
         if len(self.each) == 1:
-            return [[self._lost_verdict(future)]]
+            return [[self._lost_verdict(task)]]
         return [[self._grade_singly(number, items)[0] for number in self.each]]
 
     def _grade_singly(self, number: int, items: Sequence[Item]) -> list[Verdict]:
@@ -378,7 +361,7 @@ class Scoring:
             self._noted([], [item], self.pool.schedule(_grade_part, [item], number, timeout, limit=limit))
             for item in items
         ]
-        return [(self._result(task.future) or [self._lost_verdict(task.future)])[0] for task in tasks]
+        return [(self._result(task) or [self._lost_verdict(task)])[0] for task in tasks]
 
     def _time_limit(self, part: Part, count: int) -> float:
         """Seconds for all responses together; longer for async functions, which have a limit per call."""
@@ -386,20 +369,18 @@ class Scoring:
         return self.pool.timeout * rounds
 
     @staticmethod
-    def _result(future: Future) -> list | None:
+    def _result(task: Task) -> list | None:
         """What a task returned, None if it was stopped or its process ended; never an empty list."""
         try:
-            return future.result()
-        except (TimeoutError, ProcessExpired):
-            return None
+            return task.job.result()
         except UNPICKLABLE as error:  # a function's own errors are verdicts
             raise _unsendable([], error) from error
 
-    def _lost_verdict(self, future: Future) -> Verdict:
-        error = future.exception()
-        if isinstance(error, ProcessExpired):
-            return Verdict(0.0, "crash", detail=f"the process ended with {error.exitcode}")
-        return Verdict(0.0, "timeout", detail=f"over {self.pool.timeout} s")
+    def _lost_verdict(self, task: Task) -> Verdict:
+        code = task.job.exit_code()
+        if code is None:
+            return Verdict(0.0, "timeout", detail=f"over {self.pool.timeout} s")
+        return Verdict(0.0, "crash", detail=f"the process ended with {code}")
 
     def _stop_on_error(self, verdict: Verdict, part: Part, item: Item) -> Verdict:
         if verdict.outcome == "error" and self.pool.on_error == "stop":
@@ -413,53 +394,14 @@ class Scoring:
 
 
 @contextmanager
-def _naming_broken_pool() -> Iterator[None]:
+def _naming_broken_workers() -> Iterator[None]:
     try:
         yield
-    except BrokenProcessPool as error:
+    except BrokenWorkersError as error:
         raise RewardError(
             "the reward's processes end as they start; they import the script that was started, so "
             "what it runs must be under `if __name__ == '__main__':`"
         ) from error
-
-
-class _Context(ForkServerContext):
-    """Keeps the locks of a pool as long as it is there. pebble drops them, and so removes them from the
-    system, before it ends its workers; one that is just starting would not find them and print a
-    traceback."""
-
-    def __init__(self) -> None:
-        self.locks: list[RLock] = []
-
-    def RLock(self) -> RLock:
-        lock = super().RLock()
-        self.locks.append(lock)
-        return lock
-
-
-def _start_server(path: Sequence[str]) -> _Context:
-    """Starts the process that workers are forked from, unless it runs, with `path` as its module path: files
-    in the current folder must not stand in for the modules of libraries that it imports."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        raise ValueError(
-            "rewards are graded in processes of a fork server, which this system lacks; use Linux, macOS, or "
-            "Windows' subsystem for Linux"
-        )
-    context = _Context()
-    context.set_forkserver_preload(["vlm_sapo.rewards.preload"])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    own, sys.path[:] = list(sys.path), path
-    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
-    try:
-        forkserver.ensure_running()
-    finally:
-        sys.path[:] = own
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    return context
 
 
 def _cache_key(item: Item) -> Key:
