@@ -25,7 +25,9 @@ from vlm_sapo.types import Example, Prompt, Response
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-FAMILIES = tuple(families.FAMILIES)
+ALL_FAMILIES = tuple(families.FAMILIES)
+FAMILIES = tuple(name for name in ALL_FAMILIES if name != "glm46v")
+"""Those whose code differs; GLM-4.6V is GLM-4.1V with another processor."""
 SMALL = Shape(hidden=32, layers=2, vision_layers=2, heads=4, head_dim=8)
 # The same examples every time; `--hypothesis-profile=deep` tries more, and others.
 settings.register_profile(
@@ -133,6 +135,25 @@ def response(ids: list[int], prompt: Prompt, finish: str = "stop") -> Response:
 def group_slice(prompt: Prompt, rows: Sequence[Sequence[int] | torch.Tensor]) -> GroupSlice:
     """A prompt with responses of these ids."""
     return GroupSlice(prompt, tuple(response([int(token) for token in ids], prompt) for ids in rows))
+
+
+def own_inputs(vlm: VLM, prompt: Prompt, ids: torch.Tensor, mask: torch.Tensor | None = None) -> dict:
+    """What transformers' own forward takes for a row [1, L] that begins with a prompt."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if vlm.model.config.model_type == "lfm2_vl" and prompt.pixels is not None:
+        inputs |= vlm.family.engine_tensors(vlm.model.config, prompt.pixels, prompt.grid)[0]
+        del inputs["num_patches"]
+        counts = prompt.grid.prod(-1)
+        inputs["pixel_attention_mask"] = (
+            torch.arange(inputs["pixel_values"].shape[1]) < counts[:, None]
+        ).int()
+    elif prompt.pixels is not None:
+        inputs["pixel_values"] = prompt.pixels
+    if hasattr(vlm.model.model, "get_rope_index"):
+        inputs["image_grid_thw"] = prompt.grid
+        inputs["mm_token_type_ids"] = (ids == vlm.model.config.image_token_id).int()
+    return inputs
 
 
 @dataclass(frozen=True)

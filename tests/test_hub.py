@@ -206,6 +206,7 @@ def fresh_run(folder: Path, name: str, *overrides: str, model: str | None = None
     return train(short_run(folder, model or f"{OWNER}/{name}", *common, "eval.data=null", *overrides))
 
 
+@pytest.mark.slow
 def test_a_card_is_for_the_repository_that_it_is_pushed_to(hub, fresh, tmp_path, capsys):
     fresh("two")
     fresh_run(tmp_path, "two")
@@ -250,6 +251,7 @@ def test_a_result_names_the_rows_that_it_is_of(hub, fresh, tmp_path):
     assert card.data.license_link == f"https://huggingface.co/{OWNER}/named/blob/main/LICENSE"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_commits(hub, fresh, tmp_path, monkeypatch, capsys):
     added = fresh("kept")
     with monkeypatch.context() as patch:  # as if data sets were read from the cache, offline

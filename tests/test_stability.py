@@ -53,6 +53,7 @@ def test_methods_differ_in_the_algorithm_only(name):
     assert pairs
 
 
+@pytest.mark.slow
 def test_the_committed_results_cover_the_plan():
     """After a change of configs or models, `make study` trains what this lists."""
     rows = Store(RESULTS / "runs.json").rows

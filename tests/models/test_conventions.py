@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from transformers import AutoProcessor
 
-from tests.conftest import FAMILIES, ROOT, SHARED, example, response
+from tests.conftest import ALL_FAMILIES as FAMILIES
+from tests.conftest import ROOT, SHARED, example, response
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as TABLE
 from vlm_sapo.models.families import THOUGHT_TAGS

@@ -76,7 +76,7 @@ def test_special_tokens_in_a_data_set_are_plain_text(vlm, processor):
     if processor:
         vlm = copy.copy(vlm)
         vlm.processor = AutoProcessor.from_pretrained(SHARED / "processors" / processor)
-        vlm.rope_positions = lambda ids, types, grid: torch.arange(len(ids)).expand(3, -1)
+        vlm.rope_positions = lambda ids, grid: torch.arange(len(ids)).expand(3, -1)
     encoder, tokenizer = Encoder(vlm), vlm.tokenizer
     special = {token for token, item in tokenizer.added_tokens_decoder.items() if item.special}
 

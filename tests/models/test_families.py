@@ -2,22 +2,26 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+import random
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import CORPUS, FAMILIES, SHARED, example, group_slice, numbered_image
+from tests.conftest import ALL_FAMILIES as FAMILIES
+from tests.conftest import CORPUS, SHARED, example, group_slice, numbered_image, own_inputs, slow_but
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.families import FAMILIES as FAMILIES_TABLE
+from vlm_sapo.models.families.qwen import qwen3_5_text
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.models.weights import hf_state_dict, save_model
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import HfEngine
-from vlm_sapo.tools.new_model import Shape, model_config, new_model, qwen3_5_text
+from vlm_sapo.tools.new_model import Shape, model_config, new_model
 from vlm_sapo.types import Sampling
 
 SHAPE = Shape(hidden=64, layers=4, vision_layers=2, heads=2, head_dim=32)
@@ -97,20 +101,14 @@ def plain(vlm, prompt, responses, temperature=1.0):
     return [row[: len(item.ids)] for row, item in zip(scores.logprobs, responses, strict=True)]
 
 
-def own_logprobs(model, banned, prompt, response):
+def own_logprobs(vlm, model, prompt, response):
     """By transformers' own forward of one row that is padded with three tokens."""
     ids = torch.cat([prompt.ids, response, torch.full((3,), 11)])[None]
     mask = torch.ones_like(ids)
     mask[:, -3:] = 0
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=prompt.pixels,
-        image_grid_thw=prompt.grid,
-    ).logits[0, len(prompt.ids) - 1 : -4]
+    logits = model(**own_inputs(vlm, prompt, ids, mask)).logits[0, len(prompt.ids) - 1 : -4]
     banned_mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
-    banned_mask[banned] = True
+    banned_mask[vlm.banned] = True
     logprobs = logits.masked_fill(banned_mask, float("-inf")).log_softmax(-1)
     return logprobs.gather(-1, response[:, None])[:, 0]
 
@@ -122,20 +120,24 @@ def ids_of(groups):
 def test_a_row_with_images(name, loaded):
     vlm = loaded
     assert vlm.shares_prefix
-    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids(list(tokens))
-    assert vlm.tokenizer.convert_tokens_to_ids("<|im_end|>") in vlm.stops
+    chat = vlm.family.chat
+    assert vlm.banned == vlm.tokenizer.convert_tokens_to_ids([*chat.ids.values(), *chat.unlisted])
+    assert vlm.tokenizer.convert_tokens_to_ids(chat.ends[0]) in vlm.stops
     prompt = prompts_of(vlm)[0]
     image = prompt.ids == vlm.model.config.image_token_id
-    assert int(image.sum()) == int(prompt.grid.prod(-1).sum()) // 4 > 0
+    merge = vlm.family.patches_per_token(vlm.model.config)
+    assert int(image.sum()) == int(prompt.grid.prod(-1).sum()) // merge > 0
     assert prompt.positions.shape == (3, len(prompt.ids)) and len(prompt.ids) > 64
-    assert (prompt.positions[1:, image] != prompt.positions[:1, image]).any()
+    in_space = (prompt.positions[1:, image] != prompt.positions[:1, image]).any()
+    assert in_space == hasattr(vlm.model.model, "get_rope_index")
     assert (prompt.positions[1:, ~image] == prompt.positions[:1, ~image]).all()
     assert vlm.unexpanded(prompt).count(vlm.model.config.image_token_id) == 2
 
 
 @needs_shared
-@pytest.mark.parametrize("name", REAL, indirect=True)
+@pytest.mark.parametrize(
+    "name", slow_but("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-2B-Thinking", of=REAL), indirect=True
+)
 def test_tokens_of_a_real_processor(loaded, name):
     encoder = Encoder(loaded)
     prompt = encoder(dataclasses.replace(example(), images=(numbered_image(0, (300, 420)),)))
@@ -204,7 +206,7 @@ def test_the_training_pass_matches_transformers(folder, loaded):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     rows = [(group.prompt, response.ids) for group in groups for response in group.responses]
     for row, (prompt, response) in enumerate(rows):
-        expected = own_logprobs(model, vlm.banned, prompt, response)
+        expected = own_logprobs(vlm, model, prompt, response)
         assert (logprobs[row, : len(response)] - expected).abs().max() < 1e-5
         (expected * weights[row, : len(response)]).sum().backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -256,7 +258,7 @@ def test_an_update_changes_samples_and_saved_weights(folder, tmp_path):
         again = Pass(load_vlm(str(tmp_path)))(inputs).logprobs
         first = groups_of(vlm)[0]
         response = first.responses[0].ids
-        own = own_logprobs(model, vlm.banned, first.prompt, response)
+        own = own_logprobs(vlm, model, first.prompt, response)
     assert torch.equal(again, after)
     assert (own - after[0, : len(response)]).abs().max() < 2e-5
 
@@ -328,3 +330,75 @@ def test_a_new_model_of_the_default_size_generates(family, tmp_path):
         as_contexts(prompts_of(vlm)), Sampling(2, 4, 1.0, seed=5)
     )
     assert all(len(response.ids) for responses in groups for response in responses)
+
+
+@TINY
+def test_images_get_as_many_tokens_as_from_the_models_own_processor(loaded):
+    vlm, encoder = loaded, Encoder(loaded)
+    processor, numbers = vlm.processor, random.Random(0)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}]}], tokenize=False, add_generation_prompt=True
+    )
+    whole = {"do_image_splitting": False} if vlm.family.title == "LFM2-VL" else {}
+    for _ in range(25):
+        image = numbered_image(0, (numbers.randint(20, 300), numbers.randint(20, 300)))
+        own = processor(text=[text], images=[image], return_tensors="pt", **whole)["input_ids"][0]
+        prompt = encoder(dataclasses.replace(example(problem="<image>"), images=(image,)))
+        count = encoder.count(own)[1]
+        assert encoder.count(prompt.ids)[1] == count > 0, image.size
+
+
+def test_a_processor_with_other_tiles_is_refused(tmp_path):
+    new_model(tmp_path, family="internvl", corpus=CORPUS, shape=SHAPE)
+    path = tmp_path / "processor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"image_seq_length": 64}))
+    with pytest.raises(ValueError, match="tiles of 64 pixels and 64 tokens, its model of 64 and 16; copy"):
+        load_vlm(str(tmp_path))
+    path.write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["model_type"] = "llama"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"text_config.model_type of model.path \(llama\) must be qwen2 or"):
+        load_vlm(str(tmp_path))
+
+
+def test_tiles_become_the_same_tiles_again(tmp_path):
+    """Also where a processor allows more than its usual 12 of an image."""
+    new_model(tmp_path, family="internvl", corpus=CORPUS, shape=SHAPE)
+    encoder = Encoder(load_vlm(str(tmp_path)), max_pixels=64 * 64 * 40)
+    for width, height in itertools.product((30, 140, 300, 700), repeat=2):
+        encoder(dataclasses.replace(example(), images=(numbered_image(0, (width, height)),)))
+    with pytest.raises(
+        ValueError, match=r"model.max_pixels \(100\) must be at least 4096, the smallest image"
+    ):
+        Encoder(encoder.vlm, max_pixels=100)
+
+
+@TINY
+def test_demonstrations_end_a_turn_as_the_template_does(loaded):
+    encoder, chat = Encoder(loaded), loaded.family.chat
+    [end] = {"<|user|>", "<|im_end|>"} & {*chat.ends}
+    response = encoder.respond(encoder(example()), "yes")
+    assert loaded.tokenizer.decode(response.ids[-1]) == end and encoder.ends_turn(response)
+    assert "more" in loaded.tokenizer.decode(encoder.user_turn("more"))
+
+
+@TINY
+def test_special_tokens_in_a_problem_never_stand_for_vision_tokens(loaded):
+    encoder = Encoder(loaded)
+    row = example(problem="say " + " ".join(encoder.plain.names[:3]))
+    template = "{problem} until " + " ".join(encoder.plain.free[:-1])
+    if encoder.plain.free:
+        prompt = encoder(dataclasses.replace(row, template=template))
+        assert encoder.count(prompt.ids)[1] == sum(size for _, size in loaded.image_ranges(prompt))
+    assert not {*encoder.plain.free} & {*loaded.tokenizer.convert_ids_to_tokens(loaded.banned)}
+
+
+@TINY
+def test_a_plan_counts_the_tokens_of_the_largest_image(loaded):
+    family, config = loaded.family, loaded.model.config
+    for pixels in (128 * 128, 256 * 256):
+        encoder = Encoder(loaded, max_pixels=pixels)
+        prompt = encoder(dataclasses.replace(example(), images=(numbered_image(0, (500, 500)),)))
+        assert encoder.count(prompt.ids)[1] == family.most_image_tokens(config, pixels)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import FAMILIES, example, group_slice
+from tests.conftest import FAMILIES, example, group_slice, own_inputs
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
@@ -27,13 +27,7 @@ def test_agrees_with_the_models_own_forward(model_folder, family, layout):
     scores = Pass(vlm, temperature=0.7)(layout.inputs([group_slice(prompt, [response])]))
     ids = torch.cat([prompt.ids, response])[None]
     with torch.no_grad():
-        logits = vlm.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
-            pixel_values=prompt.pixels,
-            image_grid_thw=prompt.grid,
-        ).logits[0, len(prompt.ids) - 1 : -1]
+        logits = vlm.model(**own_inputs(vlm, prompt, ids)).logits[0, len(prompt.ids) - 1 : -1]
     logits[:, vlm.banned] = float("-inf")
     expected = (logits / 0.7).log_softmax(-1)
     assert torch.allclose(scores.logprobs[0], expected.gather(-1, response[:, None])[:, 0], atol=1e-5)

@@ -19,7 +19,7 @@ from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import Plain
 from vlm_sapo.tools.new_model import new_model
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "internvl", "lfm2_vl")
 EVERYWHERE = ("language", "merger", "vision")
 
 
@@ -149,7 +149,7 @@ def test_inlined_adapters_compute_the_same_and_leave_as_they_came(make, family, 
         with adapters.inlined(vlm.model, dtype):
             assert not adapters.attached(vlm.model)
             difference = (logprobs(vlm) - expected).abs().max()
-    assert difference < (1e-4 if dtype == torch.float32 else 0.2 * effect) and effect > 1e-2
+    assert difference < (1e-4 if dtype == torch.float32 else 0.3 * effect) and effect > 1e-2
     assert_unchanged(vlm, before)
     with autocast:
         assert torch.equal(logprobs(vlm), expected)

@@ -20,7 +20,7 @@ def read_later(path, **options) -> VLM:
     """A model whose weights are read on their own."""
     vlm = load_vlm(str(path), defer=True, **options)
     assert vlm.device.type == "meta" and vlm.unread is not None
-    filled = give_memory(vlm, device=CPU, whole=None, whole_on=CPU)
+    filled = give_memory(vlm, device=CPU, whole=(), whole_on=CPU)
     vlm.unread.read(vlm.model, filled=filled)
     return vlm
 
@@ -160,3 +160,13 @@ def test_tensors_that_lack_or_are_too_many_are_named(model_folder, tmp_path, def
     )
     with pytest.raises(ValueError, match=r"extra.weight in model.safetensors belongs to no parameter"):
         load_vlm(path, defer=defer)
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_weights_that_predict_several_tokens_are_left_out(model_folder, tmp_path, defer):
+    """Published Qwen3.5 checkpoints have them (`mtp.*`)."""
+    extra = {"mtp.fc.weight": torch.ones(2, 2), "mtp.layers.0.input_layernorm.weight": torch.ones(2)}
+    path = changed(model_folder("qwen3_5"), tmp_path / "model", lambda weights: weights.update(extra))
+    vlm = read_later(path) if defer else load_vlm(path)
+    assert_same(load_vlm(str(model_folder("qwen3_5"))), vlm)
+    assert not any("mtp" in name for name in vlm.weights())

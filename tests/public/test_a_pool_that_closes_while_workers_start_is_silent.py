@@ -46,7 +46,7 @@ def run(tmp_path, word: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
 
 
-@pytest.mark.parametrize("word", ["closes", "forgets"])
+@pytest.mark.parametrize("word", [pytest.param("closes", marks=pytest.mark.slow), "forgets"])
 def test_nothing_is_printed(tmp_path, word):
     done = run(tmp_path, word)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -70,6 +70,7 @@ def test_the_verifiers_are_ours(folder):
     assert [row["score"] for row in scored] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_reward_file_still_imports_its_neighbours(folder):
     """Also from another folder, and inside its function."""
     (folder / "mine").mkdir()

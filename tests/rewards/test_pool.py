@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -185,7 +186,14 @@ def outcomes(scores) -> list[tuple]:
     return [(score.total, score.parts, score.outcomes) for score in scores]
 
 
-@pytest.mark.parametrize("kinds", [["math"], ["sleeps", "together", "judges", "math"], ["judges", "dies"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["math"],
+        pytest.param(["sleeps", "together", "judges", "math"], marks=pytest.mark.slow),
+        ["judges", "dies"],
+    ],
+)
 def test_scores_do_not_depend_on_when_responses_arrive(reward, kinds):
     """In parts and another order, some twice, some never; with responses that hang, crash and are cached."""
     texts = [r"\boxed{3}", "die", "sleep", r"\boxed{4}", "seen", "a", r"\boxed{3}", "bb", "late"]
@@ -444,3 +452,17 @@ def test_a_call_that_was_sent_while_the_workers_broke_is_sent_again(reward):
         scores = scoring.results(items)
     assert {score.outcomes["process"] for score in scores} <= {"graded", "crash"}
     assert sum(score.outcomes["process"] == "crash" for score in scores) <= 1
+
+
+def test_two_threads_may_start_killed_workers_again(reward):
+    grade = reward("process", workers=2)
+    [first] = grade([(ResponseText("0"), row())])
+    for number in range(2):
+        os.kill(int(first.total), signal.SIGKILL)
+        while Path(f"/proc/{int(first.total)}").exists():
+            time.sleep(0.01)
+        with ThreadPoolExecutor(4) as threads:
+            items = [[(ResponseText(f"{number} {thread}"), row())] for thread in range(4)]
+            scores = [score for [score] in threads.map(grade, items)]
+        assert all(score.outcomes["process"] in ("graded", "crash") for score in scores)
+        [first] = grade([(ResponseText(f"again {number}"), row())])

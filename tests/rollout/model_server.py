@@ -164,7 +164,7 @@ class ModelServer:
         encoded = self.vlm.processor(text=[text], images=images or None, do_resize=False, return_tensors="pt")
         ids, grid = encoded["input_ids"][0], encoded.get("image_grid_thw")
         assert torch.equal(ids[ids != self.vlm.model.config.image_token_id], self.bare(before))
-        positions = self.vlm.rope_positions(ids, encoded["mm_token_type_ids"][0], grid)
+        positions = self.vlm.rope_positions(ids, grid)
         return Prompt(example(), text, "", ids, positions, tuple(images), encoded.get("pixel_values"), grid)
 
     def bare(self, ids: list[int]) -> torch.Tensor:

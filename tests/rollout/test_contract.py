@@ -41,8 +41,11 @@ SETTINGS = [
             "vllm-qwen3_vl",
             "vllm-qwen2_5_vl",
             "vllm-qwen2_vl",
+            "vllm-glm4v",
+            "vllm-internvl",
             "vllm-trained",
             "vllm_server-qwen2_5_vl",
+            "vllm_server-internvl",
             "vllm_server-trained",
         )
     ),

@@ -45,7 +45,7 @@ def eager(vlm):
     """The model with a bias to end its turns, so that episodes have several."""
     head = vlm.model.lm_head
     bias = torch.zeros(head.weight.shape[0])
-    bias[vlm.tokenizer.eos_token_id] = 6.0
+    bias[Encoder(vlm).turn_end] = 6.0
     head.register_forward_hook(lambda _, __, output: output + bias)
     return vlm
 
@@ -63,6 +63,7 @@ def sample(vlm, engine, *, group=4, max_tokens=120):
 
 def test_responses_say_who_wrote_what(vlm):
     prompts, groups = sample(vlm, episodes(vlm))
+    opening = prompts[0].text.rpartition("?")[2].partition("\n")[2] or prompts[0].text.rpartition("?")[2]
     several = 0
     for prompt, responses in zip(prompts, groups, strict=True):
         for item in responses:
@@ -75,8 +76,8 @@ def test_responses_say_who_wrote_what(vlm):
             asked = [span for span in item.spans if span.source == "environment"]
             for span in asked:
                 text = vlm.tokenizer.decode(item.ids[span.start : span.end])
-                assert QUESTION in text and text.count("<|im_start|>") == 2
-                assert int(item.ids[span.start - 1]) == vlm.tokenizer.eos_token_id
+                assert QUESTION in text and text.endswith(opening)
+                assert int(item.ids[span.start - 1]) == Encoder(vlm).turn_end
             assert item.text.count("\n") >= len(asked) - 1 and QUESTION not in item.text
             first = torch.tensor([int(prompt.positions.max()) + 1 + i for i in range(len(item.ids))])
             assert torch.equal(item.positions, first.expand(3, -1))
@@ -270,11 +271,14 @@ def test_every_turn_begins_as_the_template_opens_it(model_folder):
         assert item.text.count("<think>\n") == len(item.turns)
 
 
-def test_a_template_whose_turns_end_otherwise_is_refused(model_folder):
-    """Or every episode would end at its first turn, and nothing say so."""
+def test_a_turn_ends_with_the_stop_token_that_the_template_writes(model_folder):
+    """Whatever the tokenizer's end of sequence is; without one every episode would end at its first turn, and
+    nothing say so."""
     vlm = load_vlm(str(model_folder()))
-    vlm.tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(ValueError, match="the tokenizer's eos_token"):
+    own, vlm.tokenizer.eos_token = vlm.tokenizer.eos_token_id, "<|endoftext|>"
+    assert Encoder(vlm).turn_end == own
+    vlm.stops.remove(own)
+    with pytest.raises(ValueError, match=r"its end \(<\|endoftext\|>, a token that ends responses\)"):
         Encoder(vlm).user_turn("more")
 
 

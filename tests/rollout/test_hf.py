@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.conftest import FAMILIES, example
+from tests.conftest import FAMILIES, example, own_inputs
 from tests.conftest import response as response_of
 from tests.models.shortages import SHORTAGES
 from vlm_sapo.models import decoding
@@ -245,14 +245,9 @@ def test_the_coldest_sample_is_greedy_generation(setting):
         as_contexts(prompts[1:2]), Sampling(1, 10, 1e-4, seed=0)
     )
     prompt = prompts[1]
-    ids = prompt.ids[None]
     vlm.eval()
     expected = vlm.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
-        pixel_values=prompt.pixels,
-        image_grid_thw=prompt.grid,
+        **own_inputs(vlm, prompt, prompt.ids[None]),
         max_new_tokens=10,
         do_sample=False,
         suppress_tokens=vlm.banned,

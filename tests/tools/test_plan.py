@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from tests.conftest import CORPUS, FAMILIES, ROOT, SHARED
+from tests.conftest import CORPUS, FAMILIES, ROOT, SHARED, slow_but
 from vlm_sapo.cli import app
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.config.load import check_processes, load
@@ -105,7 +105,10 @@ def test_parameters_are_the_published_ones(name, shape):
 @pytest.mark.parametrize(
     ("checkpointing", "frozen"), [(True, False), pytest.param(False, True, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("family", [*FAMILIES, "plain layout"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but("qwen3_vl", "qwen3_5", "internvl", "lfm2_vl", "plain layout", of=[*FAMILIES, "plain layout"]),
+)
 def test_a_simulated_pass_counts_the_memory_of_a_real_one(family, checkpointing, frozen, model_folder):
     freeze, layout = ["vision", "merger"] if frozen else [], "shared"
     if family == "plain layout":
@@ -172,6 +175,7 @@ def test_the_kv_cache_holds_all_tokens_of_a_generation_batch(model_folder):
     assert passes.generation_memory(spec, BATCH, 2).kv_cache == pytest.approx(tokens * token, rel=0.01)
 
 
+@pytest.mark.slow
 def test_generation_counts_the_larger_batch_of_training_and_evaluation(tiny):
     """A step of 8 prompts x 4 responses; an evaluation has more prompts in a batch of as many responses."""
 
@@ -255,6 +259,7 @@ def without_cuda(monkeypatch) -> None:
         monkeypatch.setattr(memory, name, 0.0)
 
 
+@pytest.mark.slow
 def test_settings_that_train_refuses_are_not_recommended(tiny, monkeypatch):
     """8-bit moments would fit sooner, and can't be sharded."""
     without_cuda(monkeypatch)
@@ -446,6 +451,7 @@ def rows_of(tiny, *overrides: str, gpus: str = "1x80GB"):
     return {row.name: row for row in estimate.rows}, dict(estimate.host), estimate
 
 
+@pytest.mark.slow
 def test_what_only_a_gpu_takes_has_rows_of_its_own(tiny):
     rows, _, estimate = rows_of(tiny)
     assert not {memory.COMMUNICATORS, memory.FLASH} & rows.keys()

@@ -287,6 +287,7 @@ def further(model_folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_three_steps_ahead_responses_are_three_steps_old(further, tmp_path):
     train(further("ahead"))
     train(further("same", "rollout.ahead=0"))

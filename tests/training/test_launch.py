@@ -191,6 +191,7 @@ def test_adapters_rounded_to_half_precision_need_recomputed_old_logprobs(run, ca
     assert ("rounded to half precision" in capsys.readouterr().out) == recomputed
 
 
+@pytest.mark.slow
 def test_training_continues_from_an_adapter(run):
     first = run("first", "model.lora.rank=4")
     second = run("second", f"model.lora.adapter={first / 'final/adapter'}", "train.lr=1e-9")

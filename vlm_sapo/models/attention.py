@@ -326,16 +326,21 @@ def vision_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface for packed images: query, key, value [1, H, L, D] to [1, L, H, D].
+    """transformers' attention interface for images: query, key, value [B, H, L, D] to [B, L, H, D].
 
-    Every patch attends to its own image or window; cu_seq_lens_q [sequences + 1] are their offsets.
+    For packed images B is 1, and cu_seq_lens_q [sequences + 1] are the offsets of images or windows, to which
+    a patch attends; without it to all of its row, which is a tile.
     """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=False
+        )
     if flash.runs_on(query):
         images = PackedRow(Lengths(cu_seq_lens_q.int(), max_length_q), causal=False)
         return _packed((query, key, value), images, scaling), None
@@ -360,3 +365,4 @@ def _packed(tensors, row: PackedRow, scaling: float | None) -> torch.Tensor:
 AttentionInterface.register(NAME, prefix_attention)
 AttentionInterface.register(VISION_NAME, vision_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(VISION_NAME, sdpa_mask)

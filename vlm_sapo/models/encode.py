@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 
 import torch
-from qwen_vl_utils import fetch_image
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sapo.models.families import THOUGHT_TAGS
@@ -37,14 +36,18 @@ class Encoder:
     ):
         self.vlm, self.max_tokens, self.limit = vlm, max_tokens, limit
         self.opening = _opening(vlm.processor)
-        self.plain = PlainText(vlm.processor)
-        size = vlm.processor.image_processor.size
-        self.min_pixels = min_pixels or size["shortest_edge"]
-        self.max_pixels = max_pixels or size["longest_edge"]
-        if self.min_pixels > self.max_pixels:
+        self.plain = PlainText(vlm.processor, vlm.tokenizer.convert_ids_to_tokens(vlm.banned))
+        least, most = vlm.family.pixel_bounds(vlm.processor.image_processor)
+        self.bounds = (min_pixels or least, max_pixels or most)
+        if min_pixels is None and self.bounds[1] < least:
             raise ValueError(
-                f"model.min_pixels ({self.min_pixels}) must not exceed model.max_pixels "
-                f"({self.max_pixels}); lower it"
+                f"model.max_pixels ({max_pixels}) must be at least {least}, the smallest image of the "
+                "model's processor; raise it, or set model.min_pixels as well"
+            )
+        if self.bounds[0] > self.bounds[1]:
+            raise ValueError(
+                f"model.min_pixels ({self.bounds[0]}) must not exceed model.max_pixels ({self.bounds[1]}); "
+                "lower it"
             )
 
     def __call__(self, example: Example) -> Prompt:
@@ -55,20 +58,20 @@ class Encoder:
         messages = self._messages(example, problem)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         self._check_image_tokens(example, text)
-        encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
-        ids, types = self.plain.restore_tokens(
-            encoded["input_ids"][0], encoded["mm_token_type_ids"][0], hidden
-        )
-        grid = encoded.get("image_grid_thw")
+        try:
+            ids, pixels, grid = self.vlm.family.process(processor, text, images, self.bounds)
+        except ValueError as error:
+            raise RowError(f"{example.label}: its images cannot be processed; {error}") from error
+        ids = self.plain.restore_tokens(ids, hidden)
         self.check_length(example, *self.count(ids))
         return Prompt(
             example=example,
             text=self.plain.restore_text(text, hidden),
             opening=self.opening,
             ids=ids,
-            positions=self.vlm.rope_positions(ids, types, grid),
+            positions=self.vlm.rope_positions(ids, grid),
             images=images,
-            pixels=encoded.get("pixel_values"),
+            pixels=pixels,
             grid=grid,
             coordinates=self.vlm.family.coordinates,
         )
@@ -76,13 +79,15 @@ class Encoder:
     def describe(self, prompt: Prompt) -> str:
         """The prompt's text with size and tokens of each image where the model sees it."""
         processor = self.vlm.processor
-        mark = re.compile(rf"(?:<\|vision_start\|>)?{re.escape(processor.image_token)}(?:<\|vision_end\|>)?")
-        grid = [] if prompt.grid is None else prompt.grid.tolist()
+        around = {*self.vlm.tokenizer.convert_ids_to_tokens(self.vlm.banned)} - {processor.image_token}
+        frame = "|".join(map(re.escape, sorted(around)))
+        mark = re.compile(f"(?:{frame})?{re.escape(processor.image_token)}(?:{frame})?")
+        sizes = [size for _, size in self.vlm.image_ranges(prompt)]
         labels = [
             f"<image {before.width}x{before.height}"
             + (f" resized to {after.width}x{after.height}" if before.size != after.size else "")
-            + f", {math.prod(patches) // processor.image_processor.merge_size**2} tokens>"
-            for before, after, patches in zip(prompt.example.images, prompt.images, grid, strict=True)
+            + f", {size} tokens>"
+            for before, after, size in zip(prompt.example.images, prompt.images, sizes, strict=True)
         ]
         pieces = mark.split(prompt.text)
         if len(pieces) != len(labels) + 1:  # the problem quotes the token
@@ -90,11 +95,10 @@ class Encoder:
         return pieces[0] + "".join(label + piece for label, piece in zip(labels, pieces[1:], strict=True))
 
     def respond(self, prompt: Prompt, text: str) -> Response:
-        """A text (a demonstration) as a finished response: its tokens and the stop token, with unknown (NaN)
-        log-probs."""
-        tokenizer = self.vlm.tokenizer
+        """A text (a demonstration) as a finished response: its tokens and the one that ends a turn, with
+        unknown (NaN) log-probs."""
         text = text.removeprefix(prompt.opening)
-        ids = [*self.plain.ids(text), tokenizer.eos_token_id]
+        ids = [*self.plain.ids(text), self.turn_end]
         unknown = torch.full((len(ids),), float("nan"))
         return Response.sampled(
             prompt.positions, torch.tensor(ids), unknown, text=prompt.opening + text, finish="stop"
@@ -113,29 +117,50 @@ class Encoder:
         return torch.tensor([token for piece in pieces for token in piece])
 
     @cached_property
+    def turn_end(self) -> int:
+        """The token that ends an assistant's turn: the one of the model's stop tokens that the chat template
+        writes after it, which may be the first of the next turn; otherwise the end of sequence."""
+        written = self.vlm.tokenizer(self._later_turn[0], add_special_tokens=False)["input_ids"]
+        return written[0] if written and written[0] in self.vlm.stops else self.vlm.tokenizer.eos_token_id
+
+    @cached_property
     def _user_turn(self) -> tuple[str, str]:
-        """What the chat template writes before and after a user's text that follows an assistant turn.
+        """What the chat template writes before and after a user's text that follows the end of an assistant's
+        turn.
 
         Raises ValueError if the template has no such turns.
         """
-        turns = [("user", "."), ("assistant", ASSISTANT_MARK), ("user", USER_MARK)]
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        rendered = self.vlm.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        rest, stop = rendered.rpartition(ASSISTANT_MARK)[2], self.vlm.tokenizer.eos_token
-        before, mark, after = rest.partition(USER_MARK)
+        stop, (before, mark, after) = self.vlm.tokenizer.decode(self.turn_end), self._later_turn
         if not mark or not before.startswith(stop):
             raise ValueError(
-                f"the chat template of model.path must write an assistant's turn, its end ({stop}, the "
-                "tokenizer's eos_token) and a user's turn after it, as rollout.environment needs; use a "
+                f"the chat template of model.path must write an assistant's turn, its end ({stop}, a token "
+                "that ends responses) and a user's turn after it, as rollout.environment needs; use a "
                 "template and a tokenizer that do"
             )
         return before.removeprefix(stop), after
 
+    @cached_property
+    def _later_turn(self) -> tuple[str, str, str]:
+        """What the chat template writes after an assistant's text: what comes before a user's text, that
+        text, and what comes after it."""
+        parts = [{"type": "text", "text": ASSISTANT_MARK}]
+        for content in (ASSISTANT_MARK, parts):  # GLM's prints a list as Python does; others want one
+            rendered = self.vlm.processor.apply_chat_template(
+                [
+                    {"role": "user", "content": [{"type": "text", "text": "."}]},
+                    {"role": "assistant", "content": content},
+                    {"role": "user", "content": [{"type": "text", "text": USER_MARK}]},
+                ],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            if ASSISTANT_MARK in rendered:
+                break
+        return rendered.rpartition(ASSISTANT_MARK)[2].partition(USER_MARK)
+
     def ends_turn(self, response: Response) -> bool:
         """Whether the response ends with the token that ends a turn in the chat template."""
-        return int(response.ids[-1]) == self.vlm.tokenizer.eos_token_id
+        return int(response.ids[-1]) == self.turn_end
 
     def decode(self, ids: torch.Tensor) -> str:
         """Decodes tokens, without special ones."""
@@ -143,9 +168,8 @@ class Encoder:
 
     def _resize(self, example: Example, number: int):
         image = example.images[number]
-        request = {"image": image, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         try:
-            return fetch_image(request, image_patch_size=self.vlm.processor.image_processor.patch_size)
+            return self.vlm.family.resize(image, self.vlm.processor.image_processor, self.bounds)
         except (ValueError, ZeroDivisionError) as error:
             size = "x".join(map(str, image.size))
             raise RowError(
@@ -166,12 +190,12 @@ class Encoder:
 
     def _check_image_tokens(self, example: Example, text: str) -> None:
         """Raises RowError for image tokens in the text, which would shift the images."""
-        processor = self.vlm.processor
-        if text.count(processor.image_token) != len(example.images) or processor.video_token in text:
+        image, *video = self.vlm.family.placeholders(self.vlm.processor)
+        if text.count(image) != len(example.images) or any(token in text for token in video):
             raise RowError(
-                f"{example.label}: its prompt has {text.count(processor.image_token)} image tokens for "
+                f"{example.label}: its prompt has {text.count(image)} image tokens for "
                 f"{len(example.images)} images; data.template and data.system must not contain "
-                f"{processor.image_token} or {processor.video_token}, and the chat template must write one "
+                f"{' or '.join([image, *video])}, and the chat template must write one "
                 "for each image"
             )
 
@@ -196,16 +220,16 @@ class PlainText:
     text uses, the stand-in.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, vision_tokens: Sequence[str]):
         self.tokenizer = processor.tokenizer
         self.names = [
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         ]
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
-        placeholders = {processor.image_token, processor.video_token}
-        turns = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in ("system", "user")]
+        user = {"role": "user", "content": [{"type": "text", "text": "."}]}
+        turns = [{"role": "system", "content": "."}, user]
         frame = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        self.free = [name for name in self.names if name not in frame and name not in placeholders]
+        self.free = [name for name in self.names if name not in frame and name not in vision_tokens]
 
     def ids(self, text: str) -> list[int]:
         """Encodes a text without special tokens."""
@@ -236,16 +260,13 @@ class PlainText:
         names = iter(hidden[1:])
         return re.sub(re.escape(hidden[0]), lambda _: next(names), text) if hidden else text
 
-    def restore_tokens(
-        self, ids: torch.Tensor, types: torch.Tensor, hidden: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and types [P] with the names' plain tokens instead of the stand-ins."""
+    def restore_tokens(self, ids: torch.Tensor, hidden: list[str]) -> torch.Tensor:
+        """Token ids [P] with the names' plain tokens instead of the stand-ins."""
         if not hidden:
-            return ids, types
+            return ids
         stand_in, names = self.tokenizer.convert_tokens_to_ids(hidden[0]), iter(hidden[1:])
         pieces = [self.ids(next(names)) if token == stand_in else [token] for token in ids.tolist()]
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        return torch.tensor([token for piece in pieces for token in piece]), types.repeat_interleave(lengths)
+        return torch.tensor([token for piece in pieces for token in piece])
 
 
 def _opening(processor) -> str:

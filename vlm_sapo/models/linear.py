@@ -1,4 +1,5 @@
-"""Linear attention over groups: a prompt is run once, and its branches start from the state after it.
+"""Linear attention over groups, and short convolutions: a prompt is run once, and its branches start from the
+state after it.
 
 The layers' own `forward` computes everything, first on the prompt, then on its branches; autograd adds up the
 branches' gradients in the prompt's state. Like the attention in models/attention.py they take `segments` for
@@ -11,7 +12,7 @@ channels of the convolution, [K] its width.
 from __future__ import annotations
 
 from functools import cache as cached
-from inspect import signature
+from inspect import Parameter, signature
 
 import torch
 from torch import nn
@@ -21,12 +22,12 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from vlm_sapo.models.attention import Prefix, Segments
 
-MIXERS = {"linear_attention": "linear_attn"}
+MIXERS = {"linear_attention": "linear_attn", "conv": "conv"}
 """The module of a layer that mixes tokens, by transformers' name of the layer's kind."""
 CACHE_ARGUMENTS = ("cache", "cache_params")
 """What versions of transformers call the cache of such a module."""
-State = tuple[torch.Tensor, torch.Tensor]
-"""The last inputs of the convolution [B, C, K], and the recurrent state [B, ...]."""
+State = tuple[torch.Tensor, ...]
+"""The last inputs of the convolution [B, C, K], and the recurrent state [B, ...] if the layer has one."""
 FULL = "full_attention"
 LEAST = 2
 """Tokens of a branch: of single ones transformers computes the state by a kernel without gradients."""
@@ -40,7 +41,8 @@ class ForkedState(LinearAttentionLayer):
         super().__init__()
         self.record_past = True  # a single token must not take the path that changes the state in place
         if state is not None:
-            self.conv_states[0], self.recurrent_states[0] = state
+            self.conv_states[0], *recurrent = state
+            self.recurrent_states[0] = recurrent[0] if recurrent else None
             self.has_previous_state[0] = True
 
     def update_conv_state(
@@ -91,8 +93,7 @@ class GroupedLinearAttention(nn.Module):
         for batch in segments.branches.batches:
             longest = batch.tokens.shape[1]
             rows = pad(hidden[0, batch.tokens], (0, 0, 0, max(0, LEAST - longest)))  # [N, R, H]
-            convolution, recurrent = (tensor[batch.groups] for tensor in states)
-            output, _ = self._run(rows, (convolution, recurrent))
+            output, _ = self._run(rows, tuple(tensor[batch.groups] for tensor in states))
             outputs.append(output[:, :longest].flatten(0, 1)[batch.real])
         return torch.cat(outputs)[None, segments.branches.order]
 
@@ -116,19 +117,24 @@ class GroupedLinearAttention(nn.Module):
         layer = ForkedState(state)
         cache = Cache(layers=[layer] * (self.layer_idx + 1))
         output = super().forward(hidden, **{self.cache_argument: cache})
-        return output, (layer.conv_states[0], layer.recurrent_states[0])
+        return output, _present(layer)
 
 
 def store(cache: Cache, layer: int, state: State) -> None:
     """Puts a state into a layer of an empty cache."""
-    convolution, recurrent = state
+    convolution, *recurrent = state
     cache.update_conv_state(convolution, layer, conv_kernel_size=convolution.shape[-1])
-    cache.update_recurrent_state(recurrent, layer)
+    for after in recurrent:
+        cache.update_recurrent_state(after, layer)
 
 
 def stored(cache: Cache, layer: int) -> State:
     """The state in a layer of a cache."""
-    return cache.layers[layer].conv_states[0], cache.layers[layer].recurrent_states[0]
+    return _present(cache.layers[layer])
+
+
+def _present(layer: LinearAttentionLayer) -> State:
+    return tuple(item for item in (layer.conv_states[0], layer.recurrent_states[0]) if item is not None)
 
 
 def group_linear_attention(layers: nn.ModuleList, kinds: list[str]) -> bool:
@@ -149,10 +155,11 @@ def group_linear_attention(layers: nn.ModuleList, kinds: list[str]) -> bool:
 
 @cached
 def grouped(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of a module with GroupedLinearAttention mixed in; None if it doesn't take a cache."""
+    """The class of a module with GroupedLinearAttention mixed in; None if it doesn't take a cache, or its
+    layer passes nothing else on to it, such as `segments`."""
     names = signature(kind.forward).parameters
     argument = next((name for name in CACHE_ARGUMENTS if name in names), None)
-    if argument is None:
+    if argument is None or all(item.kind != Parameter.VAR_KEYWORD for item in names.values()):
         return None
     mixed = (GroupedLinearAttention, kind)
     return type(f"Grouped{kind.__name__}", mixed, {"cache_argument": argument})

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
-from vlm_sapo.models.families import check_family
+from vlm_sapo.models.families import FAMILIES, check_family
 from vlm_sapo.models.unread import TensorFiles, UnreadWeights
 from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.plugins import searched
@@ -215,7 +215,9 @@ def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     check_folder(path)
     config = _config(path)
     try:
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False), build(config)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        FAMILIES[config.model_type].check(config, processor)
+        return processor, build(config)
     except OSError as error:
         raise ValueError(f"model.path ({path}) must be the folder of a whole model; {error}") from error
 

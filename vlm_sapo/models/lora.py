@@ -200,6 +200,11 @@ class Folded(nn.Module):
         self.down = layer.lora_A[NAME].weight.detach().t().to(dtype)  # [I, r]
         self.up = (layer.scaling[NAME] * layer.lora_B[NAME].weight.detach()).t().to(dtype)  # [r, O]
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's; some towers look up its dtype."""
+        return self.base.weight
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O]."""
         outputs = self.base(inputs)

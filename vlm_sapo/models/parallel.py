@@ -61,15 +61,18 @@ def shard(
     and over passes in the parameters' own. While a layer computes, the next `prefetch` ones are gathered.
     Weights that are still unread are read then, by each process its own rows.
     """
-    visual, device = vlm.model.model.visual, torch.device(mesh.device_type)
-    replicated = set(visual.parameters()) if vlm.vision.frozen else set()
+    device, whole = torch.device(mesh.device_type), vlm.vision.modules if vlm.vision.frozen else []
+    replicated = {parameter for module in whole for parameter in module.parameters()}
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         "ignored_params": replicated,
     }
-    stacks = [vlm.model.model.language_model.layers, *([] if replicated else [visual.blocks])]
+    stacks = [
+        vlm.model.model.language_model.layers,
+        *([] if whole else [vlm.family.vision_blocks(vlm.model)]),
+    ]
     for stack in stacks:
         for layer in stack:
             fully_shard(layer, **options)
@@ -80,9 +83,9 @@ def shard(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     if vlm.unread is not None:
-        _read(root, vlm, device=torch.device("cpu") if offload else device, whole_on=device)
-    elif replicated:
-        visual.to(device)
+        _read(root, vlm, whole, device=torch.device("cpu") if offload else device, whole_on=device)
+    for module in whole:
+        module.to(device)
     vlm.vision.device, vlm.vision.always = device, not replicated
     return root
 
@@ -96,10 +99,12 @@ def _gather_ahead(layers: list[FSDPModule], count: int) -> None:
         layer.set_modules_to_backward_prefetch(layers[max(index - count, 0) : index][::-1])
 
 
-def _read(root: Root, vlm: VLM, *, device: torch.device, whole_on: torch.device) -> None:
-    """Gives a sharded model memory on a device and reads its weights; what is replicated is on `whole_on`."""
-    tower = vlm.model.model.visual if vlm.vision.frozen else None
-    filled = give_memory(root, device=device, whole=tower, whole_on=whole_on)
+def _read(
+    root: Root, vlm: VLM, whole: Sequence[nn.Module], *, device: torch.device, whole_on: torch.device
+) -> None:
+    """Gives a sharded model memory on a device and reads its weights; the modules `whole`, which are
+    replicated, are on `whole_on`."""
+    filled = give_memory(root, device=device, whole=whole, whole_on=whole_on)
     vlm.unread.read(vlm.model, filled=filled)
     vlm.unread = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -205,9 +205,9 @@ def _sources(model: PreTrainedModel, names: Collection[str]) -> dict[str, Source
 
 @torch.no_grad()
 def give_memory(
-    module: nn.Module, *, device: torch.device, whole: nn.Module | None, whole_on: torch.device
+    module: nn.Module, *, device: torch.device, whole: Sequence[nn.Module], whole_on: torch.device
 ) -> list[torch.Tensor]:
-    """Gives a module's parameters memory on a device, and those of its part `whole` on `whole_on`.
+    """Gives a module's parameters memory on a device, and those of its parts `whole` on `whole_on`.
     Parameters and buffers that have a value keep it, buffers on `whole_on`; returns these. What was one
     parameter stays one."""
     first: dict[torch.Tensor, str] = {}
@@ -219,8 +219,8 @@ def give_memory(
     values = {name: _local(item).clone() for name, item in module.named_parameters() if not item.is_meta}
     buffers = {name: item for name, item in module.named_buffers() if not item.is_meta}
     module.to_empty(device=device)
-    if whole is not None:
-        whole.to_empty(device=whole_on)
+    for part in whole:
+        part.to_empty(device=whole_on)
     for name, known in tied.items():
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, module.get_parameter(known))

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vlm_sapo.models.families.family import Family
 from vlm_sapo.types import Prompt
 
 
@@ -46,15 +47,21 @@ class Vision:
     `always`: run on a dummy patch if a batch has no image, so that FSDP ranks stay in step.
     """
 
-    def __init__(self, model: nn.Module, *, budget: int):
-        self.model, self.budget = model, budget
+    def __init__(self, model: nn.Module, family: Family, *, budget: int):
+        self.model, self.family, self.budget = model, family, budget
         self.device = model.device
         self.always = False
         self.cached: WeakKeyDictionary[Prompt, Features] = WeakKeyDictionary()
 
     @property
     def frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.model.model.visual.parameters())
+        parameters = (parameter for module in self.modules for parameter in module.parameters())
+        return not any(parameter.requires_grad for parameter in parameters)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The tower and what maps its output to the language model's."""
+        return self.family.vision_modules(self.model)
 
     def __call__(self, prompts: list[Prompt]) -> Features | None:
         """Features of all images of the prompts, or None without images."""
@@ -70,12 +77,8 @@ class Vision:
         return Features.join([self.cached[prompt].to(self.device) for prompt in with_images])
 
     def _encode_dummy(self) -> Features:
-        """No features, from a pass over one merged dummy patch."""
-        config = self.model.config.vision_config
-        patches = config.spatial_merge_size**2
-        size = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        grid = torch.tensor([[1, config.spatial_merge_size, config.spatial_merge_size]])
-        tokens, *deep = self._run(torch.zeros(patches, size), grid)
+        """No features, from a pass over the smallest image."""
+        tokens, *deep = self._run(*self.family.blank_image(self.model.config, 1))
         return Features(tokens[:0], tuple(layer[:0] for layer in deep))
 
     def _cache(self, prompts: list[Prompt], features: list[Features]) -> None:
@@ -88,19 +91,13 @@ class Vision:
         """Each prompt's features, from one pass of the tower over all images."""
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         layers = self._run(pixels, torch.cat([prompt.grid for prompt in prompts]))
-        merge = self.model.config.vision_config.spatial_merge_size**2
+        merge = self.family.patches_per_token(self.model.config)
         sizes = [int(prompt.grid.prod(-1).sum()) // merge for prompt in prompts]
         parts = zip(*(layer.split(sizes) for layer in layers), strict=True)
         return [Features(own, tuple(rest)) for own, *rest in parts]
 
     def _run(self, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         """Features [M, H] of the image tokens, then those for each of the first layers."""
-        output = self.model.model.get_image_features(
-            pixels.to(self.device, self.model.dtype), grid.to(self.device)
+        return self.family.features(
+            self.model, pixels.to(self.device, self.model.dtype), grid.to(self.device)
         )
-        return [torch.cat(output.pooler_output), *map(_concatenate, output.get("deepstack_features") or ())]
-
-
-def _concatenate(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """transformers returns a layer's features as one tensor, since about 5.20 as one per image."""
-    return layer if isinstance(layer, torch.Tensor) else torch.cat(layer)

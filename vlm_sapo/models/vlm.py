@@ -33,8 +33,13 @@ from vlm_sapo.models.weights import (
 from vlm_sapo.types import Prompt
 
 PARTS = {
-    "vision": ("visual.",),
-    "merger": ("visual.merger.", "visual.deepstack_merger_list."),
+    "vision": ("visual.", "vision_tower."),
+    "merger": (
+        "visual.merger.",
+        "visual.deepstack_merger_list.",
+        "visual.downsample.",
+        "multi_modal_projector.",
+    ),
     "language": ("language_model.", "lm_head."),
     "router": (".mlp.gate.",),
 }
@@ -56,15 +61,9 @@ class VLM(nn.Module):
         super().__init__()
         self.model = model
         self.processor = processor
-        config = model.config
-        self.banned = [
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        ]
+        self.banned = self.family.vision_tokens(model.config, processor.tokenizer)
         self.stops = stop_ids(model, processor)
-        self.vision = Vision(model, budget=vision_cache)
+        self.vision = Vision(model, self.family, budget=vision_cache)
         self.routers = Routers(model)
         self.version = 0
         self.fused_modules = 0
@@ -157,7 +156,7 @@ class VLM(nn.Module):
         return language(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=self.family.language_positions(positions),
             use_cache=cache is not None,
             **extra,
         ).last_hidden_state
@@ -208,16 +207,13 @@ class VLM(nn.Module):
         finally:
             self.version = before
 
-    def rope_positions(self, ids: torch.Tensor, token_types: torch.Tensor, grid: torch.Tensor | None):
-        """Rotary positions [3, P] of one prompt; ids, token_types [P], grid [I, 3]."""
-        positions, _ = self.model.model.get_rope_index(
-            ids[None], mm_token_type_ids=token_types[None], image_grid_thw=grid
-        )
-        return positions[:, 0]
+    def rope_positions(self, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """Rotary positions [3, P] of one prompt; ids [P], grid [I, 3]."""
+        return self.family.positions(self.model, ids, grid)
 
     def image_ranges(self, prompt: Prompt) -> list[tuple[int, int]]:
         """First token and number of tokens of each of a prompt's images."""
-        merge = self.model.config.vision_config.spatial_merge_size**2
+        merge = self.family.patches_per_token(self.model.config)
         sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
         ids, image_token = prompt.ids.tolist(), self.model.config.image_token_id
         ranges, end = [], 0
@@ -229,9 +225,9 @@ class VLM(nn.Module):
 
     def unexpanded(self, prompt: Prompt) -> list[int]:
         """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
-        ids = prompt.ids.tolist()
+        ids, frame = prompt.ids.tolist(), int(self.family.adds_frame)
         for start, size in reversed(self.image_ranges(prompt)):
-            del ids[start + 1 : start + size]
+            ids[start - frame : start + size + frame] = ids[start : start + 1]
         return ids
 
     def freeze(self, parts: list[str]) -> None:
@@ -244,9 +240,11 @@ class VLM(nn.Module):
         self.fused_modules = fuse(self.model)
 
     def patch_embed_as_linear(self) -> None:
-        """Computes the patch embedding, a convolution, as the linear layer that it is equal to."""
-        embedding = self.model.model.visual.patch_embed
-        embedding.proj = PatchProjection(embedding.proj)
+        """Computes the embedding of single patches, a convolution, as the linear layer that it is equal
+        to."""
+        embedding = self.family.patch_embedding(self.model)
+        if embedding is not None:
+            embedding.proj = PatchProjection(embedding.proj)
 
     def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """The weights in the format of published checkpoints; see `hf_state_dict`. For a sharded model they

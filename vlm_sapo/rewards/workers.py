@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import RLock
+from threading import Lock
 from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
@@ -40,7 +41,7 @@ class Workers:
         self._initializer, self._initargs = initializer, initargs
         self._number = number or min(os.cpu_count() or 1, 8)
         self._context = _start_server(path)
-        self._pool = self._start()
+        self._pool, self._restarting = self._start(), Lock()
         self.restarts = 0
         """Times that the processes were started again since a call ended."""
 
@@ -51,14 +52,21 @@ class Workers:
     def send(self, function: Callable[..., Any], args: tuple, timeout: float | None) -> Sent:
         """Sends a call to the processes, which are started again if need be."""
         while True:
+            pool = self._pool
             try:
-                return Sent(self._pool, self._pool.schedule(function, args=args, timeout=timeout))
+                return Sent(pool, pool.schedule(function, args=args, timeout=timeout))
             except RuntimeError as error:
-                if self.restarts == MOST_RESTARTS:
-                    raise BrokenWorkersError from error
-                self.restarts += 1
-                self.close()
-                self._pool = self._start()
+                self._restart(pool, error)
+
+    def _restart(self, broken: ProcessPool, error: RuntimeError) -> None:
+        with self._restarting:
+            if self._pool is not broken:  # another thread did
+                return
+            if self.restarts == MOST_RESTARTS:
+                raise BrokenWorkersError from error
+            self.restarts += 1
+            self.close()
+            self._pool = self._start()
 
     def close(self) -> None:
         """Ends the processes."""

@@ -25,10 +25,12 @@ def engine_input(vlm: VLM, request: Request, dtype: torch.dtype) -> Any:
     prompt = request.prompt
     if prompt.pixels is None:
         return tokens_input(request.ids)
-    tensors = {"pixel_values": prompt.pixels.to(dtype), "image_grid_thw": prompt.grid}
+    tensors, rows = vlm.family.engine_tensors(vlm.model.config, prompt.pixels.to(dtype), prompt.grid)
     fields = {
-        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", prompt.grid.prod(-1)),
-        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        name: MultiModalFieldConfig.flat_from_sizes("image", rows)
+        if name == "pixel_values"
+        else MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        for name in tensors
     }
     ranges = vlm.image_ranges(prompt)
     return mm_input(

@@ -33,15 +33,14 @@ CPU_ARGUMENTS: dict[str, Any] = {
 """Added without a GPU, as in tests."""
 
 
-def engine_arguments(max_pixels: int | None) -> dict[str, Any]:
+def engine_arguments(vlm: VLM, max_pixels: int | None) -> dict[str, Any]:
     """What makes vLLM compute what the trainer does, in this process and as a server. From the largest area
     of an image vLLM derives how many it may encode at a time, and the memory that it keeps for that."""
-    images = {"do_resize": False}  # they arrive in their final size
     return {
         "logprobs_mode": "processed_logprobs",  # of the sampled distribution, after temperature and bans
         "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
-        "mm_processor_kwargs": images | ({"max_pixels": max_pixels} if max_pixels else {}),
+        "mm_processor_kwargs": vlm.family.engine_processing(vlm.model.config, max_pixels),
     }
 
 

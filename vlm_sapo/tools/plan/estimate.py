@@ -8,6 +8,7 @@ from dataclasses import replace
 from vlm_sapo.config.rollout import VllmConfig, VllmServerConfig
 from vlm_sapo.config.schema import ModelConfig, TrainConfig
 from vlm_sapo.hub import local_model
+from vlm_sapo.models.families import check_family
 from vlm_sapo.models.parallel import prefetched_layers
 from vlm_sapo.plugins import locate
 from vlm_sapo.tools.plan import memory, passes
@@ -279,12 +280,12 @@ def batch_spec(config: TrainConfig) -> BatchSpec:
     """The largest batch that the config allows: prompts and responses at their limits, and as many image
     tokens as one image of the largest size has."""
     prompt = config.data.max_prompt_tokens
-    vision = read_config(where_config_is(config.model)).vision_config
-    side = vision.patch_size * vision.spatial_merge_size
-    pixels = config.model.max_pixels or prompt * side**2
+    model = read_config(where_config_is(config.model))
+    family = check_family(model.model_type, "the model type of model.path")
+    pixels = config.model.max_pixels or prompt * family.pixels_per_token(model)
     return BatchSpec(
         prompt=prompt,
-        image=max(0, min(pixels // side**2, prompt - MIN_TEXT_TOKENS)),
+        image=max(0, min(family.most_image_tokens(model, pixels), prompt - MIN_TEXT_TOKENS)),
         response=config.rollout.max_tokens,
         group=config.rollout.group,
         budget=config.train.tokens_per_microbatch,

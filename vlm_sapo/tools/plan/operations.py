@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from torch import nn
 
+from vlm_sapo.models.vlm import part_of
 from vlm_sapo.tools.plan.passes import simulated_model
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
@@ -58,13 +59,13 @@ def model_work(spec: ModelSpec) -> ModelWork:
         if ".layers." in name:
             language += parameter.numel()
             active += matrix * per_token // len(parameter) if ".experts." in name else matrix
-        elif "merger" in name:
+        elif part_of(name) == "merger":
             merged += matrix
-        elif "visual." in name and "pos_embed" not in name:
+        elif part_of(name) == "vision" and "pos" not in name:
             tower += matrix
-    depth, width = vision.depth, vision_fields.get("embed_dim") or vision.hidden_size
-    whole = len(vision_fields.get("fullatt_block_indexes") or range(depth))
-    merge = vision.spatial_merge_size**2
+    width = vision_fields.get("embed_dim") or vision.hidden_size
+    whole = len(vision_fields.get("fullatt_block_indexes") or vlm.family.vision_blocks(vlm.model))
+    merge = vlm.family.patches_per_token(config)
     return ModelWork(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,

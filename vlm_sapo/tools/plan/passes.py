@@ -13,7 +13,7 @@ from vlm_sapo.models.decoding import PREFILL_TOKENS, BranchGrid, prefill
 from vlm_sapo.models.experts import NullRecorder
 from vlm_sapo.models.forward import CHUNK_LOGITS, Pass
 from vlm_sapo.models.packing import GroupSlice, Inputs, choose
-from vlm_sapo.models.vlm import VLM
+from vlm_sapo.models.vlm import VLM, part_of
 from vlm_sapo.rollout.engine import as_contexts
 from vlm_sapo.rollout.hf import sample
 from vlm_sapo.tools.plan import simulate
@@ -66,9 +66,9 @@ def parameters(spec: ModelSpec) -> tuple[ParameterSpec, ...]:
     for name, parameter in vlm.model.named_parameters():
         adapted = name.endswith(".base_layer.weight")
         size = NF4_BYTES if adapted and spec.lora_bits else parameter.element_size()
-        layers = next((part for part in (".layers.", ".blocks.") if part in name), None)
+        layers = next((part for part in (".layers.", ".blocks.", ".layer.") if part in name), None)
         unit = "root" if layers is None else layers + name.split(layers)[1].split(".")[0]
-        unit = UNSHARDED if vlm.vision.frozen and "visual." in name else unit
+        unit = UNSHARDED if vlm.vision.frozen and part_of(name) in ("vision", "merger") else unit
         specs.append(ParameterSpec(unit, parameter.numel(), size, parameter.requires_grad, adapted))
     return tuple(specs)
 
@@ -117,9 +117,10 @@ def _vision_peak(vlm: VLM, prompts: list[Prompt], spec: ModelSpec) -> VisionPeak
 def _cached_features(vlm: VLM, prompts: list[Prompt]) -> Iterator[int]:
     """Caches the image features of prompts inside; those of a trained tower take gradients. Yields their
     bytes."""
-    visual = vlm.model.model.visual
-    trained = [parameter for parameter in visual.parameters() if parameter.requires_grad]
-    visual.requires_grad_(False)
+    parameters = [parameter for module in vlm.vision.modules for parameter in module.parameters()]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     vlm.vision(prompts)
     cache = [vlm.vision.cached[prompt] for prompt in dict.fromkeys(prompts) if prompt in vlm.vision.cached]
     for tensor in (tensor for item in cache for tensor in (item.tokens, *item.deep)):

@@ -42,6 +42,8 @@ INDEX_OPS = (
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
 )
+NO_TOKENIZER = SimpleNamespace(eos_token_id=None, convert_tokens_to_ids=lambda tokens: [])
+"""A plan needs no tokens."""
 MEASURED_LAYERS = 2
 """Decoder layers that are run, or one period where kinds of layers alternate: memory is linear in their
 number."""
@@ -145,7 +147,7 @@ def outline(spec: ModelSpec) -> tuple[Simulation, VLM]:
         silence_dropout(model)
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        vlm = VLM(model, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None)))
+        vlm = VLM(model, SimpleNamespace(tokenizer=NO_TOKENIZER))
         vlm.patch_embed_as_linear()
         if spec.lora_rank is None:
             vlm.freeze(list(spec.freeze))
@@ -179,8 +181,7 @@ def read_config(path: str) -> PretrainedConfig:
         raise ValueError(f"{requirement}; {one_line(error, 300)}") from error
     if "vision_config" not in config.to_dict():
         raise ValueError(
-            f"model.path ({path}) is a {config.model_type}; use a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 "
-            "model"
+            f"model.path ({path}) is a {config.model_type}; use a vision-language model (docs/families.md)"
         )
     return config
 
@@ -188,11 +189,11 @@ def read_config(path: str) -> PretrainedConfig:
 def synthetic_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
     """A prompt of `tokens` tokens, of which at most `image_tokens` are one square image's. Call it inside a
     Simulation."""
-    vision = vlm.model.config.vision_config
-    side = vision.spatial_merge_size * int(image_tokens**0.5)  # patches
-    image_tokens = side**2 // vision.spatial_merge_size**2
+    config, family = vlm.model.config, vlm.family
+    pixels, grid = family.blank_image(config, image_tokens)
+    image_tokens = int(grid.prod()) // family.patches_per_token(config) if image_tokens else 0
+    image_tokens = image_tokens if image_tokens < tokens else 0  # not even the smallest image fits
     ids = [0, *[vlm.model.config.image_token_id] * image_tokens, *[0] * (tokens - image_tokens - 1)]
-    pixels = torch.empty(side**2, vlm.model.model.visual.patch_embed.proj.weight[0].numel())
     return Prompt(
         example=Example("", "", ""),
         text="",
@@ -201,7 +202,7 @@ def synthetic_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
         positions=torch.arange(tokens).expand(3, -1),
         images=(),
         pixels=pixels if image_tokens else None,
-        grid=torch.tensor([[1, side, side]]) if image_tokens else None,
+        grid=grid if image_tokens else None,
     )
 
 

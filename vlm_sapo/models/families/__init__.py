@@ -1,0 +1,24 @@
+"""The supported model families, each with what differs beyond what transformers handles.
+
+docs/families.md says what works for which family, and how to add one.
+"""
+
+from __future__ import annotations
+
+from vlm_sapo.models.families.family import Family
+from vlm_sapo.models.families.glm import GLM
+from vlm_sapo.models.families.internvl import INTERNVL
+from vlm_sapo.models.families.lfm2 import LFM2
+from vlm_sapo.models.families.qwen import QWEN
+
+THOUGHT_TAGS = ("<think>", "</think>")
+FAMILIES: dict[str, Family] = QWEN | GLM | INTERNVL | LFM2
+"""By transformers' `model_type`."""
+
+
+def check_family(name: str, where: str) -> Family:
+    """The family of a `model_type`. Raises ValueError, starting with `where`, if it is not supported."""
+    if name not in FAMILIES:
+        listed = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
+        raise ValueError(f"{where} ({name}) must be one of {listed}")
+    return FAMILIES[name]

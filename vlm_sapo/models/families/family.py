@@ -1,0 +1,268 @@
+"""What a model family tells about itself: its conventions, and the config of a small model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+from qwen_vl_utils import fetch_image
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2VLImageProcessor
+
+from vlm_sapo.types import Coordinates
+
+CHATML_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+}
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{- message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else %}{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+CHATML_ENDS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. The defaults make the quick start's: about a million parameters."""
+
+    hidden: int = 96
+    layers: int = 3
+    vision_layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    patch: int = 8
+    max_pixels: int = 64 * 64
+    init_std: float = 0.08
+    """Standard deviation of the initial weights: 1 / sqrt(hidden) or so; .02 is for wide models."""
+    vision_hidden: int | None = None
+    """Width of the vision tower; by default the language model's."""
+    vision_ratio: int = 2
+    """Width of the vision tower's feed-forward layers over its own."""
+    embedding_rows: int = 0
+    """At least; the tokenizer may need more."""
+    experts: int = 4
+    """Experts of an MoE layer, of which two are active per token."""
+    expert_ratio: float = 2.0
+    """Width of an expert over that of the language model."""
+    dtype: str = "float32"
+
+    @property
+    def tower(self) -> int:
+        """Width of the vision tower."""
+        return self.vision_hidden or self.hidden
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The chat layout and special tokens of a small model's processor and tokenizer."""
+
+    template: str = CHATML
+    tokens: Mapping[str, str] = field(default_factory=lambda: CHATML_TOKENS)
+    """Special tokens that the processor asks the tokenizer for, by its name for them."""
+    others: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    """Further special tokens."""
+    ends: tuple[str, ...] = CHATML_ENDS
+    """Tokens that end a response; the first is the tokenizer's end of sequence."""
+    ids: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }
+    )
+    """Tokens whose ids the model's config has, by its name for them: those that stand for images and videos,
+    and those around them. No engine may sample them."""
+    unlisted: tuple[str, ...] = ()
+    """Such tokens whose ids the config has not."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of transformers, and the conventions that its models were trained with."""
+
+    title: str
+    processor: type
+    video_processor: type | None
+    coordinates: Coordinates
+    """How it writes boxes and points; the verifiers' default."""
+    text: Callable[[Shape], dict]
+    """Fields of a small model's `text_config` beside the common ones."""
+    vision: Callable[[Shape], dict]
+    """Fields of its `vision_config` beside the common ones."""
+    top: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of its config beside those of its two parts."""
+    languages: tuple[str, ...] = ()
+    """Language models that it may have; empty for its one and only."""
+    image_processor: type = Qwen2VLImageProcessor
+    chat: Chat = Chat()
+    adds_frame: bool = False
+    """Whether its processor, not the chat template, writes the tokens before and after an image's."""
+    frames: int = 1
+    """Times that the bounds of its image processor count an image's pixels."""
+    thinks: bool = False
+    """Whether it has models that think, between THOUGHT_TAGS."""
+    tool_calls: Literal["json", "xml"] | None = None
+    """How its chat template writes a call inside `<tool_call>`: a JSON object with name and arguments, or
+    `<function=name>` with `<parameter=name>`; None if it knows no tools, or writes them in another way."""
+    experts_transposed: bool = False
+    """Whether checkpoints store the experts' matrices as [E, in, out]; transformers has [E, out, in]."""
+
+    def check(self, config: PreTrainedConfig, processor) -> None:
+        """Raises ValueError if a model, or its processor, is none that this family's code is for."""
+        kind = config.get_text_config().model_type
+        if self.languages and kind not in self.languages:
+            raise ValueError(
+                f"text_config.model_type of model.path ({kind}) must be {' or '.join(self.languages)} in a "
+                f"model of {self.title}; use a checkpoint with such a language model"
+            )
+
+    def vision_tokens(self, config: PreTrainedConfig, tokenizer) -> list[int]:
+        """Tokens that stand for images and videos or enclose them, which no engine may sample."""
+        fields = config.to_dict()
+        unlisted = tokenizer.convert_tokens_to_ids(list(self.chat.unlisted)) if self.chat.unlisted else []
+        return [*(fields[name] for name in self.chat.ids), *unlisted]
+
+    def placeholders(self, processor) -> list[str]:
+        """The tokens that its chat template writes for an image, and for a video if it takes any."""
+        return [processor.image_token, *([processor.video_token] if self.video_processor else [])]
+
+    def pixel_bounds(self, image_processor) -> tuple[int, int]:
+        """Smallest and largest area in pixels to which the model's own processor resizes an image."""
+        size = image_processor.size
+        return size["shortest_edge"] // self.frames, size["longest_edge"] // self.frames
+
+    def resize(self, image: Image, image_processor, bounds: tuple[int, int]) -> Image:
+        """The image in the size in which the model sees it. Raises ValueError if it can't be resized."""
+        request = {"image": image, "min_pixels": bounds[0], "max_pixels": bounds[1]}
+        return fetch_image(request, image_patch_size=image_processor.patch_size)
+
+    def process(
+        self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Token ids [P], patches [N, D] and grid [I, 3] of a text with one image token for each of I resized
+        images."""
+        encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
+        return encoded["input_ids"][0], encoded.get("pixel_values"), encoded.get("image_grid_thw")
+
+    def patches_per_token(self, config: PreTrainedConfig) -> int:
+        """Patches, of which the grid counts, that become one image token."""
+        return config.vision_config.spatial_merge_size**2
+
+    def pixels_per_token(self, config: PreTrainedConfig) -> int:
+        """Area in pixels that becomes one image token."""
+        return config.vision_config.patch_size**2 * self.patches_per_token(config)
+
+    def most_image_tokens(self, config: PreTrainedConfig, max_pixels: int) -> int:
+        """Tokens of the largest image of at most so many pixels."""
+        return max_pixels // self.pixels_per_token(config)
+
+    def blank_image(self, config: PreTrainedConfig, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches [N, D] and grid [1, 3] of a black square image of at most so many tokens, but at least
+        one."""
+        vision = config.vision_config
+        side = vision.spatial_merge_size * max(1, int(tokens**0.5))
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return torch.zeros(side**2, size), torch.tensor([[1, side, side]])
+
+    def positions(self, model: nn.Module, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """Rotary positions [3, P] of a prompt's tokens [P], given its images' grid [I, 3]."""
+        types = (ids == model.config.image_token_id).int()
+        positions, _ = model.model.get_rope_index(
+            ids[None], mm_token_type_ids=types[None], image_grid_thw=grid
+        )
+        return positions[:, 0]
+
+    def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary positions [3, B, L] as the language model takes them."""
+        return positions
+
+    def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
+        """Features [M, H] of the image tokens, then those for each of the first layers (deepstack)."""
+        output = model.model.get_image_features(pixels, grid)
+        return [torch.cat(output.pooler_output), *map(_concatenate, output.get("deepstack_features") or ())]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        """What computes image features: the tower, and what maps its output to the language model's."""
+        return [model.model.visual]
+
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The tower's layers."""
+        return model.model.visual.blocks
+
+    def patch_embedding(self, model: nn.Module) -> nn.Module | None:
+        """The module with the convolution `proj` that embeds single patches, if the tower gets those."""
+        return model.model.visual.patch_embed
+
+    def engine_processing(self, config: PreTrainedConfig, max_pixels: int | None) -> dict[str, Any]:
+        """What vLLM's processor of this model is told: images arrive in their final size, of at most so many
+        pixels."""
+        return {"do_resize": False} | ({"max_pixels": max_pixels * self.frames} if max_pixels else {})
+
+    def small_processor(self, shape: Shape, tokenizer: PreTrainedTokenizerFast):
+        """The processor of a small model."""
+        bounds = {
+            "shortest_edge": self.frames * (4 * shape.patch) ** 2,
+            "longest_edge": self.frames * shape.max_pixels,
+        }
+        return self.processor(
+            image_processor=self.image_processor(patch_size=shape.patch, merge_size=2, size=bounds),
+            tokenizer=tokenizer,
+            video_processor=self.video_processor(patch_size=shape.patch, merge_size=2),
+            chat_template=self.chat.template,
+        )
+
+    def engine_tensors(
+        self, config: PreTrainedConfig, pixels: torch.Tensor, grid: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A prompt's images as vLLM's model of this family takes them, and the rows of `pixel_values` that
+        belong to each."""
+        return {"pixel_values": pixels, "image_grid_thw": grid}, grid.prod(-1)
+
+
+class OneDimensional(Family):
+    """A family whose tokens have one position each, as in text."""
+
+    def positions(self, model: nn.Module, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        return torch.arange(len(ids)).expand(3, -1)
+
+    def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions[0]
+
+
+def _concatenate(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """transformers returns a layer's features as one tensor, since about 5.20 as one per image."""
+    return layer if isinstance(layer, torch.Tensor) else torch.cat(layer)
+
+
+def tower(shape: Shape) -> dict:
+    """Fields of the config of a tower that gets single patches."""
+    return {"depth": shape.vision_layers, "num_heads": shape.heads}
+
+
+def rotary(dims: int, **fields: object) -> dict:
+    """Rotary positions on `dims` of a head's dimensions: half for time, a quarter each for height and
+    width."""
+    eighth = dims // 8
+    sections = [2 * eighth, eighth, eighth]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections} | fields
+    return {"rope_parameters": rope}
