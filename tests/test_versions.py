@@ -17,6 +17,7 @@ import torch
 from tests.conftest import FAMILIES, ROOT
 from tests.versions import Sources, fits, keywords_of, problems, uses
 from vlm_sapo.models.attention import prefix_attention, vision_attention
+from vlm_sapo.models.families import FAMILIES as TABLE
 from vlm_sapo.models.linear import CACHE_ARGUMENTS, ForkedState
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -118,14 +119,22 @@ def test_huggingface_hub_has_what_the_code_uses(bound, tmp_path):
     assert wrong + problems(sources, "huggingface_hub") == []
 
 
+OTHER_TOWERS = {"lfm2_vl": ("siglip2",)}
+"""Modules of towers that are no family's own."""
+
+
 @pytest.mark.slow
 def test_transformers_gives_attention_what_it_takes(transformers):
     """The calls of the attention interface in the families' modules; ours names what it needs of them."""
     for family in FAMILIES:
-        path = f"transformers/models/{family}/modeling_{family}.py"
+        languages = [name.removesuffix("_text") for name in TABLE[family].languages]
+        modules = [family, *languages, *OTHER_TOWERS.get(family, ())]
         calls = [
             node
-            for node in ast.walk(ast.parse(transformers.text(path)))
+            for module in modules
+            for node in ast.walk(
+                ast.parse(transformers.text(f"transformers/models/{module}/modeling_{module}.py"))
+            )
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
             and node.func.id == "attention_interface"

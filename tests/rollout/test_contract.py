@@ -45,7 +45,6 @@ SETTINGS = [
             "vllm-internvl",
             "vllm-trained",
             "vllm_server-qwen2_5_vl",
-            "vllm_server-internvl",
             "vllm_server-trained",
         )
     ),
