@@ -11,7 +11,7 @@ from vlm_sapo.config.load import load
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, choose
-from vlm_sapo.tools.plan import roofline, simulate
+from vlm_sapo.tools.plan import memory, passes, roofline, simulate
 from vlm_sapo.tools.plan.cards import CARDS, GB, card_of, find_card
 from vlm_sapo.tools.plan.command import parse_gpus, plan_command
 from vlm_sapo.tools.plan.duration import Setting, StepEstimator, StepTime
@@ -40,6 +40,7 @@ QWEN2_5_VL_3B = ModelWork(
     vocabulary=151_936,
     vision=640_645_120,
     vision_attention=5120,
+    attended=None,
     patches_per_token=4,
     total=3_754_622_976,
 )
@@ -47,7 +48,7 @@ FULL = Training(autocast=True, adapters=False, checkpointing=True, vision=False,
 GROUP = GroupTokens(prompt=1300, image=1000, response=350, group=8)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "lfm2_vl"])
 def test_operations_are_those_of_the_models_own_pass(family, model_folder):
     path = str(model_folder(family))
     vlm = load_vlm(path)
@@ -61,6 +62,10 @@ def test_operations_are_those_of_the_models_own_pass(family, model_folder):
     image = int((prompt.ids == vlm.model.config.image_token_id).sum())
     work, group = model_work(spec), GroupTokens(40, image, 12, 3)
     attention = 4 * work.attention_layers * work.query_width * group.pairs
+    layers = list(vlm.model.model.language_model.layers)
+    assert work.language == sum(item.numel() for layer in layers for item in layer.parameters())
+    units = {item.unit for item in passes.parameters(spec)} - {"root", memory.UNSHARDED}
+    assert len(units) == len(layers) + len(vlm.family.vision_blocks(vlm.model))
     counted = counter.get_total_flops()
     # SDPA computes both halves of its causal square, and windows of the tower are left out here
     assert counted == pytest.approx(forward_operations(work, group, vision=True) + attention, rel=0.1)

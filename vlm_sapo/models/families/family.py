@@ -168,6 +168,10 @@ class Family:
         """Patches, of which the grid counts, that become one image token."""
         return config.vision_config.spatial_merge_size**2
 
+    def attended_patches(self, config: PreTrainedConfig) -> int | None:
+        """Most patches that a patch attends to in the tower; None for all of its image."""
+        return None
+
     def pixels_per_token(self, config: PreTrainedConfig) -> int:
         """Area in pixels that becomes one image token."""
         return config.vision_config.patch_size**2 * self.patches_per_token(config)

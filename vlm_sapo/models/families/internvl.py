@@ -101,6 +101,9 @@ class InternVL(OneDimensional):
     def patches_per_token(self, config: PreTrainedConfig) -> int:
         return round(1 / config.downsample_ratio) ** 2
 
+    def attended_patches(self, config: PreTrainedConfig) -> int:
+        return _side(config) ** 2
+
     def pixels_per_token(self, config: PreTrainedConfig) -> int:
         return config.vision_config.patch_size[0] ** 2 * self.patches_per_token(config)
 

@@ -11,6 +11,9 @@ from vlm_sapo.models.vlm import part_of
 from vlm_sapo.tools.plan.passes import simulated_model
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
 
+POSITIONS = ("pos_embed", "position_embedding")
+"""In names of embeddings of positions, which are added."""
+
 
 @dataclass(frozen=True)
 class ModelWork:
@@ -36,7 +39,9 @@ class ModelWork:
     vision: int
     """Weights of the vision tower that one patch is multiplied with."""
     vision_attention: int
-    """Layers of the vision tower whose patches attend to the whole image, times their width."""
+    """Layers of the vision tower whose patches attend to the whole image or tile, times their width."""
+    attended: int | None
+    """Most patches that one attends to there; None for all of the image."""
     patches_per_token: int
     total: int
     """All weights, each once."""
@@ -56,13 +61,14 @@ def model_work(spec: ModelSpec) -> ModelWork:
     active = language = tower = merged = 0
     for name, parameter in vlm.model.named_parameters():
         matrix = parameter.numel() if parameter.dim() > 1 else 0
-        if ".layers." in name:
+        part = part_of(name)
+        if part == "merger":
+            merged += matrix
+        elif part == "vision":
+            tower += 0 if any(mark in name for mark in POSITIONS) else matrix
+        elif ".layers." in name:
             language += parameter.numel()
             active += matrix * per_token // len(parameter) if ".experts." in name else matrix
-        elif part_of(name) == "merger":
-            merged += matrix
-        elif part_of(name) == "vision" and "pos" not in name:
-            tower += matrix
     width = vision_fields.get("embed_dim") or vision.hidden_size
     whole = len(vision_fields.get("fullatt_block_indexes") or vlm.family.vision_blocks(vlm.model))
     merge = vlm.family.patches_per_token(config)
@@ -79,6 +85,7 @@ def model_work(spec: ModelSpec) -> ModelWork:
         vocabulary=text.vocab_size,
         vision=tower + merged // merge,
         vision_attention=whole * width,
+        attended=vlm.family.attended_patches(config),
         patches_per_token=merge,
         total=_count(vlm.model),
     )
@@ -132,7 +139,8 @@ def head_operations(work: ModelWork, tokens: float) -> float:
 def vision_operations(work: ModelWork, image_tokens: float) -> float:
     """Forward products of the vision tower for one image."""
     patches = work.patches_per_token * image_tokens
-    return 2 * work.vision * patches + 4 * work.vision_attention * patches**2
+    pairs = patches * min(patches, work.attended or patches)
+    return 2 * work.vision * patches + 4 * work.vision_attention * pairs
 
 
 def forward_operations(work: ModelWork, group: GroupTokens, *, vision: bool) -> float:

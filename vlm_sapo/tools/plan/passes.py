@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class GenerationMemory:
     """Keys and values of prompts and responses."""
 
 
+LAYER = re.compile(r".*?\.(?:layers|blocks|layer)\.\d+")
+"""The name of a decoder layer or vision block, at the beginning of a parameter's."""
+
+
 @lru_cache(maxsize=8)
 def simulated_model(spec: ModelSpec) -> tuple[Simulation, VLM]:
     """The model without values, with the mode in which it runs."""
@@ -66,8 +71,8 @@ def parameters(spec: ModelSpec) -> tuple[ParameterSpec, ...]:
     for name, parameter in vlm.model.named_parameters():
         adapted = name.endswith(".base_layer.weight")
         size = NF4_BYTES if adapted and spec.lora_bits else parameter.element_size()
-        layers = next((part for part in (".layers.", ".blocks.", ".layer.") if part in name), None)
-        unit = "root" if layers is None else layers + name.split(layers)[1].split(".")[0]
+        layer = LAYER.match(name)
+        unit = "root" if layer is None else layer[0]
         unit = UNSHARDED if vlm.vision.frozen and part_of(name) in ("vision", "merger") else unit
         specs.append(ParameterSpec(unit, parameter.numel(), size, parameter.requires_grad, adapted))
     return tuple(specs)

@@ -191,8 +191,8 @@ def synthetic_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
     Simulation."""
     config, family = vlm.model.config, vlm.family
     pixels, grid = family.blank_image(config, image_tokens)
-    image_tokens = int(grid.prod()) // family.patches_per_token(config) if image_tokens else 0
-    image_tokens = image_tokens if image_tokens < tokens else 0  # not even the smallest image fits
+    smallest_fits = image_tokens and int(grid.prod()) // family.patches_per_token(config) < tokens
+    image_tokens = int(grid.prod()) // family.patches_per_token(config) if smallest_fits else 0
     ids = [0, *[vlm.model.config.image_token_id] * image_tokens, *[0] * (tokens - image_tokens - 1)]
     return Prompt(
         example=Example("", "", ""),
