@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
+from torch.nn.functional import pad
 
 from tests.versions import record
 from vlm_sapo.models import families
@@ -138,22 +139,17 @@ def group_slice(prompt: Prompt, rows: Sequence[Sequence[int] | torch.Tensor]) ->
 
 
 def own_inputs(vlm: VLM, prompt: Prompt, ids: torch.Tensor, mask: torch.Tensor | None = None) -> dict:
-    """What transformers' own forward takes for a row [1, L] that begins with a prompt."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if vlm.model.config.model_type == "lfm2_vl" and prompt.pixels is not None:
-        inputs |= vlm.family.engine_tensors(vlm.model.config, prompt.pixels, prompt.grid)[0]
-        del inputs["num_patches"]
-        counts = prompt.grid.prod(-1)
-        inputs["pixel_attention_mask"] = (
-            torch.arange(inputs["pixel_values"].shape[1]) < counts[:, None]
-        ).int()
-    elif prompt.pixels is not None:
-        inputs["pixel_values"] = prompt.pixels
-    if hasattr(vlm.model.model, "get_rope_index"):
-        inputs["image_grid_thw"] = prompt.grid
-        inputs["mm_token_type_ids"] = (ids == vlm.model.config.image_token_id).int()
-    return inputs
+    """What transformers' own forward takes for a row [1, L] that begins with a prompt: what the processor makes
+    of its text and images anew."""
+    area = max((image.width * image.height for image in prompt.images), default=0)
+    options = vlm.family.engine_processing(vlm.model.config, area or None) if prompt.images else {}
+    images = [list(prompt.images)] if prompt.images else None
+    inputs = dict(vlm.processor(text=[prompt.text], images=images, return_tensors="pt", **options))
+    assert torch.equal(inputs["input_ids"][0], prompt.ids)
+    later = ids.shape[1] - len(prompt.ids)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, later))
+    return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
 
 
 @dataclass(frozen=True)

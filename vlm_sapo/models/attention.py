@@ -335,7 +335,7 @@ def vision_attention(
     """transformers' attention interface for images: query, key, value [B, H, L, D] to [B, L, H, D].
 
     For packed images B is 1, and cu_seq_lens_q [sequences + 1] are the offsets of images or windows, to which
-    a patch attends; without it to all of its row, which is a tile.
+    a patch attends; without it to all of its row, an image or a tile, but for what the mask leaves out.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(

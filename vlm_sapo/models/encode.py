@@ -58,10 +58,7 @@ class Encoder:
         messages = self._messages(example, problem)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         self._check_image_tokens(example, text)
-        try:
-            ids, pixels, grid = self.vlm.family.process(processor, text, images, self.bounds)
-        except ValueError as error:
-            raise RowError(f"{example.label}: its images cannot be processed; {error}") from error
+        ids, pixels, grid = self.vlm.family.process(processor, text, images, self.bounds)
         ids = self.plain.restore_tokens(ids, hidden)
         self.check_length(example, *self.count(ids))
         return Prompt(
@@ -79,9 +76,9 @@ class Encoder:
     def describe(self, prompt: Prompt) -> str:
         """The prompt's text with size and tokens of each image where the model sees it."""
         processor = self.vlm.processor
-        around = {*self.vlm.tokenizer.convert_ids_to_tokens(self.vlm.banned)} - {processor.image_token}
-        frame = "|".join(map(re.escape, sorted(around)))
-        mark = re.compile(f"(?:{frame})?{re.escape(processor.image_token)}(?:{frame})?")
+        enclosing = {*self.vlm.tokenizer.convert_ids_to_tokens(self.vlm.banned)} - {processor.image_token}
+        around = "|".join(map(re.escape, sorted(enclosing)))
+        mark = re.compile(f"(?:{around})?{re.escape(processor.image_token)}(?:{around})?")
         sizes = [size for _, size in self.vlm.image_ranges(prompt)]
         labels = [
             f"<image {before.width}x{before.height}"
@@ -222,9 +219,8 @@ class PlainText:
 
     def __init__(self, processor, vision_tokens: Sequence[str]):
         self.tokenizer = processor.tokenizer
-        self.names = [
-            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.names = names
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
         user = {"role": "user", "content": [{"type": "text", "text": "."}]}
         turns = [{"role": "system", "content": "."}, user]

@@ -55,7 +55,7 @@ def load_vlm(
     lora: Adapters | None = None,
     defer: bool = False,
 ) -> VLM:
-    """Loads a checkpoint of a supported family (models/families.py) from a folder; `hub.local_model` has that
+    """Loads a checkpoint of a supported family (models/families) from a folder; `hub.local_model` has that
     of a hub id.
 
     Dropout is disabled: old and new log-probs must come from the same function. With `defer` the model stays

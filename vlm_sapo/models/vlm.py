@@ -225,9 +225,9 @@ class VLM(nn.Module):
 
     def unexpanded(self, prompt: Prompt) -> list[int]:
         """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
-        ids, frame = prompt.ids.tolist(), int(self.family.adds_frame)
+        ids, around = prompt.ids.tolist(), int(self.family.processor_encloses)
         for start, size in reversed(self.image_ranges(prompt)):
-            ids[start - frame : start + size + frame] = ids[start : start + 1]
+            ids[start - around : start + size + around] = ids[start : start + 1]
         return ids
 
     def freeze(self, parts: list[str]) -> None:

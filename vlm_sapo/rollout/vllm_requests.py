@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def check_ids(vlm: VLM, request: Request, ids: list[int]) -> None:
         f"{prompt.example.label}: the engine read {len(ids)} prompt tokens, {other} of them for images, the "
         f"trainer {len(request.ids)} and {own} (images: {sizes}). Its processor must be that of the trained "
         "checkpoint and must not resize: start servers with `vlm-sapo serve`, which sets "
-        "--mm-processor-kwargs '{\"do_resize\": false}'"
+        f"--mm-processor-kwargs '{json.dumps(vlm.family.engine_processing(vlm.model.config, None))}'"
     )
 
 

@@ -120,5 +120,5 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
         },
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in spec.chat.ids.items()},
         tie_word_embeddings=True,
-        **spec.top,
+        **spec.whole,
     )

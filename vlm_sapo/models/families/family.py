@@ -35,8 +35,6 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-
-
 CHATML_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -109,15 +107,15 @@ class Family:
     """Fields of a small model's `text_config` beside the common ones."""
     vision: Callable[[Shape], dict]
     """Fields of its `vision_config` beside the common ones."""
-    top: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of its config beside those of its two parts."""
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a small model's config beside those of its two parts."""
     languages: tuple[str, ...] = ()
     """Language models that it may have; empty for its one and only."""
     image_processor: type = Qwen2VLImageProcessor
     chat: Chat = Chat()
-    adds_frame: bool = False
+    processor_encloses: bool = False
     """Whether its processor, not the chat template, writes the tokens before and after an image's."""
-    frames: int = 1
+    frames_per_image: int = 1
     """Times that the bounds of its image processor count an image's pixels."""
     thinks: bool = False
     """Whether it has models that think, between THOUGHT_TAGS."""
@@ -149,12 +147,11 @@ class Family:
     def pixel_bounds(self, image_processor) -> tuple[int, int]:
         """Smallest and largest area in pixels to which the model's own processor resizes an image."""
         size = image_processor.size
-        return size["shortest_edge"] // self.frames, size["longest_edge"] // self.frames
+        return size["shortest_edge"] // self.frames_per_image, size["longest_edge"] // self.frames_per_image
 
     def resize(self, image: Image, image_processor, bounds: tuple[int, int]) -> Image:
         """The image in the size in which the model sees it. Raises ValueError if it can't be resized."""
-        request = {"image": image, "min_pixels": bounds[0], "max_pixels": bounds[1]}
-        return fetch_image(request, image_patch_size=image_processor.patch_size)
+        return resize_to_patches(image, image_processor.patch_size, bounds)
 
     def process(
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
@@ -218,15 +215,16 @@ class Family:
         return model.model.visual.patch_embed
 
     def engine_processing(self, config: PreTrainedConfig, max_pixels: int | None) -> dict[str, Any]:
-        """What vLLM's processor of this model is told: images arrive in their final size, of at most so many
+        """Settings of vLLM's processor for images that arrive in their final size, of at most so many
         pixels."""
-        return {"do_resize": False} | ({"max_pixels": max_pixels * self.frames} if max_pixels else {})
+        bound = {"max_pixels": max_pixels * self.frames_per_image} if max_pixels else {}
+        return {"do_resize": False} | bound
 
     def small_processor(self, shape: Shape, tokenizer: PreTrainedTokenizerFast):
         """The processor of a small model."""
         bounds = {
-            "shortest_edge": self.frames * (4 * shape.patch) ** 2,
-            "longest_edge": self.frames * shape.max_pixels,
+            "shortest_edge": self.frames_per_image * (4 * shape.patch) ** 2,
+            "longest_edge": self.frames_per_image * shape.max_pixels,
         }
         return self.processor(
             image_processor=self.image_processor(patch_size=shape.patch, merge_size=2, size=bounds),
@@ -243,14 +241,27 @@ class Family:
         return {"pixel_values": pixels, "image_grid_thw": grid}, grid.prod(-1)
 
 
-class OneDimensional(Family):
-    """A family whose tokens have one position each, as in text."""
+class LlavaFamily(Family):
+    """A family built like LLaVA: `vision_tower` and `multi_modal_projector` beside the language model, whose
+    tokens have one position each, as in text."""
 
     def positions(self, model: nn.Module, ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
         return torch.arange(len(ids)).expand(3, -1)
 
     def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
         return positions[0]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        return [model.model.vision_tower, model.model.multi_modal_projector]
+
+    def patch_embedding(self, model: nn.Module) -> None:
+        return None
+
+
+def resize_to_patches(image: Image, patch: int, bounds: tuple[int, int]) -> Image:
+    """The image with sides of whole pairs of patches of so many pixels, and its area within the bounds."""
+    request = {"image": image, "min_pixels": bounds[0], "max_pixels": bounds[1]}
+    return fetch_image(request, image_patch_size=patch)
 
 
 def _concatenate(layer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -82,7 +82,7 @@ COMMON = {
     "text": text,
     "vision": vision,
     "chat": CHAT,
-    "frames": 2,
+    "frames_per_image": 2,
     "thinks": True,
 }
 GLM = {

@@ -18,10 +18,12 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, OneDimensional, Shape
+from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape
 
 MOST_TILES = 256
 """Of an image, whatever its bounds: to compare the layouts of more takes long. Published models have 12."""
+MERGED = 2
+"""Patches along each side of the square that becomes one token; `check` refuses another number."""
 CHAT = Chat(
     template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n"),
     tokens={
@@ -37,7 +39,7 @@ CHAT = Chat(
 )
 
 
-class InternVL(OneDimensional):
+class InternVL(LlavaFamily):
     """An image becomes tiles of equal size, of a number that fits its shape, and if there are several a small
     copy of the whole.
 
@@ -78,28 +80,17 @@ class InternVL(OneDimensional):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not images:
             return processor(text=[text], return_tensors="pt")["input_ids"][0], None, None
-        tile, (least, most) = (
-            processor.image_processor.size["height"],
-            _tile_limits(processor.image_processor, bounds),
-        )
+        least, most = _tile_limits(processor.image_processor, bounds)
         options = {"crop_to_patches": True, "min_patches": least, "max_patches": most}
         encoded = processor(text=[text], images=list(images), do_resize=False, return_tensors="pt", **options)
-        counts = []
-        for image in images:
-            tiles = (image.width // tile) * (image.height // tile)
-            count = processor.image_processor.get_number_of_image_patches(image.height, image.width, options)
-            if count != tiles + (tiles > 1):
-                raise ValueError(
-                    f"one of {image.width}x{image.height} must become {tiles} tiles, not {count}; use the "
-                    "processor of the original checkpoint"
-                )
-            counts.append(count)
-        side = 2 * math.isqrt(processor.image_seq_length)
-        grid = torch.tensor([[count, side, side] for count in counts])
+        area, side = _tile_area(processor.image_processor), MERGED * math.isqrt(processor.image_seq_length)
+        tiles = [image.width * image.height // area for image in images]
+        grid = torch.tensor([[count + (count > 1), side, side] for count in tiles])
+        assert int(grid[:, 0].sum()) == len(encoded["pixel_values"]), "tiles became other tiles"
         return encoded["input_ids"][0], encoded["pixel_values"], grid
 
     def patches_per_token(self, config: PreTrainedConfig) -> int:
-        return round(1 / config.downsample_ratio) ** 2
+        return MERGED**2
 
     def attended_patches(self, config: PreTrainedConfig) -> int:
         return _side(config) ** 2
@@ -120,14 +111,8 @@ class InternVL(OneDimensional):
     def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         return [model.model.get_image_features(pixels).pooler_output.flatten(0, 1)]
 
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        return [model.model.vision_tower, model.model.multi_modal_projector]
-
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.model.vision_tower.encoder.layer
-
-    def patch_embedding(self, model: nn.Module) -> None:
-        return None
 
     def engine_processing(self, config: PreTrainedConfig, max_pixels: int | None) -> dict[str, Any]:
         tiles = max(1, (max_pixels or 0) // config.vision_config.image_size[0] ** 2)
@@ -193,8 +178,8 @@ INTERNVL = {
         vision,
         chat=CHAT,
         thinks=True,
-        adds_frame=True,
+        processor_encloses=True,
         languages=("qwen2", "qwen3"),
-        top={"image_seq_length": 16},
+        whole={"image_seq_length": 16},
     )
 }

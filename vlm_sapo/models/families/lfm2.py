@@ -7,28 +7,27 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from qwen_vl_utils import fetch_image
 from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor, PreTrainedConfig, PreTrainedTokenizerFast
 
-from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, OneDimensional, Shape
+from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape, resize_to_patches
 
 ENGINE_PATCHES = 1024
 """vLLM takes images that are padded to equal numbers of patches; these are multiples of this."""
-FRAME = ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+ENCLOSING = ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
 CHAT = Chat(
     template="<|startoftext|>" + CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>"),
-    tokens={"image_token": "<image>", "image_start_token": FRAME[0], "image_end_token": FRAME[1]},
-    others=("<|endoftext|>", "<|startoftext|>", "<|im_start|>", "<|im_end|>", *FRAME),
+    tokens={"image_token": "<image>", "image_start_token": ENCLOSING[0], "image_end_token": ENCLOSING[1]},
+    others=("<|endoftext|>", "<|startoftext|>", "<|im_start|>", "<|im_end|>", *ENCLOSING),
     ends=CHATML_ENDS,
     ids={"image_token_id": "<image>"},
-    unlisted=FRAME,
+    unlisted=ENCLOSING,
 )
 
 
-class Lfm2Vl(OneDimensional):
+class Lfm2Vl(LlavaFamily):
     """An image stays whole. Published processors split one of more than twice the largest area into tiles;
     here it is made smaller, as with their `do_image_splitting=False`, and `model.max_pixels` allows more."""
 
@@ -37,8 +36,7 @@ class Lfm2Vl(OneDimensional):
         return image_processor.min_image_tokens * area, image_processor.max_image_tokens * area
 
     def resize(self, image: Image, image_processor, bounds: tuple[int, int]) -> Image:
-        request = {"image": image, "min_pixels": bounds[0], "max_pixels": bounds[1]}
-        return fetch_image(request, image_patch_size=image_processor.encoder_patch_size)
+        return resize_to_patches(image, image_processor.encoder_patch_size, bounds)
 
     def process(
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
@@ -80,14 +78,8 @@ class Lfm2Vl(OneDimensional):
         )
         return [torch.cat(output.pooler_output)]
 
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        return [model.model.vision_tower, model.model.multi_modal_projector]
-
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.model.vision_tower.encoder.layers
-
-    def patch_embedding(self, model: nn.Module) -> None:
-        return None
 
     def engine_processing(self, config: PreTrainedConfig, max_pixels: int | None) -> dict[str, Any]:
         tokens = {"max_image_tokens": max_pixels // self.pixels_per_token(config)} if max_pixels else {}
@@ -127,7 +119,7 @@ def _padded(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def text(shape: Shape) -> dict:
-    """Every third layer and the last have attention, others short convolutions. Heads as wide as fit."""
+    """Every third layer and the last have attention, others short convolutions."""
     full = [(shape.layers - layer) % 3 == 1 for layer in range(shape.layers)]
     return {
         "layer_types": ["full_attention" if attends else "conv" for attends in full],
@@ -155,10 +147,10 @@ LFM2 = {
         "thousand",
         text,
         vision,
-        top={"projector_hidden_size": 64},
+        whole={"projector_hidden_size": 64},
         image_processor=Lfm2VlImageProcessor,
         chat=CHAT,
-        adds_frame=True,
+        processor_encloses=True,
         languages=("lfm2",),
     )
 }
