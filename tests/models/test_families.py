@@ -393,6 +393,16 @@ def test_special_tokens_in_a_problem_never_stand_for_vision_tokens(loaded):
 
 
 @TINY
+def test_images_stand_where_the_problem_says(loaded):
+    """Also where `<image>` is a token of the model."""
+    encoder = Encoder(loaded)
+    prompt = encoder(example(1, images=2, problem="Compare <image> with <image> please."))
+    (first, size), (second, _) = loaded.image_ranges(prompt)
+    text = loaded.tokenizer.decode(prompt.ids[first + size : second])
+    assert "with" in text and "<image>" not in text and "Compare" not in text
+
+
+@TINY
 def test_a_plan_counts_the_tokens_of_the_largest_image(loaded):
     family, config = loaded.family, loaded.model.config
     for pixels in (128 * 128, 256 * 256):

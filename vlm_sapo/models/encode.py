@@ -220,7 +220,7 @@ class PlainText:
     def __init__(self, processor, vision_tokens: Sequence[str]):
         self.tokenizer = processor.tokenizer
         names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.names = names
+        self.names = [name for name in names if name != IMAGE_PLACEHOLDER]  # LFM2-VL's image token
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
         user = {"role": "user", "content": [{"type": "text", "text": "."}]}
         turns = [{"role": "system", "content": "."}, user]
