@@ -11,8 +11,8 @@ transformers' SDPA attention, so that one model serves all three.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -164,6 +164,8 @@ class Prefix:
     branch_padding: torch.Tensor | None = None
     """[B * G, 1, 1, S] bool, true before the first token of a branch, if branches continue responses of
     different lengths; None if all start at their prompt."""
+    sources: Mapping[int, int] = field(default_factory=dict)
+    """Layers that take the keys and values of another layer, and that layer."""
 
     @staticmethod
     def from_row(
@@ -182,6 +184,11 @@ class Prefix:
         prompt_values = {layer: split(row) for layer, row in values.items()}
         return Prefix(prompt_keys, prompt_values, padding[:, None, None])
 
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """[B, 1, 1, 1] tokens of each prompt."""
+        return (~self.padding).sum(-1, keepdim=True)
+
     def select(self, prompts: torch.Tensor, branches: torch.Tensor) -> Prefix:
         """Selects prompts and branches by index."""
         if len(prompts) < len(self.padding):
@@ -193,7 +200,7 @@ class Prefix:
         else:
             keys, values, padding = self.keys, self.values, self.padding
         own = None if self.branch_padding is None else self.branch_padding[branches]
-        return Prefix(keys, values, padding, own)
+        return Prefix(keys, values, padding, own, self.sources)
 
 
 def prefix_attention(
@@ -206,27 +213,34 @@ def prefix_attention(
     dropout: float = 0.0,
     segments: Segments | None = None,
     prefix: Prefix | None = None,
+    sliding_window: int | None = None,
+    image_numbers: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, L, D], key and value [B, K, L, D] to [B, L, H, D].
 
-    With segments B is 1; with segments or a prefix the mask is ignored.
+    With segments B is 1; with segments or a prefix the mask is ignored, and a token attends to itself and, of
+    those before it, to the last `sliding_window` - 1, if that is given. With a window it also attends to all
+    later tokens of its image, if `image_numbers` [1, L] says which image a token belongs to; -1 is none.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # float32 by the rotary embedding under autocast
     if prefix is not None:
-        return _decode(query, key, value, scaling, prefix, module.layer_idx), None
+        return _decode(query, key, value, scaling, prefix, module.layer_idx, sliding_window), None
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if segments.packed_row is not None and flash.runs_on(query):
+    if segments.packed_row is not None and sliding_window is None and flash.runs_on(query):
         return _packed((query, key, value), segments.packed_row, scaling), None
     pieces = [tensor.split(segments.sizes, dim=2) for tensor in (query, key, value)]
     pairs = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
+    numbers = [None] * len(segments.groups)
+    if sliding_window is not None and image_numbers is not None:
+        numbers = image_numbers[0].split(segments.sizes)[::2]
     outputs = [
         output
-        for group, pair in zip(segments.groups, pairs, strict=True)
-        for output in _group(group, *pair, scaling=scaling)
+        for group, pair, images in zip(segments.groups, pairs, numbers, strict=True)
+        for output in _group(group, *pair, scaling=scaling, window=sliding_window, images=images)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -258,26 +272,56 @@ def compare_kernels(
     return float(torch.stack(errors).nan_to_num(nan=float("inf")).max())
 
 
-def _group(group: PackedGroup, query, key, value, *, scaling: float | None) -> list[torch.Tensor]:
+def _group(
+    group: PackedGroup,
+    query,
+    key,
+    value,
+    *,
+    scaling: float | None,
+    window: int | None,
+    images: torch.Tensor | None,
+) -> list[torch.Tensor]:
     """Attention of prompt and branches, [1, H, tokens, D] each, with one SDPA call for each. query, key and
-    value are pairs: the prompt's and the branches'."""
+    value are pairs: the prompt's and the branches'. `images` are the numbers [P] of the prompt's images."""
     (q, branch_q), (k, branch_k), (v, branch_v) = query, key, value
-    prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    mask = None if window is None else window_mask(group.prompt, window, images, device=q.device)
+    prompt = _attend(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
     if not group.branches:
         return [prompt]
     branch_q, branch_k, branch_v = (_fold(tensor, group) for tensor in (branch_q, branch_k, branch_v))
     longest = branch_q.shape[2]
+    visible = group.prompt if window is None else min(group.prompt, window - 1)
+    k, v = (tensor[:, :, group.prompt - visible :] for tensor in (k, v))
     # A padded key comes after every real query of its branch, so one causal mask fits all branches.
-    mask = torch.ones(longest, group.prompt + longest, dtype=torch.bool, device=q.device)
-    branches = scaled_dot_product_attention(
+    mask = torch.ones(longest, visible + longest, dtype=torch.bool, device=q.device).tril(visible)
+    branches = _attend(
         branch_q,
         torch.cat([k.expand(len(branch_k), -1, -1, -1), branch_k], dim=2),
         torch.cat([v.expand(len(branch_v), -1, -1, -1), branch_v], dim=2),
-        attn_mask=mask.tril(group.prompt),
+        attn_mask=mask if window is None else mask.triu(visible - window + 1),
         scale=scaling,
-        enable_gqa=True,
     )
     return [prompt, _unfold(branches, group)]
+
+
+def window_mask(
+    tokens: int, window: int, images: torch.Tensor | None, *, device: torch.device
+) -> torch.Tensor:
+    """[..., L, L] bool, which of L tokens a token attends to in a layer with a window; `images` [..., L] are
+    the numbers of their images, -1 for none, if an image's tokens attend to each other."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    if images is not None:
+        mask = mask | ((images[..., :, None] == images[..., None, :]) & (images[..., None, :] >= 0))
+    return mask.triu(1 - window)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+    """SDPA with grouped heads. On a GPU keys and values are repeated for it: of its kernels those that keep
+    no scores take no grouped heads, where the fastest doesn't run."""
+    if query.is_cuda and key.shape[1] < query.shape[1]:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    return scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
 
 
 def _fold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
@@ -293,12 +337,15 @@ def _unfold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     return flat if group.even else flat[:, :, group.unpadded.to(tensor.device)]
 
 
-def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int) -> torch.Tensor:
+def _decode(
+    query, key, value, scaling: float | None, prefix: Prefix, layer: int, window: int | None
+) -> torch.Tensor:
     """[B * G, 1, H, D] for query [B * G, H, 1, D] and the branches' own key and value [B * G, K, S, D].
 
     All branches of a prompt read its keys and values together, so that they are in memory once.
     """
-    prompt_key, prompt_value = prefix.keys[layer], prefix.values[layer]  # [B, K, P, D]
+    source = prefix.sources.get(layer, layer)
+    prompt_key, prompt_value = prefix.keys[source], prefix.values[source]  # [B, K, P, D]
     prompts, heads, longest, size = prompt_key.shape
     grid = (prompts, len(query) // prompts, heads, query.shape[1] // heads)  # [B, G, K, H / K]
 
@@ -311,14 +358,32 @@ def _decode(query, key, value, scaling: float | None, prefix: Prefix, layer: int
     queries = query.reshape(-1, heads, grid[3], size) * (scaling or size**-0.5)  # [B * G, K, H / K, D]
     to_prompt = by_prompt(queries) @ prompt_key.transpose(-1, -2)
     to_prompt = to_prompt.masked_fill(prefix.padding, float("-inf"))
+    if window is not None:
+        outside = _outside(prefix, key.shape[2], window)  # [B or B * G, 1, 1, P]
+        if len(outside) > prompts:
+            outside = by_prompt(outside.expand(-1, heads, grid[3], -1))
+        to_prompt = to_prompt.masked_fill(outside, float("-inf"))
     to_branch = queries @ key.transpose(-1, -2)  # [B * G, K, H / K, S]
     if prefix.branch_padding is not None:
         later = to_branch.shape[-1] - prefix.branch_padding.shape[-1]
         to_branch = to_branch.masked_fill(pad(prefix.branch_padding, (0, later)), float("-inf"))
+    if window is not None:
+        to_branch[..., : max(0, key.shape[2] - window)] = float("-inf")
     scores = torch.cat([to_prompt, by_prompt(to_branch)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     own = by_branch(weights[..., longest:]) @ value
     return (by_branch(weights[..., :longest] @ prompt_value) + own).reshape(len(query), 1, -1, size)
+
+
+def _outside(prefix: Prefix, own: int, window: int) -> torch.Tensor:
+    """[B, 1, 1, P], or [B * G, 1, 1, P] if branches began at different tokens: which of a prompt's tokens are
+    outside of the window of the last of `own` tokens of its branches."""
+    lengths, count = prefix.lengths, own
+    if prefix.branch_padding is not None:
+        count = own - prefix.branch_padding.sum(-1, keepdim=True)
+        lengths = lengths.repeat_interleave(len(count) // len(lengths), dim=0)
+    tokens = torch.arange(prefix.padding.shape[-1], device=prefix.padding.device)
+    return tokens <= lengths + count - 1 - window
 
 
 def vision_attention(

@@ -7,7 +7,7 @@ a branch so far, [V] vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
@@ -170,8 +170,11 @@ def _buffer(states: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def new_cache(vlm: VLM) -> Cache:
+    """Of the layers with keys or a state of their own; those that take another's come last."""
     layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
-    return Cache(layers=[BufferedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+    layers = layers[: min(vlm.key_sources, default=None)]
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)  # of the latter attention masks what is outside
+    return Cache(layers=[BufferedLayer() if type(layer) in attention else layer for layer in layers])
 
 
 class SharedDecodeState:
@@ -200,8 +203,8 @@ class SharedDecodeState:
         del caches
         prefix = Prefix.from_row(keys, values, _segments(grid))
         if any(lengths for _, lengths in grid.sizes):
-            padding = _fill(own, keys, values, grid, sources)
-            prefix = Prefix(prefix.keys, prefix.values, prefix.padding, padding)
+            prefix = replace(prefix, branch_padding=_fill(own, keys, values, grid, sources))
+        prefix = replace(prefix, sources=vlm.key_sources)
         return logits, SharedDecodeState(vlm, prefix, own)
 
     def compact(self, running: torch.Tensor) -> torch.Tensor:

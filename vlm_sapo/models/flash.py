@@ -18,13 +18,15 @@ import torch
 
 from vlm_sapo.models.device import HALF_PRECISION, HALF_PRECISION_CAPABILITY
 
+LARGEST_HEAD = 256
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [Q, H, D], key and value [K, G, D], or their gradients."""
 
 
 def runs_on(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take this tensor: half precision, on a GPU of compute capability 8.0 or newer."""
-    if not tensor.is_cuda or tensor.dtype not in HALF_PRECISION:
+    """Whether the kernels take this tensor: half precision and heads of at most LARGEST_HEAD, on a GPU of
+    compute capability 8.0 or newer."""
+    if not tensor.is_cuda or tensor.dtype not in HALF_PRECISION or tensor.shape[-1] > LARGEST_HEAD:
         return False
     return _capability(tensor.device) >= HALF_PRECISION_CAPABILITY
 

@@ -61,7 +61,7 @@ class Pass(nn.Module):
         size, head = max(1, CHUNK_LOGITS // self.vlm.vocabulary), self.vlm.model.lm_head
         if is_plain(head):
             options = {"banned": self.vlm.banned, "temperature": self.temperature, "chunk": size}
-            return score_tokens(hidden, head.weight, targets, **options)
+            return score_tokens(hidden, head.weight, targets, cap=self.vlm.logit_cap, **options)
         scored = [
             checkpoint(self._score_chunk, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), targets.split(size), strict=True)

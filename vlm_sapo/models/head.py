@@ -67,6 +67,11 @@ def ban(logits: torch.Tensor, banned: Sequence[int]) -> torch.Tensor:
     return logits
 
 
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits x as cap * tanh(x / cap), where x is overwritten; as they are without a cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul(cap)
+
+
 def score_tokens(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -75,11 +80,13 @@ def score_tokens(
     banned: Sequence[int],
     temperature: float,
     chunk: int,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N] of target tokens [N] from hidden states [N, H] and the head's weight
-    [V, H], with the logits of `chunk` tokens in memory at once. Entropies have no gradient."""
+    [V, H], with the logits of `chunk` tokens in memory at once; `cap` as in `soft_cap`. Entropies have no
+    gradient."""
     hidden = hidden.to(operand_dtype(weight))
-    return _TokenScores.apply(hidden, weight, targets, tuple(banned), temperature, chunk)
+    return _TokenScores.apply(hidden, weight, targets, tuple(banned), temperature, chunk, cap)
 
 
 class _TokenScores(torch.autograd.Function):
@@ -90,17 +97,17 @@ class _TokenScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, banned, temperature, chunk):
+    def forward(ctx, hidden, weight, targets, banned, temperature, chunk, cap):
         operand = weight.to(hidden.dtype)
         logprobs, entropies, normalizers = (
             torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device) for _ in range(3)
         )
         for rows in _chunks(len(hidden), chunk):
-            logits = _scaled_logits(hidden[rows], operand, banned, temperature)
+            logits = _scaled_logits(hidden[rows], operand, banned, temperature, cap)
             logprobs[rows], entropies[rows], normalizers[rows] = _scores(logits, targets[rows], banned)
             del logits  # before the next chunk's
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.options = banned, temperature, chunk
+        ctx.options = banned, temperature, chunk, cap
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -108,16 +115,19 @@ class _TokenScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient, _):
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        banned, temperature, chunk = ctx.options
+        banned, temperature, chunk, cap = ctx.options
         hidden_needed, weight_needed, *_ = ctx.needs_input_grad
         operand = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden) if hidden_needed else None
         weight_gradient = None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(hidden), chunk):
-                logits = _scaled_logits(hidden[rows], operand, banned, temperature)
+                logits = _scaled_logits(hidden[rows], operand, banned, temperature, cap)
+                bend = None if cap is None else _bend(logits, cap / temperature, banned)
                 slope = gradient[rows] / temperature
                 logits = _to_gradient(logits, normalizers[rows], targets[rows], banned, slope)
+                if bend is not None:
+                    logits.mul_(bend)
                 logits = logits.to(hidden.dtype)
                 if hidden_needed:
                     torch.mm(logits, operand, out=hidden_gradient[rows])
@@ -128,7 +138,7 @@ class _TokenScores(torch.autograd.Function):
                 del logits  # before the next chunk's
         if weight_needed and weight_gradient is None:  # no tokens
             weight_gradient = torch.zeros_like(weight)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
@@ -141,11 +151,19 @@ def _wide(hidden: torch.Tensor) -> torch.dtype:
 
 
 def _scaled_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, banned: Sequence[int], temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, banned: Sequence[int], temperature: float, cap: float | None
 ) -> torch.Tensor:
-    """[C, V], divided by the temperature."""
-    logits = product(hidden, weight)
+    """[C, V], capped and divided by the temperature."""
+    logits = soft_cap(product(hidden, weight), cap)
     return ban(logits if temperature == 1 else logits.div_(temperature), banned)
+
+
+def _bend(logits: torch.Tensor, cap: float, banned: Sequence[int]) -> torch.Tensor:
+    """Derivatives [C, V] of `soft_cap` by its result: 1 - (logits / cap)^2; 0 where it is minus infinity."""
+    bend = (logits / cap).square_().neg_().add_(1)
+    for token in banned:
+        bend[:, token] = 0.0
+    return bend
 
 
 def _scores(

@@ -29,6 +29,8 @@ CACHE_ARGUMENTS = ("cache", "cache_params")
 State = tuple[torch.Tensor, ...]
 """The last inputs of the convolution [B, C, K], and the recurrent state [B, ...] if the layer has one."""
 FULL = "full_attention"
+ATTENTION = (FULL, "sliding_attention")
+"""Kinds of layers with attention, to all tokens before or to those in a window."""
 LEAST = 2
 """Tokens of a branch: of single ones transformers computes the state by a kernel without gradients."""
 
@@ -138,12 +140,12 @@ def _present(layer: LinearAttentionLayer) -> State:
 
 
 def group_linear_attention(layers: nn.ModuleList, kinds: list[str]) -> bool:
-    """Lets the layers without full attention take `segments`. Returns False, and changes nothing, if this
+    """Lets the layers without attention take `segments`. Returns False, and changes nothing, if this
     version of transformers has some that are not known."""
     modules = [
         layer.get_submodule(MIXERS[kind]) if kind in MIXERS else layer
         for layer, kind in zip(layers, kinds, strict=True)
-        if kind != FULL
+        if kind not in ATTENTION
     ]
     classes = [grouped(type(module)) for module in modules]
     if None in classes:

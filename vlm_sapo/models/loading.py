@@ -124,7 +124,10 @@ def _pretrained(path: str, config: PreTrainedConfig, *, dtype: str, **options: A
     if model.device.type == "meta":
         with no_init_weights(), init_empty_weights(include_buffers=False):
             twin = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
+        stored = twin.state_dict().keys()
         for name, buffer in twin.named_buffers():
+            if name in stored:
+                continue
             module, _, own = name.rpartition(".")
             setattr(model.get_submodule(module), own, buffer)
     return model

@@ -207,9 +207,9 @@ def _sources(model: PreTrainedModel, names: Collection[str]) -> dict[str, Source
 def give_memory(
     module: nn.Module, *, device: torch.device, whole: Sequence[nn.Module], whole_on: torch.device
 ) -> list[torch.Tensor]:
-    """Gives a module's parameters memory on a device, and those of its parts `whole` on `whole_on`.
-    Parameters and buffers that have a value keep it, buffers on `whole_on`; returns these. What was one
-    parameter stays one."""
+    """Gives a module's parameters memory on a device; those of its parts `whole`, and all buffers, on
+    `whole_on`. Parameters and buffers that have a value keep it; returns these. What was one parameter stays
+    one."""
     first: dict[torch.Tensor, str] = {}
     tied = {
         name: known
@@ -217,7 +217,7 @@ def give_memory(
         if (known := first.setdefault(item, name)) != name
     }
     values = {name: _local(item).clone() for name, item in module.named_parameters() if not item.is_meta}
-    buffers = {name: item for name, item in module.named_buffers() if not item.is_meta}
+    buffers = dict(module.named_buffers())
     module.to_empty(device=device)
     for part in whole:
         part.to_empty(device=whole_on)
@@ -229,9 +229,11 @@ def give_memory(
         _local(parameters[name]).copy_(value)
     for name, buffer in buffers.items():
         parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, buffer.to(whole_on))
+        there = torch.empty_like(buffer, device=whole_on) if buffer.is_meta else buffer.to(whole_on)
+        setattr(module.get_submodule(parent), own, there)
     named = dict(module.named_buffers())
-    return [*(parameters[name] for name in values), *(named[name] for name in buffers)]
+    had_value = [name for name, buffer in buffers.items() if not buffer.is_meta]
+    return [*(parameters[name] for name in values), *(named[name] for name in had_value)]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

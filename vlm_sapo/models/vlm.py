@@ -16,7 +16,7 @@ from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
 from vlm_sapo.models.fused import fuse
-from vlm_sapo.models.head import ban, is_plain, operand_dtype, product
+from vlm_sapo.models.head import ban, is_plain, operand_dtype, product, soft_cap
 from vlm_sapo.models.linear import FULL, group_linear_attention
 from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
@@ -33,18 +33,19 @@ from vlm_sapo.models.weights import (
 from vlm_sapo.types import Prompt
 
 PARTS = {
-    "vision": ("visual.", "vision_tower."),
+    "vision": ("visual.", "vision_tower.", "audio_tower.", "embed_audio."),
     "merger": (
         "visual.merger.",
         "visual.deepstack_merger_list.",
         "visual.downsample.",
         "multi_modal_projector.",
+        "embed_vision.",
     ),
     "language": ("language_model.", "lm_head."),
     "router": (".mlp.gate.",),
 }
 """The parts that `model.freeze` can name, with substrings of their parameters' names. `vision` excludes the
-merger, `language` the router."""
+merger, `language` the router. What reads sound, as no row has any, counts as vision."""
 SPECIFIC_FIRST = ("merger", "router", "vision", "language")
 """The order in which the parts are tried for a parameter."""
 
@@ -71,9 +72,7 @@ class VLM(nn.Module):
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
         kinds = model.config.get_text_config().to_dict().get("layer_types") or [FULL]
-        self.shares_prefix = set(kinds) == {FULL} or group_linear_attention(
-            model.model.language_model.layers, kinds
-        )
+        self.shares_prefix = group_linear_attention(model.model.language_model.layers, kinds)
         """Whether the responses to a prompt can share it in a packed row."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
             model.model.language_model._deepstack_process = add_features
@@ -96,9 +95,26 @@ class VLM(nn.Module):
         return self.model.config.get_text_config().max_position_embeddings
 
     @property
+    def logit_cap(self) -> float | None:
+        """The bound that the logits of Gemma's models approach; see `soft_cap`."""
+        return self.model.config.get_text_config().to_dict().get("final_logit_softcapping")
+
+    @property
     def layer_kinds(self) -> set[str]:
         """The kinds of language layers, as transformers names them."""
         return set(self.model.config.get_text_config().to_dict().get("layer_types") or [FULL])
+
+    @cached_property
+    def key_sources(self) -> dict[int, int]:
+        """The last layers of some models of Gemma, which compute no keys and values, and the layer of the
+        same kind whose they take."""
+        config = self.model.config.get_text_config()
+        shared = config.to_dict().get("num_kv_shared_layers")
+        if not shared:
+            return {}
+        kinds, own = config.layer_types, len(config.layer_types) - shared
+        last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+        return {layer: last[kinds[layer]] for layer in range(own, len(kinds))}
 
     @cached_property
     def cache_argument(self) -> str:
@@ -153,11 +169,14 @@ class VLM(nn.Module):
             assert self.shares_prefix, "this model supports neither segments nor a prefix"
             mask = embeds.new_zeros(1, 1, 1, 1)  # transformers takes it for a finished mask and builds none
             extra |= {"segments": segments, "prefix": prefix}
+            inputs = {"attention_mask": mask} | self.family.packed_inputs(self.model, ids)
+        else:
+            inputs = {"attention_mask": mask} | self.family.padded_inputs(self.model, ids, mask)
         return language(
             inputs_embeds=embeds,
-            attention_mask=mask,
             position_ids=self.family.language_positions(positions),
             use_cache=cache is not None,
+            **inputs,
             **extra,
         ).last_hidden_state
 
@@ -166,9 +185,9 @@ class VLM(nn.Module):
         in half precision see models/head.py."""
         head = self.model.lm_head
         if not is_plain(head):
-            return ban(head(hidden).float(), self.banned)
+            return ban(soft_cap(head(hidden).float(), self.logit_cap), self.banned)
         weight = self._head_operand(head.weight)
-        logits = product(hidden.flatten(0, -2).to(weight.dtype), weight)
+        logits = soft_cap(product(hidden.flatten(0, -2).to(weight.dtype), weight), self.logit_cap)
         return ban(logits.unflatten(0, hidden.shape[:-1]), self.banned)
 
     def _head_operand(self, weight: torch.Tensor) -> torch.Tensor:

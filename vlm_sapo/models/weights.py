@@ -68,7 +68,8 @@ class StoredWeight:
     """A tensor of a published checkpoint, not yet gathered or merged."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.Tensor
+    """Or a constant that checkpoints hold, such as the scale of a layer."""
     layer: LoraLayer | None
     """The layer whose adapter is merged into it."""
     transposed: bool
@@ -128,12 +129,14 @@ def stored_weights(model: nn.Module) -> list[StoredWeight]:
     transformers loads every form, but would save a different one.
     """
     layers = adapters.layers(model)
-    parameters: dict[str, tuple[nn.Parameter, LoraLayer | None]] = {}
+    parameters: dict[str, tuple[torch.Tensor, LoraLayer | None]] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             path, _, kind = name.rpartition(".base_layer.")
             layer = layers[path] if kind == "weight" else None
             parameters[name.replace(".base_layer.", ".")] = parameter, layer
+    kept = model.state_dict().keys()
+    parameters |= {name: (buffer, None) for name, buffer in model.named_buffers() if name in kept}
     names = _published_names(model, [name for name in parameters if not name.endswith(EXPERTS)])
     transposed = FAMILIES[model.config.model_type].experts_transposed
     return [

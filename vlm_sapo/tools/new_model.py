@@ -94,7 +94,7 @@ def model_config(family: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) 
     """The family's config with the sizes of `shape` and the tokenizer's vocabulary and special ids."""
     spec = FAMILIES[family]
     text = {
-        "vocab_size": max(shape.embedding_rows, len(tokenizer)),
+        **dict.fromkeys(spec.vocabularies, max(shape.embedding_rows, len(tokenizer))),
         "hidden_size": shape.hidden,
         "intermediate_size": 3 * shape.hidden,
         "num_hidden_layers": shape.layers,

@@ -6,13 +6,14 @@ docs/families.md says what works for which family, and how to add one.
 from __future__ import annotations
 
 from vlm_sapo.models.families.family import Family
+from vlm_sapo.models.families.gemma import GEMMA
 from vlm_sapo.models.families.glm import GLM
 from vlm_sapo.models.families.internvl import INTERNVL
 from vlm_sapo.models.families.lfm2 import LFM2
 from vlm_sapo.models.families.qwen import QWEN
 
 THOUGHT_TAGS = ("<think>", "</think>")
-FAMILIES: dict[str, Family] = QWEN | GLM | INTERNVL | LFM2
+FAMILIES: dict[str, Family] = QWEN | GLM | INTERNVL | GEMMA | LFM2
 """By transformers' `model_type`."""
 
 

@@ -107,6 +107,8 @@ class Family:
     """Fields of a small model's `text_config` beside the common ones."""
     vision: Callable[[Shape], dict]
     """Fields of its `vision_config` beside the common ones."""
+    vocabularies: tuple[str, ...] = ("vocab_size",)
+    """Fields of its `text_config` that say how many tokens there are."""
     whole: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a small model's config beside those of its two parts."""
     languages: tuple[str, ...] = ()
@@ -196,6 +198,15 @@ class Family:
     def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotary positions [3, B, L] as the language model takes them."""
         return positions
+
+    def packed_inputs(self, model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
+        """What the language model takes for the tokens [1, L] of a packed row, or the next ones [B, 1] of
+        branches, beside embeddings and positions."""
+        return {}
+
+    def padded_inputs(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        """The same for rows [B, L] padded as a mask [B, L] says."""
+        return {}
 
     def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         """Features [M, H] of the image tokens, then those for each of the first layers (deepstack)."""
