@@ -19,15 +19,16 @@ from vlm_sapo.models.packing import Plain
 def test_a_saved_model_loads_with_the_same_weights(model_folder, tmp_path, family):
     vlm = load_vlm(str(model_folder(family)))
     with torch.no_grad():
-        for parameter in vlm.parameters():
-            parameter += torch.randn_like(parameter)
+        for tensor in {*vlm.model.parameters(), *vlm.model.state_dict(keep_vars=True).values()}:
+            tensor += torch.randn_like(tensor)
     vlm.save(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     weights = vlm.weights()
     assert set(stored) == set(weights) == set(load_file(model_folder(family) / "model.safetensors"))
     assert all(torch.equal(stored[name], weights[name]) for name in stored)
     back = load_vlm(str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(vlm.parameters(), back.parameters(), strict=True))
+    own = vlm.model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in back.model.state_dict().items())
 
 
 def test_adapters_are_merged(model_folder, tmp_path):
@@ -58,7 +59,7 @@ def test_an_engine_gets_what_is_saved(model_folder, family, adapted, dtype):
     """One after the other, in the order of the layers: matrices in its dtype, vectors in their own."""
     vlm = load_vlm(str(model_folder(family)))
     if adapted:
-        targets = ["q_proj", "down_proj", "qkv", "in_proj_qkv"]
+        targets = r".*(language_model.*\.(q_proj|down_proj|in_proj_qkv)|\.qkv)"
         inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), vlm.model)
     saved, announced = vlm.weights(), vlm.stored_weights()
     names = [name for name, _ in vlm.stream_weights(dtype)]

@@ -1,17 +1,20 @@
 """The embedded engine against the trainer's log-probs and transformers' own generation."""
 
+import copy
 import itertools
 from contextlib import closing
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import FAMILIES, example, own_inputs
 from tests.conftest import response as response_of
 from tests.models.shortages import SHORTAGES
 from vlm_sapo.models import decoding
 from vlm_sapo.models import lora as adapters
+from vlm_sapo.models.decoding import BufferedLayer, new_cache
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.forward import Pass
 from vlm_sapo.models.loading import Adapters, load_vlm
@@ -140,8 +143,11 @@ def test_buffers_for_keys_and_values_change_no_bit(setting, monkeypatch):
         monkeypatch.setattr(decoding, "CACHE_BLOCK", 4)
         ours = engine.generate(contexts, sampling)
         with monkeypatch.context() as patched:
-            config = vlm.model.config.get_text_config()
-            patched.setattr(decoding, "new_cache", lambda vlm: DynamicCache(config=config))
+            layers = [
+                DynamicLayer() if isinstance(layer, BufferedLayer) else layer
+                for layer in new_cache(vlm).layers
+            ]
+            patched.setattr(decoding, "new_cache", lambda vlm: Cache(layers=copy.deepcopy(layers)))
             return ours, engine.generate(contexts, sampling)
 
     ours, theirs = both()

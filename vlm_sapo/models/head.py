@@ -86,7 +86,7 @@ def score_tokens(
     [V, H], with the logits of `chunk` tokens in memory at once; `cap` as in `soft_cap`. Entropies have no
     gradient."""
     hidden = hidden.to(operand_dtype(weight))
-    return _TokenScores.apply(hidden, weight, targets, tuple(banned), temperature, chunk, cap)
+    return _TokenScores.apply(hidden, weight, targets, chunk, (tuple(banned), temperature, cap))
 
 
 class _TokenScores(torch.autograd.Function):
@@ -97,17 +97,17 @@ class _TokenScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, banned, temperature, chunk, cap):
+    def forward(ctx, hidden, weight, targets, chunk, options):
         operand = weight.to(hidden.dtype)
         logprobs, entropies, normalizers = (
             torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device) for _ in range(3)
         )
         for rows in _chunks(len(hidden), chunk):
-            logits = _scaled_logits(hidden[rows], operand, banned, temperature, cap)
-            logprobs[rows], entropies[rows], normalizers[rows] = _scores(logits, targets[rows], banned)
+            logits = _scaled_logits(hidden[rows], operand, *options)
+            logprobs[rows], entropies[rows], normalizers[rows] = _scores(logits, targets[rows], options[0])
             del logits  # before the next chunk's
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.options = banned, temperature, chunk, cap
+        ctx.chunk, ctx.options = chunk, options
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -115,14 +115,14 @@ class _TokenScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient, _):
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        banned, temperature, chunk, cap = ctx.options
+        banned, temperature, cap = ctx.options
         hidden_needed, weight_needed, *_ = ctx.needs_input_grad
         operand = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden) if hidden_needed else None
         weight_gradient = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), chunk):
-                logits = _scaled_logits(hidden[rows], operand, banned, temperature, cap)
+            for rows in _chunks(len(hidden), ctx.chunk):
+                logits = _scaled_logits(hidden[rows], operand, *ctx.options)
                 bend = None if cap is None else _bend(logits, cap / temperature, banned)
                 slope = gradient[rows] / temperature
                 logits = _to_gradient(logits, normalizers[rows], targets[rows], banned, slope)
@@ -138,7 +138,7 @@ class _TokenScores(torch.autograd.Function):
                 del logits  # before the next chunk's
         if weight_needed and weight_gradient is None:  # no tokens
             weight_gradient = torch.zeros_like(weight)
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:

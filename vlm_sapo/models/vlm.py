@@ -17,7 +17,7 @@ from vlm_sapo.models.experts import Routers
 from vlm_sapo.models.families import FAMILIES, Family
 from vlm_sapo.models.fused import fuse
 from vlm_sapo.models.head import ban, is_plain, operand_dtype, product, soft_cap
-from vlm_sapo.models.linear import FULL, group_linear_attention
+from vlm_sapo.models.linear import ATTENTION, FULL, group_linear_attention
 from vlm_sapo.models.unread import UnreadWeights
 from vlm_sapo.models.vision import Features, Vision
 from vlm_sapo.models.weights import (
@@ -72,7 +72,9 @@ class VLM(nn.Module):
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
         kinds = model.config.get_text_config().to_dict().get("layer_types") or [FULL]
-        self.shares_prefix = group_linear_attention(model.model.language_model.layers, kinds)
+        self.shares_prefix = {*kinds} <= {*ATTENTION} or group_linear_attention(
+            model.model.language_model.layers, kinds
+        )
         """Whether the responses to a prompt can share it in a packed row."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
             model.model.language_model._deepstack_process = add_features

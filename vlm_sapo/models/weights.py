@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -130,13 +131,13 @@ def stored_weights(model: nn.Module) -> list[StoredWeight]:
     """
     layers = adapters.layers(model)
     parameters: dict[str, tuple[torch.Tensor, LoraLayer | None]] = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    for name in model.state_dict():  # in the order of the modules, and without buffers that no file holds
+        if name in tensors and ".lora_" not in name:
+            parameter = tensors[name]
             path, _, kind = name.rpartition(".base_layer.")
             layer = layers[path] if kind == "weight" else None
             parameters[name.replace(".base_layer.", ".")] = parameter, layer
-    kept = model.state_dict().keys()
-    parameters |= {name: (buffer, None) for name, buffer in model.named_buffers() if name in kept}
     names = _published_names(model, [name for name in parameters if not name.endswith(EXPERTS)])
     transposed = FAMILIES[model.config.model_type].experts_transposed
     return [

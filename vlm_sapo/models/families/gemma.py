@@ -76,8 +76,8 @@ class Gemma4(LlavaFamily):
         super().check(config, processor)
         if config.text_config.enable_moe_block:
             raise ValueError(
-                "text_config.enable_moe_block of model.path must be false: mixtures of experts of Gemma 4 are "
-                "not supported; use a dense model"
+                "text_config.enable_moe_block of model.path must be false: mixtures of experts of "
+                "Gemma 4 are not supported; use a dense model"
             )
 
     def pixel_bounds(self, image_processor) -> tuple[int, int]:
@@ -105,10 +105,10 @@ class Gemma4(LlavaFamily):
             max_soft_tokens=limit,
             return_tensors="pt",
         )
-        places = encoded["image_position_ids"]
-        width, height = (places.amax(1) + 1).T
+        positions = encoded["image_position_ids"]
+        width, height = (positions.amax(1) + 1).T
         grid = torch.stack([torch.ones_like(width), height, width], dim=1)
-        return encoded["input_ids"][0], encoded["pixel_values"][places[..., 0] >= 0], grid
+        return encoded["input_ids"][0], encoded["pixel_values"][positions[..., 0] >= 0], grid
 
     def patches_per_token(self, config: PreTrainedConfig) -> int:
         return config.vision_config.pooling_kernel_size**2
@@ -153,10 +153,10 @@ class Gemma4(LlavaFamily):
 
     def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         lengths = grid.prod(-1).tolist()
-        places = [_places(height, width, grid.device) for _, height, width in grid.tolist()]
+        positions = [_patch_positions(height, width, grid.device) for _, height, width in grid.tolist()]
         output = model.model.get_image_features(
             pad_sequence(list(pixels.split(lengths)), batch_first=True),
-            pad_sequence(places, batch_first=True, padding_value=-1),
+            pad_sequence(positions, batch_first=True, padding_value=-1),
         )
         return [torch.cat(output.pooler_output)]
 
@@ -213,7 +213,7 @@ def _image_numbers(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return (first.cumsum(1) - 1).masked_fill(~image, -1)
 
 
-def _places(height: int, width: int, device: torch.device) -> torch.Tensor:
+def _patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Column and row [N, 2] of each patch of an image."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
