@@ -28,8 +28,8 @@ def engine_input(vlm: VLM, request: Request, dtype: torch.dtype) -> Any:
     tensors, rows = vlm.family.engine_tensors(vlm.model.config, prompt.pixels.to(dtype), prompt.grid)
     fields = {
         name: MultiModalFieldConfig.flat_from_sizes("image", rows)
-        if name == "pixel_values"
-        else MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        if name == "pixel_values" and rows is not None
+        else MultiModalFieldConfig.batched("image", keep_on_cpu=rows is not None)
         for name in tensors
     }
     ranges = vlm.image_ranges(prompt)

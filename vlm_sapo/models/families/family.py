@@ -246,9 +246,9 @@ class Family:
 
     def engine_tensors(
         self, config: PreTrainedConfig, pixels: torch.Tensor, grid: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor | list[torch.Tensor]], torch.Tensor | None]:
         """A prompt's images as vLLM's model of this family takes them, and the rows of `pixel_values` that
-        belong to each."""
+        belong to each; None if each has tensors of its own."""
         return {"pixel_values": pixels, "image_grid_thw": grid}, grid.prod(-1)
 
 

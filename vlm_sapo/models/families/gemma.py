@@ -149,14 +149,13 @@ class Gemma4(LlavaFamily):
         if not config.hidden_size_per_layer_input:
             return {}
         ids = ids.masked_fill(ids == model.config.image_token_id, config.pad_token_id)
-        return {"per_layer_inputs": model.model.language_model.get_per_layer_inputs(ids)}
+        return {"per_layer_inputs": model.model.language_model.get_per_layer_inputs(ids, None)}
 
     def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         lengths = grid.prod(-1).tolist()
-        positions = [_patch_positions(height, width, grid.device) for _, height, width in grid.tolist()]
         output = model.model.get_image_features(
             pad_sequence(list(pixels.split(lengths)), batch_first=True),
-            pad_sequence(positions, batch_first=True, padding_value=-1),
+            pad_sequence(_patch_positions(grid), batch_first=True, padding_value=-1),
         )
         return [torch.cat(output.pooler_output)]
 
@@ -173,13 +172,16 @@ class Gemma4(LlavaFamily):
 
     def engine_tensors(
         self, config: PreTrainedConfig, pixels: torch.Tensor, grid: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        raise NotImplementedError
+    ) -> tuple[dict[str, list[torch.Tensor]], None]:
+        tensors = {
+            "pixel_values": list(pixels.split(grid.prod(-1).tolist())),
+            "pixel_position_ids": _patch_positions(grid),
+        }
+        return tensors, None
 
     def small_processor(self, shape: Shape, tokenizer: PreTrainedTokenizerFast):
-        patch, merged = vision(shape)["patch_size"], 3
-        sizes = {"patch_size": patch, "pooling_kernel_size": merged}
-        limit = _token_limit(shape.max_pixels, (patch * merged) ** 2)
+        sizes = {name: vision(shape)[name] for name in ("patch_size", "pooling_kernel_size")}
+        limit = vision(shape)["default_output_length"]
         return self.processor(
             feature_extractor=Gemma4AudioFeatureExtractor(),
             image_processor=self.image_processor(max_soft_tokens=limit, **sizes),
@@ -213,12 +215,13 @@ def _image_numbers(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return (first.cumsum(1) - 1).masked_fill(~image, -1)
 
 
-def _patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Column and row [N, 2] of each patch of an image."""
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
-    return torch.stack([columns, rows], dim=-1).flatten(0, 1)
+def _patch_positions(grid: torch.Tensor) -> list[torch.Tensor]:
+    """Column and row [N, 2] of each patch, for each image of a grid [I, 3]."""
+    positions = []
+    for _, height, width in grid.tolist():
+        rows, columns = torch.arange(height, device=grid.device), torch.arange(width, device=grid.device)
+        positions.append(torch.stack([columns.repeat(height), rows.repeat_interleave(width)], dim=-1))
+    return positions
 
 
 def text(shape: Shape) -> dict:
@@ -238,6 +241,8 @@ def text(shape: Shape) -> dict:
 
 
 def vision(shape: Shape) -> dict:
+    """Of `default_output_length` transformers knows nothing; vLLM needs it, and published models have it."""
+    patch, merged = shape.patch // 2, 3
     return {
         "hidden_size": shape.tower,
         "intermediate_size": shape.vision_ratio * shape.tower,
@@ -245,7 +250,9 @@ def vision(shape: Shape) -> dict:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
         "head_dim": shape.tower // shape.heads,
-        "patch_size": shape.patch // 2,
+        "patch_size": patch,
+        "pooling_kernel_size": merged,
+        "default_output_length": _token_limit(shape.max_pixels, (patch * merged) ** 2),
         "position_embedding_size": 1024,
     }
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from torch import nn
 
+from vlm_sapo.models.linear import ATTENTION
 from vlm_sapo.models.vlm import part_of
 from vlm_sapo.tools.plan.passes import simulated_model
 from vlm_sapo.tools.plan.simulate import ModelSpec, read_config
@@ -75,7 +76,7 @@ def model_work(spec: ModelSpec) -> ModelWork:
     return ModelWork(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
-        attention_layers=sum(kind == "full_attention" for kind in kinds),
+        attention_layers=sum(kind in ATTENTION for kind in kinds),
         query_width=text.num_attention_heads * size,
         key_width=text.num_key_value_heads * size,
         feed_forward=inner,

@@ -75,11 +75,13 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 
 def _mask_to_indices(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """A mask as the indices where it is true, along each of its dimensions."""
-    if index is None or not _has_values(index) or index.dtype != torch.bool:
+    """A mask as the indices where it is true, along each of its dimensions; everywhere if it has no
+    values."""
+    if index is None or index.dtype != torch.bool:
         return [index]
     with unset_fake_temporarily():
-        return list(index.nonzero(as_tuple=True))
+        mask = index if _has_values(index) else torch.ones(tuple(index.shape), dtype=torch.bool)
+        return list(mask.nonzero(as_tuple=True))
 
 
 class MemoryCounter(TorchDispatchMode):
@@ -215,13 +217,13 @@ def synthetic_response(prompt: Prompt, tokens: int) -> Response:
 @contextmanager
 def _first_layers(vlm: VLM, depth: int) -> Iterator[None]:
     """Runs only the first `depth` decoder layers inside."""
-    language, config = vlm.model.model.language_model, vlm.model.config.get_text_config()
+    language = vlm.model.model.language_model
     layers = language.layers
-    language.layers, config.num_hidden_layers = layers[:depth], depth
+    language.layers = layers[:depth]
     try:
         yield
     finally:
-        language.layers, config.num_hidden_layers = layers, len(layers)
+        language.layers = layers
 
 
 def at_full_depth(measure: Callable[..., tuple[int, ...]], vlm: VLM, *args: Any) -> tuple[int, ...]:
