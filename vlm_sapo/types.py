@@ -19,9 +19,9 @@ IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a problem's text."""
 
 
-Coordinates = Literal["resized", "original", "thousand", "unit"]
+Coordinates = Literal["resized", "original", "thousand", "thousand_yx", "unit"]
 """Of a box or point: pixels of the image as the model sees it, pixels of the row's image, 0 to 1000 from side
-to side, or 0 to 1."""
+to side, the same with y before x, or 0 to 1."""
 
 
 LONGEST_IN_MESSAGE = 100

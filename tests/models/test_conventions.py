@@ -21,7 +21,7 @@ REAL = {
     "Qwen3-VL-2B-Thinking": "qwen3_vl",
     "Qwen3-VL-30B-A3B-Thinking": "qwen3_vl_moe",
 }
-EXPECTED = {"qwen2_5_vl": "resized"}
+EXPECTED = {"qwen2_5_vl": "resized", "gemma4": "thousand_yx"}
 """Coordinates by family; the others write 0 to 1000."""
 
 
@@ -29,12 +29,16 @@ EXPECTED = {"qwen2_5_vl": "resized"}
 def test_a_box_in_the_familys_coordinates_scores_1(name, model_folder):
     row = example()
     width, height = row.images[0].size
-    row = replace(row, answer=f"[0, 0, {width / 2}, {height / 2}]")
+    row = replace(row, answer=f"[0, 0, {width / 2}, {height * 3 / 4}]")
     vlm = load_outline(str(model_folder(name)))
     prompt = Encoder(vlm, min_pixels=96 * 96, max_pixels=96 * 96 * 2)(row)
     [(wide, high)] = [image.size for image in prompt.images]
     assert (wide, high) != (width, height)
-    boxes = {"thousand": [0, 0, 500, 500], "resized": [0, 0, wide / 2, high / 2]}
+    boxes = {
+        "thousand": [0, 0, 500, 750],
+        "thousand_yx": [0, 0, 750, 500],
+        "resized": [0, 0, wide / 2, high * 3 / 4],
+    }
     sampled = response([1, 2], prompt)
     scores = {}
     for coordinates, corners in boxes.items():

@@ -19,7 +19,17 @@ from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import Plain
 from vlm_sapo.tools.new_model import new_model
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "internvl", "gemma4", "lfm2_vl")
+FAMILIES = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "glm4v",
+    "internvl",
+    "gemma4",
+    "lfm2_vl",
+)
 EVERYWHERE = ("language", "merger", "vision")
 
 

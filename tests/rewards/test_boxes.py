@@ -16,6 +16,7 @@ IN = {
     "resized": "[32, 32, 160, 128]",
     "original": "[64, 64, 320, 256]",
     "thousand": "[100, 200, 500, 800]",
+    "thousand_yx": "[200, 100, 800, 500]",
     "unit": "[0.1, 0.2, 0.5, 0.8]",
 }
 """The gold box in each kind of coordinates."""
@@ -40,6 +41,25 @@ def test_a_box_is_read_in_the_familys_coordinates(family, written):
     assert box(answer, row(), coordinates=written) == 1
     assert point_in_box(answer, row(), coordinates=written) == 1
     assert point_in_box(response(IN[family], family), row()) == 1
+
+
+def test_y_before_x():
+    """Lists and points of models that write so; keys say it themselves, and a config may say another layout."""
+    family = "thousand_yx"
+    for answer in (
+        '{"box_2d": [200, 100, 800, 500], "label": "cup"}',
+        '{"x1": 100, "y1": 200, "x2": 500, "y2": 800}',
+    ):
+        assert box(response(answer, family), row()) == 1
+    assert box(response("[100, 200, 500, 800]", family), row(), layout="xyxy") == 1
+    tall = row("[64, 32, 128, 288]")  # 0.1 to 0.2 by 0.1 to 0.9
+    assert point_in_box(response("[700, 150]", family), tall) == 1
+    assert point_in_box(response("[150, 700]", family), tall) == 0
+    assert point_in_box(response('{"x": 150, "y": 700}', family), tall) == 1
+    gold = row("[200, 100, 800, 500]")
+    assert (
+        box(response(IN["thousand"], "thousand"), gold, gold_layout="yxyx", gold_coordinates="thousand") == 1
+    )
 
 
 def test_without_a_model_the_coordinates_must_be_said():

@@ -48,7 +48,9 @@ FULL = Training(autocast=True, adapters=False, checkpointing=True, vision=False,
 GROUP = GroupTokens(prompt=1300, image=1000, response=350, group=8)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma4", "lfm2_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma4", "lfm2_vl"]
+)
 def test_operations_are_those_of_the_models_own_pass(family, model_folder):
     path = str(model_folder(family))
     vlm = load_vlm(path)

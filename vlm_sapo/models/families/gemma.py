@@ -262,7 +262,7 @@ GEMMA = {
         "Gemma 4",
         Gemma4Processor,
         Gemma4VideoProcessor,
-        "thousand",
+        "thousand_yx",
         text,
         vision,
         vocabularies=("vocab_size", "vocab_size_per_layer_input"),

@@ -9,7 +9,7 @@ from typing import Literal
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
-Layout = Literal["xyxy", "xywh"]
+Layout = Literal["xyxy", "xywh", "yxyx"]
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 FOUR_NUMBERS = re.compile(
     rf"[\[(\"']\s*({NUMBER})\s*,\s*({NUMBER})\s*\)?\s*,\s*\(?\s*({NUMBER})\s*,\s*({NUMBER})\s*[\])\"']"
@@ -68,8 +68,9 @@ def read_boxes(text: str, layout: Layout) -> list[Box]:
     return [corners(tuple(map(float, numbers)), layout)] if len(numbers) == 4 else []
 
 
-def read_point(text: str) -> tuple[float, float, float] | None:
-    """The text's one point, or the centre and the area of its one box; None if it has none or several.
+def read_point(text: str, layout: Layout = "xyxy") -> tuple[float, float, float] | None:
+    """The text's one point, or the centre and the area of its one box; None if it has none or several. In
+    layout `yxyx` a point's y comes first.
 
     Raises UnclearKeys as `read_boxes` does.
     """
@@ -82,8 +83,10 @@ def read_point(text: str) -> tuple[float, float, float] | None:
         elif not sides and len(numbers) == 2:
             pairs = [(numbers[0], numbers[1])]
     if pairs:
-        return (*pairs[0], 0.0) if len(pairs) == 1 else None
-    boxes = read_boxes(text, "xyxy")
+        [*_, (first, second)] = pairs
+        point = (second, first) if layout == "yxyx" and not _sides(text) else (first, second)
+        return (*point, 0.0) if len(pairs) == 1 else None
+    boxes = read_boxes(text, layout)
     if len(boxes) != 1 or not has_area(boxes[0]):
         return None
     left, top, right, bottom = boxes[0]
@@ -91,7 +94,11 @@ def read_point(text: str) -> tuple[float, float, float] | None:
 
 
 def corners(numbers: Sequence[float], layout: Layout) -> Box:
-    """Left, top, right, bottom of four numbers; in layout `xywh` the last two are width and height."""
+    """Left, top, right, bottom of four numbers; in layout `xywh` the last two are width and height, in `yxyx`
+    y comes before x."""
+    if layout == "yxyx":
+        top, left, bottom, right = numbers
+        return left, top, right, bottom
     left, top, right, bottom = numbers
     return (left, top, left + right, top + bottom) if layout == "xywh" else (left, top, right, bottom)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vlm_sapo.rewards.verifiers.answers import (
     BadGold,
@@ -43,23 +43,24 @@ class Outside(NoAnswer):
 class BoxFormat:
     """How four numbers say where a box is."""
 
-    layout: Layout
+    layout: Layout | None
+    """None for the one that goes with the coordinates."""
     coordinates: Coordinates | None
     """None for those that the model's family writes."""
 
     @classmethod
     def of_answer(cls, args: Mapping[str, Any]) -> BoxFormat:
         """The format of responses, by the arguments of `box`."""
-        return cls(args.get("layout", "xyxy"), args.get("coordinates"))
+        return cls(args.get("layout"), args.get("coordinates"))
 
     @classmethod
     def of_gold(cls, args: Mapping[str, Any]) -> BoxFormat:
         """The format of gold answers, by the arguments of `box`."""
-        return cls(args.get("gold_layout", "xyxy"), args.get("gold_coordinates", "original"))
+        return cls(args.get("gold_layout"), args.get("gold_coordinates", "original"))
 
     def read(self, text: str, response: ResponseText, example: Example) -> list[Box]:
         """The boxes of a text as shares of the image's sides. Raises UnclearKeys."""
-        boxes = read_boxes(text, self.layout)
+        boxes = read_boxes(text, self.layout_for(response))
         if not boxes:
             return []
         width, height = self.frame(response, example)
@@ -82,7 +83,8 @@ class BoxFormat:
         if not self._fits(boxes, response, example):
             raise BadGold(
                 f"the gold answer {example.answer[:100]!r} is no box inside its image with gold_layout "
-                f"({self.layout}) and gold_coordinates ({self.coordinates})" + self._remedy(response, example)
+                f"({self.layout_for(response)}) and gold_coordinates ({self.coordinates})"
+                + self._remedy(response, example)
             )
         return boxes
 
@@ -92,9 +94,17 @@ class BoxFormat:
         corners = [
             (left * width, top * height, right * width, bottom * height) for left, top, right, bottom in boxes
         ]
-        if self.layout == "xyxy":
+        layout = self.layout_for(response)
+        if layout == "xyxy":
             return corners
+        if layout == "yxyx":
+            return [(top, left, bottom, right) for left, top, right, bottom in corners]
         return [(left, top, right - left, bottom - top) for left, top, right, bottom in corners]
+
+    def layout_for(self, response: ResponseText) -> Layout:
+        """The order of a box's numbers in a response."""
+        y_first = (self.coordinates or response.coordinates) == "thousand_yx"
+        return self.layout or ("yxyx" if y_first else "xyxy")
 
     def frame(self, response: ResponseText, example: Example) -> tuple[float, float]:
         """Width and height of the whole image in these coordinates. Raises ValueError if they are unknown, or
@@ -104,7 +114,7 @@ class BoxFormat:
             raise ValueError(missing_coordinates("the verifier's args"))
         if coordinates == "unit":
             return 1.0, 1.0
-        if coordinates == "thousand":
+        if coordinates in ("thousand", "thousand_yx"):
             return 1000.0, 1000.0
         resized = coordinates == "resized"
         sizes = response.resized if resized else [image.size for image in example.images]
@@ -124,7 +134,8 @@ class BoxFormat:
 
     def _remedy(self, response: ResponseText, example: Example) -> str:
         """What else the gold boxes would be right as."""
-        others = {f"gold_layout={layout}": replace(self, layout=layout) for layout in ("xyxy", "xywh")}
+        layouts = get_args(Layout)
+        others = {f"gold_layout={layout}": replace(self, layout=layout) for layout in layouts}
         others |= {
             f"gold_coordinates={name}": replace(self, coordinates=name)
             for name in ("original", "thousand", "unit")
@@ -133,7 +144,13 @@ class BoxFormat:
         for name, other in others.items():
             with suppress(ValueError):  # pixels of several images
                 boxes = other.read(example.answer, response, example)
-                fitting += [name] if other != self and other._fits(boxes, response, example) else []
+                fitting += (
+                    [name]
+                    if not name.endswith(f"={self.layout_for(response)}")
+                    and other != self
+                    and other._fits(boxes, response, example)
+                    else []
+                )
         return f"; with {' or '.join(fitting)} it would be" if fitting else "; mend the row"
 
 
@@ -142,7 +159,8 @@ def missing_coordinates(where: str) -> str:
     return (
         f"{where} must say which coordinates the responses are in, since their model is not known; add "
         "coordinates: thousand (0 to 1000: Qwen2-VL, Qwen3-VL, Qwen3.5), resized (pixels of the image as the "
-        "model saw it: Qwen2.5-VL), original (pixels of the row's image) or unit (0 to 1)"
+        "model saw it: Qwen2.5-VL), thousand_yx (0 to 1000, y before x: Gemma 4), original (pixels of the "
+        "row's image) or unit (0 to 1)"
     )
 
 
@@ -158,8 +176,8 @@ def box(
     *,
     coordinates: Coordinates | None = None,
     gold_coordinates: Coordinates = "original",
-    layout: Layout = "xyxy",
-    gold_layout: Layout = "xyxy",
+    layout: Layout | None = None,
+    gold_layout: Layout | None = None,
     metric: Literal["iou", "giou"] = "iou",
     threshold: float | None = 0.5,
     finding: Finding = "marked",
@@ -169,7 +187,7 @@ def box(
 
     Several boxes are matched by descending overlap; missing and surplus boxes count as 0, and so do those
     without area or far outside the image. By default `coordinates` are those that the model's family writes;
-    layouts are those of lists, since a mapping's keys say theirs.
+    layouts are those of lists, since a mapping's keys say theirs, and by default those of the coordinates.
     """
     golds = BoxFormat(gold_layout, gold_coordinates).read_gold(response, example)
     boxes = _read_answer(response, example, BoxFormat(layout, coordinates), finding)
@@ -200,19 +218,20 @@ def point_in_box(
     *,
     coordinates: Coordinates | None = None,
     gold_coordinates: Coordinates = "original",
-    gold_layout: Layout = "xyxy",
+    gold_layout: Layout | None = None,
     finding: Finding = "marked",
 ) -> float:
     """1.0 where the answer's one point is in a gold box, or the centre of its one box that is not much
     larger."""
     golds = BoxFormat(gold_layout, gold_coordinates).read_gold(response, example)
     try:
-        point = read_point(_box_text(response, finding))
+        written = BoxFormat(None, coordinates)
+        point = read_point(_box_text(response, finding), written.layout_for(response))
     except UnclearKeys as error:
         raise NoAnswer(str(error)) from error
     if point is None:
         raise NoAnswer
-    width, height = BoxFormat("xyxy", coordinates).frame(response, example)
+    width, height = written.frame(response, example)
     x, y, area = point[0] / width, point[1] / height, point[2] / (width * height)
     if not _is_inside((x, y, x, y)):
         raise Outside(f"{x, y} in shares of the image's sides lies outside the image")
