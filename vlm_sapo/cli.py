@@ -354,7 +354,7 @@ def plan(
 def new_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
     family: Annotated[
-        str, typer.Option(help="Model family from docs/families.md: qwen2_5_vl, qwen3_vl_moe, ...")
+        str, typer.Option(help="Model family from docs/families.md: qwen3_vl_moe, internvl, ...")
     ] = "qwen3_vl",
     corpus: Annotated[
         str, typer.Option(help="`file.py:function` that yields texts to train the tokenizer on.")
@@ -364,9 +364,9 @@ def new_model(
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Create a Qwen-VL model with random weights, for tests.
+    """Create a model of a family with random weights, for tests.
 
-    The folder gets weights, processor and tokenizer.
+    The folder gets weights, processor and tokenizer. RL can't teach it anything: it never earns a reward.
     """
     silence_libraries()
     from vlm_sapo.plugins import resolve
@@ -377,7 +377,7 @@ def new_model(
         raise ValueError(f"--size ({size}) must be one of {', '.join(SHAPES)}")
     texts = resolve(corpus, field="--corpus")()
     parameters = build(folder, family=family, corpus=texts, shape=SHAPES[size], seed=seed)
-    typer.echo(f"{folder}: {family}, {parameters:,} parameters")
+    typer.echo(f"{folder}: {family}, {parameters:,} random parameters")
 
 
 def _report(summary: dict) -> None:

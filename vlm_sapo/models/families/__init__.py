@@ -5,6 +5,8 @@ docs/families.md says what works for which family, and how to add one.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from vlm_sapo.models.families.family import Family
 from vlm_sapo.models.families.gemma import GEMMA
 from vlm_sapo.models.families.glm import GLM
@@ -21,5 +23,7 @@ def check_family(name: str, where: str) -> Family:
     """The family of a `model_type`. Raises ValueError, starting with `where`, if it is not supported."""
     if name not in FAMILIES:
         listed = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
-        raise ValueError(f"{where} ({name}) must be one of {listed}")
+        close = get_close_matches(name.lower(), FAMILIES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{where} ({name}) must be one of {listed}{hint}")
     return FAMILIES[name]
