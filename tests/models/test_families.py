@@ -126,8 +126,7 @@ def test_a_row_with_images(name, loaded):
     assert vlm.tokenizer.convert_tokens_to_ids(chat.ends[0]) in vlm.stops
     prompt = prompts_of(vlm)[0]
     image = prompt.ids == vlm.model.config.image_token_id
-    merge = vlm.family.patches_per_token(vlm.model.config)
-    assert int(image.sum()) == int(prompt.grid.prod(-1).sum()) // merge > 0
+    assert int(image.sum()) == sum(vlm.family.image_tokens(vlm.model.config, prompt.grid)) > 0
     assert prompt.positions.shape == (3, len(prompt.ids)) and len(prompt.ids) > 64
     in_space = (prompt.positions[1:, image] != prompt.positions[:1, image]).any()
     assert in_space != isinstance(vlm.family, LlavaFamily)
@@ -381,7 +380,7 @@ def test_tiles_become_the_same_tiles_again(tmp_path):
 @TINY
 def test_demonstrations_end_a_turn_as_the_template_does(loaded):
     encoder, chat = Encoder(loaded), loaded.family.chat
-    [end] = {"<|user|>", "<|im_end|>", "<turn|>"} & {*chat.ends}
+    [end] = {"<|user|>", "<|im_end|>", "<turn|>", "<end_of_utterance>"} & {*chat.ends}
     response = encoder.respond(encoder(example()), "yes")
     assert loaded.tokenizer.decode(response.ids[-1]) == end and encoder.ends_turn(response)
     assert "more" in loaded.tokenizer.decode(encoder.user_turn("more"))

@@ -30,6 +30,7 @@ WAITS_OF_TOWER = {
     "glm4v": 5,
     "internvl": 0,
     "gemma4": 5,
+    "smolvlm": 9,
     "lfm2_vl": 6,
 }
 """Most waits of a pass that encodes images: their sizes are read, and lists of patches made from them."""

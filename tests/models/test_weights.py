@@ -59,7 +59,7 @@ def test_an_engine_gets_what_is_saved(model_folder, family, adapted, dtype):
     """One after the other, in the order of the layers: matrices in its dtype, vectors in their own."""
     vlm = load_vlm(str(model_folder(family)))
     if adapted:
-        targets = r".*(language_model.*\.(q_proj|down_proj|in_proj_qkv)|\.qkv)"
+        targets = r".*((language|text)_model.*\.(q_proj|down_proj|in_proj_qkv)|\.qkv)"
         inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), vlm.model)
     saved, announced = vlm.weights(), vlm.stored_weights()
     names = [name for name, _ in vlm.stream_weights(dtype)]

@@ -49,7 +49,7 @@ GROUP = GroupTokens(prompt=1300, image=1000, response=350, group=8)
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma4", "lfm2_vl"]
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma4", "smolvlm", "lfm2_vl"]
 )
 def test_operations_are_those_of_the_models_own_pass(family, model_folder):
     path = str(model_folder(family))
@@ -64,7 +64,7 @@ def test_operations_are_those_of_the_models_own_pass(family, model_folder):
     image = int((prompt.ids == vlm.model.config.image_token_id).sum())
     work, group = model_work(spec), GroupTokens(40, image, 12, 3)
     attention = 4 * work.attention_layers * work.query_width * group.pairs
-    layers = list(vlm.model.model.language_model.layers)
+    layers = list(vlm.language.layers)
     assert work.language == sum(item.numel() for layer in layers for item in layer.parameters())
     units = {item.unit for item in passes.parameters(spec)} - {"root", memory.UNSHARDED}
     assert len(units) == len(layers) + len(vlm.family.vision_blocks(vlm.model))

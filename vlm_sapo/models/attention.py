@@ -12,7 +12,7 @@ transformers' SDPA attention, so that one model serves all three.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -63,6 +63,13 @@ class PackedGroup:
         """[sum of branches] index of each token among the padded ones."""
         longest = max(self.branches)
         return torch.cat([row * longest + torch.arange(length) for row, length in enumerate(self.branches)])
+
+    def to(self, device: torch.device) -> PackedGroup:
+        """With its indices on a device."""
+        moved = replace(self)
+        if self.branches and not self.even:
+            vars(moved).update(padded=self.padded.to(device), unpadded=self.unpadded.to(device))
+        return moved
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ class Segments:
         if device.type == "cpu":
             return self
         groups = [(group.prompt, group.branches) for group in self.groups]
-        return Segments(self.groups, PackedRow.of_groups(groups, device), self.branches.to(device))
+        moved = tuple(group.to(device) for group in self.groups)
+        return Segments(moved, PackedRow.of_groups(groups, device), self.branches.to(device))
 
 
 @dataclass(frozen=True)
@@ -327,14 +335,14 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **optio
 def _fold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[1, H, sum of branches, D] to [G, H, R, D]."""
     if not group.even:
-        tensor = tensor[:, :, group.padded.to(tensor.device)]
+        tensor = tensor[:, :, group.padded]
     return tensor[0].unflatten(1, (len(group.branches), -1)).transpose(0, 1)
 
 
 def _unfold(tensor: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[G, H, R, D] to [1, H, sum of branches, D]."""
     flat = tensor.transpose(0, 1).flatten(1, 2)[None]
-    return flat if group.even else flat[:, :, group.unpadded.to(tensor.device)]
+    return flat if group.even else flat[:, :, group.unpadded]
 
 
 def _decode(

@@ -172,7 +172,7 @@ def _buffer(states: torch.Tensor, tokens: int) -> torch.Tensor:
 def new_cache(vlm: VLM) -> Cache:
     """Of the layers with keys or a state of their own; those that take another's come last."""
     layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
-    layers = layers[: min([len(vlm.model.model.language_model.layers), *vlm.key_sources])]
+    layers = layers[: min([len(vlm.language.layers), *vlm.key_sources])]
     attention = (DynamicLayer, DynamicSlidingWindowLayer)  # of the latter attention masks what is outside
     return Cache(layers=[BufferedLayer() if type(layer) in attention else layer for layer in layers])
 

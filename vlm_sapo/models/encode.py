@@ -79,7 +79,7 @@ class Encoder:
         enclosing = {*self.vlm.tokenizer.convert_ids_to_tokens(self.vlm.banned)} - {processor.image_token}
         around = "|".join(map(re.escape, sorted(enclosing)))
         mark = re.compile(f"(?:{around})?{re.escape(processor.image_token)}(?:{around})?")
-        sizes = [size for _, size in self.vlm.image_ranges(prompt)]
+        sizes = self.vlm.image_sizes(prompt)
         labels = [
             f"<image {before.width}x{before.height}"
             + (f" resized to {after.width}x{after.height}" if before.size != after.size else "")

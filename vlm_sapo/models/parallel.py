@@ -70,7 +70,7 @@ def shard(
         "ignored_params": replicated,
     }
     stacks = [
-        vlm.model.model.language_model.layers,
+        vlm.language.layers,
         *([] if whole else [vlm.family.vision_blocks(vlm.model)]),
     ]
     for stack in stacks:

@@ -91,8 +91,8 @@ class Vision:
         """Each prompt's features, from one pass of the tower over all images."""
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         layers = self._run(pixels, torch.cat([prompt.grid for prompt in prompts]))
-        merge = self.family.patches_per_token(self.model.config)
-        sizes = [int(prompt.grid.prod(-1).sum()) // merge for prompt in prompts]
+        config = self.model.config
+        sizes = [sum(self.family.image_tokens(config, prompt.grid)) for prompt in prompts]
         parts = zip(*(layer.split(sizes) for layer in layers), strict=True)
         return [Features(own, tuple(rest)) for own, *rest in parts]
 

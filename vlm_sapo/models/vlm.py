@@ -33,15 +33,16 @@ from vlm_sapo.models.weights import (
 from vlm_sapo.types import Prompt
 
 PARTS = {
-    "vision": ("visual.", "vision_tower.", "audio_tower.", "embed_audio."),
+    "vision": ("visual.", "vision_tower.", "vision_model.", "audio_tower.", "embed_audio."),
     "merger": (
         "visual.merger.",
         "visual.deepstack_merger_list.",
         "visual.downsample.",
         "multi_modal_projector.",
         "embed_vision.",
+        "connector.",
     ),
-    "language": ("language_model.", "lm_head."),
+    "language": ("language_model.", "text_model.", "lm_head."),
     "router": (".mlp.gate.",),
 }
 """The parts that `model.freeze` can name, with substrings of their parameters' names. `vision` excludes the
@@ -72,12 +73,10 @@ class VLM(nn.Module):
         self.unread: UnreadWeights | None = None
         """The weights, until they are read from their files (Parallelism.distribute)."""
         kinds = model.config.get_text_config().to_dict().get("layer_types") or [FULL]
-        self.shares_prefix = {*kinds} <= {*ATTENTION} or group_linear_attention(
-            model.model.language_model.layers, kinds
-        )
+        self.shares_prefix = {*kinds} <= {*ATTENTION} or group_linear_attention(self.language.layers, kinds)
         """Whether the responses to a prompt can share it in a packed row."""
         if model.config.vision_config.to_dict().get("deepstack_visual_indexes"):
-            model.model.language_model._deepstack_process = add_features
+            self.language._deepstack_process = add_features
 
     @property
     def tokenizer(self):
@@ -86,6 +85,11 @@ class VLM(nn.Module):
     @property
     def family(self) -> Family:
         return FAMILIES[self.model.config.model_type]
+
+    @property
+    def language(self) -> nn.Module:
+        """The language model, without its head."""
+        return self.family.language_model(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -122,7 +126,7 @@ class VLM(nn.Module):
     def cache_argument(self) -> str:
         """What this version of transformers calls the language model's cache. The old name is deprecated
         from 5.24 on, and the only one before."""
-        forward = type(self.model.model.language_model).forward
+        forward = type(self.language).forward
         return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
     @property
@@ -158,7 +162,7 @@ class VLM(nn.Module):
         groups of a packed row, prefix the prompts that branches are decoded from (models/attention.py): with
         either, mask is None.
         """
-        language = self.model.model.language_model
+        language = self.language
         embeds = language.get_input_embeddings()(ids)
         extra = {self.cache_argument: cache}
         if features is not None:
@@ -233,22 +237,21 @@ class VLM(nn.Module):
         return self.family.positions(self.model, ids, grid)
 
     def image_ranges(self, prompt: Prompt) -> list[tuple[int, int]]:
-        """First token and number of tokens of each of a prompt's images."""
-        merge = self.family.patches_per_token(self.model.config)
-        sizes = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge).tolist()
-        ids, image_token = prompt.ids.tolist(), self.model.config.image_token_id
-        ranges, end = [], 0
-        for size in sizes:
-            start = ids.index(image_token, end)
-            end = start + size
-            ranges.append((start, size))
-        return ranges
+        """The first of each image's tokens, and how many it is from there to behind the last; there may
+        be others between them."""
+        tokens = (prompt.ids == self.model.config.image_token_id).nonzero()[:, 0]
+        own = [part.tolist() for part in tokens.split(self.image_sizes(prompt))]
+        return [(part[0], part[-1] + 1 - part[0]) for part in own]
+
+    def image_sizes(self, prompt: Prompt) -> list[int]:
+        """How many image tokens each of a prompt's images has."""
+        return [] if prompt.grid is None else self.family.image_tokens(self.model.config, prompt.grid)
 
     def unexpanded(self, prompt: Prompt) -> list[int]:
         """A prompt's ids with one image token per image, as engines with a processor of their own expect."""
-        ids, around = prompt.ids.tolist(), int(self.family.processor_encloses)
+        ids, (before, after) = prompt.ids.tolist(), self.family.enclosed_by
         for start, size in reversed(self.image_ranges(prompt)):
-            ids[start - around : start + size + around] = ids[start : start + 1]
+            ids[start - before : start + size + after] = ids[start : start + 1]
         return ids
 
     def freeze(self, parts: list[str]) -> None:

@@ -84,7 +84,7 @@ class HfEngine:
         self.vlm.eval()  # gradient checkpointing in training mode would switch the cache off
         try:
             with self.autocast():  # first, since it decides in which dtype adapters are inlined
-                inlined = adapters.inlined(self.vlm.model.model.language_model, self._dtype())
+                inlined = adapters.inlined(self.vlm.language, self._dtype())
                 with inlined, self.vlm.weights_fixed():
                     return self._generate_batches(contexts, sampling)
         finally:

@@ -16,6 +16,9 @@ from PIL.Image import Image
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.vllm_requests import Request
 
+FLAT = ("pixel_values", "pixel_attention_mask")
+"""Tensors that hold all images' rows one after another."""
+
 
 def engine_input(vlm: VLM, request: Request, dtype: torch.dtype) -> Any:
     """The request's tokens, with image tokens expanded, and its images' patches in the engine's dtype."""
@@ -28,16 +31,21 @@ def engine_input(vlm: VLM, request: Request, dtype: torch.dtype) -> Any:
     tensors, rows = vlm.family.engine_tensors(vlm.model.config, prompt.pixels.to(dtype), prompt.grid)
     fields = {
         name: MultiModalFieldConfig.flat_from_sizes("image", rows)
-        if name == "pixel_values" and rows is not None
+        if name in FLAT and rows is not None
         else MultiModalFieldConfig.batched("image", keep_on_cpu=rows is not None)
         for name in tensors
     }
-    ranges = vlm.image_ranges(prompt)
+    placeholders = []
+    for start, length in vlm.image_ranges(prompt):
+        own = prompt.ids[start : start + length] == vlm.model.config.image_token_id
+        placeholders.append(
+            PlaceholderRange(offset=start, length=length, is_embed=None if own.all() else own)
+        )
     return mm_input(
         request.ids,
         MultiModalKwargsItems.from_hf_inputs(tensors, fields),
         {"image": list(map(fingerprint, prompt.images))},
-        {"image": [PlaceholderRange(offset=start, length=length) for start, length in ranges]},
+        {"image": placeholders},
     )
 
 

@@ -102,7 +102,7 @@ def build_training(
 def _rounds_adapters(run: Run) -> bool:
     """Whether the engine samples with the policy's modules, but with adapters rounded to half precision. The
     first step can't show the difference: adapters start without effect."""
-    adapted = adapters.attached(run.policy.vlm.model.model.language_model)
+    adapted = adapters.attached(run.policy.vlm.language)
     return run.rollouts.engine.shares_weights and adapted and not run.policy.is_exact
 
 

@@ -13,9 +13,10 @@ from vlm_sapo.models.families.glm import GLM
 from vlm_sapo.models.families.internvl import INTERNVL
 from vlm_sapo.models.families.lfm2 import LFM2
 from vlm_sapo.models.families.qwen import QWEN
+from vlm_sapo.models.families.smolvlm import SMOLVLM
 
 THOUGHT_TAGS = ("<think>", "</think>")
-FAMILIES: dict[str, Family] = QWEN | GLM | INTERNVL | GEMMA | LFM2
+FAMILIES: dict[str, Family] = QWEN | GLM | INTERNVL | GEMMA | SMOLVLM | LFM2
 """By transformers' `model_type`."""
 
 

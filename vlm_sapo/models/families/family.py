@@ -115,8 +115,8 @@ class Family:
     """Language models that it may have; empty for its one and only."""
     image_processor: type = Qwen2VLImageProcessor
     chat: Chat = Chat()
-    processor_encloses: bool = False
-    """Whether its processor, not the chat template, writes the tokens before and after an image's."""
+    enclosed_by: tuple[int, int] = (0, 0)
+    """How many tokens its processor, not the chat template, writes before and after an image's."""
     frames_per_image: int = 1
     """Times that the bounds of its image processor count an image's pixels."""
     thinks: bool = False
@@ -164,8 +164,12 @@ class Family:
         return encoded["input_ids"][0], encoded.get("pixel_values"), encoded.get("image_grid_thw")
 
     def patches_per_token(self, config: PreTrainedConfig) -> int:
-        """Patches, of which the grid counts, that become one image token."""
+        """Patches that become one image token."""
         return config.vision_config.spatial_merge_size**2
+
+    def image_tokens(self, config: PreTrainedConfig, grid: torch.Tensor) -> list[int]:
+        """How many tokens each image of a grid [I, 3] has."""
+        return (grid.prod(-1) // self.patches_per_token(config)).tolist()
 
     def attended_patches(self, config: PreTrainedConfig) -> int | None:
         """Most patches that a patch attends to in the tower; None for all of its image."""
@@ -208,6 +212,10 @@ class Family:
         """The same for rows [B, L] padded as a mask [B, L] says."""
         return {}
 
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The language model, without its head."""
+        return model.model.language_model
+
     def features(self, model: nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
         """Features [M, H] of the image tokens, then those for each of the first layers (deepstack)."""
         output = model.model.get_image_features(pixels, grid)
@@ -247,8 +255,8 @@ class Family:
     def engine_tensors(
         self, config: PreTrainedConfig, pixels: torch.Tensor, grid: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor | list[torch.Tensor]], torch.Tensor | None]:
-        """A prompt's images as vLLM's model of this family takes them, and the rows of `pixel_values` that
-        belong to each; None if each has tensors of its own."""
+        """A prompt's images as vLLM's model of this family takes them, and the rows of `pixel_values`, and of
+        `pixel_attention_mask`, that belong to each; None if each has tensors of its own."""
         return {"pixel_values": pixels, "image_grid_thw": grid}, grid.prod(-1)
 
 

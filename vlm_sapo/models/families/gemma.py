@@ -268,6 +268,6 @@ GEMMA = {
         vocabularies=("vocab_size", "vocab_size_per_layer_input"),
         image_processor=Gemma4ImageProcessor,
         chat=CHAT,
-        processor_encloses=True,
+        enclosed_by=(1, 1),
     )
 }

@@ -178,7 +178,7 @@ INTERNVL = {
         vision,
         chat=CHAT,
         thinks=True,
-        processor_encloses=True,
+        enclosed_by=(1, 1),
         languages=("qwen2", "qwen3"),
         whole={"image_seq_length": 16},
     )

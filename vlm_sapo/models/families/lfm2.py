@@ -150,7 +150,7 @@ LFM2 = {
         whole={"projector_hidden_size": 64},
         image_processor=Lfm2VlImageProcessor,
         chat=CHAT,
-        processor_encloses=True,
+        enclosed_by=(1, 1),
         languages=("lfm2",),
     )
 }

@@ -42,7 +42,9 @@ INDEX_OPS = (
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
 )
-NO_TOKENIZER = SimpleNamespace(eos_token_id=None, convert_tokens_to_ids=lambda tokens: [])
+NO_TOKENIZER = SimpleNamespace(
+    eos_token_id=None, convert_tokens_to_ids=lambda tokens: [], get_added_vocab=dict
+)
 """A plan needs no tokens."""
 MEASURED_LAYERS = 2
 """Decoder layers that are run, or one period where kinds of layers alternate: memory is linear in their
@@ -193,8 +195,8 @@ def synthetic_prompt(vlm: VLM, tokens: int, image_tokens: int) -> Prompt:
     Simulation."""
     config, family = vlm.model.config, vlm.family
     pixels, grid = family.blank_image(config, image_tokens)
-    smallest_fits = image_tokens and int(grid.prod()) // family.patches_per_token(config) < tokens
-    image_tokens = int(grid.prod()) // family.patches_per_token(config) if smallest_fits else 0
+    smallest_fits = image_tokens and sum(family.image_tokens(config, grid)) < tokens
+    image_tokens = sum(family.image_tokens(config, grid)) if smallest_fits else 0
     ids = [0, *[vlm.model.config.image_token_id] * image_tokens, *[0] * (tokens - image_tokens - 1)]
     return Prompt(
         example=Example("", "", ""),
@@ -217,7 +219,7 @@ def synthetic_response(prompt: Prompt, tokens: int) -> Response:
 @contextmanager
 def _first_layers(vlm: VLM, depth: int) -> Iterator[None]:
     """Runs only the first `depth` decoder layers inside."""
-    language = vlm.model.model.language_model
+    language = vlm.language
     layers = language.layers
     language.layers = layers[:depth]
     try:
@@ -229,7 +231,7 @@ def _first_layers(vlm: VLM, depth: int) -> Iterator[None]:
 def at_full_depth(measure: Callable[..., tuple[int, ...]], vlm: VLM, *args: Any) -> tuple[int, ...]:
     """What `measure(vlm, *args)` returns for the whole model, extrapolated from two runs with a few decoder
     layers."""
-    layers = len(vlm.model.model.language_model.layers)
+    layers = len(vlm.language.layers)
     hybrid = vlm.layer_kinds != {FULL}
     depth = _period(vlm.model.config.get_text_config().layer_types) if hybrid else MEASURED_LAYERS
     if layers <= 2 * depth:
