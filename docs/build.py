@@ -86,6 +86,7 @@ PURPOSES = {
     "quantized": "8-bit AdamW, base models of 4 bits (bitsandbytes)",
     "fused": "Liger's fused norms and SwiGLU",
     "qwen3_5": "fast linear attention of Qwen3.5",
+    "smolvlm": "the processor of SmolVLM2",
     "judge": "rewards and benchmarks that a judge model grades over an OpenAI-compatible API",
     "trackers": "Weights & Biases, TensorBoard, trackio, MLflow",
     "test": "`make test` and `make lint`",

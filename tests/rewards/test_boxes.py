@@ -56,6 +56,9 @@ def test_y_before_x():
     assert point_in_box(response("[700, 150]", family), tall) == 1
     assert point_in_box(response("[150, 700]", family), tall) == 0
     assert point_in_box(response('{"x": 150, "y": 700}', family), tall) == 1
+    for other in ('"width": 1000', '"label": "top: red"', '"left": "yes"'):
+        text = f'```json\n{{"point": [700, 150], {other}}}\n```'
+        assert point_in_box(ResponseText(text, resized=((320, 160),), coordinates=family), tall) == 1
     gold = row("[200, 100, 800, 500]")
     assert (
         box(response(IN["thousand"], "thousand"), gold, gold_layout="yxyx", gold_coordinates="thousand") == 1

@@ -136,7 +136,7 @@ INPUTS = {
         batched=lambda modality, *, keep_on_cpu: ("batched", modality, keep_on_cpu),
     ),
     "MultiModalKwargsItems": SimpleNamespace(from_hf_inputs=lambda tensors, fields: (tensors, fields)),
-    "PlaceholderRange": lambda *, offset, length: (offset, length),
+    "PlaceholderRange": lambda *, offset, length, is_embed: (offset, length),
     "SamplingParams": SimpleNamespace,
     "RequestOutputKind": SimpleNamespace(FINAL_ONLY="final"),
 }

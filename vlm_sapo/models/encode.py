@@ -39,10 +39,11 @@ class Encoder:
         self.plain = PlainText(vlm.processor, vlm.tokenizer.convert_ids_to_tokens(vlm.banned))
         least, most = vlm.family.pixel_bounds(vlm.processor.image_processor)
         self.bounds = (min_pixels or least, max_pixels or most)
-        if min_pixels is None and self.bounds[1] < least:
+        if self.bounds[1] < least and (min_pixels is None or vlm.family.fixed_minimum):
+            other = "" if vlm.family.fixed_minimum else ", or set model.min_pixels as well"
             raise ValueError(
                 f"model.max_pixels ({max_pixels}) must be at least {least}, the smallest image of the "
-                "model's processor; raise it, or set model.min_pixels as well"
+                f"model's processor; raise it{other}"
             )
         if self.bounds[0] > self.bounds[1]:
             raise ValueError(

@@ -209,7 +209,7 @@ def _config(path: str) -> PreTrainedConfig:
         raise ValueError(
             f"model.path ({path}) has a config.json that can't be read ({error}); correct or remove its dtype"
         ) from error
-    check_family(config.model_type, f"the model type of model.path {path}")
+    check_family(config.model_type, f"the model type of model.path {path}").check(config)
     return config
 
 
@@ -219,7 +219,7 @@ def _open(path: str, build: Callable[[PreTrainedConfig], nn.Module]) -> tuple:
     config = _config(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        FAMILIES[config.model_type].check(config, processor)
+        FAMILIES[config.model_type].check_processor(config, processor)
         return processor, build(config)
     except OSError as error:
         raise ValueError(f"model.path ({path}) must be the folder of a whole model; {error}") from error

@@ -33,7 +33,7 @@ from vlm_sapo.models.weights import (
 from vlm_sapo.types import Prompt
 
 PARTS = {
-    "vision": ("visual.", "vision_tower.", "vision_model.", "audio_tower.", "embed_audio."),
+    "vision": ("visual.", "vision_tower.", "vision_model."),
     "merger": (
         "visual.merger.",
         "visual.deepstack_merger_list.",
@@ -46,9 +46,14 @@ PARTS = {
     "router": (".mlp.gate.",),
 }
 """The parts that `model.freeze` can name, with substrings of their parameters' names. `vision` excludes the
-merger, `language` the router. What reads sound, as no row has any, counts as vision."""
-SPECIFIC_FIRST = ("merger", "router", "vision", "language")
-"""The order in which the parts are tried for a parameter."""
+merger, `language` the router."""
+AUDIO = "audio"
+"""What some models read sound with, as no row has any: a part that is never trained."""
+MARKS = {
+    AUDIO: ("audio_tower.", "embed_audio."),
+    **{part: PARTS[part] for part in ("merger", "router", "vision", "language")},
+}
+"""All parts in the order in which they are tried for a parameter."""
 
 
 class VLM(nn.Module):
@@ -257,7 +262,7 @@ class VLM(nn.Module):
     def freeze(self, parts: list[str]) -> None:
         """Turns gradients off for the named parts (keys of PARTS), and on for all others."""
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(part_of(name) not in parts)
+            parameter.requires_grad_(part_of(name) not in (*parts, AUDIO))
 
     def fuse(self) -> None:
         """Replaces norms and SwiGLU by fused kernels; see models/fused.py."""
@@ -304,8 +309,8 @@ class VLM(nn.Module):
 
 
 def part_of(name: str) -> str:
-    """The part, a key of PARTS, that a parameter or module belongs to."""
-    return next(part for part in SPECIFIC_FIRST if any(mark in f"{name}." for mark in PARTS[part]))
+    """The part, a key of MARKS, that a parameter or module belongs to."""
+    return next(part for part, marks in MARKS.items() if any(mark in f"{name}." for mark in marks))
 
 
 def add_features(hidden: torch.Tensor, indices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

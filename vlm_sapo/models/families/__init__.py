@@ -24,7 +24,7 @@ def check_family(name: str, where: str) -> Family:
     """The family of a `model_type`. Raises ValueError, starting with `where`, if it is not supported."""
     if name not in FAMILIES:
         listed = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
-        close = get_close_matches(name.lower(), FAMILIES, n=1)
+        close = get_close_matches(name.lower(), FAMILIES, n=1, cutoff=0.8)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{where} ({name}) must be one of {listed}{hint}")
     return FAMILIES[name]

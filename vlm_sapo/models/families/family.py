@@ -119,6 +119,8 @@ class Family:
     """How many tokens its processor, not the chat template, writes before and after an image's."""
     frames_per_image: int = 1
     """Times that the bounds of its image processor count an image's pixels."""
+    fixed_minimum: bool = False
+    """Whether `model.min_pixels` can't make its smallest images smaller."""
     thinks: bool = False
     """Whether it has models that think, between THOUGHT_TAGS."""
     tool_calls: Literal["json", "xml"] | None = None
@@ -127,8 +129,8 @@ class Family:
     experts_transposed: bool = False
     """Whether checkpoints store the experts' matrices as [E, in, out]; transformers has [E, out, in]."""
 
-    def check(self, config: PreTrainedConfig, processor) -> None:
-        """Raises ValueError if a model, or its processor, is none that this family's code is for."""
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raises ValueError for a model that this family's code is not for."""
         kind = config.get_text_config().model_type
         if self.languages and kind not in self.languages:
             raise ValueError(
@@ -136,11 +138,15 @@ class Family:
                 f"model of {self.title}; use a checkpoint with such a language model"
             )
 
+    def check_processor(self, config: PreTrainedConfig, processor) -> None:
+        """Raises ValueError for a processor that is not the model's."""
+
     def vision_tokens(self, config: PreTrainedConfig, tokenizer) -> list[int]:
         """Tokens that stand for images and videos or enclose them, which no engine may sample."""
         fields = config.to_dict()
         unlisted = tokenizer.convert_tokens_to_ids(list(self.chat.unlisted)) if self.chat.unlisted else []
-        return [*(fields[name] for name in self.chat.ids), *unlisted]
+        listed = [fields[name] for name in self.chat.ids]
+        return [token for token in (*listed, *unlisted) if token is not None]
 
     def placeholders(self, processor) -> list[str]:
         """The tokens that its chat template writes for an image, and for a video if it takes any."""
@@ -160,7 +166,7 @@ class Family:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Token ids [P], patches [N, D] and grid [I, 3] of a text with one image token for each of I resized
         images."""
-        encoded = processor(text=[text], images=list(images) or None, do_resize=False, return_tensors="pt")
+        encoded = encode(processor, text, images=list(images) or None, do_resize=False)
         return encoded["input_ids"][0], encoded.get("pixel_values"), encoded.get("image_grid_thw")
 
     def patches_per_token(self, config: PreTrainedConfig) -> int:
@@ -275,6 +281,25 @@ class LlavaFamily(Family):
 
     def patch_embedding(self, model: nn.Module) -> None:
         return None
+
+
+def encode(processor, text: str, **options: Any) -> Mapping[str, Any]:
+    """What a processor makes of a text that a chat template has written: one that begins with the token that
+    begins a sequence gets no other."""
+    first = processor.tokenizer.bos_token
+    special = not (first and text.startswith(first))
+    return processor(text=[text], add_special_tokens=special, return_tensors="pt", **options)
+
+
+def check_tiles(own: tuple[int, int], model: tuple[int, int]) -> None:
+    """Raises ValueError if a processor's tiles, of so many pixels along a side and so many tokens, are not
+    the model's."""
+    if own != model:
+        raise ValueError(
+            f"the processor of model.path has tiles of {own[0]} pixels and {own[1]} tokens, its model of "
+            f"{model[0]} and {model[1]}; copy preprocessor_config.json and processor_config.json of the "
+            "original checkpoint into the folder"
+        )
 
 
 def resize_to_patches(image: Image, patch: int, bounds: tuple[int, int]) -> Image:

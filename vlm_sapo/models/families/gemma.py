@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 
 from vlm_sapo.models.attention import window_mask
-from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape
+from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, encode
 
 TOKEN_LIMITS = (70, 140, 280, 560, 1120)
 """Numbers of tokens that the processor accepts as an image's largest."""
@@ -71,9 +71,14 @@ class Gemma4(LlavaFamily):
     """An image is enlarged or made smaller to as many tokens as the largest number allows, one of
     TOKEN_LIMITS; smaller bounds of its area have no effect."""
 
-    def check(self, config: PreTrainedConfig, processor) -> None:
-        """Raises ValueError for a mixture of experts."""
-        super().check(config, processor)
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raises ValueError for a mixture of experts, or text that sees itself both ways."""
+        super().check(config)
+        if config.text_config.use_bidirectional_attention == "all":
+            raise ValueError(
+                "text_config.use_bidirectional_attention of model.path (all) must be vision or null; use a "
+                "model that generates text"
+            )
         if config.text_config.enable_moe_block:
             raise ValueError(
                 "text_config.enable_moe_block of model.path must be false: mixtures of experts of "
@@ -96,15 +101,9 @@ class Gemma4(LlavaFamily):
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not images:
-            return processor(text=[text], return_tensors="pt")["input_ids"][0], None, None
+            return encode(processor, text)["input_ids"][0], None, None
         limit = _token_limit(bounds[1], _token_area(processor.image_processor))
-        encoded = processor(
-            text=[text],
-            images=[list(images)],
-            do_resize=False,
-            max_soft_tokens=limit,
-            return_tensors="pt",
-        )
+        encoded = encode(processor, text, images=list(images), do_resize=False, max_soft_tokens=limit)
         positions = encoded["image_position_ids"]
         width, height = (positions.amax(1) + 1).T
         grid = torch.stack([torch.ones_like(width), height, width], dim=1)
@@ -268,6 +267,7 @@ GEMMA = {
         vocabularies=("vocab_size", "vocab_size_per_layer_input"),
         image_processor=Gemma4ImageProcessor,
         chat=CHAT,
+        fixed_minimum=True,
         enclosed_by=(1, 1),
     )
 }

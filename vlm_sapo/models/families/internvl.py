@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape
+from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape, check_tiles, encode
 
 MOST_TILES = 256
 """Of an image, whatever its bounds: to compare the layouts of more takes long. Published models have 12."""
@@ -47,18 +47,11 @@ class InternVL(LlavaFamily):
     patches of one.
     """
 
-    def check(self, config: PreTrainedConfig, processor) -> None:
-        """Raises ValueError for another language model, or a processor whose tiles are not the model's."""
-        super().check(config, processor)
-        vision = config.vision_config
-        tile, tokens = processor.image_processor.size["height"], processor.image_seq_length
-        model = vision.image_size[0], _side(config) ** 2 // self.patches_per_token(config)
-        if (tile, tokens) != model:
-            raise ValueError(
-                f"the processor of model.path has tiles of {tile} pixels and {tokens} tokens, its model of "
-                f"{model[0]} and {model[1]}; copy preprocessor_config.json and processor_config.json of the "
-                "original checkpoint into the folder"
-            )
+    def check_processor(self, config: PreTrainedConfig, processor) -> None:
+        """Raises ValueError for a processor whose tiles are not the model's."""
+        own = processor.image_processor.size["height"], processor.image_seq_length
+        model = config.vision_config.image_size[0], _side(config) ** 2 // self.patches_per_token(config)
+        check_tiles(own, model)
 
     def pixel_bounds(self, image_processor) -> tuple[int, int]:
         area = _tile_area(image_processor)
@@ -79,10 +72,10 @@ class InternVL(LlavaFamily):
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not images:
-            return processor(text=[text], return_tensors="pt")["input_ids"][0], None, None
+            return encode(processor, text)["input_ids"][0], None, None
         least, most = _tile_limits(processor.image_processor, bounds)
         options = {"crop_to_patches": True, "min_patches": least, "max_patches": most}
-        encoded = processor(text=[text], images=list(images), do_resize=False, return_tensors="pt", **options)
+        encoded = encode(processor, text, images=list(images), do_resize=False, **options)
         area, side = _tile_area(processor.image_processor), MERGED * math.isqrt(processor.image_seq_length)
         tiles = [image.width * image.height // area for image in images]
         grid = torch.tensor([[count + (count > 1), side, side] for count in tiles])
@@ -178,6 +171,7 @@ INTERNVL = {
         vision,
         chat=CHAT,
         thinks=True,
+        fixed_minimum=True,
         enclosed_by=(1, 1),
         languages=("qwen2", "qwen3"),
         whole={"image_seq_length": 16},

@@ -12,7 +12,15 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor, PreTrainedConfig, PreTrainedTokenizerFast
 
-from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape, resize_to_patches
+from vlm_sapo.models.families.family import (
+    CHATML,
+    CHATML_ENDS,
+    Chat,
+    LlavaFamily,
+    Shape,
+    encode,
+    resize_to_patches,
+)
 
 ENGINE_PATCHES = 1024
 """vLLM takes images that are padded to equal numbers of patches; these are multiples of this."""
@@ -42,15 +50,15 @@ class Lfm2Vl(LlavaFamily):
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not images:
-            return processor(text=[text], return_tensors="pt")["input_ids"][0], None, None
+            return encode(processor, text)["input_ids"][0], None, None
         area = _token_area(processor.image_processor)
-        encoded = processor(
-            text=[text],
+        encoded = encode(
+            processor,
+            text,
             images=[list(images)],
             do_image_splitting=False,
             min_image_tokens=bounds[0] // area,
             max_image_tokens=max(1, bounds[1] // area),
-            return_tensors="pt",
         )
         shapes = encoded["spatial_shapes"]
         grid = torch.cat([torch.ones_like(shapes[:, :1]), shapes], dim=1)
@@ -124,6 +132,9 @@ def text(shape: Shape) -> dict:
     return {
         "layer_types": ["full_attention" if attends else "conv" for attends in full],
         "block_auto_adjust_ff_dim": False,
+        "conv_dim": shape.hidden,
+        "block_dim": shape.hidden,
+        "block_ff_dim": 3 * shape.hidden,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
 

@@ -18,7 +18,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape
+from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, check_tiles, encode
 
 MOST_TILES = 6
 """Along a side; published tokenizers have names for rows and columns up to this."""
@@ -72,17 +72,10 @@ class SmolVlm(LlavaFamily):
     The largest area is that of a square of tiles, and the number of tiles the side of that square.
     """
 
-    def check(self, config: PreTrainedConfig, processor) -> None:
-        """Raises ValueError for another language model, or a processor whose tiles are not the model's."""
-        super().check(config, processor)
-        tile, tokens = _tile(processor.image_processor), processor.image_seq_len
+    def check_processor(self, config: PreTrainedConfig, processor) -> None:
+        """Raises ValueError for a processor whose tiles are not the model's."""
         model = config.vision_config.image_size, _side(config) ** 2 // self.patches_per_token(config)
-        if (tile, tokens) != model:
-            raise ValueError(
-                f"the processor of model.path has tiles of {tile} pixels and {tokens} tokens, its model of "
-                f"{model[0]} and {model[1]}; copy preprocessor_config.json and processor_config.json of the "
-                "original checkpoint into the folder"
-            )
+        check_tiles((_tile(processor.image_processor), processor.image_seq_len), model)
 
     def vision_tokens(self, config: PreTrainedConfig, tokenizer) -> list[int]:
         listed = super().vision_tokens(config, tokenizer)
@@ -108,9 +101,9 @@ class SmolVlm(LlavaFamily):
         self, processor, text: str, images: Sequence[Image], bounds: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not images:
-            return processor(text=[text], return_tensors="pt")["input_ids"][0], None, None
-        options = {"do_resize": False, "do_image_splitting": True, "return_tensors": "pt"}
-        encoded = processor(text=[text], images=[list(images)], **options)
+            return encode(processor, text)["input_ids"][0], None, None
+        options = {"do_resize": False, "do_image_splitting": True}
+        encoded = encode(processor, text, images=[list(images)], **options)
         tile, side = _tile(processor.image_processor), math.isqrt(processor.image_seq_len)
         tiles = [image.width * image.height // tile**2 for image in images]
         grid = torch.tensor([[count + (count > 1), side, side] for count in tiles])
@@ -212,6 +205,7 @@ SMOLVLM = {
         whole={"scale_factor": 2},
         image_processor=SmolVLMImageProcessor,
         chat=CHAT,
+        fixed_minimum=True,
         enclosed_by=(2, 1),
         languages=("llama",),
     )

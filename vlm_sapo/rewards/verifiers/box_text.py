@@ -74,18 +74,17 @@ def read_point(text: str, layout: Layout = "xyxy") -> tuple[float, float, float]
 
     Raises UnclearKeys as `read_boxes` does.
     """
-    pairs = [(float(x), float(y)) for x, y in NUMBER_PAIR.findall(text)]
+    pairs = [(float(first), float(second)) for first, second in NUMBER_PAIR.findall(text)]
     if not pairs:
         sides = _sides(text)
         numbers = [float(number) for number in NUMBER_OUTSIDE_WORDS.findall(text)]
         if sides.keys() == {"x", "y"}:
-            pairs = [(sides["x"], sides["y"])]
-        elif not sides and len(numbers) == 2:
+            return sides["x"], sides["y"], 0.0
+        if not sides and len(numbers) == 2:
             pairs = [(numbers[0], numbers[1])]
     if pairs:
-        [*_, (first, second)] = pairs
-        point = (second, first) if layout == "yxyx" and not _sides(text) else (first, second)
-        return (*point, 0.0) if len(pairs) == 1 else None
+        x, y = pairs[0][::-1] if layout == "yxyx" else pairs[0]
+        return (x, y, 0.0) if len(pairs) == 1 else None
     boxes = read_boxes(text, layout)
     if len(boxes) != 1 or not has_area(boxes[0]):
         return None

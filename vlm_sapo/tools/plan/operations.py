@@ -67,7 +67,7 @@ def model_work(spec: ModelSpec) -> ModelWork:
             merged += matrix
         elif part == "vision":
             tower += 0 if any(mark in name for mark in POSITIONS) else matrix
-        elif ".layers." in name:
+        elif part in ("language", "router") and ".layers." in name:
             language += parameter.numel()
             active += matrix * per_token // len(parameter) if ".experts." in name else matrix
     width = vision_fields.get("embed_dim") or vision.hidden_size

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from vlm_sapo.models import attention
 from vlm_sapo.models import lora as adapters
 from vlm_sapo.models.decoding import DecodeState, ForkedDecodeState
+from vlm_sapo.models.families import check_family
 from vlm_sapo.models.linear import FULL
 from vlm_sapo.models.loading import silence_dropout
 from vlm_sapo.models.vlm import VLM, part_of
@@ -136,9 +137,10 @@ class ModelSpec:
 def outline(spec: ModelSpec) -> tuple[Simulation, VLM]:
     """A model of a checkpoint's shape, from its config.json alone, and the mode in which it runs.
 
-    Raises ValueError where there is no config of a vision-language model.
+    Raises ValueError where there is no config of a vision-language model that is supported.
     """
     config, mode = read_config(spec.path), Simulation()
+    check_family(config.model_type, f"the model type of model.path {spec.path}").check(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, spec.dtype))
         if spec.lora_rank is not None:
