@@ -109,12 +109,15 @@ def test_images_attend_to_themselves(monkeypatch, reference):
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_cards_older_than_ampere_use_other_kernels(monkeypatch, capability, runs):
+def test_cards_older_than_ampere_and_larger_heads_use_other_kernels(monkeypatch, capability, runs):
     flash._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    tensor = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
-    assert flash.runs_on(tensor) is runs
-    assert not flash.runs_on(SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0"))
+
+    def tensor(dtype=torch.bfloat16, head=256):
+        return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", shape=(1, 2, 3, head))
+
+    assert flash.runs_on(tensor()) is runs
+    assert not flash.runs_on(tensor(dtype=torch.float32)) and not flash.runs_on(tensor(head=512))
     flash._capability.cache_clear()
 
 

@@ -4,6 +4,7 @@ Source: https://github.com/huggingface/transformers/issues/33489
 """
 
 import logging
+from types import SimpleNamespace
 import warnings
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_cache_goes_by_the_name_that_the_model_takes(vlm):
 
 def stand_in(language):
     """Something with a language model where a VLM has it."""
-    return type("V", (), {"model": type("M", (), {"model": type("I", (), {"language_model": language})})})
+    return SimpleNamespace(language=language)
 
 
 def test_optional_packages_of_libraries_are_not_advertised(caplog):
