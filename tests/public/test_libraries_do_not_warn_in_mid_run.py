@@ -4,8 +4,8 @@ Source: https://github.com/huggingface/transformers/issues/33489
 """
 
 import logging
-from types import SimpleNamespace
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
