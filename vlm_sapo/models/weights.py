@@ -132,7 +132,7 @@ def stored_weights(model: nn.Module) -> list[StoredWeight]:
     layers = adapters.layers(model)
     parameters: dict[str, tuple[torch.Tensor, LoraLayer | None]] = {}
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
-    for name in model.state_dict():  # in the order of the modules, and without buffers that no file holds
+    for name in _stored_names(model):
         if name in tensors and ".lora_" not in name:
             parameter = tensors[name]
             path, _, kind = name.rpartition(".base_layer.")
@@ -144,6 +144,18 @@ def stored_weights(model: nn.Module) -> list[StoredWeight]:
         StoredWeight(names.get(name, name), parameter, layer, transposed and name.endswith(EXPERTS))
         for name, (parameter, layer) in parameters.items()
     ]
+
+
+def _stored_names(model: nn.Module) -> Iterator[str]:
+    """Names of parameters and buffers that files hold, in the order of the modules; what `state_dict` has as
+    keys, without its hooks, which a sharded model may not run here."""
+    for path, module in model.named_modules():
+        own = (*module._parameters, *module._buffers)
+        yield from (
+            f"{path}.{name}" if path else name
+            for name in own
+            if name not in module._non_persistent_buffers_set
+        )
 
 
 def _published_names(model: nn.Module, names: list[str]) -> dict[str, str]:
