@@ -222,3 +222,30 @@ def test_needs_no_more_memory_than_autograd(model_folder, monkeypatch, kind, fro
             peaks.append(counter.peak)
             vlm.model.lm_head.weight.grad = states.grad = None
     assert peaks[0] < peaks[1] + 2**20
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_capped_logits_have_the_gradients_of_autograd(temperature):
+    """In float64, with logits far beyond the cap and banned tokens."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 6, dtype=torch.float64, generator=generator) * 3 for size in (7, 11))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    targets, banned, cap = torch.arange(7) + 3, (0, 2), 5.0
+    found, entropies = score_tokens(
+        hidden, weight, targets, banned=banned, temperature=temperature, chunk=3, cap=cap
+    )
+    logits = cap * (hidden @ weight.T / cap).tanh() / temperature
+    allowed = torch.ones(11, dtype=torch.bool)
+    allowed[list(banned)] = False
+    expected = logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
+    own = expected[:, allowed]
+    assert (hidden @ weight.T).abs().max() > 2 * cap
+    assert (found - expected.gather(-1, targets[:, None])[:, 0]).abs().max() < 1e-12
+    assert (entropies + (own.exp() * own).sum(-1)).abs().max() < 1e-12
+    weights = torch.randn(7, dtype=torch.float64, generator=generator)
+    gradients = torch.autograd.grad((found * weights).sum(), (hidden, weight))
+    reference = torch.autograd.grad(
+        (expected.gather(-1, targets[:, None])[:, 0] * weights).sum(), (hidden, weight)
+    )
+    for one, other in zip(gradients, reference, strict=True):
+        assert (one - other).abs().max() < 1e-11

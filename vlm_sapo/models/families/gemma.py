@@ -68,8 +68,8 @@ CHAT = Chat(
 
 
 class Gemma4(LlavaFamily):
-    """An image is enlarged or made smaller to as many tokens as the largest number allows, one of
-    TOKEN_LIMITS; smaller bounds of its area have no effect."""
+    """An image is enlarged or made smaller to as many tokens as the largest number allows: the largest of
+    TOKEN_LIMITS within the bounds of its area."""
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises ValueError for a mixture of experts, or text that sees itself both ways."""
@@ -198,7 +198,7 @@ def _token_area(image_processor) -> int:
 def _token_limit(pixels: int, area: int) -> int:
     """The largest of TOKEN_LIMITS for an image of so many pixels, of which `area` become a token; at least
     the first."""
-    return max(limit for limit in TOKEN_LIMITS if limit in (TOKEN_LIMITS[0], min(limit, pixels // area)))
+    return max([TOKEN_LIMITS[0], *(limit for limit in TOKEN_LIMITS if limit * area <= pixels)])
 
 
 def _sees_images(model: nn.Module) -> bool:

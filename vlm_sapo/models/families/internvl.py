@@ -23,7 +23,7 @@ from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFami
 MOST_TILES = 256
 """Of an image, whatever its bounds: to compare the layouts of more takes long. Published models have 12."""
 MERGED = 2
-"""Patches along each side of the square that becomes one token; `check` refuses another number."""
+"""Patches along each side of the square that becomes one token; `check_processor` refuses others."""
 CHAT = Chat(
     template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n"),
     tokens={
