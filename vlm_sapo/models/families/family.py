@@ -318,6 +318,16 @@ def tower(shape: Shape) -> dict:
     return {"depth": shape.vision_layers, "num_heads": shape.heads}
 
 
+def layered_tower(shape: Shape) -> dict:
+    """Fields of the config of a tower like SigLIP's."""
+    return {
+        "hidden_size": shape.tower,
+        "intermediate_size": shape.vision_ratio * shape.tower,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.heads,
+    }
+
+
 def rotary(dims: int, **fields: object) -> dict:
     """Rotary positions on `dims` of a head's dimensions: half for time, a quarter each for height and
     width."""

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 
 from vlm_sapo.models.attention import window_mask
-from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, encode
+from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, encode, layered_tower
 
 TOKEN_LIMITS = (70, 140, 280, 560, 1120)
 """Numbers of tokens that the processor accepts as an image's largest."""
@@ -242,11 +242,7 @@ def text(shape: Shape) -> dict:
 def vision(shape: Shape) -> dict:
     """Of `default_output_length` transformers knows nothing; vLLM needs it, and published models have it."""
     patch, merged = shape.patch // 2, 3
-    return {
-        "hidden_size": shape.tower,
-        "intermediate_size": shape.vision_ratio * shape.tower,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.heads,
+    return layered_tower(shape) | {
         "num_key_value_heads": shape.heads,
         "head_dim": shape.tower // shape.heads,
         "patch_size": patch,

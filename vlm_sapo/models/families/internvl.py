@@ -18,7 +18,16 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from vlm_sapo.models.families.family import CHATML, CHATML_ENDS, Chat, LlavaFamily, Shape, check_tiles, encode
+from vlm_sapo.models.families.family import (
+    CHATML,
+    CHATML_ENDS,
+    Chat,
+    LlavaFamily,
+    Shape,
+    check_tiles,
+    encode,
+    layered_tower,
+)
 
 MOST_TILES = 256
 """Of an image, whatever its bounds: to compare the layouts of more takes long. Published models have 12."""
@@ -152,11 +161,7 @@ def text(shape: Shape) -> dict:
 
 
 def vision(shape: Shape) -> dict:
-    return {
-        "hidden_size": shape.tower,
-        "intermediate_size": shape.vision_ratio * shape.tower,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.heads,
+    return layered_tower(shape) | {
         "image_size": 8 * shape.patch,
     }
 

@@ -19,6 +19,7 @@ from vlm_sapo.models.families.family import (
     LlavaFamily,
     Shape,
     encode,
+    layered_tower,
     resize_to_patches,
 )
 
@@ -140,11 +141,7 @@ def text(shape: Shape) -> dict:
 
 
 def vision(shape: Shape) -> dict:
-    return {
-        "hidden_size": shape.tower,
-        "intermediate_size": shape.vision_ratio * shape.tower,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.heads,
+    return layered_tower(shape) | {
         "num_patches": 64,
         "vision_use_head": False,
     }

@@ -18,7 +18,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, check_tiles, encode
+from vlm_sapo.models.families.family import Chat, LlavaFamily, Shape, check_tiles, encode, layered_tower
 
 MOST_TILES = 6
 """Along a side; published tokenizers have names for rows and columns up to this."""
@@ -185,11 +185,7 @@ def text(shape: Shape) -> dict:
 
 
 def vision(shape: Shape) -> dict:
-    return {
-        "hidden_size": shape.tower,
-        "intermediate_size": shape.vision_ratio * shape.tower,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.heads,
+    return layered_tower(shape) | {
         "image_size": 8 * shape.patch,
     }
 
