@@ -93,6 +93,35 @@ class Prompt:
     coordinates: Coordinates | None = None
     """Those that the model's family writes; None if no model is known."""
 
+    def followed_by(self, response: Response) -> Prompt:
+        """A prompt of these tokens and images and those of a response, for engines that continue it."""
+        import torch  # here, because reward workers, which only read texts, shall not load it
+
+        sources = [source for source in (self, *response.images) if source.pixels is not None]
+        return replace(
+            self,
+            ids=torch.cat([self.ids, response.ids]),
+            positions=torch.cat([self.positions, response.positions], dim=1),
+            images=tuple(image for source in (self, *response.images) for image in source.images),
+            pixels=torch.cat([source.pixels for source in sources]) if sources else None,
+            grid=torch.cat([source.grid for source in sources]) if sources else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """Images that an environment returned in one answer, as the model reads them: resized once.
+
+    Two are equal only if they are the same object.
+    """
+
+    images: tuple[Image, ...]
+    """The I resized images, RGB."""
+    pixels: torch.Tensor
+    """[N, D] float32."""
+    grid: torch.Tensor
+    """[I, 3] int64, patches per image (time, height, width)."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -111,6 +140,14 @@ class Sampling:
     """Sample among this many most likely tokens; 0 for all."""
     min_p: float = 0.0
     """Drop tokens below this share of the most likely token's probability."""
+    max_turn_tokens: int | None = None
+    """Most tokens of one turn; None for as many as the response may have."""
+
+    def limit(self, so_far: int) -> int:
+        """The most tokens of a response after one more turn, which follows so many tokens."""
+        if self.max_turn_tokens is None:
+            return self.max_tokens
+        return min(self.max_tokens, so_far + self.max_turn_tokens)
 
     def seed_of(self, index: int) -> int:
         """Seed of a prompt's group, from its slot or its index; below 2 ** 62."""
@@ -127,6 +164,11 @@ class Span:
     source: Literal["policy", "environment"] = "policy"
     weights_version: int | None = None
     """`VLM.version` of the weights that sampled them; None for the environment's tokens."""
+
+
+Finish = Literal["stop", "length", "turns", "images", "timeout", "error"]
+"""Why a response ended: with a stop token, at the limit of tokens, of turns or of images, or because its
+environment took too long or failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +188,17 @@ class Response:
     """Who wrote which tokens, in order and without gaps."""
     text: str
     """What a verifier reads: the prompt's opening and the policy's turns, without special tokens."""
-    finish: Literal["stop", "length", "turns"]
-    """Whether it ended with a stop token, at `max_tokens`, or at the environment's limit of turns."""
+    finish: Finish
+    """Why it ended."""
     experts: torch.Tensor | None = None
     """[P + R - 1, M, k] integer, the k experts of each of the M MoE layers for all tokens of prompt and
     response but the last; None unless the engine records them."""
     reward: float | None = None
     """The environment's reward; None without an environment."""
+    images: tuple[ImageInputs, ...] = ()
+    """What the environment returned, in the order of the image tokens in `ids`."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What happened in the environment, such as `calls` and `bad_calls`; empty without one."""
 
     @classmethod
     def sampled(
@@ -194,6 +240,7 @@ class Response:
             logprobs=torch.cat([self.logprobs, other.logprobs]),
             positions=torch.cat([self.positions, other.positions], dim=1),
             spans=(*self.spans, *later),
+            images=(*self.images, *other.images),
         )
 
     @property
@@ -313,7 +360,7 @@ class Group:
         """A copy without images, columns and experts: enough for metrics and logs."""
         example = replace(self.prompt.example, images=(), columns={})
         prompt = replace(self.prompt, example=example, images=(), pixels=None)
-        responses = tuple(replace(response, experts=None) for response in self.responses)
+        responses = tuple(replace(response, experts=None, images=()) for response in self.responses)
         return replace(self, prompt=prompt, responses=responses)
 
     def for_training(self, rows: Sequence[int]) -> Group:
@@ -322,7 +369,7 @@ class Group:
         example = replace(self.prompt.example, images=(), columns={})
         return Group(
             replace(self.prompt, example=example, images=()),
-            tuple(self.responses[row] for row in rows),
+            tuple(_without_copies(self.responses[row]) for row in rows),
             tuple(self.rewards[row] for row in rows),
         )
 
@@ -330,6 +377,11 @@ class Group:
     def zero_variance(self) -> bool:
         """Whether all rewards are equal, so that there is nothing to learn from them."""
         return len({reward.total for reward in self.rewards}) == 1
+
+
+def _without_copies(response: Response) -> Response:
+    """The response with the pixels of its images alone."""
+    return replace(response, images=tuple(replace(item, images=()) for item in response.images))
 
 
 Origin = tuple[int, int]

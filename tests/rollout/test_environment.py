@@ -1,44 +1,70 @@
 """Episodes: who wrote which tokens, when they end, and that the environment's tokens have no loss."""
 
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from tests.conftest import FAMILIES, example
+from tests.environments.played import (
+    QUESTION,
+    AskTwice,
+    Echo,
+    Endless,
+    EndsEarly,
+    Faulty,
+    Moody,
+    Mute,
+    NoPicture,
+    Painter,
+    Unlucky,
+    Unready,
+)
 from tests.training.test_batch import loss_of, make_policy, scored
 from vlm_sapo.algo.objectives import k3
-from vlm_sapo.distributed import Interrupted, World
+from vlm_sapo.distributed import World
+from vlm_sapo.environments.processes import Environments
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain, SharedPrefix
-from vlm_sapo.reporting.metrics import traces
+from vlm_sapo.reporting.metrics import environment_metrics, traces
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
-from vlm_sapo.rollout.environment import Episodes, Observation
+from vlm_sapo.rollout.environment import Episodes, Limits
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.sampler import with_environment
 from vlm_sapo.training.policy import collect_stats
 from vlm_sapo.types import Context, Group, Reward, Sampling
 
-QUESTION = "Are you sure? <|im_end|>"
-"""With the name of a special token, which must stay plain text."""
+OPEN: list[Environments] = []
+"""Those of a test, which end with it."""
 
 
-class AskTwice:
-    """Asks until the third turn, which it rewards."""
-
-    def reset(self, example):
-        self.seen = []
-
-    def step(self, response):
-        self.seen.append(response)
-        last = len(self.seen) == 3
-        return Observation(QUESTION, done=last, reward=1.0 if last else 0.25)
+@pytest.fixture(autouse=True)
+def end_processes():
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
-def episodes(vlm, make=AskTwice, *, max_turns=8):
-    engine = HfEngine(vlm, prompts_per_batch=8)
-    return Episodes(engine, Encoder(vlm), make, max_turns=max_turns, world=World())
+def environments(make, **options):
+    OPEN.append(Environments(make, **{"timeout": 20.0, "workers": 2} | options))
+    return OPEN[-1]
+
+
+def episodes(vlm, make=AskTwice, *, world=None, timeout=20.0, **limits):
+    return Episodes(
+        HfEngine(vlm, prompts_per_batch=8),
+        Encoder(vlm),
+        environments(make, timeout=timeout),
+        limits=Limits(**{"turns": 8} | limits),
+        world=world or World(),
+        warn=WARNED.append,
+    )
+
+
+WARNED: list[str] = []
 
 
 def eager(vlm):
@@ -101,14 +127,6 @@ def test_each_turn_is_sampled_from_what_was_said_before(vlm):
 def test_a_group_is_reported_when_its_episodes_are_over(vlm, monkeypatch):
     """With all turns and rewards, and before the others are, where these take longer."""
 
-    class EndsEarly(AskTwice):
-        def reset(self, example):
-            super().reset(example)
-            self.done = example.id == "e2"
-
-        def step(self, response):
-            return Observation(done=True) if self.done else super().step(response)
-
     engine, order, before = episodes(vlm, EndsEarly), [], []
     encode, sample_turn = Encoder(vlm), engine._continue
 
@@ -163,7 +181,7 @@ def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm):
 
 def test_episodes_end_at_their_limits(model_folder):
     vlm = eager(load_vlm(str(model_folder())))
-    _, groups = sample(vlm, episodes(vlm, max_turns=1))
+    _, groups = sample(vlm, episodes(vlm, turns=1))
     assert {item.finish for items in groups for item in items} <= {"turns", "length"}
     _, groups = sample(vlm, episodes(vlm), max_tokens=40)
     assert all(len(item.ids) <= 40 for items in groups for item in items)
@@ -179,96 +197,39 @@ def test_the_environments_reward_is_a_part_of_its_own(model_folder):
     assert float(k3(torch.tensor(0.0), torch.tensor(0.0))) == 0.0
 
 
-class Painter(AskTwice):
-    def step(self, response):
-        return Observation("Look at this", images=(object(),))
-
-
-class Mute(AskTwice):
-    def step(self, response):
-        return "go on"
-
-
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [(Painter, "row e0: the environment returned images"), (Mute, "row e0: .* returned str")],
-)
-def test_what_an_environment_must_not_return(kind, sentence, model_folder):
-    vlm = eager(load_vlm(str(model_folder())))
-    with pytest.raises(RolloutError, match=sentence):
-        sample(vlm, episodes(vlm, kind))
-
-
-class Faulty(AskTwice):
-    def step(self, response):
-        raise KeyError("score")
-
-
-class Unlucky(AskTwice):
-    def reset(self, example):
-        raise OSError("no simulator")
-
-
-class Endless(AskTwice):
-    def step(self, response):
-        return Observation("again", reward=float("nan"))
-
-
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        (Faulty, r"row e0: rollout.environment.function raised KeyError\('score'\)"),
-        (Unlucky, r"row e0: rollout.environment.function raised OSError\('no simulator'\)"),
-        (Endless, "row e0: the reward of an Observation must be a finite number"),
+        (NoPicture, "row e0: .*an image must be a PIL image; it is a object"),
+        (Mute, "row e0: .* must return an Observation; it returned str"),
+        (Faulty, "row e0: rollout.environment failed for all 12 responses: KeyError: 'score'"),
+        (Unlucky, "row e0: .* OSError: no simulator"),
+        (Endless, "row e0: .*the reward of an Observation must be a finite number"),
     ],
 )
-def test_an_environment_that_fails_is_named_with_its_row(kind, sentence, model_folder):
+def test_an_environment_that_always_fails_is_named_with_its_row(kind, sentence, model_folder):
     vlm = eager(load_vlm(str(model_folder())))
     with pytest.raises(RolloutError, match=sentence):
         sample(vlm, episodes(vlm, kind))
 
 
-class Stopped(AskTwice):
-    def step(self, response):
-        raise Interrupted("SIGTERM")
-
-
-def test_a_signal_during_a_turn_is_no_fault_of_the_environment(model_folder):
-    vlm = eager(load_vlm(str(model_folder())))
-    with pytest.raises(Interrupted, match="stopped: SIGTERM"):
-        sample(vlm, episodes(vlm, Stopped))
-
-
-class Tensors(AskTwice):
-    def step(self, response):
-        return replace(super().step(response), reward=torch.tensor(0.5))
-
-
-def test_rewards_are_plain_numbers(model_folder):
-    """Of whatever kind an environment returns: checkpoints and logs hold no others."""
-    vlm = eager(load_vlm(str(model_folder())))
-    _, groups = sample(vlm, episodes(vlm, Tensors))
-    assert {type(item.reward) for items in groups for item in items} == {float}
-
-
-class Listener(AskTwice):
-    heard: tuple[str, ...] = ()
-
-    def step(self, response):
-        Listener.heard += (response,)
-        return super().step(response)
+def test_an_environment_without_a_method_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"Unready has no step: add it"):
+        environments(Unready).start()
 
 
 def test_every_turn_begins_as_the_template_opens_it(model_folder):
     """A template that opens the thinking of each turn: the environment and the reward read it each time."""
     vlm = eager(load_vlm(str(model_folder())))
-    engine = episodes(vlm, Listener)
     prompts = [replace(Encoder(vlm)(example()), opening="<think>\n")]
-    [responses] = engine.generate(as_contexts(prompts), Sampling(4, 120, 1.0, seed=1))
+    engine = episodes(vlm, Echo)
+    [responses] = engine.generate(as_contexts(prompts), Sampling(8, 400, 1.0, seed=1))
     assert max(len(item.turns) for item in responses) > 1
-    assert all(text.startswith("<think>\n") for text in Listener.heard)
     for item in responses:
         assert item.text.count("<think>\n") == len(item.turns)
+        for span in item.spans:
+            if span.source == "environment":
+                assert r"'<think>\n" in vlm.tokenizer.decode(item.ids[span.start : span.end])
 
 
 def test_a_turn_ends_with_the_stop_token_that_the_template_writes(model_folder):
@@ -279,7 +240,7 @@ def test_a_turn_ends_with_the_stop_token_that_the_template_writes(model_folder):
     assert Encoder(vlm).turn_end == own
     vlm.stops.remove(own)
     with pytest.raises(ValueError, match=r"its end \(<\|endoftext\|>, a token that ends responses\)"):
-        Encoder(vlm).user_turn("more")
+        Encoder(vlm).answer([("more", ())])
 
 
 class OtherWorld(World):
@@ -295,7 +256,72 @@ class OtherWorld(World):
 
 def test_a_failure_is_told_in_the_world_that_the_others_wait_in(model_folder):
     vlm, world = eager(load_vlm(str(model_folder()))), OtherWorld()
-    engine = Episodes(HfEngine(vlm, prompts_per_batch=8), Encoder(vlm), Faulty, max_turns=2, world=world)
+    engine = episodes(vlm, Faulty, world=world)
     with pytest.raises(RolloutError) as caught:
         sample(vlm, engine)
     assert world.failures == [caught.value]
+
+
+def test_failures_end_their_response_and_nothing_else(model_folder):
+    """One hangs, one raises, one ends its process: each is counted, the others play on."""
+    vlm = eager(load_vlm(str(model_folder())))
+    engine, encode = episodes(vlm, Moody, timeout=2.0), Encoder(vlm)
+    WARNED.clear()
+    contexts = as_contexts([encode(example(number)) for number in range(4)])
+    groups = engine.generate(contexts, Sampling(4, 120, 1.0, seed=1))
+    finishes = [{item.finish for item in items if len(item.turns) > 1} for items in groups]
+    assert "timeout" not in finishes[0] | finishes[2] | finishes[3] and "error" not in finishes[0]
+    assert "timeout" in finishes[1] and "error" in finishes[2] and "error" in finishes[3]
+    assert len(WARNED) == 1 and "this response ends here" in WARNED[0]
+    metrics = environment_metrics([item for items in groups for item in items])
+    assert 0 < metrics["environment/timeout"] < 0.3 and 0 < metrics["environment/error"] < 0.6
+    again = engine.generate(contexts[:1], Sampling(4, 120, 1.0, seed=1))
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(again[0], groups[0], strict=True))
+
+
+def test_no_process_outlives_its_run(model_folder):
+    vlm = eager(load_vlm(str(model_folder())))
+    before = set(psutil.Process().children(recursive=True))
+    engine = episodes(vlm, Moody, timeout=1.0)
+    sample(vlm, engine)
+    assert set(psutil.Process().children(recursive=True)) - before
+    engine.close()
+    deadline = time.monotonic() + 10
+    while (left := _playing(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def _playing(before):
+    children = set(psutil.Process().children(recursive=True)) - before
+    return [
+        child for child in children if child.is_running() and "forkserver" not in " ".join(child.cmdline())
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_of_an_environment_are_read_as_in_one_prompt(name, model_folder):
+    """The engine's log-probs are the trainer's, in both layouts, and ids and positions those that the whole
+    conversation has in one piece."""
+    vlm = eager(load_vlm(str(model_folder(name))))
+    prompts, groups = sample(vlm, episodes(vlm, Painter, images=3), max_tokens=260)
+    shown = [item for items in groups for item in items if item.images]
+    assert len(shown) > 3 and max(len(item.images) for item in shown) > 1
+    for prompt, items in zip(prompts, groups, strict=True):
+        for item in items:
+            grids = [source.grid for source in (prompt, *item.images) if source.grid is not None]
+            whole = torch.cat([prompt.ids, item.ids])
+            expected = vlm.rope_positions(whole, torch.cat(grids) if grids else None)
+            assert torch.equal(torch.cat([prompt.positions, item.positions], dim=1), expected)
+            sizes = vlm.image_sizes(prompt.followed_by(item))
+            assert int((whole == vlm.model.config.image_token_id).sum()) == sum(sizes)
+            for own in item.images:
+                again = Encoder(vlm).inputs(own.images)
+                assert torch.equal(again.pixels, own.pixels) and torch.equal(again.grid, own.grid)
+    for layout in (SharedPrefix(), Plain()):
+        policy = make_policy(None, vlm=vlm, layout=layout)
+        with torch.no_grad():
+            scores = policy.run([GroupSlice(*pair) for pair in zip(prompts, map(tuple, groups), strict=True)])
+        items = [item for group in groups for item in group]
+        for item, logprobs in zip(items, scores.logprobs, strict=True):
+            assert (logprobs[: len(item.ids)] - item.logprobs).abs().max() < 3e-5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
+from annotated_types import MinLen
 from pydantic import Field, field_validator, model_validator
 
 from vlm_sapo.config.fields import AlsoCalled, Count, Note, NotNegative, Positive, Rate, Section
@@ -161,18 +162,45 @@ TRUNCATIONS = ("top_p", "top_k", "min_p")
 """Sampling options that training refuses: under them the engine's log-probs are not the policy's."""
 
 
-class EnvironmentConfig(Section):
-    example: ClassVar[str] = "{function: my_file.py:Name}"
+class _Environment(Section):
+    example: ClassVar[str] = "{tools: [zoom]}"
 
+    max_turns: Annotated[
+        Positive, AlsoCalled("max_assistant_turns", "max_user_turns", "max_tool_calling_iterations")
+    ] = 8
+    """Most turns of the policy in one response; it ends after them."""
+    max_turn_tokens: Positive | None = None
+    """Most tokens of one turn; null for as many as the response may have."""
+    max_images: Annotated[Count, AlsoCalled("max_images_per_response", "image_limit")] = 8
+    """Most images that are returned in one response; it ends where there would be more."""
+    timeout: Annotated[Rate, AlsoCalled("tool_timeout", "step_timeout")] = 10.0
+    """Seconds for each answer; a response whose environment takes longer ends and is counted."""
+    workers: Positive | None = None
+    """Answers that are computed at the same time; null for one per CPU core, at most 8."""
+
+
+class ToolsConfig(_Environment):
+    type: Literal["tools"]
+    tools: Annotated[list[Annotated[str, Note.FUNCTION]], MinLen(1)]
+    """What the model may call: `zoom`, `crop`, `rotate`, `draw_box`, `measure`, `python`, or
+    `path/to/file.py:name` of a function with type hints and a docstring (docs/tools.md)."""
+    format: Annotated[
+        Literal["auto", "template", "hermes"], AlsoCalled("tool_parser", "tool_call_parser")
+    ] = "auto"
+    """How tools are offered and called: `template` as the model's chat template does, `hermes` in the system
+    message with JSON in `<tool_call>`, for templates without tools; `auto` chooses by template and family."""
+
+
+class OwnEnvironmentConfig(_Environment):
+    type: Literal["own"]
     function: Annotated[str, Note.FUNCTION]
     """`path/to/file.py:name` or `package.module:name` of a class whose objects have `reset(example)` and
     `step(response)`, one object for each response (docs/rollouts.md)."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
-    max_turns: Annotated[
-        Positive, AlsoCalled("max_assistant_turns", "max_user_turns", "max_tool_calling_iterations")
-    ] = 8
-    """Most turns of the policy in one response; it ends after them."""
+
+
+EnvironmentConfig = Annotated[ToolsConfig | OwnEnvironmentConfig, Field(discriminator="type")]
 
 
 class RolloutConfig(Section):
@@ -186,7 +214,8 @@ class RolloutConfig(Section):
         EnvironmentConfig | None,
         AlsoCalled("multi_turn", "multi_turn_scheduler", "environment_factory", "rollout_func", "tools"),
     ] = None
-    """Environment that answers the policy, for responses of several turns; null for one turn."""
+    """What answers the policy, for responses of several turns: `tools` that it may call, or a class of your
+    `own`; null (or `single_turn`) for one turn. `type` may be left out."""
     group: Annotated[
         int,
         Field(ge=2),
@@ -277,6 +306,15 @@ class RolloutConfig(Section):
             )
         engine = value.get("engine")
         return value | {"engine": {"type": engine}} if isinstance(engine, str) else value
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _type_of_environment(cls, value: Any) -> Any:
+        if value in ("single_turn", {"type": "single_turn"}):
+            return None
+        if isinstance(value, dict) and "type" not in value:
+            return {"type": "tools" if "tools" in value else "own"} | value
+        return value
 
     @field_validator("engine", mode="before")
     @classmethod

@@ -91,7 +91,11 @@ def inspect(
     """Every row, read on all cores; with `fingerprints` also those of its images. Prompts longer than
     `encode.max_tokens` are errors. A row never stops it: what is wrong is in `error`."""
     unlimited = Encoder(
-        encode.vlm, min_pixels=encode.bounds[0], max_pixels=encode.bounds[1], max_tokens=float("inf")
+        encode.vlm,
+        min_pixels=encode.bounds[0],
+        max_pixels=encode.bounds[1],
+        max_tokens=float("inf"),
+        tools=encode.tools,
     )
     rows: list[Inspected] = []
     pending: deque[Future[Inspected]] = deque()

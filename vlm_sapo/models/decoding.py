@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from vlm_sapo.models.attention import PackedGroup, Prefix, Segments
 from vlm_sapo.models.experts import ExpertRecorder, NullRecorder
 from vlm_sapo.models.linear import store, stored
-from vlm_sapo.models.packing import Sizes
+from vlm_sapo.models.packing import Sizes, with_images
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.types import Context, Response
 
@@ -234,7 +234,9 @@ def _prefill_row(vlm: VLM, grid: BranchGrid) -> tuple[torch.Tensor, Cache]:
     hidden = vlm.hidden(
         ids=torch.cat([piece.ids for piece in pieces])[None].to(vlm.device),
         positions=torch.cat([piece.positions for piece in pieces], dim=1)[:, None].to(vlm.device),
-        features=vlm.vision([context.prompt for context in grid.contexts]),
+        features=vlm.vision(
+            [source for item in grid.contexts for source in with_images(item.prompt, item.responses)]
+        ),
         cache=cache,
         segments=_segments(grid).to(vlm.device),
     )
@@ -318,7 +320,7 @@ class ForkedDecodeState:
                 ids=padded(ids),
                 positions=padded([row.T for row in positions]).permute(2, 0, 1),
                 mask=mask,
-                features=vlm.vision(prompts),
+                features=vlm.vision([source for row in pieces for source in with_images(row[0], row[1:])]),
                 cache=cache,
             )
         fork = grid.sources.to(vlm.device)

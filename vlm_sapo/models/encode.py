@@ -5,24 +5,43 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sapo.models.families import THOUGHT_TAGS
+from vlm_sapo.models.tool_chat import ToolChat
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, Prompt, Response, RowError
+from vlm_sapo.types import IMAGE_PLACEHOLDER, Example, ImageInputs, Prompt, Response, RowError
 
-ASSISTANT_MARK, USER_MARK = "ASSISTANT TEXT", "USER TEXT"
-"""Dummy messages, to find where the chat template puts them."""
+ASSISTANT_MARK = "ASSISTANT TEXT"
+"""A dummy message, to find where the chat template puts it."""
+NO_TOOLS = ToolChat()
+AnswerPart = tuple[str, Sequence[Image]]
+"""A text with `<image>` where an image goes, and the images; without any mark they come first."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an environment says after a turn, as tokens."""
+
+    ids: torch.Tensor
+    """[E] int64, image tokens expanded."""
+    positions: torch.Tensor
+    """[3, E] int64, the rotary positions as if it were at the beginning."""
+    images: tuple[ImageInputs, ...]
+    """Its images together, if it has any."""
 
 
 class Encoder:
     """Encodes examples for one model. Several threads may use it at the same time.
 
     `min_pixels` and `max_pixels` bound the area of a resized image (None: the processor's own bounds);
-    `max_tokens` bounds the prompt, and `limit` names that bound and the remedy in errors.
+    `max_tokens` bounds the prompt, and `limit` names that bound and the remedy in errors; `tools` are offered
+    in each prompt.
     """
 
     def __init__(
@@ -33,8 +52,9 @@ class Encoder:
         max_pixels: int | None = None,
         max_tokens: float = 4096,
         limit: str = "data.max_prompt_tokens ({}); raise that limit or lower model.max_pixels",
+        tools: ToolChat = NO_TOOLS,
     ):
-        self.vlm, self.max_tokens, self.limit = vlm, max_tokens, limit
+        self.vlm, self.max_tokens, self.limit, self.tools = vlm, max_tokens, limit, tools
         self.opening = _opening(vlm.processor)
         self.plain = PlainText(vlm.processor, vlm.tokenizer.convert_ids_to_tokens(vlm.banned))
         least, most = vlm.family.pixel_bounds(vlm.processor.image_processor)
@@ -55,9 +75,11 @@ class Encoder:
         """Raises RowError if an image cannot be resized or the prompt is longer than the limit."""
         processor = self.vlm.processor
         problem, hidden = self.plain.hide(example)
-        images = tuple(self._resize(example, number) for number in range(len(example.images)))
-        messages = self._messages(example, problem)
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images = tuple(self._resize_of(example, number) for number in range(len(example.images)))
+        messages = self.tools.conversation(self._messages(example, problem))
+        text = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.tools.arguments
+        )
         self._check_image_tokens(example, text)
         ids, pixels, grid = self.vlm.family.process(processor, text, images, self.bounds)
         ids = self.plain.restore_tokens(ids, hidden)
@@ -102,59 +124,74 @@ class Encoder:
             prompt.positions, torch.tensor(ids), unknown, text=prompt.opening + text, finish="stop"
         )
 
-    def user_turn(self, text: str) -> torch.Tensor:
-        """[E] the tokens of a user turn with this text, from the end of an assistant turn to the start of the
-        next."""
-        before, after = self._user_turn
-        tokenizer = self.vlm.tokenizer
-        pieces = (
-            tokenizer(before, add_special_tokens=False)["input_ids"],
-            self.plain.ids(text),
-            tokenizer(after, add_special_tokens=False)["input_ids"],
-        )
-        return torch.tensor([token for piece in pieces for token in piece])
+    def answer(self, parts: Sequence[AnswerPart], *, to_calls: bool = False) -> Answer:
+        """What an environment says after a turn, as the chat template writes it: from the end of an
+        assistant's turn to the start of the next. It is one user turn, or the answers `to_calls` of tools.
+
+        Raises ValueError for an image that can't be resized, and for a template without such turns.
+        """
+        texts, hidden = self.plain.hide_texts([text for text, _ in parts])
+        contents = [
+            _content(text, len(images), marked=text.count(IMAGE_PLACEHOLDER) == len(images))
+            for text, (_, images) in zip(texts, parts, strict=True)
+        ]
+        messages = self.tools.results(contents) if to_calls else [{"role": "user", "content": contents[0]}]
+        text = self._after_assistant(messages)
+        images = tuple(self.resize(image) for _, own in parts for image in own)
+        token, *_ = self.vlm.family.placeholders(self.vlm.processor)
+        if text.count(token) != len(images):
+            raise ValueError(
+                f"an answer of the environment has {text.count(token)} image tokens for {len(images)} "
+                f"images; its text must not contain {token}"
+            )
+        first = self.vlm.tokenizer.bos_token or ""  # so that the processor writes no further one
+        ids, pixels, grid = self.vlm.family.process(self.vlm.processor, first + text, images, self.bounds)
+        if first and int(ids[0]) == self.vlm.tokenizer.bos_token_id:
+            ids = ids[1:]
+        ids = self.plain.restore_tokens(ids, hidden)
+        inputs = () if pixels is None else (ImageInputs(images, pixels, grid),)
+        return Answer(ids, self.vlm.rope_positions(ids, grid), inputs)
+
+    def inputs(self, images: Sequence[Image]) -> ImageInputs:
+        """Resized images as the model reads them, as they were in an answer."""
+        return self.answer([("", images)]).images[0]
+
+    def resize(self, image: Image) -> Image:
+        """The image in the size in which the model sees it. Raises ValueError if it can't be resized."""
+        return self.vlm.family.resize(image, self.vlm.processor.image_processor, self.bounds)
 
     @cached_property
     def turn_end(self) -> int:
         """The token that ends an assistant's turn: the one of the model's stop tokens that the chat template
         writes after it, which may be the first of the next turn; otherwise the end of sequence."""
-        written = self.vlm.tokenizer(self._later_turn[0], add_special_tokens=False)["input_ids"]
+        written = self.vlm.tokenizer(self._written_after([_user(".")]), add_special_tokens=False)["input_ids"]
         return written[0] if written and written[0] in self.vlm.stops else self.vlm.tokenizer.eos_token_id
 
-    @cached_property
-    def _user_turn(self) -> tuple[str, str]:
-        """What the chat template writes before and after a user's text that follows the end of an assistant's
-        turn.
-
-        Raises ValueError if the template has no such turns.
-        """
-        stop, (before, mark, after) = self.vlm.tokenizer.decode(self.turn_end), self._later_turn
-        if not mark or not before.startswith(stop):
+    def _after_assistant(self, messages: list[dict]) -> str:
+        """What the chat template writes for messages after the end of an assistant's turn, the opening of the
+        next one included. Raises ValueError if it has no such turns."""
+        stop, written = self.vlm.tokenizer.decode(self.turn_end), self._written_after(messages)
+        if not written.startswith(stop) or written == stop:
             raise ValueError(
                 f"the chat template of model.path must write an assistant's turn, its end ({stop}, a token "
                 "that ends responses) and a user's turn after it, as rollout.environment needs; use a "
                 "template and a tokenizer that do"
             )
-        return before.removeprefix(stop), after
+        return written.removeprefix(stop)
 
-    @cached_property
-    def _later_turn(self) -> tuple[str, str, str]:
-        """What the chat template writes after an assistant's text: what comes before a user's text, that
-        text, and what comes after it."""
+    def _written_after(self, messages: list[dict]) -> str:
+        """What the chat template writes after an assistant's text that is followed by messages."""
         parts = [{"type": "text", "text": ASSISTANT_MARK}]
         for content in (ASSISTANT_MARK, parts):  # GLM's prints a list as Python does; others want one
             rendered = self.vlm.processor.apply_chat_template(
-                [
-                    {"role": "user", "content": [{"type": "text", "text": "."}]},
-                    {"role": "assistant", "content": content},
-                    {"role": "user", "content": [{"type": "text", "text": USER_MARK}]},
-                ],
+                [_user("."), {"role": "assistant", "content": content}, *messages],
                 tokenize=False,
                 add_generation_prompt=True,
+                **self.tools.arguments,
             )
             if ASSISTANT_MARK in rendered:
                 break
-        return rendered.rpartition(ASSISTANT_MARK)[2].partition(USER_MARK)
+        return rendered.partition(ASSISTANT_MARK)[2]
 
     def ends_turn(self, response: Response) -> bool:
         """Whether the response ends with the token that ends a turn in the chat template."""
@@ -164,10 +201,10 @@ class Encoder:
         """Decodes tokens, without special ones."""
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _resize(self, example: Example, number: int):
+    def _resize_of(self, example: Example, number: int) -> Image:
         image = example.images[number]
         try:
-            return self.vlm.family.resize(image, self.vlm.processor.image_processor, self.bounds)
+            return self.resize(image)
         except (ValueError, ZeroDivisionError) as error:
             size = "x".join(map(str, image.size))
             raise RowError(
@@ -178,11 +215,7 @@ class Encoder:
         problem = (
             problem if IMAGE_PLACEHOLDER in problem else IMAGE_PLACEHOLDER * len(example.images) + problem
         )
-        pieces = example.template.replace("{problem}", problem).split(IMAGE_PLACEHOLDER)
-        content: list[dict] = []
-        for number, piece in enumerate(pieces):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": piece}] if piece else []
+        content = _content(example.template.replace("{problem}", problem), 0, marked=True)
         system = [{"role": "system", "content": example.system}] if example.system else []
         return [*system, {"role": "user", "content": content}]
 
@@ -211,6 +244,20 @@ class Encoder:
             )
 
 
+def _content(text: str, images: int, *, marked: bool) -> list[dict]:
+    """A message's parts: text with images where it is marked, or so many images before it."""
+    pieces = text.split(IMAGE_PLACEHOLDER) if marked else [text]
+    content: list[dict] = [] if marked else [{"type": "image"}] * images
+    for number, piece in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
 class PlainText:
     """Encodes special tokens' names in a data set's text as plain text: `<|im_end|>` there ends no turn.
 
@@ -223,8 +270,7 @@ class PlainText:
         names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.names = [name for name in names if name != IMAGE_PLACEHOLDER]  # LFM2-VL's image token
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "$^")
-        user = {"role": "user", "content": [{"type": "text", "text": "."}]}
-        turns = [{"role": "system", "content": "."}, user]
+        turns = [{"role": "system", "content": "."}, _user(".")]
         frame = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         self.free = [name for name in self.names if name not in frame and name not in vision_tokens]
 
@@ -241,16 +287,22 @@ class PlainText:
     def hide(self, example: Example) -> tuple[str, list[str]]:
         """The problem with the stand-in for every special token's name, and the stand-in followed by those
         names in order (empty without any). Raises RowError if every special token is in use."""
-        names = self.pattern.findall(example.problem)
-        if not names:
-            return example.problem, []
         own = example.template + (example.system or "")
-        stand_in = next((name for name in self.free if name not in own), None)
+        try:
+            [problem], hidden = self.hide_texts([example.problem], beside=own)
+        except ValueError as error:
+            raise RowError(f"{example.label}: its text {error}") from error
+        return problem, hidden
+
+    def hide_texts(self, texts: Sequence[str], beside: str = "") -> tuple[list[str], list[str]]:
+        """The same for texts beside others whose special tokens remain. Raises ValueError."""
+        names = [name for text in texts for name in self.pattern.findall(text)]
+        if not names:
+            return list(texts), []
+        stand_in = next((name for name in self.free if name not in beside), None)
         if stand_in is None:
-            raise RowError(
-                f"{example.label}: its text contains {names[0]}, a special token of this model; remove it"
-            )
-        return self.pattern.sub(stand_in, example.problem), [stand_in, *names]
+            raise ValueError(f"contains {names[0]}, a special token of this model; remove it")
+        return [self.pattern.sub(stand_in, text) for text in texts], [stand_in, *names]
 
     def restore_text(self, text: str, hidden: list[str]) -> str:
         """The text with the names instead of the stand-ins."""
@@ -268,7 +320,7 @@ class PlainText:
 
 def _opening(processor) -> str:
     """The beginning of the answer that the chat template writes: a thinking tag left open, or nothing."""
-    turn = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
+    turn = [_user(".")]
     closed = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
     prompted = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     added = prompted[len(closed) :]

@@ -44,7 +44,7 @@ class Pass(nn.Module):
                 positions=inputs.positions,
                 mask=inputs.mask,
                 segments=inputs.segments,
-                features=self.vlm.vision(inputs.prompts),
+                features=self.vlm.vision(inputs.images),
             )
         logprobs, entropies = self.score(hidden.flatten(0, 1)[inputs.scoring], inputs.targets)
         where = inputs.sampled_mask

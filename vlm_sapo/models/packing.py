@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sapo.models.attention import PackedGroup, Segments
-from vlm_sapo.types import Prompt, Response
+from vlm_sapo.types import ImageInputs, Prompt, Response
 
 Sizes = tuple[int, list[int]]
 """Length of a prompt, and lengths of its responses."""
@@ -41,7 +41,9 @@ class Inputs:
     """
 
     prompts: list[Prompt]
-    """The prompts whose images are in the rows, in order."""
+    """The prompts in the rows, in order."""
+    images: list[Prompt | ImageInputs]
+    """What has the images in the rows, in order."""
     ids: torch.Tensor
     """[B, L] int64."""
     mask: torch.Tensor | None
@@ -129,6 +131,7 @@ class SharedPrefix:
             start = branch
         return Inputs(
             prompts=[group.prompt for group in groups],
+            images=[source for group in groups for source in with_images(group.prompt, group.responses)],
             ids=torch.cat(ids)[None],
             mask=None,
             positions=torch.cat(positions, dim=1)[:, None],
@@ -185,6 +188,7 @@ class Plain:
             prompting.append(row * total + torch.arange(start))
         return Inputs(
             prompts=[prompt for prompt, _ in rows],
+            images=[source for prompt, response in rows for source in with_images(prompt, [response])],
             ids=ids,
             mask=(torch.arange(total) < (starts + lengths)[:, None]).long(),
             positions=positions,
@@ -193,6 +197,11 @@ class Plain:
             prompting=torch.cat(prompting),
             **_scored(groups, torch.cat(predicting)),
         )
+
+
+def with_images(prompt: Prompt, responses: Sequence[Response]) -> list[Prompt | ImageInputs]:
+    """What has the images of a prompt and the responses behind it, in order."""
+    return [prompt, *(item for response in responses for item in response.images)]
 
 
 def choose(name: str, *, shares_prefix: bool) -> Layout:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from vlm_sapo.algo import balance, diagnostics, objectives
 from vlm_sapo.models.experts import ExpertUsage
-from vlm_sapo.types import Group
+from vlm_sapo.types import Group, Response
 
 Metrics = dict[str, float]
 TENSORS = ("mask", "advantages", "logprobs", "entropies", "old", "sampled", "reference", "prepared")
@@ -161,6 +161,7 @@ def group_metrics(
         f"outcome/{label}/{outcome}" for reward in rewards for label, outcome in reward.outcomes.items()
     )
     metrics |= {name: count for name, count in outcomes.items() if not name.endswith("/graded")}
+    metrics |= environment_metrics(responses)
     return metrics | {
         "reward/zero_variance": sum(group.zero_variance for group in groups) / len(groups),
         "rollout/groups": len(groups),
@@ -171,6 +172,15 @@ def group_metrics(
         "response/truncated": sum(response.finish == "length" for response in responses) / len(responses),
         "prompt/tokens": sum(len(group.prompt.ids) for group in groups) / len(groups),
         "rollout/tokens_per_second": sum(lengths) / max(seconds["rollout"], 1e-9),
+    }
+
+
+def environment_metrics(responses: Sequence[Response]) -> Metrics:
+    """Turns, calls, images and failures: means over responses; empty without an environment."""
+    names = sorted({name for response in responses for name in response.counts})
+    return {
+        f"environment/{name}": sum(item.counts.get(name, 0) for item in responses) / len(responses)
+        for name in names
     }
 
 

@@ -40,7 +40,7 @@ class Workers:
             raise SystemExit(1)  # of this process, which prints nothing; the main one says why
         self._initializer, self._initargs = initializer, initargs
         self._number = number or min(os.cpu_count() or 1, 8)
-        self._context = _start_server(path)
+        self._context = start_server(path)
         self._pool, self._restarting = self._start(), Lock()
         self.restarts = 0
         """Times that the processes were started again since a call ended."""
@@ -152,7 +152,7 @@ class _Context(ForkServerContext):
         return lock
 
 
-def _start_server(path: Sequence[str]) -> _Context:
+def start_server(path: Sequence[str]) -> _Context:
     """Starts the process that workers are forked from, unless it runs, with `path` as its module path: files
     in the current folder must not stand in for the modules of libraries that it imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():

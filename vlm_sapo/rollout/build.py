@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,17 +16,22 @@ from vlm_sapo.config.rollout import (
     EngineConfig,
     EnvironmentConfig,
     OwnEngineConfig,
+    ToolsConfig,
     VllmConfig,
     VllmServerConfig,
 )
 from vlm_sapo.distributed import World
+from vlm_sapo.environments import Environment, sandbox
+from vlm_sapo.environments.processes import Environments
+from vlm_sapo.environments.tools import Tool, ToolEnvironment
 from vlm_sapo.models.device import find_device
-from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.encode import NO_TOOLS, Encoder
 from vlm_sapo.models.loading import count_parameters, load_outline, load_vlm
+from vlm_sapo.models.tool_chat import ToolChat, tool_chat
 from vlm_sapo.models.vlm import PARTS, VLM
-from vlm_sapo.plugins import check_call, resolve, resolve_call
+from vlm_sapo.plugins import PYTHON, absolute, check_call, resolve, resolve_call
 from vlm_sapo.rollout.engine import EngineNeeds, RolloutEngine
-from vlm_sapo.rollout.environment import Episodes
+from vlm_sapo.rollout.environment import Episodes, Limits
 from vlm_sapo.rollout.hf import HfEngine
 from vlm_sapo.rollout.vllm import VllmEngine
 from vlm_sapo.rollout.vllm_client import Server
@@ -30,6 +39,9 @@ from vlm_sapo.rollout.vllm_lora import NO_FOLDER, AdapterShape, served_beside
 from vlm_sapo.rollout.vllm_servers import VllmServers
 from vlm_sapo.rollout.weight_transfer import AdapterFolder, Folder, Nccl
 
+FUNCTION = "rollout.environment.function"
+MOST_WORKERS = 8
+"""Answers that environments compute at the same time, unless the config says how many."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -71,17 +83,55 @@ def build_engine(engine: EngineConfig, needs: EngineNeeds) -> RolloutEngine:
     )
 
 
+def build_tools(environment: EnvironmentConfig | None, vlm: VLM) -> ToolChat:
+    """What the prompts say of the tools that the config names. Raises ValueError for one that there is not,
+    and for a chat template that can't offer them."""
+    if not isinstance(environment, ToolsConfig):
+        return NO_TOOLS
+    tools = [Tool.of(name) for name in environment.tools]
+    if twice := [name for name, count in Counter(tool.name for tool in tools).items() if count > 1]:
+        raise ValueError(f"rollout.environment.tools has {twice[0]} twice; leave one out")
+    if "python" in environment.tools:
+        sandbox.check_supported()
+    return tool_chat(
+        vlm.processor, tools, vlm.family.coordinates, form=environment.format, hermes=vlm.family.hermes
+    )
+
+
+@dataclass(frozen=True)
+class OwnEnvironment:
+    """Creates environments of the user's class, in another process, too."""
+
+    name: str
+    args: Mapping[str, Any]
+
+    def __call__(self) -> Environment:
+        return resolve(self.name, field=FUNCTION)(**self.args)
+
+
 def build_episodes(
-    environment: EnvironmentConfig, engine: RolloutEngine, encode: Encoder, world: World
+    environment: EnvironmentConfig,
+    engine: RolloutEngine,
+    encode: Encoder,
+    world: World,
+    warn: Callable[[str], None] = print,
 ) -> Episodes:
     """Puts an environment around the engine. Raises ValueError if there is none of that name, or if it
     doesn't take its arguments."""
-    field = "rollout.environment.function"
-    function = resolve(environment.function, field=field)
-    check_call(function, name=environment.function, field=field, args=environment.args)
-    new_environment = partial(function, **environment.args)
-    encode.user_turn("")  # fails here if the template has no further turns
-    return Episodes(engine, encode, new_environment, max_turns=environment.max_turns, world=world)
+    encode.answer([("", ())])  # fails here if the template has no further turns
+    if isinstance(environment, ToolsConfig):
+        make = partial(ToolEnvironment, [absolute(name) for name in environment.tools], encode.tools.syntax)
+    else:
+        function = resolve(environment.function, field=FUNCTION)
+        check_call(function, name=environment.function, field=FUNCTION, args=environment.args)
+        make = OwnEnvironment(absolute(environment.function), environment.args)
+        if environment.function.startswith(PYTHON):
+            make = partial(function, **environment.args)
+    workers = environment.workers or min(os.cpu_count() or 1, MOST_WORKERS)
+    environments = Environments(make, timeout=environment.timeout, workers=workers)
+    environments.start()
+    limits = Limits(environment.max_turns, environment.max_turn_tokens, environment.max_images)
+    return Episodes(engine, encode, environments, limits=limits, world=world, warn=warn)
 
 
 def open_model(

@@ -5,49 +5,33 @@ The environment's tokens have no loss; tokens of the policy are never decoded an
 
 from __future__ import annotations
 
-import math
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from vlm_sapo.distributed import Interrupted, World
-from vlm_sapo.models.encode import Encoder
+from vlm_sapo.distributed import World
+from vlm_sapo.environments.environment import Observation
+from vlm_sapo.environments.processes import Environments, Failure, Instance, Step
+from vlm_sapo.models.encode import Answer, Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rollout.engine import RolloutEngine, RolloutError, as_contexts
-from vlm_sapo.types import Context, Example, Prompt, Response, Sampling, Span
+from vlm_sapo.types import Context, Finish, Prompt, Response, ResponseText, Sampling, Span
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+__all__ = ["Episodes", "Limits", "Observation"]
 
 
 @dataclass(frozen=True)
-class Observation:
-    """An environment's answer to a turn."""
+class Limits:
+    """Where a response ends although its environment goes on."""
 
-    text: str = ""
-    """The next user turn; ignored if the episode is over."""
-    images: tuple[Image, ...] = ()
-    """Not supported yet."""
-    done: bool = False
-    """Whether the episode is over."""
-    reward: float | None = None
-    """Added to the response's reward; rewards of all turns are summed."""
-    info: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else; not read by the trainer."""
-
-
-class Environment(Protocol):
-    """One episode. Each response gets a new object."""
-
-    def reset(self, example: Example) -> None:
-        """Starts the episode with the problem that the policy answers."""
-
-    def step(self, response: str) -> Observation:
-        """Answers a turn of the policy."""
+    turns: int
+    """Of the policy."""
+    turn_tokens: int | None = None
+    """Tokens of each of them; None for as many as the response may have."""
+    images: int = 8
+    """That the environment returns."""
 
 
 @dataclass
@@ -57,32 +41,47 @@ class Episode:
     prompt: Prompt
     number: int
     """Index of the response in its group."""
-    environment: Environment
+    instance: Instance
     response: Response | None = None
     turns: int = 0
     reward: float | None = None
+    counts: Counter = field(default_factory=Counter)
     over: bool = False
 
-    def end(self, finish: Literal["stop", "length", "turns"]) -> None:
-        self.response, self.over = replace(self.response, finish=finish, reward=self.reward), True
+    def end(self, finish: Finish) -> None:
+        counts = {name: value for name, value in self.counts.items() if value} | {"turns": self.turns}
+        counts |= {f"limit/{finish}": 1} if finish in ("length", "turns", "images") else {}
+        self.response = replace(self.response, finish=finish, reward=self.reward, counts=counts)
+        self.over = True
+
+    @property
+    def images(self) -> int:
+        """Images that the environment has returned."""
+        return sum(len(item.images) for item in self.response.images)
 
 
 class Episodes:
-    """An engine whose responses are episodes: `engine` samples at most `max_turns` turns, and an environment
-    from `new_environment` answers each. A response has at most `Sampling.max_tokens` tokens, those of the
-    environment included."""
+    """An engine whose responses are episodes: `engine` samples the turns, and each is answered by an
+    environment of the response. A response has at most `Sampling.max_tokens` tokens, those of the environment
+    included.
+
+    An environment that takes too long or fails ends its response, which is counted. Where none has answered
+    yet and all fail, it raises RolloutError.
+    """
 
     def __init__(
         self,
         engine: RolloutEngine,
         encode: Encoder,
-        new_environment: Callable[[], Environment],
+        environments: Environments,
         *,
-        max_turns: int,
+        limits: Limits,
         world: World,
+        warn: Callable[[str], None] = print,
     ):
-        self.engine, self.encode, self.new_environment = engine, encode, new_environment
-        self.max_turns, self.world = max_turns, world
+        self.engine, self.encode, self.environments = engine, encode, environments
+        self.limits, self.world, self.warn = limits, world, warn
+        self.answered, self.warned = False, False
 
     @property
     def in_background(self) -> bool:
@@ -99,25 +98,42 @@ class Episodes:
         self.engine.sync(vlm)
 
     def close(self) -> None:
+        self.environments.close()
         self.engine.close()
 
     def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
         """See RolloutEngine; contexts must have no responses so far."""
+        groups: list[list[Episode]] = []
         try:
-            return self._generate(contexts, sampling)
+            groups = self._begin(contexts, sampling)
+            return self._generate(contexts, groups, sampling)
         except Exception as error:  # the others wait in `world`, which need not be the caller's
             self.world.fail_everywhere(error)
             raise
+        finally:
+            self.environments.release([item.instance for group in groups for item in group])
 
-    def _generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
-        groups = [
-            [self._begin(context.prompt, number) for number in range(sampling.group)] for context in contexts
+    def _begin(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Episode]]:
+        seeds = [
+            [sampling.seed_of(index) * sampling.group + number for number in range(sampling.group)]
+            for index in range(len(contexts))
         ]
+        instances = self.environments.new([context.prompt.example for context in contexts], seeds)
+        return [
+            [Episode(context.prompt, number, instance) for number, instance in enumerate(own)]
+            for context, own in zip(contexts, instances, strict=True)
+        ]
+
+    def _generate(
+        self, contexts: Sequence[Context], groups: Sequence[Sequence[Episode]], sampling: Sampling
+    ) -> list[list[Response]]:
+        sampling = replace(sampling, max_turn_tokens=self.limits.turn_tokens)
         self.world.barrier()  # a failure in one process must not leave the others in a model that all share
         first = self.engine.generate(as_contexts([context.prompt for context in contexts]), sampling)
         for episodes, responses in zip(groups, first, strict=True):
             for episode, response in zip(episodes, responses, strict=True):
-                self._answer(episode, response, sampling.max_tokens)
+                episode.response = response
+        self._answer([episode for group in groups for episode in group], sampling.max_tokens)
         waiting = self._report(contexts, groups, range(len(groups)))
         while any(self.world.all_gather(bool(waiting))):
             self._continue(groups, sampling)
@@ -133,12 +149,6 @@ class Episodes:
             contexts[index].report([episode.response for episode in groups[index]])
         return [index for index, done in over.items() if not done]
 
-    def _begin(self, prompt: Prompt, number: int) -> Episode:
-        with _naming_row(prompt):
-            environment = self.new_environment()
-            environment.reset(prompt.example)
-        return Episode(prompt, number, environment)
-
     def _continue(self, groups: Sequence[Sequence[Episode]], sampling: Sampling) -> None:
         """Samples a further turn of each episode that isn't over."""
         running = {index: [item for item in group if not item.over] for index, group in enumerate(groups)}
@@ -153,65 +163,119 @@ class Episodes:
         ]
         slots = tuple(sampling.slots[index] if sampling.slots else index for index in running)
         responses = self.engine.generate(contexts, replace(sampling, slots=slots))
+        answered = []
         for episodes, answers in zip(running.values(), responses, strict=True):
             for episode, response in zip(episodes, answers, strict=True):
-                self._answer(episode, response, sampling.max_tokens)
+                episode.response = response
+                answered.append(episode)
+        self._answer(answered, sampling.max_tokens)
 
-    def _answer(self, episode: Episode, response: Response, max_tokens: int) -> None:
-        """Passes the last turn to the environment and appends its answer."""
-        episode.response, episode.turns = response, episode.turns + 1
-        turn = episode.prompt.opening + self.encode.decode(response.turns[-1])
-        with _naming_row(episode.prompt):
-            observation = episode.environment.step(turn)
-        if not isinstance(observation, Observation):
+    def _answer(self, episodes: Sequence[Episode], max_tokens: int) -> None:
+        """Passes the last turns to the environments and appends their answers."""
+        steps = [Step(episode.instance, self._turn(episode)) for episode in episodes]
+        answers = self.environments.step(steps)
+        self._check_failures(episodes, answers)
+        for episode, answer in zip(episodes, answers, strict=True):
+            episode.turns += 1
+            if isinstance(answer, Failure):
+                episode.counts[answer.kind] += 1
+                episode.end(answer.kind)
+            else:
+                self._append(episode, answer, max_tokens)
+        self.environments.release([episode.instance for episode in episodes if episode.over])
+
+    def _turn(self, episode: Episode) -> ResponseText:
+        """What an environment reads: the last turn, and how the model sees all images so far."""
+        prompt, response = episode.prompt, episode.response
+        text, turn = prompt.opening + self.encode.decode(response.turns[-1]), response.turns[-1]
+        sizes = tuple(image.size for source in (prompt, *response.images) for image in source.images)
+        return ResponseText(text, tokens=len(turn), resized=sizes, coordinates=prompt.coordinates)
+
+    def _check_failures(self, episodes: Sequence[Episode], answers: Sequence[Observation | Failure]) -> None:
+        """Warns of the first failure. Raises RolloutError if no environment has ever answered."""
+        failed = [
+            (episode, answer)
+            for episode, answer in zip(episodes, answers, strict=True)
+            if isinstance(answer, Failure)
+        ]
+        self.answered = self.answered or len(failed) < len(episodes)
+        if not failed:
+            return
+        episode, failure = failed[0]
+        if not self.answered:
+            reason = failure.detail.strip()
             raise RolloutError(
-                f"{episode.prompt.example.label}: step of rollout.environment.function must return an "
-                f"Observation; it returned {type(observation).__name__}"
+                f"{episode.prompt.example.label}: rollout.environment failed for all {len(episodes)} "
+                f"responses: {reason.splitlines()[-1]}; mend the environment, or raise "
+                f"rollout.environment.timeout if it is only slow\n{reason}"
             )
-        if observation.images:
-            raise RolloutError(
-                f"{episode.prompt.example.label}: the environment returned images, which are not supported "
-                "yet; return text"
+        self._warn_once(episode, failure.detail)
+
+    def _warn_once(self, episode: Episode, detail: str) -> None:
+        if not self.warned:
+            self.warned = True
+            self.warn(
+                f"{episode.prompt.example.label}: rollout.environment failed: "
+                f"{detail.strip().splitlines()[-1]}; this response ends here and is scored; further failures "
+                f"are only counted (environment/timeout, environment/error)\n{detail.strip()}"
             )
+
+    def _append(self, episode: Episode, observation: Observation, max_tokens: int) -> None:
+        response = episode.response
+        for name, value in observation.info.items():
+            episode.counts[name] += value
         if observation.reward is not None:
-            if not math.isfinite(reward := float(observation.reward)):
-                raise RolloutError(
-                    f"{episode.prompt.example.label}: the reward of an Observation must be a finite number; "
-                    f"the environment returned {reward}"
-                )
-            episode.reward = (episode.reward or 0.0) + reward
-        if observation.done or response.finish == "length" or not self.encode.ends_turn(response):
+            episode.reward = (episode.reward or 0.0) + observation.reward
+        if observation.done or not self.encode.ends_turn(response):
             episode.end(response.finish)
-            return
-        if episode.turns == self.max_turns:
+        elif episode.turns == self.limits.turns:
             episode.end("turns")
-            return
-        ids = self.encode.user_turn(observation.text)
-        if len(response.ids) + len(ids) >= max_tokens:
+        elif episode.images + _images(observation) > self.limits.images:
+            episode.end("images")
+        elif (answer := self._encoded(episode, observation)) is None:
+            episode.counts["error"] += 1
+            episode.end("error")
+        elif len(response.ids) + len(answer.ids) >= max_tokens:
             episode.end("length")
-            return
-        episode.response = response.continued(_environment_turn(response, ids))
+        else:
+            episode.response = response.continued(_environment_turn(response, answer))
+
+    def _encoded(self, episode: Episode, observation: Observation) -> Answer | None:
+        """The observation as tokens; None, after a warning, if the model can't read it."""
+        parts = [(item.text, item.images) for item in observation.results]
+        try:
+            if not parts:
+                return self.encode.answer([(observation.text, observation.images)])
+            return self.encode.answer([self._shown(part) for part in parts], to_calls=True)
+        except ValueError as error:
+            self._warn_once(episode, str(error))
+            return None
+
+    def _shown(self, part: tuple[str, Sequence]) -> tuple[str, Sequence]:
+        """A tool's answer, or what is wrong with its images."""
+        text, images = part
+        try:
+            for image in images:
+                self.encode.resize(image)
+        except (ValueError, ZeroDivisionError) as error:
+            return f"error: this image can't be shown: {error}", ()
+        return part
 
 
-@contextmanager
-def _naming_row(prompt: Prompt) -> Iterator[None]:
-    """Names the row in an error of the user's environment."""
-    try:
-        yield
-    except Interrupted:  # a signal's, and no fault of the environment
-        raise
-    except Exception as error:
-        trace = "".join(traceback.format_exception(error))
-        raise RolloutError(
-            f"{prompt.example.label}: rollout.environment.function raised {error!r}; fix it\n{trace}"
-        ) from error
+def _images(observation: Observation) -> int:
+    return len(observation.images) + sum(len(item.images) for item in observation.results)
 
 
-def _environment_turn(before: Response, ids: torch.Tensor) -> Response:
+def _environment_turn(before: Response, answer: Answer) -> Response:
     """The tokens of the environment as a response that continues `before`."""
-    length = len(ids)
-    return replace(
-        Response.sampled(before.positions, ids, torch.zeros(length), text=before.text, finish=before.finish),
+    length = len(answer.ids)
+    return Response(
+        ids=answer.ids,
         mask=torch.zeros(length, dtype=torch.bool),
+        logprobs=torch.zeros(length),
+        positions=answer.positions + before.positions.max() + 1,
         spans=(Span(0, length, source="environment"),),
+        text=before.text,
+        finish=before.finish,
+        images=answer.images,
     )

@@ -174,11 +174,12 @@ class HfEngine:
         start = torch.tensor([0 if item.so_far is None else len(item.so_far.ids) for item in grid.branches])
         position = torch.stack([_next_position(grid, item) for item in grid.branches]).to(device)
         running = torch.tensor([not item.filler for item in grid.branches], device=device)
-        last, start = sampling.max_tokens - 1, start.to(device)
+        ends = torch.tensor([sampling.limit(before) for before in start.tolist()])
+        steps = int((ends - start).max())
+        last, start = ends.to(device) - 1, start.to(device)
         stride = GPU_STRIDE if device.type == "cuda" else 1
-        steps = sampling.max_tokens - int(start.min())
         for step in range(steps):
-            index = (start + step).clamp(max=last)
+            index = torch.minimum(start + step, last)
             tokens, sampled = sample(cut(logits, sampling), uniforms[branch, index], sampling.temperature)
             ids[branch, index] = torch.where(running, tokens, ids[branch, index])
             logprobs[branch, index] = torch.where(running, sampled, logprobs[branch, index])
@@ -190,8 +191,9 @@ class HfEngine:
                     break
                 remaining = state.compact(running)
                 if len(remaining) < len(running):
-                    branch, running, tokens, position, start, index = (
-                        values[remaining] for values in (branch, running, tokens, position, start, index)
+                    branch, running, tokens, position, start, last, index = (
+                        values[remaining]
+                        for values in (branch, running, tokens, position, start, last, index)
                     )
             with recorder.decode(branch, index):
                 logits = state.step(tokens, position + step)

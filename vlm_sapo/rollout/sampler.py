@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
 from vlm_sapo.data.stream import TaskMixture
 from vlm_sapo.distributed import World
+from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rollout.engine import RolloutEngine
@@ -275,22 +278,28 @@ def _pack_group(group: Group) -> dict[str, Any]:
     return {
         "task": group.prompt.example.task,
         "row": group.prompt.example.row,
-        "completions": [
-            vars(response) | {"spans": [tuple(vars(span).values()) for span in response.spans]}
-            for response in group.responses
-        ],
+        "completions": [_pack_response(response) for response in group.responses],
         "scores": [asdict(reward) for reward in group.rewards],
     }
 
 
+def _pack_response(response: Response) -> dict[str, Any]:
+    return vars(response) | {
+        "spans": [tuple(vars(span).values()) for span in response.spans],
+        "images": [[pil_to_tensor(image) for image in item.images] for item in response.images],
+    }
+
+
 def _unpack_group(item: dict[str, Any], stream: TaskMixture) -> Group:
-    prompt = stream.streams[item["task"]].prompt(item["row"])
-    responses = tuple(_unpack_response(prompt, fields) for fields in item["completions"])
+    rows = stream.streams[item["task"]]
+    prompt = rows.prompt(item["row"])
+    responses = tuple(_unpack_response(prompt, fields, rows.encode) for fields in item["completions"])
     return Group(prompt, responses, tuple(Reward(**fields) for fields in item["scores"]))
 
 
-def _unpack_response(prompt: Prompt, fields: dict[str, Any]) -> Response:
+def _unpack_response(prompt: Prompt, fields: dict[str, Any], encode: Encoder) -> Response:
     if "spans" not in fields:  # of version 0.1, when all tokens were the policy's
         return Response.sampled(prompt.positions, **fields)
     spans: Sequence[tuple] = fields["spans"]
-    return Response(**fields | {"spans": tuple(Span(*values) for values in spans)})
+    images = [encode.inputs([to_pil_image(pixels) for pixels in item]) for item in fields.get("images", ())]
+    return Response(**fields | {"spans": tuple(Span(*values) for values in spans), "images": tuple(images)})

@@ -66,6 +66,7 @@ class Request:
     context: int
     """Index of its context in the call."""
     prompt: Prompt
+    """Of all tokens and images so far, those of `so_far` included."""
     so_far: Response | None
     ids: list[int]
     """[P + tokens so far], with image tokens expanded, as the engine must see them."""
@@ -82,19 +83,28 @@ def sampling_requests(vlm: VLM, contexts: Sequence[Context], sampling: Sampling)
     requests = []
     for index, context in enumerate(contexts):
         prompt, seed = context.prompt, sampling.seed_of(index) * SEED_STRIDE
-        unexpanded = vlm.unexpanded(prompt)
         if not context.responses:
             count = 1 if sampling.temperature == 0 else sampling.group
-            parameters = _parameters(vlm, sampling, seed=seed, count=count, limit=sampling.max_tokens)
+            parameters = _parameters(vlm, sampling, seed=seed, count=count, limit=sampling.limit(0))
             requests.append(
-                Request(index, prompt, None, prompt.ids.tolist(), unexpanded, sampling.group, parameters)
+                Request(
+                    index,
+                    prompt,
+                    None,
+                    prompt.ids.tolist(),
+                    vlm.unexpanded(prompt),
+                    sampling.group,
+                    parameters,
+                )
             )
         for number, response in zip(context.branches, context.responses, strict=True):
-            before, limit = response.ids.tolist(), sampling.max_tokens - len(response.ids)
-            later = seed + number + len(before) * TURN_STRIDE
+            before, whole = len(response.ids), prompt.followed_by(response)
+            later = seed + number + before * TURN_STRIDE
+            limit = sampling.limit(before) - before
             parameters = _parameters(vlm, sampling, seed=later, count=1, limit=limit)
-            ids = [*prompt.ids.tolist(), *before]
-            requests.append(Request(index, prompt, response, ids, [*unexpanded, *before], 1, parameters))
+            requests.append(
+                Request(index, whole, response, whole.ids.tolist(), vlm.unexpanded(whole), 1, parameters)
+            )
     return requests
 
 

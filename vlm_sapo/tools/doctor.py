@@ -35,6 +35,8 @@ from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.choice import is_multiple_choice
 from vlm_sapo.rewards.verifiers.layout import ResponseLayout
 from vlm_sapo.rewards.verifiers.table import VERIFIERS, own_verifier
+from vlm_sapo.rollout.build import build_tools
+from vlm_sapo.training.build_policy import build_encoder
 from vlm_sapo.types import RowError, one_line
 
 IDS_PER_FINDING = 5
@@ -478,12 +480,8 @@ def doctor_command(config: TrainConfig, against: Sequence[str], out: Path) -> bo
     a run would go through."""
     console = Console()
     vlm = load_outline(local_model(config.model.path, config.model.revision, weights=False))
-    encode = Encoder(
-        vlm,
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-        max_tokens=config.data.max_prompt_tokens,
-    )
+    tools = build_tools(config.rollout.environment, vlm)
+    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens, tools=tools)
     tasks, parts = build_tasks(config.data), None
     if config.data.holdout is not None:
         with (

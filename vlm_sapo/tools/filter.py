@@ -24,7 +24,7 @@ from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.hub import local_model
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
-from vlm_sapo.rollout.build import build_episodes, open_model
+from vlm_sapo.rollout.build import build_episodes, build_tools, open_model
 from vlm_sapo.training.build_policy import build_encoder
 from vlm_sapo.training.build_rollouts import build_reward
 from vlm_sapo.types import Sampling
@@ -44,9 +44,10 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
         sequences_per_batch=rollout.batch_sequences,
         warn=console.warn,
     )
-    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
+    tools = build_tools(rollout.environment, vlm)
+    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens, tools=tools)
     if rollout.environment is not None:
-        engine = build_episodes(rollout.environment, engine, encode, World())
+        engine = build_episodes(rollout.environment, engine, encode, World(), console.warn)
     sampling = Sampling(samples, config.rollout.max_tokens, config.rollout.temperature, config.run.seed)
     measure = Measure(config.eval.part or config.reward.measured)
     claim(out, config, samples)

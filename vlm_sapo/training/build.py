@@ -15,7 +15,7 @@ from vlm_sapo.models.loading import count_parameters
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.reporting.step_report import StepReport
-from vlm_sapo.rollout.build import build_engine, build_episodes
+from vlm_sapo.rollout.build import build_engine, build_episodes, build_tools
 from vlm_sapo.rollout.engine import EngineNeeds
 from vlm_sapo.training.build_policy import (
     Config,
@@ -147,7 +147,8 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     processes.device.check(lambda: count_parameters(weights_path(config.model, checkpoint)), console.warn)
     path, vlm = load_trained(config, checkpoint, processes)
     processes.device.check_kernels(vlm.layer_kinds, console.warn)
-    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens)
+    tools = build_tools(config.rollout.environment, vlm)
+    encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens, tools=tools)
     stream = build_rows(config, rows.trained, encode, processes, purpose)
     policy = build_policy(config, vlm, processes, purpose)
     needs = EngineNeeds(
@@ -166,7 +167,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
     )
     engine = build_engine(config.rollout.engine, needs)
     if config.rollout.environment is not None:
-        engine = build_episodes(config.rollout.environment, engine, encode, stream.world)
+        engine = build_episodes(config.rollout.environment, engine, encode, stream.world, console.warn)
     rollouts = build_rollouts(config, stream, engine, reward, world, purpose)
     progress, state = restore(checkpoint, policy) if checkpoint else (Progress(), None)
     if state is not None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from vlm_sapo.config import schema as cfg
 from vlm_sapo.hub import local_model
 from vlm_sapo.models import lora as adapters
-from vlm_sapo.models.encode import Encoder
+from vlm_sapo.models.encode import NO_TOOLS, Encoder
 from vlm_sapo.models.fused import should_fuse
 from vlm_sapo.models.loading import Adapters, load_outline, load_vlm
 from vlm_sapo.models.packing import Layout, choose
 from vlm_sapo.models.parallel import Replicated
+from vlm_sapo.models.tool_chat import ToolChat
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.plugins import locate
 from vlm_sapo.reporting.console import Console
@@ -110,9 +111,17 @@ def _load(
     return vlm
 
 
-def build_encoder(vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int) -> Encoder:
-    """The encoder of the model's prompts."""
-    return Encoder(vlm, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_tokens=max_tokens)
+def build_encoder(
+    vlm: VLM, model: cfg.ModelConfig, *, max_tokens: int, tools: ToolChat = NO_TOOLS
+) -> Encoder:
+    """The encoder of the model's prompts, which offer these tools."""
+    return Encoder(
+        vlm,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_tokens=max_tokens,
+        tools=tools,
+    )
 
 
 def build_policy(config: Config, vlm: VLM, processes: Processes, purpose: Purpose) -> Policy:

@@ -126,6 +126,9 @@ class Family:
     tool_calls: Literal["json", "xml"] | None = None
     """How its chat template writes a call inside `<tool_call>`: a JSON object with name and arguments, or
     `<function=name>` with `<parameter=name>`; None if it knows no tools, or writes them in another way."""
+    hermes: bool = False
+    """Whether it was trained with tools that are described in the system message, and `<tool_call>` with
+    JSON, though its chat template has none."""
     experts_transposed: bool = False
     """Whether checkpoints store the experts' matrices as [E, in, out]; transformers has [E, out, in]."""
 

@@ -92,7 +92,13 @@ QWEN = {
         "Qwen2-VL", Qwen2VLProcessor, Qwen2VLVideoProcessor, "thousand", qwen2_text, qwen2_vision
     ),
     "qwen2_5_vl": Family(
-        "Qwen2.5-VL", Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, "resized", qwen2_text, qwen2_5_vision
+        "Qwen2.5-VL",
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+        "resized",
+        qwen2_text,
+        qwen2_5_vision,
+        hermes=True,
     ),
     "qwen3_vl": Family("Qwen3-VL", *QWEN3, qwen3_text, qwen3_vision, **QWEN3_VL),
     "qwen3_vl_moe": Family(
