@@ -242,9 +242,10 @@ def prefix_attention(
         return _packed((query, key, value), segments.packed_row, scaling), None
     pieces = [tensor.split(segments.sizes, dim=2) for tensor in (query, key, value)]
     pairs = zip(*(zip(tensor[::2], tensor[1::2], strict=True) for tensor in pieces), strict=True)
-    numbers = [None] * len(segments.groups)
+    numbers: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(segments.groups)
     if sliding_window is not None and image_numbers is not None:
-        numbers = image_numbers[0].split(segments.sizes)[::2]
+        parts = image_numbers[0].split(segments.sizes)
+        numbers = list(zip(parts[::2], parts[1::2], strict=True))
     outputs = [
         output
         for group, pair, images in zip(segments.groups, pairs, numbers, strict=True)
@@ -288,12 +289,13 @@ def _group(
     *,
     scaling: float | None,
     window: int | None,
-    images: torch.Tensor | None,
+    images: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> list[torch.Tensor]:
     """Attention of prompt and branches, [1, H, tokens, D] each, with one SDPA call for each. query, key and
-    value are pairs: the prompt's and the branches'. `images` are the numbers [P] of the prompt's images."""
+    value are pairs: the prompt's and the branches'; so are the numbers of their tokens' `images`."""
     (q, branch_q), (k, branch_k), (v, branch_v) = query, key, value
-    mask = None if window is None else window_mask(group.prompt, window, images, device=q.device)
+    own = None if images is None else images[0]
+    mask = None if window is None else window_mask(group.prompt, window, own, device=q.device)
     prompt = _attend(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
     if not group.branches:
         return [prompt]
@@ -303,6 +305,8 @@ def _group(
     k, v = (tensor[:, :, group.prompt - visible :] for tensor in (k, v))
     # A padded key comes after every real query of its branch, so one causal mask fits all branches.
     mask = torch.ones(longest, visible + longest, dtype=torch.bool, device=q.device).tril(visible)
+    if images is not None:
+        mask = mask | pad(_same_image(images[1], group), (visible, 0))
     branches = _attend(
         branch_q,
         torch.cat([k.expand(len(branch_k), -1, -1, -1), branch_k], dim=2),
@@ -311,6 +315,15 @@ def _group(
         scale=scaling,
     )
     return [prompt, _unfold(branches, group)]
+
+
+def _same_image(numbers: torch.Tensor, group: PackedGroup) -> torch.Tensor:
+    """[G, 1, R, R] bool, which of a branch's tokens belong to one image, by their numbers [sum of
+    branches]."""
+    own = _fold(numbers[None, None, :, None], group)[:, 0, :, 0]  # [G, R]
+    lengths = torch.tensor(group.branches, device=numbers.device)
+    own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= lengths[:, None], -1)
+    return ((own[:, :, None] == own[:, None, :]) & (own[:, None, :] >= 0))[:, None]
 
 
 def window_mask(
