@@ -112,7 +112,10 @@ def schema_of(tool: Tool, coordinates: Coordinates) -> dict[str, Any]:
     described.__annotations__ = {key: kinds.get(kind, kind) for key, kind in tool.kinds.items()}
     described.__signature__ = signature.replace(
         parameters=[
-            parameter.replace(default=1 if tool.kinds[key] is Image else parameter.default)
+            parameter.replace(
+                kind=parameter.KEYWORD_ONLY,  # one with a default may then come before one without
+                default=1 if tool.kinds[key] is Image else parameter.default,
+            )
             for key, parameter in signature.parameters.items()
         ]
     )

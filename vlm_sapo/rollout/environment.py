@@ -6,7 +6,7 @@ The environment's tokens have no loss; tokens of the policy are never decoded an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,8 +16,8 @@ from vlm_sapo.environments.environment import Observation
 from vlm_sapo.environments.processes import Environments, Failure, Instance, Step
 from vlm_sapo.models.encode import Answer, Encoder
 from vlm_sapo.models.vlm import VLM
-from vlm_sapo.rollout.engine import RolloutEngine, RolloutError, as_contexts
-from vlm_sapo.types import Context, Finish, Prompt, Response, ResponseText, Sampling, Span
+from vlm_sapo.rollout.engine import RolloutEngine, RolloutError, as_contexts, continue_response
+from vlm_sapo.types import Context, Finish, Prompt, Response, ResponseText, RowError, Sampling, Span
 
 __all__ = ["Episodes", "Limits", "Observation"]
 
@@ -279,3 +279,67 @@ def _environment_turn(before: Response, answer: Answer) -> Response:
         finish=before.finish,
         images=answer.images,
     )
+
+
+class Demonstrations:
+    """An engine that says what it is told: each prompt's own turns, which `turns_of` reads from its row. With
+    Episodes around it, an environment answers them as it would the policy's."""
+
+    in_background = False
+    shares_weights = True
+
+    def __init__(self, encode: Encoder, turns_of: Callable[[Prompt], Sequence[str]]):
+        self.encode, self.turns_of = encode, turns_of
+
+    def problems_at_once(self, samples: int) -> int:
+        return 1
+
+    def sync(self, vlm: VLM) -> None:
+        """There are no weights."""
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+    def generate(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Response]]:
+        """The next turn of each."""
+        return [
+            [self._next(context.prompt, so_far) for so_far in context.responses or (None,)]
+            for context in contexts
+        ]
+
+    def _next(self, prompt: Prompt, so_far: Response | None) -> Response:
+        turns, number = self.turns_of(prompt), 0 if so_far is None else len(so_far.turns)
+        if number == len(turns):
+            raise RowError(
+                f"{prompt.example.label}: its demonstration has {len(turns)} turns, and the environment "
+                "answers the last one; add a turn, or end it so that the environment does"
+            )
+        before = prompt if so_far is None else prompt.followed_by(so_far)
+        turn = self.encode.respond(before, turns[number])
+        return continue_response(self.encode.vlm, prompt, so_far, turn)
+
+
+def play(
+    episodes: Episodes, prompts: Sequence[Prompt], turns: Mapping[Prompt, Sequence[str]]
+) -> list[Response]:
+    """Demonstrations of several turns as responses, with what the environment of `episodes` answers. Raises
+    RowError where a demonstration and the environment don't fit."""
+    script = Demonstrations(episodes.encode, lambda prompt: turns[prompt])
+    scripted = Episodes(
+        script,
+        episodes.encode,
+        episodes.environments,
+        limits=episodes.limits,
+        world=World(),
+        warn=episodes.warn,
+    )
+    sampling = Sampling(1, 2**31, 1.0, seed=0)
+    responses = [response for [response] in scripted.generate(as_contexts(prompts), sampling)]
+    for prompt, response in zip(prompts, responses, strict=True):
+        label, count = prompt.example.label, len(response.turns)
+        if response.finish != "stop" or count < len(turns[prompt]):
+            raise RowError(
+                f"{label}: its demonstration of {len(turns[prompt])} turns ended after {count} "
+                f"({response.finish}); change it, or rollout.environment"
+            )
+    return responses

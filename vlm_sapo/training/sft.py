@@ -10,6 +10,7 @@ import torch
 from vlm_sapo.algo.reductions import token_mean
 from vlm_sapo.config.schema import SftConfig, SftTrainerConfig
 from vlm_sapo.reporting.callbacks import Callback
+from vlm_sapo.rollout.environment import Episodes, play
 from vlm_sapo.training.batch import Batch, MicroBatch, collate
 from vlm_sapo.training.build import build_sft
 from vlm_sapo.training.folder import open_folder
@@ -52,7 +53,7 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
     run.begin_step()
     lr = run.policy.set_step(step - 1)
     with run.before_update("data"), run.rollouts.tracking_cursor():
-        groups = [demonstration(run, prompt, columns) for prompt in run.stream.take(rows)]
+        groups = demonstrations(run, run.stream.take(rows), columns)
     run.stream.prefetch(rows)  # while this step trains
     batch = collate(groups, minibatches=1, rewards_decide=False, world=run.world)
     batch = batch.replace(advantages=batch.mask.double())
@@ -68,15 +69,35 @@ def train_step(step: int, run: Run, rows: int, columns: dict[str, str]) -> str:
     return f"loss {loss:.4f}  {record['time/step']:.2f} s"
 
 
-def demonstration(run: Run, prompt: Prompt, columns: dict[str, str]) -> Group:
-    """The row's demonstration as a group with one response."""
-    column = columns[prompt.example.task]
-    text = prompt.example.columns.get(column)
-    if not isinstance(text, str) or not text.strip():
+def demonstrations(run: Run, prompts: Sequence[Prompt], columns: dict[str, str]) -> list[Group]:
+    """The rows' demonstrations, each as a group with one response. One of several turns, a list of texts, is
+    played with the run's environment."""
+    turns = {prompt: _turns(prompt, columns[prompt.example.task]) for prompt in prompts}
+    engine = run.rollouts.engine
+    if isinstance(engine, Episodes):
+        responses = play(engine, prompts, turns)
+        return [Group(prompt, (item,), ()) for prompt, item in zip(prompts, responses, strict=True)]
+    for prompt in prompts:
+        if len(turns[prompt]) > 1:
+            raise RowError(
+                f"{prompt.example.label}: its demonstration has {len(turns[prompt])} turns; set "
+                "rollout.environment, which answers them"
+            )
+    return [Group(prompt, (run.encode.respond(prompt, turns[prompt][0]),), ()) for prompt in prompts]
+
+
+def _turns(prompt: Prompt, column: str) -> list[str]:
+    value = prompt.example.columns.get(column)
+    turns = [value] if isinstance(value, str) else value
+    if not (isinstance(turns, list | tuple) and turns and all(_is_text(turn) for turn in turns)):
         raise RowError(
             f"{prompt.example.label}: field {column} holds no demonstration; add one, or filter out the row"
         )
-    return Group(prompt, (run.encode.respond(prompt, text),), ())
+    return list(turns)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 class Likelihood:
