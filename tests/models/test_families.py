@@ -383,7 +383,7 @@ def test_demonstrations_end_a_turn_as_the_template_does(loaded):
     [end] = {"<|user|>", "<|im_end|>", "<turn|>", "<end_of_utterance>"} & {*chat.ends}
     response = encoder.respond(encoder(example()), "yes")
     assert loaded.tokenizer.decode(response.ids[-1]) == end and encoder.ends_turn(response)
-    assert "more" in loaded.tokenizer.decode(encoder.user_turn("more"))
+    assert "more" in loaded.tokenizer.decode(encoder.answer([("more", ())]).ids)
 
 
 @TINY

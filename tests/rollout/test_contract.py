@@ -14,6 +14,7 @@ from contextlib import closing
 import httpx2 as httpx
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import CORPUS, ROOT, example
 from vlm_sapo.config.rollout import RolloutConfig
@@ -24,6 +25,7 @@ from vlm_sapo.models.loading import Adapters, load_vlm
 from vlm_sapo.models.packing import GroupSlice, Plain
 from vlm_sapo.rollout.build import EngineNeeds, build_engine
 from vlm_sapo.rollout.engine import RolloutError, as_contexts
+from vlm_sapo.rollout.environment import environment_turn
 from vlm_sapo.tools.new_model import Shape, new_model
 from vlm_sapo.types import Context, Response, Sampling
 
@@ -312,6 +314,31 @@ def test_responses_so_far_are_continued(setting):
     if setting.engine.shares_weights:
         expected = [groups[0][branch].ids.tolist() for branch in so_far]
         assert ids_of(continued[:1]) == expected
+
+
+def test_images_behind_a_turn_are_seen_by_the_next(setting):
+    """Of other sizes and numbers in each response; each turn has its own limit."""
+    sampling = dataclasses.replace(SAMPLING, max_tokens=220, max_turn_tokens=6, temperature=1.5)
+    prompts = [setting.encoder(example(number, images=number)) for number in range(2)]
+    groups = setting.engine.generate(as_contexts(prompts), sampling)
+    assert all(len(item.ids) <= 6 for items in groups for item in items)
+    contexts = []
+    for index, (prompt, items) in enumerate(zip(prompts, groups, strict=True)):
+        asked = []
+        for number, item in enumerate(items):
+            sizes = [(40 + 30 * number, 50 + 20 * index), (90, 60)][: 1 + number % 2]
+            images = [Image.new("RGB", size, (40 * number, 90, 7)) for size in sizes]
+            asked.append(item.continued(environment_turn(item, setting.encoder.answer([("Look.", images)]))))
+        contexts.append(Context(prompt, tuple(asked), tuple(range(len(asked)))))
+    continued = setting.engine.generate(contexts, sampling)
+    for context, items in zip(contexts, continued, strict=True):
+        for before, item in zip(context.responses, items, strict=True):
+            length = len(before.ids)
+            assert length < len(item.ids) <= length + 6 and torch.equal(item.ids[:length], before.ids)
+            assert item.images == before.images and not set(item.ids[length:].tolist()) & set(
+                setting.vlm.banned
+            )
+    assert setting.differences(prompts, continued, temperature=1.5).max() < setting.rounding
 
 
 def test_the_coldest_sample_is_greedy(setting):

@@ -155,8 +155,9 @@ def test_an_episode_does_not_depend_on_the_others(vlm):
         assert torch.equal(one.ids, other.ids)
 
 
-def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm):
-    prompts, sampled = sample(vlm, episodes(vlm))
+@pytest.mark.parametrize("make", [AskTwice, Painter])
+def test_the_loss_on_the_environments_tokens_is_zero_and_layouts_agree(vlm, make):
+    prompts, sampled = sample(vlm, episodes(vlm, make, images=3), max_tokens=260)
     groups = [
         Group(prompt, tuple(items), tuple(Reward(float(index % 2), {}) for index in range(len(items))))
         for prompt, items in zip(prompts, sampled, strict=True)

@@ -238,7 +238,7 @@ class Episodes:
         elif len(response.ids) + len(answer.ids) >= max_tokens:
             episode.end("length")
         else:
-            episode.response = response.continued(_environment_turn(response, answer))
+            episode.response = response.continued(environment_turn(response, answer))
 
     def _encoded(self, episode: Episode, observation: Observation) -> Answer | None:
         """The observation as tokens; None, after a warning, if the model can't read it."""
@@ -266,7 +266,7 @@ def _images(observation: Observation) -> int:
     return len(observation.images) + sum(len(item.images) for item in observation.results)
 
 
-def _environment_turn(before: Response, answer: Answer) -> Response:
+def environment_turn(before: Response, answer: Answer) -> Response:
     """The tokens of the environment as a response that continues `before`."""
     length = len(answer.ids)
     return Response(
