@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, field_validator, model_validator
 
 from vlm_sapo.config.fields import Count, NotNegative, Positive, Probability, Section, TopP
-from vlm_sapo.config.files import parse
+from vlm_sapo.config.files import find, parse, read_mapping
 from vlm_sapo.config.load import check
-from vlm_sapo.config.rollout import EngineConfig, RolloutConfig
+from vlm_sapo.config.rollout import EngineConfig, EnvironmentConfig, RolloutConfig
 
 
 def _split(value: Any) -> Any:
@@ -98,6 +98,9 @@ class EvalOptions(Options):
     """Generation engine: hf, vllm or vllm_server."""
     engine_args: str = "{}"
     """Fields of rollout.engine as a YAML mapping, such as '{tensor_parallel: 2}'; docs/rollouts.md."""
+    environment: str | None = None
+    """What answers the model: rollout.environment as a YAML mapping, such as '{tools: [zoom]}', or the config
+    of a run with one."""
     top_p: TopP = 1.0
     """Nucleus sampling: keep the smallest set of tokens whose probability sums to this."""
     top_k: Count = 0
@@ -134,7 +137,24 @@ class EvalOptions(Options):
         """What decides the numbers, beside the benchmark's own definition."""
         values = self.model_dump(exclude={"benchmark", "data", "engine_args", "batch", "out"})
         engine = self.engine if self.engine_args == "{}" else f"{self.engine} {self.engine_args}"
-        return values | {"temperature": self.sampling_temperature, "engine": engine}
+        values |= {"temperature": self.sampling_temperature, "engine": engine}
+        environment = self.environment_config()
+        return values | {"environment": environment and environment.model_dump(mode="json")}
+
+    def environment_config(self) -> EnvironmentConfig | None:
+        """The environment's section; None without one. Raises ValueError naming its field."""
+        if self.environment is None:
+            return None
+        fields = parse(self.environment)
+        if isinstance(fields, str):
+            config = read_mapping(find(fields, "configs", field="config of --environment"))
+            fields = config.get("rollout", {}).get("environment")
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"--environment ({self.environment}) must be a YAML mapping such as '{{tools: [zoom]}}', or "
+                "a config whose rollout.environment is one"
+            )
+        return check(RolloutConfig, {"environment": fields}).environment
 
     def engine_config(self) -> EngineConfig:
         """The engine's section. Raises ValueError naming its field."""

@@ -14,6 +14,7 @@ import yaml
 
 from vlm_sapo.config.evaluation import EvalOptions
 from vlm_sapo.config.rollout import EngineConfig
+from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.benchmarks import Benchmark, build_benchmarks
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.preflight import check_golds, inspect
@@ -22,12 +23,13 @@ from vlm_sapo.evaluation.samples import SampleFile, stamp, weights
 from vlm_sapo.hub import check_no_revision, commit_of, is_hub_id, local_model
 from vlm_sapo.models.encode import Encoder
 from vlm_sapo.models.loading import load_outline, stored_dtype
+from vlm_sapo.models.tool_chat import ToolChat
 from vlm_sapo.models.vlm import VLM
 from vlm_sapo.reporting.console import Console
 from vlm_sapo.reporting.run_folder import RunFolder
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.boxes import missing_coordinates, needs_family
-from vlm_sapo.rollout.build import open_model
+from vlm_sapo.rollout.build import build_episodes, build_tools, open_model
 from vlm_sapo.rollout.engine import RolloutEngine
 from vlm_sapo.types import Context, Example, Prompt, Response, RowError, Sampling
 
@@ -247,14 +249,20 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
         warn=console.warn,
     )
 
-    def encoder_for(max_tokens: int) -> Encoder:
-        return _encoder(vlm, options, max_tokens, min(longest or vlm.context, vlm.context))
+    environment = options.environment_config()
+    tools = build_tools(environment, vlm)
 
+    def encoder_for(max_tokens: int) -> Encoder:
+        return _encoder(vlm, options, tools, max_tokens, min(longest or vlm.context, vlm.context))
+
+    if environment is not None:
+        encode = encoder_for(max_tokens)
+        rollout_engine = build_episodes(environment, rollout_engine, encode, World(), console.warn)
     batch = max(rollout_engine.problems_at_once(options.samples), options.batch)
     return Source(rollout_engine, encoder_for, options.samples, batch)
 
 
-def _encoder(vlm: VLM, options: EvalOptions, max_tokens: int, context: int) -> Encoder:
+def _encoder(vlm: VLM, options: EvalOptions, tools: ToolChat, max_tokens: int, context: int) -> Encoder:
     room = context - max_tokens
     if room <= 0:
         raise ValueError(
@@ -271,6 +279,7 @@ def _encoder(vlm: VLM, options: EvalOptions, max_tokens: int, context: int) -> E
             f"what the {owner}'s context of {context} tokens leaves beside --max-tokens {max_tokens}; "
             "lower --max-tokens or --max-pixels"
         ),
+        tools=tools,
     )
 
 
