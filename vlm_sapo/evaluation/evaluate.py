@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from vlm_sapo.distributed import World
 from vlm_sapo.evaluation.results import Measure, summarize
 from vlm_sapo.evaluation.samples import SampleFile
+from vlm_sapo.models.encode import Encoder
 from vlm_sapo.reporting.console import ShowProgress
 from vlm_sapo.reporting.images import save_images
+from vlm_sapo.reporting.transcript import SaveImages, transcript
 from vlm_sapo.rewards.pool import RewardPool
 from vlm_sapo.rewards.verifiers.answers import stated_answer
 from vlm_sapo.rollout.engine import RolloutEngine
@@ -65,10 +68,12 @@ class Evaluation:
         self.world.barrier()  # a bad row in one process must not leave the others waiting in a sharded model
         sampling = replace(self.sampling, slots=tuple(prompts))
         groups, scores = sample_and_score(self.engine, self.reward, list(prompts.values()), sampling)
+        save = partial(save_images, samples.folder)
         return [
             {"benchmark": samples.name, "row": row}
             | _record(prompt, responses, rewards, self.measure)
-            | {"pictures": save_images(samples.folder, prompt.images)}
+            | _episodes(responses, self.encode, save)
+            | {"pictures": save(prompt.images)}
             for (row, prompt), responses, rewards in zip(prompts.items(), groups, scores, strict=True)
         ]
 
@@ -111,6 +116,20 @@ def _record(
     if measure.official:
         record["official"] = [reward.parts[measure.official] for reward in rewards]
     return record
+
+
+def _episodes(
+    responses: Sequence[Response], encode: Callable[[Example], Prompt], save: SaveImages
+) -> dict[str, list]:
+    """What happened in the environment of each response, and its turns if `encode` can decode them; empty
+    without an environment."""
+    if not any(response.counts for response in responses):
+        return {}
+    counts = {"counts": [dict(response.counts) for response in responses]}
+    if not isinstance(encode, Encoder):
+        return counts
+    token = encode.vlm.model.config.image_token_id
+    return {"turns": [transcript(response, encode.decode, save, token) for response in responses]} | counts
 
 
 def _is_short(value: object) -> bool:

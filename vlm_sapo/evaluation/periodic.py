@@ -114,10 +114,17 @@ class Evaluator:
         low, high = result["ci95"]
         self.console.say(
             f"{title}: {result['pass@1']:.3f}  (95 % interval {low:.3f} to {high:.3f}, "
-            f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response)"
+            f"{result['n']} problems, {result['response_tokens']:.1f} tokens per response{turns_of(result)})"
         )
         for warning in warnings_of(result):
             self.console.warn(warning)
+
+
+def turns_of(result: dict) -> str:
+    """How many turns and calls a response has, to append to a sentence; empty without an environment."""
+    means = result.get("environment", {})
+    texts = [f"{means[name]:.2g} {name}" for name in ("turns", "calls") if name in means]
+    return f", {', '.join(texts)} per response" if texts else ""
 
 
 def warnings_of(result: dict) -> list[str]:

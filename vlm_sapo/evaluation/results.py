@@ -47,7 +47,8 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     """The numbers of a list of records, one per problem with lists over its samples.
 
     `pass@1` is the mean of our verdict over samples and problems, `ci95` its bootstrap interval over
-    problems; `official` has both by the authors' rule, and on how many responses the two differ.
+    problems; `official` has both by the authors' rule, and on how many responses the two differ;
+    `environment` has turns, calls, images and failures as means over responses, if there is one.
     """
     scores = [record["scores"] for record in records]
     count = min(map(len, scores))
@@ -72,6 +73,11 @@ def summarize(records: list[dict], measure: Measure) -> dict:
     if any(n for record in records for n in record["tokens"]):  # recorded responses have none
         result["response_tokens"] = float(np.mean([n for record in records for n in record["tokens"]]))
         result["truncated"] = float(np.mean([cut for record in records for cut in record["truncated"]]))
+    if counts := [counts for record in records for counts in record.get("counts", ())]:
+        names = sorted({name for each in counts for name in each})
+        result["environment"] = {
+            name: float(np.mean([each.get(name, 0) for each in counts])) for name in names
+        }
     if by := {column: _by(records, column) for column in measure.by}:
         result["by"] = by
     return result

@@ -6,6 +6,7 @@ import resource
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,10 @@ from vlm_sapo.reporting.metrics import (
     update_record,
 )
 from vlm_sapo.reporting.run_folder import RunFolder
+from vlm_sapo.reporting.transcript import transcript
 from vlm_sapo.rewards.verifiers.boxes import BOX_VERIFIERS, Box, shown
 from vlm_sapo.rewards.verifiers.table import own_verifier
-from vlm_sapo.types import Group, Origin, ResponseText, RolloutBatch
+from vlm_sapo.types import Group, Origin, Response, ResponseText, RolloutBatch
 
 TRACED_TOKENS = 32_768
 """Most tokens that are traced in a step, shared by its logged responses."""
@@ -71,12 +73,15 @@ class StepReport:
         loss: Diagnosed,
         rollouts: int,
         parts: Sequence[tuple[str, dict]],
+        image_token_id: int | None = None,
     ):
         self.folder, self.alarms, self.world = folder, alarms, world
         self.tokenizer, self.loss, self.rollouts = tokenizer, loss, rollouts
         self.rewards: deque[float] = deque(maxlen=2 * TREND)
         self.parts = parts
         """Names and arguments of the reward's parts."""
+        self.image_token_id = image_token_id
+        """See `transcript`."""
 
     def write(self, step: int, records: StepRecords) -> str:
         """Returns the console line. All processes call it."""
@@ -141,7 +146,7 @@ class StepReport:
         )
 
     def _logged(self, slot: int, group: Group, values: list[float]) -> LoggedGroup:
-        """Saves a group's images; adds boxes if a verifier of the reward reads them."""
+        """Saves a group's images; adds its turns, and boxes if a verifier of the reward reads them."""
         names = save_images(self.folder.path, group.prompt.images)
         example = group.prompt.example
         verifiers = [own_verifier(example, name, args) for name, args in self.parts]
@@ -150,7 +155,12 @@ class StepReport:
         if args is not None:
             texts = [ResponseText.of(group.prompt, response) for response in group.responses]
             boxes = [shown(text, example, args) for text in texts]
-        return LoggedGroup(slot, group.without_images(), values, names, boxes)
+        turns = [self._turns(response) for response in group.responses]
+        return LoggedGroup(slot, group.without_images(), values, names, boxes, turns)
+
+    def _turns(self, response: Response) -> list[dict[str, Any]]:
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return transcript(response, decode, partial(save_images, self.folder.path), self.image_token_id)
 
     def _write_groups(
         self, step: int, groups: Sequence[LoggedGroup], traces_of: Mapping[Origin, Trace]
@@ -165,10 +175,13 @@ class StepReport:
 
     def _trace(self, item: LoggedGroup, limit: int, traces_of: Mapping[Origin, Trace]) -> dict[str, list]:
         """Columns with a list per response: text and trace of each of the first `limit` tokens, an empty list
-        without a trace."""
+        without a trace; and which of them are the policy's, an empty list where all are."""
         responses = item.group.responses
         columns: dict[str, list] = {
-            "pieces": [pieces(self.tokenizer, response.ids[:limit].tolist()) for response in responses]
+            "pieces": [pieces(self.tokenizer, response.ids[:limit].tolist()) for response in responses],
+            "policy": [
+                [] if response.mask.all() else response.mask[:limit].int().tolist() for response in responses
+            ],
         }
         own = [traces_of.get((item.slot, row)) for row in range(len(responses))]
         trimmed = [
@@ -227,6 +240,8 @@ class LoggedGroup:
     images: list[str]
     """Files of small copies of the images, relative to the run's folder."""
     boxes: list[Boxes]
+    turns: list[list[dict[str, Any]]]
+    """The transcript of each response."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +269,7 @@ def evenly(count: int, size: int) -> set[int]:
 
 
 class Tokenizer(Protocol):
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = False) -> str: ...
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -280,8 +295,8 @@ def memory_peaks() -> dict[str, float]:
 def rollout_lines(item: LoggedGroup) -> Iterator[dict[str, Any]]:
     """The lines of a group in `rollouts.jsonl`."""
     group, example = item.group, item.group.prompt.example
-    rows = zip(group.responses, group.rewards, item.advantages, item.boxes, strict=True)
-    for response, reward, advantage, (gold_boxes, boxes) in rows:
+    rows = zip(group.responses, group.rewards, item.advantages, item.boxes, item.turns, strict=True)
+    for response, reward, advantage, (gold_boxes, boxes), turns in rows:
         yield {
             "id": example.id,
             "task": example.task,
@@ -296,4 +311,5 @@ def rollout_lines(item: LoggedGroup) -> Iterator[dict[str, Any]]:
             "finish": response.finish,
             "pictures": item.images,
             **({"gold_boxes": gold_boxes, "boxes": boxes} if gold_boxes or boxes else {}),
+            **({"turns": turns, "counts": dict(response.counts)} if response.counts else {}),
         }

@@ -103,6 +103,9 @@ def compare(parity: Parity, groups: Sequence[GroupSlice]) -> Iterator[Finding]:
             off = parity.servers_out_of_tolerance(comparison, trainer) if name == "log-probs" else []
             agrees = difference.mean <= parity.tolerance and not off
             yield Finding(name, describe(difference), agrees)
+            turns = comparison.by_turn(trainer) if name == "log-probs" else []
+            for number, part in enumerate(turns if len(turns) > 1 else (), 1):
+                yield Finding(f"log-probs, turn {number}", describe(part), part.mean <= parity.tolerance)
             yield from (Finding("likely cause", line, False) for line in off)
             if name == "log-probs" and not agrees:
                 causes = parity.explain(

@@ -140,9 +140,17 @@ class Comparison:
         lengths = [int(response.mask.sum()) for response in responses]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         self.first = torch.zeros(len(self.engine), dtype=torch.bool).index_fill(0, starts, True)
+        numbers = [torch.full((len(turn),), n) for item in responses for n, turn in enumerate(item.turns)]
+        self.turn = torch.cat(numbers)
+        """[K] the index of the turn that a token belongs to."""
 
     def against(self, trainer: torch.Tensor) -> Difference:
         return Difference.of(self.engine, trainer, self.first)
+
+    def by_turn(self, trainer: torch.Tensor) -> list[Difference]:
+        """The differences in all responses' first turns, their second ones, and so on."""
+        parts = [self.turn == number for number in range(int(self.turn.max()) + 1)]
+        return [Difference.of(self.engine[own], trainer[own], own[own]) for own in parts]
 
     def by_group(self, trainer: torch.Tensor) -> list[float]:
         """Mean absolute difference of each group."""
@@ -348,6 +356,13 @@ class Parity:
                 causes.append(
                     "images: rows without images agree; the engine's image processor gives other pixels or "
                     "another size than the trainer's"
+                )
+        if not causes and comparison.turn.any():
+            first, *later = comparison.by_turn(comparison.trainer())
+            if first.mean <= self.tolerance < max(turn.mean for turn in later):
+                causes.append(
+                    "turns: first turns agree, later ones do not; the engine reads what the environment "
+                    "answered, or its images, in another way"
                 )
         rounding = comparison.rounding()
         if not causes and difference.mean <= 4 * rounding:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vlm_sapo.tools.report.findings import (
     describe_training,
 )
 from vlm_sapo.tools.report.page import EmbeddedImages
-from vlm_sapo.tools.report.samples import Samples, problem_item, read_samples
+from vlm_sapo.tools.report.samples import Samples, episode, problem_item, read_samples
 
 GROUPS, PROBLEMS = 100, 1000
 """Groups of a run and problems of an evaluation that a page shows, unless told otherwise."""
@@ -39,8 +40,10 @@ MAX_CHANGED = 40
 """Problems of an evaluation whose verdict changed."""
 TRACE_KEY = re.compile(rb'\{"step": (\d+), "place": (\d+),')
 """The beginning of a line of traces.jsonl: step and slot of a group."""
-TRACED = ("pieces", "log_ratio", "effective", "entropy")
+TRACED = ("pieces", "policy", "log_ratio", "effective", "entropy")
 """What traces.jsonl holds of each token."""
+SPECIAL = re.compile(r"<[^<>\s]+>")
+"""The name of a special token."""
 PEAKS = {"memory/gpu_peak_gb": "of a GPU", "memory/host_peak_gb": "of a process in host memory"}
 """Metrics of peak memory, in words."""
 SOURCE_FIELDS = ("source", "revision", "subset", "split", "args")
@@ -294,7 +297,10 @@ def _groups(folder: RunFolder, count: int, images: EmbeddedImages) -> list[dict[
                 "boxes": first.get("gold_boxes", []),
                 "mean": means[key],
                 "changed": key in changed,
-                "responses": [_response(row, trace, index) for index, row in enumerate(rows)],
+                "responses": [
+                    _response(row, trace, index) | episode(row, folder.path, images)
+                    for index, row in enumerate(rows)
+                ],
             }
         )
     return items
@@ -337,7 +343,7 @@ def _read_traces(path: Path, offsets: Sequence[int]) -> dict[GroupKey, dict]:
 
 
 def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
-    tokens = {name: trace[name][index] for name in TRACED} if trace else {}
+    tokens = _shortened({name: trace[name][index] for name in TRACED if name in trace}) if trace else {}
     outcomes = {name: outcome for name, outcome in row.get("outcomes", {}).items() if outcome != "graded"}
     return {
         "text": row["response"],
@@ -349,6 +355,24 @@ def _response(row: dict, trace: dict | None, index: int) -> dict[str, Any]:
         "truncated": row["finish"] == "length",
         "boxes": row.get("boxes", []),
     } | tokens
+
+
+def _shortened(tokens: dict[str, list]) -> dict[str, list]:
+    """With a run of the same special token of an environment, such as those of an image, as one token."""
+    if not tokens.get("policy"):
+        return tokens
+    starts, texts = [], []
+    numbered = enumerate(zip(tokens["pieces"], tokens["policy"], strict=True))
+    for (text, own), run in groupby(numbered, lambda item: item[1]):
+        indices = [index for index, _ in run]
+        if len(indices) > 1 and not own and SPECIAL.fullmatch(text):
+            starts.append(indices[0])
+            texts.append(f"{text} x{len(indices)}")
+        else:
+            starts += indices
+            texts += [text] * len(indices)
+    columns = {name: [values[at] for at in starts] if values else [] for name, values in tokens.items()}
+    return columns | {"pieces": texts}
 
 
 def _compare_ends(path: Path, evaluations: list[dict]) -> list[Comparison]:

@@ -239,7 +239,9 @@ const COLOURS = {
   attenuated: ["removed gradient |1 - f'(r)|", (value, most) => shade(ORANGE, value, most), [null, ORANGE], "all of the token's gradient kept", "removed"],
   entropy: ["entropy (nats)", (value, most) => shade(BLUE, value, most), [null, BLUE], "the model was certain of this token", "undecided"],
 };
-const valuesOf = (each, name) => (name === "attenuated" ? (each.effective || []).map((value) => Math.abs(1 - value)) : each[name] || []);
+/* Whether a token is the policy's: all are, but where an environment answered. */
+const isOwn = (each, index) => !each.policy?.length || each.policy[index] === 1;
+const valuesOf = (each, name) => (name === "attenuated" ? (each.effective || []).map((value, index) => (isOwn(each, index) ? Math.abs(1 - value) : 0)) : each[name] || []);
 const differ = (item) => new Set(item.responses.map((each) => each.reward)).size > 1;
 const FILTERS = {
   all: ["all", () => true],
@@ -263,11 +265,13 @@ const COMPARISON_FILTERS = {
 };
 const mean = (values) => values.reduce((a, b) => a + b, 0) / (values.length || 1);
 const lengths = (item) => item.responses.map((each) => each.tokens || each.text.length);
-const removed = (item) => mean(item.responses.flatMap((each) => valuesOf(each, "attenuated")));
+const removed = (item) => mean(item.responses.flatMap((each) => valuesOf(each, "attenuated").filter((_, index) => isOwn(each, index))));
 function spread(item) {
   const rewards = item.responses.map((each) => each.reward), middle = mean(rewards);
   return mean(rewards.map((reward) => (reward - middle) ** 2));
 }
+/* Why a response with an environment ended. */
+const FINISHES = { stop: "stop", length: "length limit", turns: "limit of turns", images: "limit of images", timeout: "environment took too long", error: "environment failed" };
 const SORTS = {
   logged: ["as recorded", null],
   low: ["reward: lowest first", (item) => item.mean],
@@ -280,7 +284,7 @@ const SORTS = {
 const outcomesOf = (item) => item.responses.flatMap((each) => Object.entries(each.outcomes || {}).map((pair) => pair.join(": ")));
 /* All of an item's text that a search looks through. */
 function textOf(item) {
-  item.haystack ??= [item.id, item.problem, item.answer, ...item.responses.map((each) => each.text)].join("\n").toLowerCase();
+  item.haystack ??= [item.id, item.problem, item.answer, ...item.responses.flatMap((each) => [each.text, ...(each.turns || []).map((turn) => turn.text)])].join("\n").toLowerCase();
   return item.haystack;
 }
 /* Highlights a text wherever it occurs, also across the elements of single tokens. */
@@ -343,11 +347,14 @@ function renderBrowser(page, sources, filters, tasksTitle) {
     if (items.length) at = (at + step + items.length) % items.length;
     show();
   }
-  function image(index, item) {
+  function image(index, alt, boxes = []) {
     if (index == null) return make("p", { class: "note" }, "the image is missing, or left out because the page would be too large");
-    const boxes = [...(item.boxes || []).map((box) => [box, ""]), ...item.responses.flatMap((each) => (each.boxes || []).map((box) => [box, "predicted"]))];
-    return make("div", { class: "frame" }, make("img", { src: data.images[index], alt: `image of problem ${item.id}` }),
+    return make("div", { class: "frame" }, make("img", { src: data.images[index], alt }),
       boxes.map(([[left, top, right, bottom], kind]) => make("span", { class: kind, style: `left:${left * 100}%;top:${top * 100}%;width:${(right - left) * 100}%;height:${(bottom - top) * 100}%` })));
+  }
+  function problemImages(item) {
+    const boxes = [...(item.boxes || []).map((box) => [box, ""]), ...item.responses.flatMap((each) => (each.boxes || []).map((box) => [box, "predicted"]))];
+    return item.images.map((index) => image(index, `image of problem ${item.id}`, boxes));
   }
   /* The scale of the colours, or why there are none. */
   function legend(item, name, most) {
@@ -371,7 +378,7 @@ function renderBrowser(page, sources, filters, tasksTitle) {
     for (const each of item.responses) for (const value of valuesOf(each, name)) most = Math.max(most, Math.abs(value));
     area.append(make("h2", {}, [...new Set([item.title, item.task, item.id])].join(" · ")));
     area.append(make("div", { class: `problem ${item.images.length ? "" : "bare"}` },
-      item.images.length ? make("div", {}, item.images.map((index) => image(index, item))) : null,
+      item.images.length ? make("div", {}, problemImages(item)) : null,
       make("div", {}, make("div", { class: "text" }, item.problem), make("p", { class: "gold" }, "Gold answer: ", make("b", {}, item.answer)),
         item.means ? null : make("p", {}, `Mean reward ${shown(item.mean)}`),
         Object.entries(item.subsets || {}).length ? make("p", { class: "note" }, Object.entries(item.subsets).map((pair) => pair.join(": ")).join(" · ")) : null,
@@ -384,14 +391,31 @@ function renderBrowser(page, sources, filters, tasksTitle) {
   }
   function article(each, colour, values, most) {
     const parts = Object.entries(each.parts || {});
-    const notes = [each.tokens == null ? null : `${each.tokens} tokens${each.truncated ? ", truncated" : ""}`, each.advantage == null ? null : `advantage ${shown(each.advantage, 2)}`,
+    const counts = ["turns", "calls"].filter((name) => each.counts?.[name] != null).map((name) => `${each.counts[name]} ${each.counts[name] === 1 ? name.slice(0, -1) : name}`);
+    const notes = [each.tokens == null ? null : `${each.tokens} tokens${each.truncated ? ", truncated" : ""}`, ...counts, each.finish ? `ended: ${FINISHES[each.finish] || each.finish}` : null, each.advantage == null ? null : `advantage ${shown(each.advantage, 2)}`,
       ...(parts.length > 1 ? parts.map(([name, value]) => `${name} ${shown(value, 2)}`) : []), ...Object.entries(each.outcomes || {}).map(([name, outcome]) => `${name}: ${outcome}`)];
-    const text = colour && values.length
-      ? [...each.pieces.map((piece, index) => make("span", { style: `background:${colour(values[index], most)}`, title: shown(values[index], 5) }, piece)), each.pieces.length < each.tokens ? ` ... (${each.tokens - each.pieces.length} more tokens are not traced)` : ""]
-      : each.text;
+    const coloured = colour && values.length, own = coloured ? each.pieces.filter((_, index) => isOwn(each, index)).length : 0;
+    const token = (piece, index) => isOwn(each, index)
+      ? make("span", { style: `background:${colour(values[index], most)}`, title: shown(values[index], 5) }, piece)
+      : make("span", { class: "other", title: "the environment's: not trained on" }, piece);
+    const tokens = coloured ? each.pieces.map(token) : [];
+    const rest = coloured && own < each.tokens ? ` ... (${each.tokens - own} more tokens are not traced)` : "";
+    const body = each.turns ? turns(each, tokens, rest) : make("div", { class: "text" }, coloured ? [...tokens, rest] : each.text);
     return make("article", { class: each.reward >= 0.5 ? "good" : "" },
       make("header", {}, make("b", {}, `reward ${shown(each.reward, 2)}`), notes.filter(Boolean).map((note) => make("span", {}, note))),
-      make("div", { class: "text" }, text));
+      body);
+  }
+  /* The turns of a response, as the tokens that are traced, or as texts. */
+  function turns(each, tokens, rest) {
+    const runs = [];
+    tokens.forEach((token, index) => (index && isOwn(each, index) === isOwn(each, index - 1) ? runs.at(-1).push(token) : runs.push([token])));
+    const last = Math.max(0, runs.length - 1);
+    return each.turns.map(({ by, text, images }, index) => {
+      const content = runs.length ? [...(runs[index] || []), index === last ? rest : ""] : text;
+      return runs.length && index > last ? null : make("section", { class: `turn ${by}`, "aria-label": by },
+        make("h4", {}, by === "policy" ? "model" : by), make("div", { class: "text" }, content),
+        images.length ? make("div", { class: "returned" }, images.map((number, at) => image(number, `image ${at + 1} that the environment returned`))) : null);
+    }).filter(Boolean);
   }
   document.addEventListener("keydown", (event) => {
     if (page.hidden || event.target.matches("select, input, [role=tab]")) return;

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_sapo.tools.report.page import EmbeddedImages
+from vlm_sapo.tools.report.page import MAX_TOTAL_BYTES, EmbeddedImages
 
 Key = tuple[str, ...]
 """A problem's text, answer and pictures, and how many of the rows before it have the same."""
@@ -73,7 +74,7 @@ def problem_item(
         "responses": [
             response | ({"when": label} if len(records) > 1 else {})
             for label, record in records.items()
-            for response in _responses(record)[:responses]
+            for response in _responses(record, images, responses)
         ],
     }
     if len(records) > 1:
@@ -82,7 +83,23 @@ def problem_item(
     return item
 
 
-def _responses(record: dict) -> list[dict[str, Any]]:
+def episode(row: Mapping[str, Any], folder: Path, images: EmbeddedImages) -> dict[str, Any]:
+    """What a page shows of a response with an environment (`counts` and maybe `turns` and `finish`); empty for
+    others. Images of turns may fill half of a page, so that those of other problems have room."""
+    if not row.get("counts"):
+        return {}
+    shown = {"finish": row.get("finish"), "counts": row["counts"]}
+    if row.get("turns"):
+        shown["turns"] = []
+        for turn in row["turns"]:
+            room = images.bytes < MAX_TOTAL_BYTES / 2
+            files = turn.get("pictures", [])
+            indices = images.add(folder, files) if room else [None] * len(files)
+            shown["turns"].append({"by": turn["by"], "text": turn["text"], "images": indices})
+    return shown
+
+
+def _responses(record: dict, images: EmbeddedImages, limit: int | None) -> list[dict[str, Any]]:
     count = len(record["responses"])
     columns = (
         record["responses"],
@@ -90,6 +107,8 @@ def _responses(record: dict) -> list[dict[str, Any]]:
         record.get("outcomes", ["graded"] * count),
         record.get("tokens", [None] * count),
         record.get("truncated", [False] * count),
+        record.get("counts", [{}] * count),
+        record.get("turns", [[]] * count),
     )
     return [
         {
@@ -99,5 +118,8 @@ def _responses(record: dict) -> list[dict[str, Any]]:
             "tokens": tokens,
             "truncated": truncated,
         }
-        for text, score, outcome, tokens, truncated in zip(*columns, strict=True)
+        | episode({"counts": counts, "turns": turns}, Path(record["folder"]), images)
+        for text, score, outcome, tokens, truncated, counts, turns in islice(
+            zip(*columns, strict=True), limit
+        )
     ]
