@@ -4,7 +4,7 @@ BIN := .venv/bin
 # build, such as cpu; without it the package index's own wheel is taken, that for CUDA.
 UV_INSTALL = $(BIN)/uv pip install $(if $(CI),--quiet) $(if $(TORCH),--torch-backend $(TORCH))
 
-.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart bench bench-gpu gpu gpu-wheels study study-quick study-coldstart study-trl docs clean
+.PHONY: setup quickstart test test-slow test-distributed test-report test-vllm check-gpu lint coldstart zoom zoom-coldstart bench bench-gpu gpu gpu-wheels study study-quick study-coldstart study-trl docs clean
 setup: .venv/installed
 
 # uv installs into a virtual environment of the project's own; nothing outside this folder changes.
@@ -82,6 +82,16 @@ coldstart: setup
 	$(BIN)/vlm-sapo sft cold_start run.name=cold_start_look data.args.look_share=1.0
 	$(BIN)/vlm-sapo sft cold_start model.path=runs/cold_start_look/final train.steps=400 train.lr=3e-4
 	rm -rf data/shapes/cold_start && mkdir -p data/shapes && cp -r runs/cold_start/final data/shapes/cold_start
+
+# The miniature with a tool, and what it starts from (30 minutes).
+zoom: setup
+	$(BIN)/vlm-sapo train zoom
+
+zoom-coldstart: setup
+	$(BIN)/vlm-sapo new-model runs/zoom_init --corpus data/zoom.py:corpus
+	$(BIN)/vlm-sapo sft zoom_cold_start run.name=zoom_cold_start_look
+	$(BIN)/vlm-sapo sft zoom_cold_start model.path=runs/zoom_cold_start_look/final train.steps=100 train.lr=3e-4 data.args.zoom_share=0.15
+	rm -rf data/zoom && mkdir -p data/zoom && cp -r runs/zoom_cold_start/final data/zoom/cold_start
 
 # Our step, the same with the plain layout, and TRL's in an environment of its own, in turn.
 bench: setup .venv-trl/installed

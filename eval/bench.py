@@ -6,7 +6,7 @@ Each measurement is a process of its own (eval/speed.py, eval/trl_step.py); a ro
 PYTHON is the interpreter of an environment that has TRL; without it the TRL rows are left out. The model has
 random weights: for the CPU 1.6 million parameters, for a GPU the shape of Qwen3-VL-2B. Results are added to
 runs/bench/DEVICE.jsonl as they come; a later call with the same options continues from there, and --fresh
-starts over.
+starts over. --only measures the workloads with a word in their name.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ WORKLOADS = {
         "2 prompts of two images 1024 x 1024, G 16, 1 to 64 tokens": (
             "--side 1024 --prompts 2 --group 16 --images 2 --unequal --steps 1"
         ),
+        "2 prompts, 1024 x 1024, G 8, two turns of 64 tokens with a crop 512 x 512 between": (
+            "--side 1024 --prompts 2 --group 8 --turns 2 --steps 3"
+        ),
     },
     "cuda": {
         "8 prompts, 1024 x 1024, G 8, 512 tokens, bfloat16": (
@@ -53,17 +56,20 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="the interpreter of an environment that has TRL")
     parser.add_argument("--device", choices=list(WORKLOADS), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", metavar="WORD", default="", help="workloads with this in their name")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     args = parser.parse_args()
     sides = {"ours": [sys.executable, HERE / "speed.py"], "ours, plain": [sys.executable, HERE / "speed.py"]}
     if args.trl:
         sides["TRL"] = [args.trl, HERE / "trl_step.py"]
+    workloads = [name for name in WORKLOADS[args.device] if args.only in name]
+    if not workloads:
+        parser.error(
+            f"--only {args.only}: no workload has this in its name: {', '.join(WORKLOADS[args.device])}"
+        )
     results = Results(Path("runs/bench") / f"{args.device}.jsonl", fresh=args.fresh)
     jobs = [
-        (number, workload, side)
-        for number in range(args.rounds)
-        for workload in WORKLOADS[args.device]
-        for side in sides
+        (number, workload, side) for number in range(args.rounds) for workload in workloads for side in sides
     ]
     with Console().progress("bench", len(jobs)) as show:
         for done, (number, workload, side) in enumerate(jobs, 1):
@@ -74,7 +80,7 @@ def main() -> None:
                 measured = run([*sides[side], model, *options])
                 results.add({"round": number, "workload": workload, "side": side} | measured)
             show(done, f"{workload}: {side}")
-    print(table(results.rows, list(WORKLOADS[args.device]), list(sides)))
+    print(table(results.rows, workloads, list(sides)))
 
 
 class Results:
@@ -117,22 +123,39 @@ def run(command: list) -> dict:
 
 
 def table(rows: list[dict], workloads: list[str], sides: list[str]) -> str:
-    """Medians over rounds, and how many times ours is faster."""
-    lines = ["| workload | side | step | generation | old log-probs | update | memory | ours is faster by |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    """Medians over rounds, and how many times ours is faster; for the update also by how much it can be, as it
+    reads fewer tokens."""
+    lines = [
+        "| workload | side | step | generation | old log-probs | update | memory | tokens in the update "
+        "| ours has fewer by | updates faster by | ours is faster by |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     for workload in workloads:
         for side in sides:
             cells = {key: typical(rows, workload, side, key) for key in KEYS}
-            ours = typical(rows, workload, "ours", "seconds_per_rollout_batch")
+            ours = {key: typical(rows, workload, "ours", key) for key in RATIOS}
+            ratios = [
+                f"{cells[key] / ours[key]:.1f}" if side != "ours" and ours[key] else "" for key in RATIOS
+            ]
             memory = cells.pop("peak_gpu_gb") or cells["peak_rss_gb"]
             cells.pop("peak_rss_gb")
-            times = " | ".join(f"{value:.2f} s" for value in cells.values())
-            ratio = f"{cells['seconds_per_rollout_batch'] / ours:.1f}" if side != "ours" else ""
-            lines.append(f"| {workload} | {side} | {times} | {memory:.2f} GB | {ratio} |")
+            tokens = f"{cells.pop('update_tokens'):,.0f}"
+            times = (f"{value:.2f} s" for value in cells.values())
+            columns = [workload, side, *times, f"{memory:.2f} GB", tokens, *ratios]
+            lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-KEYS = ("seconds_per_rollout_batch", "generation", "old_logprobs", "update", "peak_gpu_gb", "peak_rss_gb")
+KEYS = (
+    "seconds_per_rollout_batch",
+    "generation",
+    "old_logprobs",
+    "update",
+    "peak_gpu_gb",
+    "peak_rss_gb",
+    "update_tokens",
+)
+RATIOS = ("update_tokens", "update", "seconds_per_rollout_batch")
 
 
 def typical(rows: list[dict], workload: str, side: str, key: str) -> float:

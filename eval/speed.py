@@ -2,16 +2,18 @@
 
     python eval/speed.py MODEL_DIR --side 512 --group 8 --prompts 4 --tokens 64 --steps 3 [--plain]
 
-Every response has exactly --tokens tokens (with --unequal they end at random, at --tokens at the latest). Two
+Every response has exactly --tokens tokens (with --unequal they end at random, at --tokens at the latest); with
+--turns 2 two turns of so many, and an environment that returns a quarter of the image between them. Two
 optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds
 the self-check of the shared prefix. Keys: seconds per rollout batch in all and by part, peak memory in GB,
-and `model_flops_utilisation`: three times the forward pass's operations over the update's seconds and the
+`update_tokens`, those that the update's forward passes read, and `model_flops_utilisation`: three times the forward pass's operations over the update's seconds and the
 speed of a large matrix product on the same device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import tempfile
@@ -35,6 +37,16 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
 
     here = str(Path(__file__).resolve().with_name("workload.py"))
     sizes = {"count": args.prompts * (args.steps + 1), "side": args.side, "images": args.images}
+    rollout = {"group": args.group, "max_tokens": args.tokens, "prompts_per_batch": args.prompts}
+    if args.turns > 1:
+        rollout["max_tokens"] = response_limit(args)
+        rollout["environment"] = {
+            "type": "own",
+            "function": f"{here}:Cropper",
+            "args": {"turns": args.turns},
+            "max_turns": args.turns,
+            "max_turn_tokens": args.tokens,
+        }
     return TrainConfig.model_validate(
         {
             "run": {"dir": folder},
@@ -43,11 +55,11 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
                 "dtype": args.dtype,
                 "freeze": ["vision", "merger"] if args.frozen_vision else [],
                 "gradient_checkpointing": args.checkpointing,
-                "min_pixels": args.side**2,
+                "min_pixels": (args.side if args.turns == 1 else args.side // 2) ** 2,
                 "max_pixels": args.side**2,
             },
             "data": {"source": f"{here}:rows", "args": sizes},
-            "rollout": {"group": args.group, "max_tokens": args.tokens, "prompts_per_batch": args.prompts},
+            "rollout": rollout,
             "reward": [{"name": f"{here}:reward"}],
             "train": {
                 "steps": args.steps + 1,
@@ -60,6 +72,28 @@ def configure(args: argparse.Namespace, folder: str) -> TrainConfig:
             "checkpoint": {"every": 0},
         }
     )
+
+
+def response_limit(args: argparse.Namespace) -> int:
+    """Enough tokens for a response of several turns and the crops between them."""
+    return args.turns * args.tokens + (args.turns - 1) * (args.side**2 // 1024 + 64)
+
+
+def end_turns(tokens: int, end: int) -> None:
+    """Makes `end` every turn's last of so many tokens, with the log-prob that it has there."""
+    import torch
+
+    from vlm_sapo.rollout import hf
+
+    sample, steps = hf.sample, itertools.count(1)
+
+    def ending(logits, uniforms, temperature):
+        ids, logprobs = sample(logits, uniforms, temperature)
+        if next(steps) % tokens:
+            return ids, logprobs
+        return torch.full_like(ids, end), (logits / temperature).log_softmax(-1)[:, end]
+
+    hf.sample = ending
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
@@ -97,6 +131,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--turns", type=int, default=1, help="with a crop of the image after each but the last"
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
     parser.add_argument("--plain", action="store_true", help="every response with its own prompt and image")
@@ -110,6 +147,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU; none is visible here")
+    if args.turns > 1 and args.unequal:
+        parser.error("--unequal is for single turns; leave it or --turns out")
     return args
 
 
@@ -135,10 +174,12 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     run, loss = build_training(config, folder, processes)
     vlm = run.policy.vlm
     vlm.stops = list(range(7, vlm.vocabulary, args.tokens)) if args.unequal else [-1]
+    if args.turns > 1:
+        end_turns(args.tokens, vlm.tokenizer.eos_token_id)
     with closing(run):
         loop(run, loss, config.train.steps)
         peak = peaks(vlm.device)
-        forward = count_forward(run, config)
+        forward, tokens = count_forward(run, config)
     first, *timed = run.folder.read("metrics.jsonl")
 
     def mean(name: str) -> float:
@@ -147,6 +188,9 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     result = {"seconds_per_rollout_batch": mean("step"), "first_step": round(first["time/step"], 3)}
     result |= {key: mean(name) for key, name in PARTS.items()}
     result["response_tokens"] = round(timed[-1]["response/tokens"], 1)
+    if args.turns > 1 and result["response_tokens"] != args.turns * args.tokens:
+        raise RuntimeError(f"responses have {result['response_tokens']} tokens, not {args.turns} full turns")
+    result["update_tokens"] = tokens
     result |= peak
     speed = matmul_speed(vlm.device, getattr(torch, args.dtype))
     result["model_flops_utilisation"] = round(3 * forward / max(result["update"], 1e-9) / speed, 3)
@@ -163,8 +207,8 @@ def peaks(device: torch.device) -> dict[str, float]:
     return {name: round(value, 3) for name, value in peak.items()}
 
 
-def count_forward(run, config: TrainConfig) -> int:
-    """Operations of the forward passes of one step's update."""
+def count_forward(run, config: TrainConfig) -> tuple[int, int]:
+    """Operations of the forward passes of one step's update, and the tokens that they read."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -174,11 +218,14 @@ def count_forward(run, config: TrainConfig) -> int:
     groups = run.rollouts.next(config.train.steps, policy.vlm).groups
     batch = collate(groups, minibatches=run.minibatches, world=run.world)
     batch = batch.replace(advantages=run.advantage(batch))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    tokens: list[int] = []
+    embeddings = policy.vlm.language.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, inputs, output: tokens.append(inputs[0].numel()))
+    with hook, FlopCounterMode(display=False) as counter, torch.no_grad():
         for minibatch in batch.split():
             for micro in minibatch.fit(policy.memory.tokens, policy.layout):
                 policy.run(micro.groups)
-    return counter.get_total_flops()
+    return counter.get_total_flops(), sum(tokens)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ LAYERS = [
     {"algo"},
     {"types", "plugins", "distributed", "search_path", "hub", "fingerprint"},
     {"config"},
-    {"models", "rewards"},
+    {"models", "rewards", "environments"},
     {"data", "reporting"},
     {"rollout"},
     {"evaluation"},

@@ -4,8 +4,8 @@ rollout:
   environment: {function: docs/examples/environment.py:CheckAgain, args: {bonus: 0.5}, max_turns: 2}
 """
 
+from vlm_sapo.environments import Observation
 from vlm_sapo.rewards.verifiers import marked_answer
-from vlm_sapo.rollout.environment import Observation
 
 
 class CheckAgain:

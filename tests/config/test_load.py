@@ -19,7 +19,7 @@ SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
 
 
 def kind_of(name: str):
-    return cfg.SftConfig if name == "cold_start" else cfg.TrainConfig
+    return cfg.SftConfig if name.endswith("cold_start") else cfg.TrainConfig
 
 
 @pytest.fixture

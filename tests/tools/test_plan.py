@@ -550,7 +550,7 @@ def test_a_folder_without_a_config_is_named(tmp_path):
 SHIPPED = sorted(
     path.stem
     for path in shipped("configs").glob("*.yaml")
-    if path.stem not in ("quickstart", "cold_start", "shapes_hard")
+    if path.stem not in ("quickstart", "cold_start", "shapes_hard", "zoom", "zoom_cold_start")
 )
 CARD = re.compile(r"_((?:\d+x)?\d+x\d+gb)$")
 

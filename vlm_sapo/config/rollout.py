@@ -171,9 +171,9 @@ class _Environment(Section):
     """Most turns of the policy in one response; it ends after them."""
     max_turn_tokens: Positive | None = None
     """Most tokens of one turn; null for as many as the response may have."""
-    max_images: Annotated[Count, AlsoCalled("max_images_per_response", "image_limit")] = 8
+    max_images: Count = 8
     """Most images that are returned in one response; it ends where there would be more."""
-    timeout: Annotated[Rate, AlsoCalled("tool_timeout", "step_timeout")] = 10.0
+    timeout: Rate = 10.0
     """Seconds for each answer; a response whose environment takes longer ends and is counted."""
     workers: Positive | None = None
     """Answers that are computed at the same time; null for one per CPU core, at most 8."""
@@ -184,9 +184,7 @@ class ToolsConfig(_Environment):
     tools: Annotated[list[Annotated[str, Note.FUNCTION]], MinLen(1)]
     """What the model may call: `zoom`, `crop`, `rotate`, `draw_box`, `measure`, `python`, or
     `path/to/file.py:name` of a function with type hints and a docstring (docs/tools.md)."""
-    format: Annotated[
-        Literal["auto", "template", "hermes"], AlsoCalled("tool_parser", "tool_call_parser")
-    ] = "auto"
+    format: Literal["auto", "template", "hermes"] = "auto"
     """How tools are offered and called: `template` as the model's chat template does, `hermes` in the system
     message with JSON in `<tool_call>`, for templates without tools; `auto` chooses by template and family."""
 

@@ -128,8 +128,8 @@ def _episodes(
     counts = {"counts": [dict(response.counts) for response in responses]}
     if not isinstance(encode, Encoder):
         return counts
-    token = encode.vlm.model.config.image_token_id
-    return {"turns": [transcript(response, encode.decode, save, token) for response in responses]} | counts
+    tokens = {encode.vlm.model.config.image_token_id}
+    return {"turns": [transcript(response, encode.decode, save, tokens) for response in responses]} | counts
 
 
 def _is_short(value: object) -> bool:

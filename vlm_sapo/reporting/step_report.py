@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from vlm_sapo.distributed import World
+from vlm_sapo.models.families import FAMILIES
 from vlm_sapo.reporting.alarms import Alarms
 from vlm_sapo.reporting.images import save_images
 from vlm_sapo.reporting.metrics import (
@@ -73,15 +74,13 @@ class StepReport:
         loss: Diagnosed,
         rollouts: int,
         parts: Sequence[tuple[str, dict]],
-        image_token_id: int | None = None,
     ):
         self.folder, self.alarms, self.world = folder, alarms, world
         self.tokenizer, self.loss, self.rollouts = tokenizer, loss, rollouts
         self.rewards: deque[float] = deque(maxlen=2 * TREND)
         self.parts = parts
         """Names and arguments of the reward's parts."""
-        self.image_token_id = image_token_id
-        """See `transcript`."""
+        self.image_tokens = image_tokens(tokenizer)
 
     def write(self, step: int, records: StepRecords) -> str:
         """Returns the console line. All processes call it."""
@@ -160,7 +159,7 @@ class StepReport:
 
     def _turns(self, response: Response) -> list[dict[str, Any]]:
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        return transcript(response, decode, partial(save_images, self.folder.path), self.image_token_id)
+        return transcript(response, decode, partial(save_images, self.folder.path), self.image_tokens)
 
     def _write_groups(
         self, step: int, groups: Sequence[LoggedGroup], traces_of: Mapping[Origin, Trace]
@@ -269,7 +268,15 @@ def evenly(count: int, size: int) -> set[int]:
 
 
 class Tokenizer(Protocol):
+    added_tokens_decoder: Mapping[int, Any]
+
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = False) -> str: ...
+
+
+def image_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Ids of the tokens that stand for an image in any family: only images bring them into an answer."""
+    names = {family.chat.ids["image_token_id"] for family in FAMILIES.values()}
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.content in names}
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -1,15 +1,15 @@
-"""A response of several turns as texts: what the policy said, what an environment answered, with its images."""
+"""A response of several turns as texts: what the policy said, and what an environment answered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
-from vlm_sapo.types import Response, Span
+from vlm_sapo.types import Response
 
 Decode = Callable[[torch.Tensor], str]
 """Text of token ids [n], without special tokens."""
@@ -18,21 +18,19 @@ SaveImages = Callable[[Sequence[Image]], list[str]]
 
 
 def transcript(
-    response: Response, decode: Decode, save_images: SaveImages, image_token_id: int | None
+    response: Response, decode: Decode, save_images: SaveImages, image_tokens: Collection[int]
 ) -> list[dict[str, Any]]:
     """The turns in order: who spoke (`by`), the text, and the files of the environment's images (`pictures`).
     Empty for a response that no environment answered.
 
-    `image_token_id` tells which answers have images. Without it, images are left out unless every answer has
-    some.
+    Answers with one of `image_tokens` (ids that stand for an image) have the images.
     """
     answers = [span for span in response.spans if span.source == "environment"]
     if not answers:
         return []
-    if image_token_id is not None:
-        answers = [span for span in answers if (_ids(response, span) == image_token_id).any()]
-    matched = zip(answers, response.images, strict=True) if len(answers) == len(response.images) else ()
-    images = {span: inputs.images for span, inputs in matched}
+    stands_for_image = torch.isin(response.ids, torch.tensor([*image_tokens]))
+    showing = (span for span in answers if stands_for_image[span.start : span.end].any())
+    images = {span: inputs.images for span, inputs in zip(showing, response.images, strict=True)}
     turns = [(source, list(spans)) for source, spans in groupby(response.spans, lambda span: span.source)]
     return [
         {
@@ -42,7 +40,3 @@ def transcript(
         }
         for source, spans in turns
     ]
-
-
-def _ids(response: Response, span: Span) -> torch.Tensor:
-    return response.ids[span.start : span.end]

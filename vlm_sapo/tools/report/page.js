@@ -411,7 +411,8 @@ function renderBrowser(page, sources, filters, tasksTitle) {
     tokens.forEach((token, index) => (index && isOwn(each, index) === isOwn(each, index - 1) ? runs.at(-1).push(token) : runs.push([token])));
     const last = Math.max(0, runs.length - 1);
     return each.turns.map(({ by, text, images }, index) => {
-      const content = runs.length ? [...(runs[index] || []), index === last ? rest : ""] : text;
+      const content = runs.length ? [...(runs[index] || []), index === last ? rest : ""] : text.trim();
+      if (by !== "policy" && content[0]?.textContent?.trim() === "") content.shift(); // the line break after the turn before
       return runs.length && index > last ? null : make("section", { class: `turn ${by}`, "aria-label": by },
         make("h4", {}, by === "policy" ? "model" : by), make("div", { class: "text" }, content),
         images.length ? make("div", { class: "returned" }, images.map((number, at) => image(number, `image ${at + 1} that the environment returned`))) : null);

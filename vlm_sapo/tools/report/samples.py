@@ -84,11 +84,12 @@ def problem_item(
 
 
 def episode(row: Mapping[str, Any], folder: Path, images: EmbeddedImages) -> dict[str, Any]:
-    """What a page shows of a response with an environment (`counts` and maybe `turns` and `finish`); empty for
-    others. Images of turns may fill half of a page, so that those of other problems have room."""
+    """What a page shows of a response with an environment (`counts` and maybe `turns` and `finish`); empty
+    for others. Images of turns may fill half of a page, so that those of other problems have room."""
     if not row.get("counts"):
         return {}
-    shown = {"finish": row.get("finish"), "counts": row["counts"]}
+    limits = [name.removeprefix("limit/") for name in row["counts"] if name.startswith("limit/")]
+    shown = {"finish": row.get("finish") or next(iter(limits), None), "counts": row["counts"]}
     if row.get("turns"):
         shown["turns"] = []
         for turn in row["turns"]:
