@@ -123,8 +123,8 @@ def run(command: list) -> dict:
 
 
 def table(rows: list[dict], workloads: list[str], sides: list[str]) -> str:
-    """Medians over rounds, and how many times ours is faster; for the update also by how much it can be, as it
-    reads fewer tokens."""
+    """Medians over rounds, and how many times ours is faster: the update by about as much as it reads fewer
+    tokens, or images."""
     lines = [
         "| workload | side | step | generation | old log-probs | update | memory | tokens in the update "
         "| ours has fewer by | updates faster by | ours is faster by |"

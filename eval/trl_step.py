@@ -2,8 +2,8 @@
 
 One further rollout batch runs first and is not counted. Runs in an environment of its own (`make bench`
 makes one); imports nothing of this project. Keys as in eval/speed.py: `update` is what a rollout batch takes
-beside generation, old log-probs and rewards. With --turns 2 TRL's loop for tools returns a quarter of the image
-to a call that ends each turn but the last; such a turn's other tokens, and the last turn, are sampled.
+beside generation, old log-probs and rewards. With --turns 2 every turn but the last ends with a forced call,
+which TRL's loop for tools answers with a quarter of the image; the tokens before it are sampled.
 """
 
 from __future__ import annotations

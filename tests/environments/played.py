@@ -1,6 +1,7 @@
 """Environments for tests, in a module that imports nothing heavy: each process that plays one loads it."""
 
 import os
+import random
 import time
 
 from PIL import Image
@@ -91,3 +92,20 @@ class Echo(AskTwice):
 
     def step(self, response):
         return Observation(repr(str(response)), done=len(response) % 2 == 0)
+
+
+class Rambling(AskTwice):
+    """Any number of turns, images and words, by its own random numbers."""
+
+    def reset(self, example):
+        super().reset(example)
+        self.turns = random.randint(1, 4)
+
+    def step(self, response):
+        self.turns -= 1
+        sizes = [(random.randint(8, 150), random.randint(8, 150)) for _ in range(random.choice((0, 0, 1, 2)))]
+        images = tuple(Image.effect_noise(size, 80).convert("RGB") for size in sizes)
+        text = " ".join(
+            random.choices(("look", "<image>", "7", "<|im_end|>", "\n", ""), k=random.randint(0, 5))
+        )
+        return Observation(text, images=images, done=not self.turns, reward=random.random())

@@ -2,16 +2,19 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import example
 from vlm_sapo.evaluation.evaluate import Evaluation
 from vlm_sapo.evaluation.results import Measure, bootstrap, majority, pass_at, summarize
 from vlm_sapo.evaluation.samples import SampleFile
 from vlm_sapo.rewards.pool import RewardPool
+from vlm_sapo.rollout.environment import environment_turn
 from vlm_sapo.types import Prompt, Response, RowError, Sampling
 
 MEASURE = Measure("accuracy")
@@ -63,6 +66,43 @@ def test_scores_are_means_over_samples_and_problems(reward, tmp_path):
     assert [record["outcomes"] for record in records] == [["graded", "no_answer"]] * 3
     assert [record["answers"] for record in records] == [["2", None]] * 3, "hmm is not marked, so no answer"
     assert engine.slots == [(0, 1), (2,)]  # a problem's samples depend on its row alone
+
+
+class TalkingEngine:
+    """An environment answered the first of two responses with an image, and no other."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def generate(self, contexts, sampling):
+        return [self._group(context.prompt) for context in contexts]
+
+    def _group(self, prompt):
+        first, second = (self.encode.respond(prompt, text) for text in ("How many?", "12"))
+        answer = self.encode.answer([("red", (Image.new("RGB", (48, 48), "red"),))])
+        first = first.continued(environment_turn(first, answer))
+        first = first.continued(self.encode.respond(prompt.followed_by(first), "2"))
+        return [replace(first, counts={"turns": 2, "calls": 1}), replace(second, counts={"turns": 1})]
+
+
+def test_samples_have_the_turns_and_counts_of_an_environment(reward, encoder, tmp_path):
+    rows = [example(number) for number in range(2)]
+    samples = SampleFile(tmp_path, "b")
+    result, records = Evaluation(TalkingEngine(encoder), encoder, reward, SAMPLING, MEASURE).run(
+        rows, samples
+    )
+    assert result["environment"] == {"calls": 0.5, "turns": 1.5}
+    for record in records:
+        assert record["counts"] == [{"turns": 2, "calls": 1}, {"turns": 1}]
+        first, second = record["turns"]
+        assert [turn["by"] for turn in first] == ["policy", "environment", "policy"] and second == []
+        assert "red" in first[1]["text"] and first[2]["text"] == "2"
+        [name] = first[1]["pictures"]
+        assert (tmp_path / name).is_file()
+    plain, records = Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE).run(
+        rows, SampleFile(tmp_path / "plain", "b")
+    )
+    assert "environment" not in plain and not {"turns", "counts"} & records[0].keys()
 
 
 def test_an_interrupted_evaluation_resumes(reward, tmp_path):

@@ -30,7 +30,7 @@ def transcript(
         return []
     stands_for_image = torch.isin(response.ids, torch.tensor([*image_tokens]))
     showing = (span for span in answers if stands_for_image[span.start : span.end].any())
-    images = {span: inputs.images for span, inputs in zip(showing, response.images, strict=True)}
+    images = {span: inputs.images for span, inputs in zip(showing, response.images, strict=False)}
     turns = [(source, list(spans)) for source, spans in groupby(response.spans, lambda span: span.source)]
     return [
         {

@@ -221,3 +221,42 @@ def test_the_ratio_tab_follows_its_slider(page):
     before = page.inner_text("#page-gate output")
     page.fill("#page-gate input[type=range]", "0")
     assert page.inner_text("#page-gate output") == "1" != before
+
+
+@pytest.mark.parametrize("view", ["light", "dark", "phone"])
+def test_turns_are_labelled_and_the_environments_tokens_are_grey(chromium, runs, tmp_path, view):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    trace = [json.loads(line) for line in (run / "traces.jsonl").read_text().splitlines()]
+    talk = [("policy", "zoom in", []), ("environment", HOSTILE, rows[0]["pictures"]), ("policy", "two", [])]
+    turns = [{"by": by, "text": text, "pictures": files} for by, text, files in talk]
+    rows[0] |= {"turns": turns, "counts": {"turns": 2, "calls": 1}, "finish": "turns", "tokens": 3}
+    own = [1, 0, 0, 0, 1]
+    texts = ["zoom", "<|pad|>", "<|pad|>", "<|pad|>", "two"]
+    columns = {"pieces": texts, "policy": own, "log_ratio": [1.0, 0, 0, 0, -1.0], "effective": own}
+    for name, values in (columns | {"entropy": own}).items():
+        trace[0].setdefault(name, [[]] * 4)
+        trace[0][name][0] = values
+    for name, lines in (("rollouts", rows[:4]), ("traces", trace[:1])):
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report_command([run], tmp_path / "page.html", groups=100, watch=False, port=0)
+    with opened(chromium, tmp_path / "page.html", view) as page:
+        page.click("#tab-browser")
+        page.select_option("#colour", "log_ratio")
+        first = page.locator("#item article").first
+        assert first.locator("h4").all_inner_texts() == ["model", "environment", "model"]
+        assert first.locator(".text").all_inner_texts()[1:] == [
+            "<|pad|> x3",
+            "two ... (1 more tokens are not traced)",
+        ]
+        assert first.locator(".text span.other").count() == 1
+        assert first.locator(".returned img").evaluate("node => node.naturalWidth > 0")
+        for words in ("3 tokens", "2 turns", "1 call", "ended: limit of turns"):
+            assert words in first.locator("header").inner_text()
+        page.select_option("#colour", "none")
+        assert first.locator(".text").all_inner_texts()[::2] == ["zoom in", "two"]
+        assert "onerror" in first.locator(".text").nth(1).inner_text()
+        page.fill("#search", "ONERROR")
+        assert page.inner_text("#counter") == "1 of 1"
+        assert inside(page, "#item article, #item .turn")

@@ -12,14 +12,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.conftest import ROOT
 from tests.tools.report.conftest import HOSTILE
 from tests.training.conftest import short_run
 from vlm_sapo import report
 from vlm_sapo.cli import app
 from vlm_sapo.rewards.verifiers.boxes import shown
-from vlm_sapo.tools.report import command, page
+from vlm_sapo.tools.report import command, page, samples
 from vlm_sapo.tools.report.collect import collect, thin
 from vlm_sapo.tools.report.page import render
+from vlm_sapo.tools.report.samples import episode
 from vlm_sapo.training.trainer import train
 from vlm_sapo.types import Example, ResponseText
 
@@ -269,3 +271,38 @@ def test_the_gate_bound_holds_for_every_response(runs):
     [run] = collect(runs[:1], 100)["runs"]
     points = [point for row in run["histograms"] for one in row["minibatches"] for point in one["sequences"]]
     assert points and all(deviation <= factor * variance * 1.001 for variance, deviation, factor in points)
+
+
+def test_turns_are_on_the_page_with_their_images(tmp_path):
+    play = "rollout.environment={function: 'tests/environments/played.py:Painter'}"
+    options = ("rollout.max_tokens=200", "train.steps=1", "checkpoint.every=0")
+    held_out = "eval.data={source: 'data/shapes.py:rows', args: {split: test, size: 2}}"
+    train(short_run(tmp_path, ROOT / "data/shapes/cold_start", play, held_out, *options))
+    folder = tmp_path / "run"
+    data = data_of(render(collect([folder])))
+    groups = [item for item in data["runs"][0]["items"] if item["kind"] == "rollout"]
+    responses = [each for item in groups for each in item["responses"]]
+    talks = [each for each in responses if each.get("turns")]
+    assert talks and all(each["counts"]["turns"] for each in responses)
+    for each in talks:
+        asked = [turn for turn in each["turns"] if turn["by"] == "environment"]
+        assert asked and all(
+            isinstance(data["images"][index], str) for turn in asked for index in turn["images"]
+        )
+        assert len(each["policy"]) == len(each["pieces"]) and sum(each["policy"]) == each["tokens"]
+        assert all(len(each[name]) in (0, len(each["pieces"])) for name in ("log_ratio", "entropy"))
+        shown = [text for text, own in zip(each["pieces"], each["policy"], strict=True) if not own]
+        assert [text for text in shown if re.fullmatch(r"<\|image_pad\|> x\d+", text)]
+    [evaluation] = collect([folder / "evaluations/step_000000"])["evaluations"]
+    assert all(each["turns"] and each["counts"] for item in evaluation["items"] for each in item["responses"])
+
+
+def test_images_of_turns_leave_room_for_those_of_problems(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x" * 30)
+    monkeypatch.setattr(samples, "MAX_TOTAL_BYTES", 100)
+    images = page.EmbeddedImages()
+    turns = [{"by": "environment", "text": "", "pictures": [name]} for name in "abc"]
+    own = episode({"counts": {"turns": 2, "limit/turns": 1}, "turns": turns}, tmp_path, images)
+    assert [turn["images"] for turn in own["turns"]] == [[0], [1], [None]] and own["finish"] == "turns"
+    assert episode({}, tmp_path, images) == episode({"counts": {}}, tmp_path, images) == {}
