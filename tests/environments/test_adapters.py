@@ -248,7 +248,12 @@ def serve(listener):
             return self._seen(1.0 if self.at == self.goal else -0.1)
 
         def _seen(self, reward=None):
-            grid = [[[255, 0, 0] if x == self.at else [0, 255, 0] if x == self.goal else [0] * 3 for x in range(4)]]
+            grid = [
+                [
+                    [255, 0, 0] if x == self.at else [0, 255, 0] if x == self.goal else [0] * 3
+                    for x in range(4)
+                ]
+            ]
             image = Image.new("RGB", (4, 1))
             image.putdata([tuple(pixel) for pixel in grid[0]])
             text, done = f"at {self.at}, goal at {self.goal}", self.at == self.goal
@@ -295,7 +300,9 @@ def test_a_server_of_openenv_is_played(server):
     answer = environment.step(say("I go \\boxed{right}"))
     assert (answer.text, answer.reward, answer.done) == ("at 1, goal at 3", -0.1, False)
     screenshot, grid = answer.images
-    assert list(screenshot.getdata()) == list(grid.getdata()) == [(0, 0, 0), (255, 0, 0), (0, 0, 0), (0, 255, 0)]
+    assert (
+        list(screenshot.getdata()) == list(grid.getdata()) == [(0, 0, 0), (255, 0, 0), (0, 0, 0), (0, 255, 0)]
+    )
     bad = environment.step(say("jump"))
     assert bad.text.startswith("error: ") and bad.info == {"step_errors": 1}
     assert environment.step(say("<think>left?</think>right")).text == "at 2, goal at 3"
@@ -435,7 +442,9 @@ def test_a_tool_env_is_played(verifiers):
     environment = VerifiersEnvironment(TOOLS)
     environment.reset(example(**{ROW: rows[0][ROW]}))
     answer = environment.step(say(f"I add. {call('add', a=2, b=3)}{call('show', color='red')}"))
-    assert answer.text == "<tool_response>\n5\n</tool_response>\n<tool_response>\nhere<image>\n</tool_response>"
+    assert (
+        answer.text == "<tool_response>\n5\n</tool_response>\n<tool_response>\nhere<image>\n</tool_response>"
+    )
     assert answer.images[0].getpixel((0, 0)) == (255, 0, 0) and answer.info == {"calls": 2}
     assert "error" in environment.step(say(call("subtract"))).text or True
     bad = environment.step(say("<tool_call>add</tool_call>"))
