@@ -24,7 +24,7 @@ from PIL import Image
 from vlm_sapo.environments.adapters import reading
 from vlm_sapo.environments.adapters.gymnasium import GymnasiumEnvironment, gymnasium_rows
 from vlm_sapo.environments.adapters.openenv import OpenEnvEnvironment, openenv_rows
-from vlm_sapo.environments.adapters.verifiers import ROW, VerifiersEnvironment, verifiers_rows
+from vlm_sapo.environments.adapters.verifiers import ROW, VerifiersEnvironment, _row, verifiers_rows
 from vlm_sapo.types import Example, ResponseText
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/environments.md"
@@ -153,6 +153,26 @@ def test_the_snippets_of_the_page_are_configs():
     for block in map(yaml.safe_load, blocks):
         assert check(RolloutConfig, block["rollout"]).environment.type == "own"
         assert "data" not in block or check(DataConfig, block["data"]).source
+
+
+def test_rows_of_a_data_set_of_verifiers_are_read():
+    """Fields without a value are those that a Dataset adds where parts differ."""
+    rows = pytest.importorskip("vlm_sapo.data.rows", exc_type=ImportError)
+    from vlm_sapo.config.data import DataConfig
+
+    parts = [
+        {"type": "text", "text": "which color?", "image_url": None},
+        {"type": "image_url", "text": None, "image_url": {"url": data_url("red", (64, 48))}},
+    ]
+    raw = {"prompt": [{"role": "user", "content": parts}], "answer": "red", "info": {}}
+    tool = types.SimpleNamespace(name="add", description="Adds.", parameters={"type": "object"})
+    section = DataConfig(
+        source="vlm_sapo.environments.adapters.verifiers:verifiers_rows", template="{problem}"
+    )
+    read = rows.ExampleSet([_row(raw, [tool])], section)[0]
+    assert read.problem == "which color?<image>" and read.answer == "red"
+    assert read.images[0].size == (64, 48) and read.system.startswith("# Tools")
+    assert read.columns[ROW] == raw
 
 
 # Gymnasium
@@ -326,6 +346,20 @@ def test_sessions_end_and_do_not_mix(server):
     again.close()
 
 
+def test_a_server_is_played_in_processes_of_their_own(server):
+    from vlm_sapo.environments.processes import Environments, Step
+
+    make = partial(OpenEnvEnvironment, server, action="move", images="screenshot")
+    environments = Environments(make, timeout=60.0, workers=2)
+    try:
+        [instances] = environments.new([example(seed=0)], [[0, 1]])
+        for _ in range(2):
+            answers = environments.step([Step(instance, say("right")) for instance in instances])
+        assert [(answer.done, answer.reward) for answer in answers] == [(True, 1.0)] * 2
+    finally:
+        environments.close()
+
+
 def test_whole_actions_and_fields_that_are_missing(server):
     environment = OpenEnvEnvironment(server, action=None, text="text")
     environment.reset(example())
@@ -427,6 +461,16 @@ def test_a_multi_turn_env_is_played(verifiers):
         assert answers[2].info["hit_rate"] == pytest.approx(reward)
 
 
+def test_an_installed_environment_by_its_name(verifiers, tmp_path, monkeypatch):
+    (tmp_path / "three_colors.py").write_text(
+        Path(__file__).read_text().replace("def color_env(", "def load_environment(")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    environment = VerifiersEnvironment("three-colors", {"turns": 2})
+    environment.reset(example(**{ROW: verifiers_rows("three-colors", {"turns": 2})[0][ROW]}))
+    assert environment.step(say("red")).text == "next: <image>"
+
+
 def test_the_environments_own_limit_of_turns(verifiers):
     environment = VerifiersEnvironment(COLORS, {"turns": 1})
     environment.reset(example(**{ROW: verifiers_rows(COLORS, {"turns": 1})[0][ROW]}))
@@ -446,7 +490,8 @@ def test_a_tool_env_is_played(verifiers):
         answer.text == "<tool_response>\n5\n</tool_response>\n<tool_response>\nhere<image>\n</tool_response>"
     )
     assert answer.images[0].getpixel((0, 0)) == (255, 0, 0) and answer.info == {"calls": 2}
-    assert "error" in environment.step(say(call("subtract"))).text or True
+    unknown = environment.step(say(call("subtract")))
+    assert unknown.text == "<tool_response>\n'subtract'\n</tool_response>" and not unknown.done
     bad = environment.step(say("<tool_call>add</tool_call>"))
     assert bad.text.startswith("error: ") and bad.info == {"calls": 1, "bad_calls": 1}
     last = environment.step(say("5"))

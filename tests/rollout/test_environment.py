@@ -326,3 +326,19 @@ def test_images_of_an_environment_are_read_as_in_one_prompt(name, model_folder):
         items = [item for group in groups for item in group]
         for item, logprobs in zip(items, scores.logprobs, strict=True):
             assert (logprobs[: len(item.ids)] - item.logprobs).abs().max() < 3e-5
+
+
+def test_a_frozen_tower_encodes_each_image_once_in_a_step(model_folder, monkeypatch):
+    """In all turns, for old log-probs and in updates."""
+    vlm = eager(load_vlm(str(model_folder())))
+    vlm.freeze(["vision", "merger"])
+    encoded, run = [], vlm.vision._run
+    monkeypatch.setattr(vlm.vision, "_run", lambda *args: encoded.append(len(args[0])) or run(*args))
+    prompts, groups = sample(vlm, episodes(vlm, Painter, images=3), max_tokens=260)
+    policy = make_policy(None, vlm=vlm, layout=SharedPrefix())
+    with torch.no_grad():
+        for _ in range(2):
+            policy.run([GroupSlice(*pair) for pair in zip(prompts, map(tuple, groups), strict=True)])
+    sources = [*prompts, *(image for items in groups for item in items for image in item.images)]
+    expected = sum(len(source.pixels) for source in sources if source.pixels is not None)
+    assert sum(encoded) == expected

@@ -33,9 +33,9 @@ ERRORS = {"(code: VALIDATION_ERROR)": "bad_calls", "(code: EXECUTION_ERROR)": "s
 class OpenEnvEnvironment:
     """One session with the OpenEnv server at `url`, started with the row's column `seed` if it has one.
 
-    The text of a turn, or of it what `\\boxed{}` or `<action>` marks, is sent in the field `action`, beside the
-    fields `constants`; with `action: null` it must be a JSON object, which is the whole action. `text` and
-    `images` name the fields of an observation, or None. `timeout` is for one answer of the server.
+    The text of a turn, or of it what `\\boxed{}` or `<action>` marks, is sent in the field `action`, beside
+    the fields `constants`; with `action: null` it must be a JSON object, which is the whole action. `text`
+    and `images` name the fields of an observation, or None. `timeout` is for one answer of the server.
     """
 
     def __init__(
