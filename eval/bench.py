@@ -139,7 +139,8 @@ def table(rows: list[dict], workloads: list[str], sides: list[str]) -> str:
             ]
             memory = cells.pop("peak_gpu_gb") or cells["peak_rss_gb"]
             cells.pop("peak_rss_gb")
-            tokens = f"{cells.pop('update_tokens'):,.0f}"
+            count = cells.pop("update_tokens")
+            tokens = f"{count:,.0f}" if count else ""
             times = (f"{value:.2f} s" for value in cells.values())
             columns = [workload, side, *times, f"{memory:.2f} GB", tokens, *ratios]
             lines.append(f"| {' | '.join(columns)} |")

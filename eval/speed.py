@@ -3,8 +3,8 @@
     python eval/speed.py MODEL_DIR --side 512 --group 8 --prompts 4 --tokens 64 --steps 3 [--plain]
 
 Every response has exactly --tokens tokens (with --unequal they end at random, at --tokens at the latest).
-With --turns 2 it has two turns of so many, and an environment returns a quarter of the image between them. Two
-optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds
+With --turns 2 it has two turns of so many, and an environment returns a quarter of the image between them.
+Two optimizer updates per rollout batch. One further step runs first and is reported as `first_step`: it holds
 the self-check of the shared prefix. Keys: seconds per rollout batch in all and by part, peak memory in GB,
 `update_tokens`, the tokens that the update's forward passes read, and `model_flops_utilisation`: three times
 the forward pass's operations over the update's seconds and the speed of a large matrix product on the same

@@ -277,6 +277,11 @@ class RolloutConfig(Section):
     this one trains. More than 1, or another engine, is no faster: it is for studying staleness."""
 
     @property
+    def returned_images(self) -> int:
+        """The most images that the environment adds to a prompt."""
+        return 0 if self.environment is None else self.environment.max_images
+
+    @property
     def batch_sequences(self) -> int:
         """Responses that `hf` generates together, in training and evaluation."""
         if self.sequences_per_batch is not None:

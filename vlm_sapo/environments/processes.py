@@ -141,7 +141,7 @@ class Environments:
                 self._control = socket.socket(fileno=os.dup(own.fileno()))
                 own.close()
                 return
-            raise ValueError(f"the environment cannot be created in a process of its own:\n{problem}")
+            raise ValueError(f"rollout.environment: {problem}")
         raise ValueError("the process that creates environments ended; run its module by itself to see why")
 
     def close(self) -> None:
@@ -213,9 +213,18 @@ def _first_process(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         factory = cloudpickle.loads(make)
-        _check_methods(factory())
+        environment = factory()
     except BaseException:
-        connection.send(traceback.format_exc())
+        connection.send(
+            f"the environment cannot be created in a process of its own:\n{traceback.format_exc()}"
+        )
+        return
+    missing = [name for name in ("reset", "step") if not callable(getattr(environment, name, None))]
+    if missing:
+        connection.send(
+            "an environment must have the methods reset(example) and step(response); "
+            f"{type(environment).__name__} has no {' and no '.join(missing)}: add it"
+        )
         return
     connection.send(None)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
@@ -232,15 +241,6 @@ def _first_process(
             connection.close()
             _play(Connection(files[0]), factory)
             os._exit(0)
-
-
-def _check_methods(environment: object) -> None:
-    missing = [name for name in ("reset", "step") if not callable(getattr(environment, name, None))]
-    if missing:
-        raise ValueError(
-            f"an environment must have the methods reset(example) and step(response); "
-            f"{type(environment).__name__} has no {' and no '.join(missing)}: add it"
-        )
 
 
 def _play(connection: Connection, make: Callable[[], Environment]) -> None:

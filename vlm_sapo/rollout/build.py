@@ -142,6 +142,7 @@ def open_model(
     longest: int | None,
     sequences_per_batch: int,
     warn: Callable[[str], None],
+    returned_images: int = 0,
 ) -> tuple[VLM, RolloutEngine]:
     """Loads a model that is not trained, and builds its engine. For vLLM, which loads the weights itself, the
     model is an outline: enough to encode prompts. `longest` is None for the model's whole context."""
@@ -155,7 +156,7 @@ def open_model(
     else:
         vlm = load_outline(path)
     longest = vlm.context if longest is None else min(longest, vlm.context)
-    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn)
+    needs = EngineNeeds(vlm, path, longest, dtype, sequences_per_batch, warn, returned_images=returned_images)
     return vlm, build_engine(engine, needs)
 
 

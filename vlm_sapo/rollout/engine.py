@@ -78,6 +78,8 @@ class EngineNeeds:
     """Whether responses carry their tokens' experts."""
     max_pixels: int | None = None
     """The largest area of an image; None for what the checkpoint's processor allows."""
+    returned_images: int = 0
+    """The most images that an environment adds to a prompt."""
 
 
 def continue_response(vlm: VLM, prompt: Prompt, so_far: Response | None, later: Response) -> Response:

@@ -86,7 +86,7 @@ class VllmEngine:
             "mm_device_do_normalize": False,  # pixels arrive normalized
             "max_num_seqs": MAX_SEQUENCES,
             "max_num_batched_tokens": max(BATCHED_TOKENS, needs.longest),
-            **engine_arguments(needs.vlm, needs.max_pixels),
+            **engine_arguments(needs.vlm, needs.max_pixels, needs.returned_images),
         }
         arguments |= {"gpu_memory_utilization": gpu_memory} if self.sleeps else CPU_ARGUMENTS
         if needs.world is not None and needs.world.size > 1:  # else every engine takes the first GPU

@@ -34,13 +34,14 @@ CPU_ARGUMENTS: dict[str, Any] = {
 """Added without a GPU, as in tests."""
 
 
-def engine_arguments(vlm: VLM, max_pixels: int | None) -> dict[str, Any]:
+def engine_arguments(vlm: VLM, max_pixels: int | None, returned: int = 0) -> dict[str, Any]:
     """What makes vLLM compute what the trainer does, in this process and as a server. From the largest area
-    of an image vLLM derives how many it may encode at a time, and the memory that it keeps for that."""
+    of an image vLLM derives how many it may encode at a time, and the memory that it keeps for that.
+    `returned` is the most images of a response."""
     return {
         "logprobs_mode": "processed_logprobs",  # of the sampled distribution, after temperature and bans
         "generation_config": "vllm",  # none of the checkpoint's own top_p, top_k or repetition penalty
-        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "limit_mm_per_prompt": {"image": MAX_IMAGES + returned, "video": 0},
         "mm_processor_kwargs": vlm.family.engine_processing(vlm.model.config, max_pixels),
     }
 

@@ -239,6 +239,7 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
             )
         recorded = Recorded(Path(options.responses), encoder)
         return Source(recorded, recorded.encoder_for, recorded.samples, options.batch)
+    environment = options.environment_config()
     longest = None if engine.shares_weights else max_tokens + MAX_PROMPT_TOKENS
     vlm, rollout_engine = open_model(
         engine,
@@ -247,9 +248,9 @@ def _open_source(options: EvalOptions, engine: EngineConfig, max_tokens: int, co
         longest=longest,
         sequences_per_batch=options.batch * options.samples,
         warn=console.warn,
+        returned_images=0 if environment is None else environment.max_images,
     )
 
-    environment = options.environment_config()
     tools = build_tools(environment, vlm)
 
     def encoder_for(max_tokens: int) -> Encoder:

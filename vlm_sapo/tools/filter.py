@@ -43,6 +43,7 @@ def filter_command(config: cfg.TrainConfig, *, samples: int, keep: tuple[float, 
         longest=config.data.max_prompt_tokens + rollout.max_tokens,
         sequences_per_batch=rollout.batch_sequences,
         warn=console.warn,
+        returned_images=rollout.returned_images,
     )
     tools = build_tools(rollout.environment, vlm)
     encode = build_encoder(vlm, config.model, max_tokens=config.data.max_prompt_tokens, tools=tools)

@@ -69,7 +69,7 @@ def build_command(config: TrainConfig, *, host: str, port: int, extra: str, cpu:
         "port": port,
         "dtype": engine.weights_dtype(default_dtype(config)),
         "max-model-len": longest_row(config, lengths, outline),
-        **engine_arguments(outline, model.max_pixels),
+        **engine_arguments(outline, model.max_pixels, config.rollout.returned_images),
     }
     if model.revision is not None:
         options["revision"] = model.revision

@@ -164,6 +164,7 @@ def _build_run(config: Config, folder: RunFolder, processes: Processes, purpose:
         world=world,
         experts=purpose.algo.replay == "r3",
         max_pixels=config.model.max_pixels,
+        returned_images=config.rollout.returned_images,
     )
     engine = build_engine(config.rollout.engine, needs)
     if config.rollout.environment is not None:

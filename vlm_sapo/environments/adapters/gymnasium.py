@@ -134,9 +134,16 @@ def _make(id: str, kwargs: Mapping[str, Any], show: Show, max_steps: int | None)
     try:
         return gymnasium.make(id, **options, **kwargs)
     except gymnasium.error.DependencyNotInstalled as error:
-        raise missing_package("of this environment", id, "environments", error) from error
+        raise _missing(id, error) from error
     except gymnasium.error.Error as error:
         raise ValueError(f"id ({id}) can't be created with {dict(kwargs)}: {error}") from error
+
+
+def _missing(id: str, error: Exception) -> ValueError:
+    """The error of a package that an environment or its frames need. Gymnasium's own message names others."""
+    if "pygame" in str(error):
+        return missing_package("pygame-ce", id, "environments", error)
+    return ValueError(f"{id} needs a package: {error}")
 
 
 def _choices(space: Any, actions: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def _seen(game: Any, value: Any, show: Show) -> tuple[str, tuple[Image.Image, ..
     try:
         frame = game.render()
     except _load().error.DependencyNotInstalled as error:
-        raise missing_package("that renders it", game.spec.id, "environments", error) from error
+        raise _missing(game.spec.id, error) from error
     if not isinstance(frame, numpy.ndarray):
         raise ValueError(f"{game.spec.id} renders no frame ({type(frame).__name__}); set show: text")
     return text, (Image.fromarray(frame),)
