@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import CORPUS, SMALL
+from tests.conftest import CORPUS, ROOT, SMALL
 from tests.training.conftest import metrics, short_run
 from vlm_sapo.tools.new_model import new_model
 from vlm_sapo.training.trainer import train
@@ -39,6 +39,19 @@ PHASES = {
     "Policy.update": "updating",
 }
 """What a process does while it is in a function; the first that holds."""
+ANSWERING = {"Environments.step": "answering"}
+"""The same where tools answer turns."""
+TOOLS = (
+    "data.source=data/zoom.py:rows",
+    "eval.data.source=data/zoom.py:rows",
+    "rollout.environment={tools: [zoom], format: hermes, max_turns: 3}",
+    "rollout.max_tokens=120",
+    "rollout.ahead=1",
+    "train.lr=1e-4",
+    "train.steps=6",
+)
+"""One step ahead, so that checkpoints hold responses with images."""
+ZOOM = ROOT / "data/zoom/cold_start"
 
 
 def run(folder: str, model: str, options: tuple[str, ...], phase, threads: int) -> None:
@@ -56,7 +69,8 @@ def watch(phase) -> None:
             while frame is not None:
                 running.add(frame.f_code.co_qualname)
                 frame = frame.f_back
-        phase.value = next((name for function, name in PHASES.items() if function in running), "").encode()
+        names = ANSWERING | PHASES
+        phase.value = next((name for function, name in names.items() if function in running), "").encode()
         time.sleep(0.003)
 
 
@@ -121,6 +135,25 @@ def test_killed_at_random_moments(tmp_path_factory, capsys, threads):
     with capsys.disabled():
         print(f"\n{len(kills)} kills in {number} runs: {', '.join(kills)}")
     assert all(any(kill.startswith(phase) for kill in kills) for phase in PHASES.values())
+
+
+@pytest.mark.slow
+def test_killed_between_turns(tmp_path):
+    """While tools answer, and while a checkpoint with such responses is written."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    process, _ = started(tmp_path / "whole", ZOOM, TOOLS, 1)
+    process.join()
+    assert process.exitcode == 0
+    assert max(row["environment/images"] for row in metrics(tmp_path / "whole/run")) > 0.1
+    kills = []
+    for phase, step in (("answering", 1), ("writing a checkpoint", 2), ("answering", 3)):
+        process, doing = started(tmp_path / "killed", ZOOM, TOOLS, 1)
+        kills.append(killed(process, doing, tmp_path / "killed/run", phase, step, 0.0))
+    process, _ = started(tmp_path / "killed", ZOOM, TOOLS, 1)
+    process.join()
+    assert process.exitcode == 0 and all(kills), kills
+    same(tmp_path / "whole/run", tmp_path / "killed/run")
 
 
 def same(whole: Path, run: Path) -> None:
