@@ -2,8 +2,11 @@
 
 import os
 import random
+import subprocess
 import time
+from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from vlm_sapo.environments import Observation
@@ -92,6 +95,42 @@ class Echo(AskTwice):
 
     def step(self, response):
         return Observation(repr(str(response)), done=len(response) % 2 == 0)
+
+
+class Statistician(AskTwice):
+    """Answers with numbers and texts of other kinds."""
+
+    def step(self, response):
+        info = {"share": np.float64(0.5), "count": np.int64(2), "flag": np.bool_(True), "name": "x"}
+        info |= {"bad": float("nan"), "whole": True, "many": np.ones(3)}
+        return Observation(Words("more"), done=len(self.seen) > 0, reward=np.float32(0.5), info=info)
+
+
+class Words(str):
+    """A text of a class of its own."""
+
+
+class Leaving(AskTwice):
+    """Raises in every second episode of a process, and leaves a mark there."""
+
+    marks = 0
+
+    def step(self, response):
+        if Leaving.marks:
+            return Observation("marked", done=True, info={"marked": 1})
+        if self.example.id == "e0":
+            Leaving.marks += 1
+            raise RuntimeError("left a mark")
+        return super().step(response)
+
+
+class Parent(AskTwice):
+    """Starts a process of its own and hangs."""
+
+    def step(self, response):
+        child = subprocess.Popen(["sleep", "600"])
+        Path(self.example.columns["file"]).write_text(str(child.pid))
+        time.sleep(600)
 
 
 class Rambling(AskTwice):

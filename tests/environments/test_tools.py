@@ -28,8 +28,9 @@ def test_calls_are_read_in_both_forms(syntax):
     code = "print(1)\nx < 2"
     first, second = call("zoom", syntax, box=[1, 2.5, 3, 4]), call("python", syntax, code=code)
     turn = f"I look. {first}\n{second}"
+    box = [1, 2.5, 3, 4] if syntax == "json" else "[1, 2.5, 3, 4]"
     assert read_calls(turn, syntax) == [
-        Call("zoom", {"box": [1, 2.5, 3, 4]}),
+        Call("zoom", {"box": box}),
         Call("python", {"code": code}),
     ]
     assert read_calls("The answer is \\boxed{3}", syntax) == []
@@ -168,7 +169,7 @@ def test_a_tool_of_ones_own():
         (call("zoom"), "zoom needs box"),
         (call("zoom", box=[0, 0, 500, 500], size=2), "no parameter 'size'; it has image, box"),
         (call("zoom", image=2, box=[0, 0, 500, 500]), r"image \(2\) must be the number of an image, from 1"),
-        (call("zoom", image="1", box=[0, 0, 500, 500]), r"image \(1\) must be the number"),
+        (call("zoom", image="one", box=[0, 0, 500, 500]), r"image \(one\) must be the number"),
         (call("zoom", box=[500, 0, 0, 500]), "box: .* has no area: .left, top, right, bottom., each from 0"),
         (call("brightness", scale="high"), r"scale \(high\): input should be a valid number"),
     ],
@@ -213,6 +214,36 @@ def test_what_a_tool_may_do_wrong(how, sentence, images, errors):
 def test_functions_that_are_no_tools_are_refused(name, sentence):
     with pytest.raises(ValueError, match=sentence):
         Tool.of(f"{OWN}:{name}")
+
+
+def test_texts_stay_texts_and_other_values_may_be_written_as_text():
+    """As the xml form writes them; and null where a parameter may be left out."""
+    step = episode("locate", "brightness", "python", syntax="xml")
+    texts = [
+        step(call(name, "xml", **arguments)).results[0].text
+        for name, arguments in (
+            ("locate", {"point": [500, 500], "label": "2024"}),
+            ("python", {"code": "42"}),
+            ("brightness", {"box": None, "scale": 2, "image": 1}),
+        )
+    ]
+    assert texts == ['["2024", [200.0, 100.0]]', "42\n", "510.0"]
+
+
+def test_an_image_that_is_not_shown_has_no_number():
+    """What the model couldn't see isn't counted, and the episode goes on."""
+    environment = ToolEnvironment(["zoom", f"{OWN}:misbehave", "crop"], "json")
+    environment.reset(Example("1", "Look.", "7", (Image.new("RGB", (400, 200)),)))
+
+    def step(text, *sizes):
+        return environment.step(ResponseText(text, resized=sizes, coordinates="thousand"))
+
+    step(call("misbehave", how="line") + call("crop", box=[0, 0, 500, 500]), (64, 32))
+    sizes = ((64, 32), (0, 0), (32, 16))
+    [second] = step(call("crop", image=2, box=[0, 0, 500, 1000]), *sizes).results
+    assert second.images[0].size == (100, 100)
+    [third] = step(call("crop", image=4, box=[0, 0, 500, 1000]), *sizes, (16, 16)).results
+    assert "from 1 to 3" in third.text
 
 
 def test_an_image_that_the_model_cannot_name():

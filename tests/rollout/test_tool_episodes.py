@@ -115,6 +115,13 @@ def test_an_image_of_an_impossible_form_is_an_error_that_the_model_reads(encode)
     assert "error: this image can't be shown" in answer and not response.images
 
 
+def test_an_image_that_is_not_shown_ends_nothing(encode):
+    turns = (call("misbehave", how="line"), call("zoom", box=[0, 0, 500, 500]), ANSWER)
+    response = says(encode, *turns)
+    assert response.finish == "stop" and len(response.images) == 1
+    assert response.counts == {"calls": 2, "images": 2, "turns": 3}
+
+
 def test_turns_and_wrong_calls_are_counted(encode):
     turns = [call("look"), '<tool_call>\n{"name": "zo', call("zoom", box=[900, 0, 1, 1]), call("zoom")]
     response = says(encode, *turns, turns=4)

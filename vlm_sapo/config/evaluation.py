@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, field_validator, model_validator
 
 from vlm_sapo.config.fields import Count, NotNegative, Positive, Probability, Section, TopP
-from vlm_sapo.config.files import find, parse, read_mapping
-from vlm_sapo.config.load import check
+from vlm_sapo.config.files import parse
+from vlm_sapo.config.load import check, load
 from vlm_sapo.config.rollout import EngineConfig, EnvironmentConfig, RolloutConfig
+from vlm_sapo.config.schema import TrainConfig
 
 
 def _split(value: Any) -> Any:
@@ -147,8 +148,8 @@ class EvalOptions(Options):
             return None
         fields = parse(self.environment)
         if isinstance(fields, str):
-            config = read_mapping(find(fields, "configs", field="config of --environment"))
-            fields = config.get("rollout", {}).get("environment")
+            environment = load(TrainConfig, fields).rollout.environment
+            fields = environment and environment.model_dump()
         if not isinstance(fields, dict):
             raise ValueError(
                 f"--environment ({self.environment}) must be a YAML mapping such as '{{tools: [zoom]}}', or "

@@ -181,7 +181,7 @@ class _Environment(Section):
 
 class ToolsConfig(_Environment):
     type: Literal["tools"]
-    tools: Annotated[list[Annotated[str, Note.FUNCTION]], MinLen(1)]
+    tools: Annotated[list[str], Note.FUNCTION, MinLen(1)]
     """What the model may call: `zoom`, `crop`, `rotate`, `draw_box`, `measure`, `python`, or
     `path/to/file.py:name` of a function with type hints and a docstring (docs/tools.md)."""
     format: Literal["auto", "template", "hermes"] = "auto"

@@ -26,7 +26,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A call as the model wrote it."""
+    """A call as the model wrote it; in the xml form all values are texts."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -75,12 +75,4 @@ def _read_xml(text: str) -> Call:
     match = FUNCTION.fullmatch(text)
     if match is None:
         raise BadCall(f"{one_line(text)!r} is no call; write\n{FORMS['xml']}")
-    return Call(match[1].strip(), {name.strip(): _value(raw) for name, raw in PARAMETER.findall(match[2])})
-
-
-def _value(text: str) -> Any:
-    """A parameter's value: JSON where it is, else the text itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return Call(match[1].strip(), {name.strip(): text for name, text in PARAMETER.findall(match[2])})

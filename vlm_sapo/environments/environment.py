@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL.Image import Image
@@ -61,27 +61,39 @@ class BadObservation(ValueError):
 
 
 def checked(observation: object) -> Observation:
-    """The observation with long texts cut. Raises BadObservation, which says what must change."""
+    """The observation with plain values, and long texts cut. Raises BadObservation, which says what must
+    change."""
     if not isinstance(observation, Observation):
         raise BadObservation(f"step must return an Observation; it returned {type(observation).__name__}")
+    if observation.results and (observation.text or observation.images):
+        raise BadObservation("an Observation with results must have no text and no images of its own")
     reward = observation.reward
     if reward is not None and not _is_finite(reward):
         raise BadObservation(f"the reward of an Observation must be a finite number; it is {reward!r}")
-    for image in (*observation.images, *(image for item in observation.results for image in item.images)):
-        check_image(image)
-    if not isinstance(observation.text, str):
-        raise BadObservation(
-            f"the text of an Observation must be a str; it is a {type(observation.text).__name__}"
-        )
-    return replace(
-        observation,
-        text=shortened(observation.text),
-        images=tuple(observation.images),
+    text, images = _checked_answer(observation.text, observation.images)
+    return Observation(
+        text,
+        images,
+        done=bool(observation.done),
         reward=None if reward is None else float(reward),
-        info={
-            name: value for name, value in observation.info.items() if isinstance(value, int | float | bool)
-        },
+        info={str(name): _plain(value) for name, value in observation.info.items() if _is_finite(value)},
+        results=tuple(ToolResult(*_checked_answer(item.text, item.images)) for item in observation.results),
     )
+
+
+def _checked_answer(text: object, images: Sequence[object]) -> tuple[str, tuple[Image, ...]]:
+    if not isinstance(text, str):
+        raise BadObservation(
+            f"the text of an Observation or ToolResult must be a str; it is a {type(text).__name__}"
+        )
+    for image in images:
+        check_image(image)
+    return shortened(str(text)), tuple(images)
+
+
+def _plain(value: Any) -> int | float:
+    """A number of Python's own, since checkpoints hold no others."""
+    return int(value) if float(value).is_integer() else float(value)
 
 
 def check_image(image: object) -> None:
@@ -104,6 +116,6 @@ def shortened(text: str) -> str:
 
 def _is_finite(value: object) -> bool:
     try:
-        return math.isfinite(value)
-    except TypeError:
+        return not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):  # torch's for a tensor of several numbers
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from pickle import PicklingError
 from typing import Any, Literal, NamedTuple
 
 import cloudpickle
+import numpy as np
 
 from vlm_sapo.environments.environment import Environment, Observation, checked
 from vlm_sapo.rewards.workers import start_server
@@ -63,11 +65,18 @@ class _Process:
     busy: bool = False
 
     def end(self) -> None:
-        """Ends it: at once if it computes, else with the end of the connection."""
+        """Ends it: at once, with the processes that it started, if it computes; else with the end of the
+        connection."""
         self.connection.close()
         if self.busy:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it leads a group as soon as it runs
+                with suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
+
+    @property
+    def ended(self) -> bool:
+        """Whether an idle process is no longer there."""
+        return self.connection.poll()
 
 
 class Environments:
@@ -116,14 +125,21 @@ class Environments:
             process, instance.process = instance.process, None
             if process is not None and process.busy:
                 process.end()
-            elif process is not None:
+            elif process is not None and not self._closed:
                 self._idle.append(process)
+            elif process is not None:
+                process.end()
 
     def start(self) -> None:
         """Starts the first process unless it runs, and creates an environment there. Raises ValueError if
         that fails."""
         if self._control is not None:
             return
+        if self._closed:
+            raise ValueError(
+                "the environments of this run are closed already; this is a bug, please report it"
+            )
+        _raise_file_limit()
         context = start_server(library_path())
         own, other = context.Pipe()
         setup = (self._make, list(sys.path), dict(os.environ))
@@ -147,6 +163,11 @@ class Environments:
     def close(self) -> None:
         """Ends all processes."""
         atexit.unregister(self.close)
+        self._closed = True
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """Ends the first process and those that wait for an episode."""
         idle, self._idle = self._idle, []
         for process in idle:
             process.end()
@@ -157,19 +178,41 @@ class Environments:
             if self._first.is_alive():
                 self._first.kill()
 
-    def _fork(self) -> _Process:
+    def _new_process(self) -> _Process:
+        """One that waits, or a new one. Starts the first process again, once, if the system ended it."""
+        while self._idle:
+            process = self._idle.pop()
+            if not process.ended:
+                return process
+            process.end()
         self.start()
-        own, other = socket.socketpair()
+        try:
+            return self._fork()
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            self._end_all()
+            self.start()
+            return self._fork()
+
+    def _fork(self) -> _Process:
+        try:
+            own, other = socket.socketpair()
+        except OSError as error:
+            raise ValueError(
+                f"rollout.environment needs a process and a file for each response in progress ({error}); "
+                "raise `ulimit -n`, or lower train.prompts_per_step"
+            ) from error
         with other:
             socket.send_fds(self._control, [b"f"], [other.fileno()])
-        pid = int(self._control.recv(32))
-        return _Process(Connection(own.detach()), pid)
+        if not (pid := self._control.recv(32)):
+            own.close()
+            raise EOFError
+        return _Process(Connection(own.detach()), int(pid))
 
     def _send(self, step: Step) -> Connection:
         instance, example = step.instance, None
         if instance.process is None:
             example = instance.example, instance.seed
-            instance.process = self._idle.pop() if self._idle else self._fork()
+            instance.process = self._new_process()
         process = instance.process
         process.busy = True
         with suppress(BrokenPipeError, ConnectionResetError):  # it ended: `_receive` says so
@@ -177,14 +220,19 @@ class Environments:
         return process.connection
 
     def _receive(self, instance: Instance) -> Observation | Failure:
+        """The answer. After an error the process ends, with what the environment left there."""
         process = instance.process
         try:
             problem, observation = process.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._drop(instance)
-            return Failure("error", "the environment's process ended")
+            problem = "the environment's process ended"
+        except Exception:  # a value of a class that is not known here
+            problem = traceback.format_exc()
         process.busy = False
-        return observation if problem is None else Failure("error", problem)
+        if problem is None:
+            return observation
+        self._drop(instance)
+        return Failure("error", problem)
 
     @staticmethod
     def _drop(instance: Instance) -> None:
@@ -245,6 +293,7 @@ def _first_process(
 
 def _play(connection: Connection, make: Callable[[], Environment]) -> None:
     """Answers turns until the run closes the connection."""
+    os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     environment: Environment | None = None
@@ -270,11 +319,19 @@ def _play(connection: Connection, make: Callable[[], Environment]) -> None:
             connection.send((traceback.format_exc(), None))
 
 
+def _raise_file_limit() -> None:
+    """As many open files as the system allows: there is one for each response in progress."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _seed(seed: int) -> None:
     """Sets the random numbers of an episode, so that a resumed run plays it as before."""
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -7,6 +7,7 @@ import json
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Union
@@ -95,12 +96,15 @@ class Tool:
     ) -> ToolResult:
         """Calls the function with what the model wrote. Raises BadCall where that doesn't fit."""
         names = ", ".join(self.kinds)
+        arguments = {
+            key: value for key, value in arguments.items() if value is not None or key in self.required
+        }
         if unknown := [key for key in arguments if key not in self.kinds]:
             raise BadCall(f"{self.name} has no parameter {one_line(unknown[0])!r}; it has {names}")
         if missing := [key for key in self.kinds if key in self.required and key not in arguments]:
             raise BadCall(f"{self.name} needs {' and '.join(missing)}")
         pictured = [key for key, kind in self.kinds.items() if kind is Image]
-        shown = {key: self._image(key, arguments.get(key, 1), seen) for key in pictured}
+        shown = {key: self._image(key, _decoded(arguments.get(key, 1)), seen) for key in pictured}
         first = next(iter(shown.values()), seen[0] if seen else None)
         values: dict[str, Any] = {key: item.image for key, item in shown.items()}
         for key in (key for key in arguments if key not in shown):
@@ -114,6 +118,7 @@ class Tool:
 
     def _value(self, key: str, value: object, on: SeenImage | None, coordinates: Coordinates) -> Any:
         kind = self.kinds[key]
+        value = value if kind is str else _decoded(value)
         if kind in (Box, Point):
             if on is None:
                 raise BadCall(f"{key} needs an image, and there is none")
@@ -126,6 +131,14 @@ class Tool:
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise BadCall(f"{key} ({one_line(value)}): {problem[0].lower()}{problem[1:]}") from error
+
+
+def _decoded(value: Any) -> Any:
+    """A value that a model wrote as text, as the parameters of the xml form are: JSON where it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _without_none(hint: Any) -> Any:
@@ -172,7 +185,7 @@ class ToolEnvironment:
     def step(self, response: ResponseText) -> Observation:
         calls = read_calls(response, self.syntax)
         sizes = response.resized
-        seen = [SeenImage(image, size) for image, size in zip(self.images, sizes, strict=True)]
+        seen = [SeenImage(image, size) for image, size in zip(self.images, sizes, strict=True) if all(size)]
         counts = {"calls": len(calls), "bad_calls": 0, "tool_errors": 0, "images": 0}
         results = [self._answer(call, seen, response.coordinates, counts) for call in calls]
         returned = [image for result in results for image in result.images]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from PIL.Image import Image
 
 from vlm_sapo.distributed import World
 from vlm_sapo.environments.environment import Observation
@@ -20,6 +21,8 @@ from vlm_sapo.rollout.engine import RolloutEngine, RolloutError, as_contexts, co
 from vlm_sapo.types import Context, Finish, Prompt, Response, ResponseText, RowError, Sampling, Span
 
 __all__ = ["Episodes", "Limits", "Observation"]
+NOT_SHOWN = (0, 0)
+"""The size of an image that the model doesn't see."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Episode:
     turns: int = 0
     reward: float | None = None
     counts: Counter = field(default_factory=Counter)
+    returned: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height in which the model sees each image that the environment returned; NOT_SHOWN for one
+    that can't be resized."""
     over: bool = False
 
     def end(self, finish: Finish) -> None:
@@ -53,11 +59,6 @@ class Episode:
         counts |= {f"limit/{finish}": 1} if finish in ("length", "turns", "images") else {}
         self.response = replace(self.response, finish=finish, reward=self.reward, counts=counts)
         self.over = True
-
-    @property
-    def images(self) -> int:
-        """Images that the environment has returned."""
-        return sum(len(item.images) for item in self.response.images)
 
 
 class Episodes:
@@ -188,7 +189,7 @@ class Episodes:
         """What an environment reads: the last turn, and how the model sees all images so far."""
         prompt, response = episode.prompt, episode.response
         text, turn = prompt.opening + self.encode.decode(response.turns[-1]), response.turns[-1]
-        sizes = tuple(image.size for source in (prompt, *response.images) for image in source.images)
+        sizes = (*(image.size for image in prompt.images), *episode.returned)
         return ResponseText(text, tokens=len(turn), resized=sizes, coordinates=prompt.coordinates)
 
     def _check_failures(self, episodes: Sequence[Episode], answers: Sequence[Observation | Failure]) -> None:
@@ -230,7 +231,7 @@ class Episodes:
             episode.end(response.finish)
         elif episode.turns == self.limits.turns:
             episode.end("turns")
-        elif episode.images + _images(observation) > self.limits.images:
+        elif len(episode.returned) + _images(observation) > self.limits.images:
             episode.end("images")
         elif (answer := self._encoded(episode, observation)) is None:
             episode.counts["error"] += 1
@@ -245,21 +246,22 @@ class Episodes:
         parts = [(item.text, item.images) for item in observation.results]
         try:
             if not parts:
-                return self.encode.answer([(observation.text, observation.images)])
-            return self.encode.answer([self._shown(part) for part in parts], to_calls=True)
-        except ValueError as error:
+                answer = self.encode.answer([(observation.text, observation.images)])
+                episode.returned += [image.size for item in answer.images for image in item.images]
+                return answer
+            return self.encode.answer([self._shown(episode, *part) for part in parts], to_calls=True)
+        except (ValueError, ZeroDivisionError) as error:
             self._warn_once(episode, str(error))
             return None
 
-    def _shown(self, part: tuple[str, Sequence]) -> tuple[str, Sequence]:
+    def _shown(self, episode: Episode, text: str, images: Sequence[Image]) -> tuple[str, Sequence[Image]]:
         """A tool's answer, or what is wrong with its images."""
-        text, images = part
         try:
-            for image in images:
-                self.encode.resize(image)
+            episode.returned += [self.encode.resize(image).size for image in images]
         except (ValueError, ZeroDivisionError) as error:
+            episode.returned += [NOT_SHOWN] * len(images)
             return f"error: this image can't be shown: {error}", ()
-        return part
+        return text, images
 
 
 def _images(observation: Observation) -> int:
@@ -330,7 +332,7 @@ def play(
         episodes.encode,
         episodes.environments,
         limits=episodes.limits,
-        world=World(),
+        world=episodes.world,
         warn=episodes.warn,
     )
     sampling = Sampling(1, 2**31, 1.0, seed=0)

@@ -143,6 +143,8 @@ class Comparison:
         numbers = [torch.full((len(turn),), n) for item in responses for n, turn in enumerate(item.turns)]
         self.turn = torch.cat(numbers)
         """[K] the index of the turn that a token belongs to."""
+        self.begins = torch.cat([torch.arange(len(turn)) == 0 for item in responses for turn in item.turns])
+        """[K] whether it is the first of its turn."""
 
     def against(self, trainer: torch.Tensor) -> Difference:
         return Difference.of(self.engine, trainer, self.first)
@@ -150,7 +152,7 @@ class Comparison:
     def by_turn(self, trainer: torch.Tensor) -> list[Difference]:
         """The differences in all responses' first turns, their second ones, and so on."""
         parts = [self.turn == number for number in range(int(self.turn.max()) + 1)]
-        return [Difference.of(self.engine[own], trainer[own], own[own]) for own in parts]
+        return [Difference.of(self.engine[own], trainer[own], self.begins[own]) for own in parts]
 
     def by_group(self, trainer: torch.Tensor) -> list[float]:
         """Mean absolute difference of each group."""
