@@ -96,17 +96,18 @@ class Tool:
     ) -> ToolResult:
         """Calls the function with what the model wrote. Raises BadCall where that doesn't fit."""
         names = ", ".join(self.kinds)
-        arguments = {
-            key: value for key, value in arguments.items() if value is not None or key in self.required
+        values = {
+            key: value if self.kinds.get(key) is str else _decoded(value) for key, value in arguments.items()
         }
+        arguments = {key: value for key, value in values.items() if value is not None or key in self.required}
         if unknown := [key for key in arguments if key not in self.kinds]:
             raise BadCall(f"{self.name} has no parameter {one_line(unknown[0])!r}; it has {names}")
         if missing := [key for key in self.kinds if key in self.required and key not in arguments]:
             raise BadCall(f"{self.name} needs {' and '.join(missing)}")
         pictured = [key for key, kind in self.kinds.items() if kind is Image]
-        shown = {key: self._image(key, _decoded(arguments.get(key, 1)), seen) for key in pictured}
+        shown = {key: self._image(key, arguments.get(key, 1), seen) for key in pictured}
         first = next(iter(shown.values()), seen[0] if seen else None)
-        values: dict[str, Any] = {key: item.image for key, item in shown.items()}
+        values = {key: item.image for key, item in shown.items()}
         for key in (key for key in arguments if key not in shown):
             values[key] = self._value(key, arguments[key], first, coordinates)
         return _result(self.function(**values))
@@ -118,7 +119,6 @@ class Tool:
 
     def _value(self, key: str, value: object, on: SeenImage | None, coordinates: Coordinates) -> Any:
         kind = self.kinds[key]
-        value = value if kind is str else _decoded(value)
         if kind in (Box, Point):
             if on is None:
                 raise BadCall(f"{key} needs an image, and there is none")
