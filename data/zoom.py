@@ -1,15 +1,15 @@
-"""A drawn world for the tool `zoom`: a large image of coloured cells with small marks. In the size in which
-the model sees the whole image a mark is two pixels, too few for its shape; enlarged, its cell shows it.
+"""A drawn world for the tool `zoom`: a large image with a panel of a pattern in each corner. Where the model
+sees 64 x 64 of the whole image, a pattern's period is one pixel, and all patterns are the same dark area;
+enlarged, a panel shows its own.
 
-Half of the questions ask for a mark, half for the colour of a cell, which can be seen at once. Every row is
+Half of the questions ask for a pattern, half for the colour of a panel, which is seen at once. Every row is
 drawn from its index: `rows(split="train", size=1000)` is a sequence of dicts with `id, problem, images,
-answer, kind, words, cell` and `demonstration`, the model's turns for the cold start. A layout belongs to the
-held-out splits or to the training splits by its checksum.
+answer, kind, words, corner` and `demonstration`, the model's turns for the cold start. A layout belongs to
+the held-out splits or to the training splits by its checksum.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -28,16 +28,19 @@ COLORS = {
     "purple": (178, 112, 214),
     "orange": (244, 154, 70),
 }
-MARKS = ("circle", "square", "triangle", "cross")
-SIDE = 4
-"""Cells in a row and in a column."""
-CELL = 128
-"""Pixels of a cell's side."""
+PATTERNS = ("rows", "columns", "checks", "dots")
+CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+"""By name, whether it is right, and whether it is below."""
+SIDE = 512
+"""Pixels of the image's side, of which a panel has a quarter."""
+PANEL = SIDE // 4
+PERIOD = 8
+"""Pixels from one line of a pattern to the next: one pixel where the model sees 64 x 64 of the whole."""
 SPLITS = {"train": 1, "cold_start": 2, "test": 3, "validation": 4}
 HELD_OUT = ("test", "validation")
-KINDS = ("mark", "color")
-Layout = dict[int, tuple[str, str]]
-"""Cell number 0, 1, ... in reading order -> (colour, mark)."""
+KINDS = ("pattern", "color")
+Layout = dict[str, tuple[str, str]]
+"""Corner -> (colour, pattern)."""
 
 
 class Rows(Sequence):
@@ -66,7 +69,7 @@ class Rows(Sequence):
 
 
 def rows(split: str = "train", size: int = 4096, seed: int = 0, zoom_share: float = 1.0) -> Rows:
-    """The split's rows. `zoom_share` of the demonstrations zoom and answer; the others guess marks."""
+    """The split's rows. `zoom_share` of the demonstrations zoom and answer; the others guess patterns."""
     return Rows(split, size, seed, zoom_share)
 
 
@@ -76,76 +79,72 @@ def calls(response, example) -> float:
 
 
 def draw_layout(rng: random.Random, held_out: bool) -> Layout:
-    """Four to six cells, each of another colour, from the held-out fifth of all layouts or from the rest."""
+    """Four panels, each of another colour, from the held-out fifth of all layouts or from the rest."""
     while True:
-        colors = rng.sample(list(COLORS), rng.randint(4, len(COLORS)))
-        cells = sorted(rng.sample(range(SIDE**2), len(colors)))
-        layout = {cell: (color, rng.choice(MARKS)) for cell, color in zip(cells, colors, strict=True)}
+        colors = rng.sample(list(COLORS), len(CORNERS))
+        layout = {
+            corner: (color, rng.choice(PATTERNS)) for corner, color in zip(CORNERS, colors, strict=True)
+        }
         if (zlib.crc32(repr(layout).encode()) % 5 == 0) == held_out:
             return layout
 
 
 def draw_image(rng: random.Random, layout: Layout) -> Image.Image:
-    """RGB, 512 x 512: coloured cells on a light ground, each with a dark mark of about 14 pixels."""
-    shade = rng.randint(215, 250)
-    image = Image.new("RGB", (SIDE * CELL, SIDE * CELL), (shade, shade, shade))
-    draw = ImageDraw.Draw(image)
-    for cell, (color, mark) in layout.items():
-        row, column = divmod(cell, SIDE)
+    """RGB, 512 x 512: panels of 128 x 128 in the corners of a light ground."""
+    shade = rng.randint(205, 250)
+    image = Image.new("RGB", (SIDE, SIDE), (shade, shade, shade))
+    for corner, (color, pattern) in layout.items():
         fill = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLORS[color])
-        left, top = column * CELL, row * CELL
-        draw.rectangle((left + 2, top + 2, left + CELL - 3, top + CELL - 3), fill=fill)
-        center = (left + rng.randint(24, CELL - 24), top + rng.randint(24, CELL - 24))
-        draw_mark(draw, mark, center, area=rng.uniform(150, 250), fill=(rng.randint(0, 40),) * 3)
+        right, below = CORNERS[corner]
+        image.paste(draw_panel(rng, fill, pattern), (right * (SIDE - PANEL), below * (SIDE - PANEL)))
     return image
 
 
-def draw_mark(
-    draw: ImageDraw.ImageDraw, mark: str, center: tuple[int, int], *, area: float, fill: tuple[int, int, int]
-) -> None:
-    """A mark of so many pixels: all shapes darken the image alike."""
-    x, y = center
-    if mark == "circle":
-        half = math.sqrt(area / math.pi)
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=fill)
-    elif mark == "square":
-        half = math.sqrt(area) / 2
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=fill)
-    elif mark == "triangle":
-        half = math.sqrt(area / 2)
-        draw.polygon([(x - half, y + half), (x + half, y + half), (x, y - half)], fill=fill)
-    else:  # two bars, a third as wide as long
-        half = math.sqrt(area * 9 / 5) / 2
-        draw.rectangle((x - half, y - half / 3, x + half, y + half / 3), fill=fill)
-        draw.rectangle((x - half / 3, y - half, x + half / 3, y + half), fill=fill)
+def draw_panel(rng: random.Random, fill: tuple[int, int, int], pattern: str) -> Image.Image:
+    """A panel with dark lines, checks or dots on half of its area, so that all patterns are equally dark."""
+    panel = Image.new("RGB", (PANEL, PANEL), fill)
+    draw, half = ImageDraw.Draw(panel), PERIOD // 2
+    dark = tuple(channel * 2 // 5 for channel in fill)
+    x0, y0 = rng.randrange(-PERIOD, 0), rng.randrange(-PERIOD, 0)
+    for step in range(0, PANEL + 2 * PERIOD, PERIOD):
+        if pattern == "rows":
+            draw.rectangle((0, y0 + step, PANEL, y0 + step + half - 1), fill=dark)
+        elif pattern == "columns":
+            draw.rectangle((x0 + step, 0, x0 + step + half - 1, PANEL), fill=dark)
+        for other in range(0, PANEL + 2 * PERIOD, PERIOD):
+            x, y = x0 + step, y0 + other
+            if pattern == "checks":
+                draw.rectangle((x, y, x + half - 1, y + half - 1), fill=dark)
+                draw.rectangle((x + half, y + half, x + 2 * half - 1, y + 2 * half - 1), fill=dark)
+            elif pattern == "dots":  # of 32 of the 64 pixels of a period
+                draw.rectangle((x, y + 1, x + 5, y + 4), fill=dark)
+                draw.rectangle((x + 1, y, x + 4, y + 5), fill=dark)
+    return panel
 
 
 def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
-    """A question of a kind, its answer, the words that answer such questions, and its cell."""
-    cell = rng.choice(list(layout))
-    color, mark = layout[cell]
-    if kind == "mark":
-        problem, answer, words = f"Which mark is in the {color} cell?", mark, list(MARKS)
+    """A question of a kind, its answer, the words that answer such questions, and its corner."""
+    corner = rng.choice(list(CORNERS))
+    color, pattern = layout[corner]
+    if kind == "pattern":
+        problem, answer, words = f"Which pattern has the {color} panel?", pattern, list(PATTERNS)
     else:
-        row, column = divmod(cell, SIDE)
-        problem = f"Which color is the cell in row {row + 1}, column {column + 1}?"
-        answer, words = color, list(COLORS)
-    return {"problem": problem, "answer": answer, "kind": kind, "words": words, "cell": cell}
+        problem, answer, words = f"Which color has the {corner} panel?", color, list(COLORS)
+    return {"problem": problem, "answer": answer, "kind": kind, "words": words, "corner": corner}
 
 
 def demonstrate(rng: random.Random, row: dict, zooms: bool) -> list[str]:
-    """The turns of a demonstration: a look at the cell and the answer, or the answer alone, which for a mark
-    is a guess."""
+    """The turns of a demonstration: a look at the panel and the answer, or the answer alone, which for a
+    pattern is a guess."""
     if not zooms:
-        return [f"\\boxed{{{rng.choice(row['words']) if row['kind'] == 'mark' else row['answer']}}}"]
-    return [zoom_call(row["cell"]), f"I see \\boxed{{{row['answer']}}}"]
+        return [f"\\boxed{{{rng.choice(row['words']) if row['kind'] == 'pattern' else row['answer']}}}"]
+    return [zoom_call(row["corner"]), f"I see \\boxed{{{row['answer']}}}"]
 
 
-def zoom_call(cell: int) -> str:
-    """A call that enlarges a cell, in thousandths of the image."""
-    row, column = divmod(cell, SIDE)
-    size = 1000 // SIDE
-    box = [column * size, row * size, (column + 1) * size, (row + 1) * size]
+def zoom_call(corner: str) -> str:
+    """A call that enlarges a corner's panel, in thousandths of the image."""
+    right, below = CORNERS[corner]
+    box = [750 * right, 750 * below, 750 * right + 250, 750 * below + 250]
     return f'<tool_call>\n{{"name": "zoom", "arguments": {{"box": {box}}}}}\n</tool_call>'
 
 
