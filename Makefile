@@ -83,13 +83,13 @@ coldstart: setup
 	$(BIN)/vlm-sapo sft cold_start model.path=runs/cold_start_look/final train.steps=400 train.lr=3e-4
 	rm -rf data/shapes/cold_start && mkdir -p data/shapes && cp -r runs/cold_start/final data/shapes/cold_start
 
-# The miniature with a tool, and what it starts from (30 minutes).
+# The miniature with a tool, and what it starts from (15 minutes).
 zoom: setup
 	$(BIN)/vlm-sapo train zoom
 
 zoom-coldstart: setup
 	$(BIN)/vlm-sapo new-model runs/zoom_init --corpus data/zoom.py:corpus
-	$(BIN)/vlm-sapo sft zoom_cold_start run.name=zoom_cold_start_look
+	$(BIN)/vlm-sapo sft zoom_cold_start run.name=zoom_cold_start_look eval.data=null
 	$(BIN)/vlm-sapo sft zoom_cold_start model.path=runs/zoom_cold_start_look/final train.steps=100 train.lr=3e-4 data.args.zoom_share=0.15
 	rm -rf data/zoom && mkdir -p data/zoom && cp -r runs/zoom_cold_start/final data/zoom/cold_start
 

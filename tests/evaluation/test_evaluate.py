@@ -91,7 +91,7 @@ def test_samples_have_the_turns_and_counts_of_an_environment(reward, encoder, tm
     result, records = Evaluation(TalkingEngine(encoder), encoder, reward, SAMPLING, MEASURE).run(
         rows, samples
     )
-    assert result["environment"] == {"calls": 0.5, "turns": 1.5}
+    assert result["episodes"] == {"calls": 0.5, "turns": 1.5}
     for record in records:
         assert record["counts"] == [{"turns": 2, "calls": 1}, {"turns": 1}]
         first, second = record["turns"]
@@ -102,7 +102,7 @@ def test_samples_have_the_turns_and_counts_of_an_environment(reward, encoder, tm
     plain, records = Evaluation(FakeEngine(), encode, reward, SAMPLING, MEASURE).run(
         rows, SampleFile(tmp_path / "plain", "b")
     )
-    assert "environment" not in plain and not {"turns", "counts"} & records[0].keys()
+    assert "episodes" not in plain and not {"turns", "counts"} & records[0].keys()
 
 
 def test_an_interrupted_evaluation_resumes(reward, tmp_path):

@@ -11,6 +11,6 @@ def test_a_warning_says_only_what_is_wrong():
 
 def test_turns_and_calls_are_said_where_there_are_any():
     means = {"turns": 1.625, "calls": 0.583, "images": 0.5}
-    assert turns_of({"environment": means}) == ", 1.6 turns, 0.58 calls per response"
-    assert turns_of({"environment": {"turns": 3.0}}) == ", 3 turns per response"
+    assert turns_of({"episodes": means}) == ", 1.6 turns, 0.58 calls per response"
+    assert turns_of({"episodes": {"turns": 3.0}}) == ", 3 turns per response"
     assert turns_of({}) == ""

@@ -122,7 +122,7 @@ class Evaluator:
 
 def turns_of(result: dict) -> str:
     """How many turns and calls a response has, to append to a sentence; empty without an environment."""
-    means = result.get("environment", {})
+    means = result.get("episodes", {})
     texts = [f"{means[name]:.2g} {name}" for name in ("turns", "calls") if name in means]
     return f", {', '.join(texts)} per response" if texts else ""
 

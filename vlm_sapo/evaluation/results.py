@@ -48,7 +48,7 @@ def summarize(records: list[dict], measure: Measure) -> dict:
 
     `pass@1` is the mean of our verdict over samples and problems, `ci95` its bootstrap interval over
     problems; `official` has both by the authors' rule, and on how many responses the two differ;
-    `environment` has turns, calls, images and failures as means over responses, if there is one.
+    `episodes` has turns, calls, images and failures as means over responses, if there is one.
     """
     scores = [record["scores"] for record in records]
     count = min(map(len, scores))
@@ -75,7 +75,7 @@ def summarize(records: list[dict], measure: Measure) -> dict:
         result["truncated"] = float(np.mean([cut for record in records for cut in record["truncated"]]))
     if counts := [counts for record in records for counts in record.get("counts", ())]:
         names = sorted({name for each in counts for name in each})
-        result["environment"] = {
+        result["episodes"] = {
             name: float(np.mean([each.get(name, 0) for each in counts])) for name in names
         }
     if by := {column: _by(records, column) for column in measure.by}:

@@ -189,6 +189,7 @@ def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
         "official scorer",
         "tokens",
         "truncated",
+        "per response",
         "official metric",
     ]
     rows = []
@@ -204,11 +205,17 @@ def table(results: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
                 f"{official['pass@1']:.3f}" if official else "",
                 f"{result['response_tokens']:.0f}" if "response_tokens" in result else "",
                 f"{result['truncated']:.1%}" if "truncated" in result else "",
+                _turns_text(result),
                 _metric_text(result.get("metric", {})),
             ]
         )
     used = [column for column in range(len(header)) if any(row[column] for row in rows)]
     return [header[column] for column in used], [[row[column] for column in used] for row in rows]
+
+
+def _turns_text(result: dict) -> str:
+    means = result.get("episodes", {})
+    return ", ".join(f"{means[name]:.2g} {name}" for name in ("turns", "calls", "images") if name in means)
 
 
 def breakdowns(results: dict[str, dict]) -> list[str]:
