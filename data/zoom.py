@@ -1,8 +1,8 @@
-"""A drawn world for the tool `zoom`: a large image with a panel of a pattern in each corner. Where the model
-sees 64 x 64 of the whole image, a pattern's period is one pixel, and all patterns are the same dark area;
-enlarged, a panel shows its own.
+"""A drawn world for the tool `zoom`: a large image of one colour with a grey panel of a pattern in each corner.
+Where the model sees 64 x 64 of the whole image, a pattern's period is one pixel, and all patterns are the same
+grey area; enlarged, a panel shows its own.
 
-Half of the questions ask for a pattern, half for the colour of a panel, which is seen at once. Every row is
+Half of the questions ask for a pattern, half for the colour of the ground, which is seen at once. Every row is
 drawn from its index: `rows(split="train", size=1000)` is a sequence of dicts with `id, problem, images,
 answer, kind, words, corner` and `demonstration`, the model's turns for the cold start. A layout belongs to
 the held-out splits or to the training splits by its checksum.
@@ -39,8 +39,8 @@ PERIOD = 8
 SPLITS = {"train": 1, "cold_start": 2, "test": 3, "validation": 4}
 HELD_OUT = ("test", "validation")
 KINDS = ("pattern", "color")
-Layout = dict[str, tuple[str, str]]
-"""Corner -> (colour, pattern)."""
+Layout = tuple[str, dict[str, str]]
+"""The ground's colour, and the pattern in each corner."""
 
 
 class Rows(Sequence):
@@ -79,24 +79,22 @@ def calls(response, example) -> float:
 
 
 def draw_layout(rng: random.Random, held_out: bool) -> Layout:
-    """Four panels, each of another colour, from the held-out fifth of all layouts or from the rest."""
+    """A colour and four patterns, from the held-out fifth of all layouts or from the rest."""
     while True:
-        colors = rng.sample(list(COLORS), len(CORNERS))
-        layout = {
-            corner: (color, rng.choice(PATTERNS)) for corner, color in zip(CORNERS, colors, strict=True)
-        }
+        layout = rng.choice(list(COLORS)), {corner: rng.choice(PATTERNS) for corner in CORNERS}
         if (zlib.crc32(repr(layout).encode()) % 5 == 0) == held_out:
             return layout
 
 
 def draw_image(rng: random.Random, layout: Layout) -> Image.Image:
-    """RGB, 512 x 512: panels of 128 x 128 in the corners of a light ground."""
-    shade = rng.randint(205, 250)
-    image = Image.new("RGB", (SIDE, SIDE), (shade, shade, shade))
-    for corner, (color, pattern) in layout.items():
-        fill = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLORS[color])
+    """RGB, 512 x 512: panels of 128 x 128 in the corners of a ground, in varying shades."""
+    color, patterns = layout
+    ground = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLORS[color])
+    image = Image.new("RGB", (SIDE, SIDE), ground)
+    for corner, pattern in patterns.items():
         right, below = CORNERS[corner]
-        image.paste(draw_panel(rng, fill, pattern), (right * (SIDE - PANEL), below * (SIDE - PANEL)))
+        panel = draw_panel(rng, (rng.randint(170, 250),) * 3, pattern)
+        image.paste(panel, (right * (SIDE - PANEL), below * (SIDE - PANEL)))
     return image
 
 
@@ -123,18 +121,20 @@ def draw_panel(rng: random.Random, fill: tuple[int, int, int], pattern: str) -> 
 
 
 def ask(rng: random.Random, layout: Layout, kind: str) -> dict:
-    """A question of a kind, its answer, the words that answer such questions, and its corner."""
+    """A question of a kind, its answer, the words that answer such questions, and a corner: where the answer
+    is, or any if it is everywhere."""
+    color, patterns = layout
     corner = rng.choice(list(CORNERS))
-    color, pattern = layout[corner]
     if kind == "pattern":
-        problem, answer, words = f"Which pattern has the {color} panel?", pattern, list(PATTERNS)
+        problem = f"Which pattern has the {corner} panel?"
+        answer, words = patterns[corner], list(PATTERNS)
     else:
-        problem, answer, words = f"Which color has the {corner} panel?", color, list(COLORS)
+        problem, answer, words = "Which color has the ground?", color, list(COLORS)
     return {"problem": problem, "answer": answer, "kind": kind, "words": words, "corner": corner}
 
 
 def demonstrate(rng: random.Random, row: dict, zooms: bool) -> list[str]:
-    """The turns of a demonstration: a look at the panel and the answer, or the answer alone, which for a
+    """The turns of a demonstration: a look at the corner and the answer, or the answer alone, which for a
     pattern is a guess."""
     if not zooms:
         return [f"\\boxed{{{rng.choice(row['words']) if row['kind'] == 'pattern' else row['answer']}}}"]

@@ -76,6 +76,16 @@ def test_the_quick_start_learns(tmp_path):
     assert summary["eval_after/held-out"]["pass@1"] >= 0.95
 
 
+def test_a_model_learns_to_zoom_where_it_pays(tmp_path):
+    """`make zoom` with another seed than the documents'."""
+    program = os.path.join(os.path.dirname(sys.executable), "vlm-sapo")
+    run(program, "train", "zoom", "run.seed=7", "eval.every=0", f"run.dir={tmp_path}/run", cwd=ROOT)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    before, after = (summary[f"eval_{when}/held-out"] for when in ("before", "after"))
+    assert before["pass@1"] <= 0.75 and before["episodes"]["calls"] <= 0.3
+    assert after["pass@1"] >= 0.9 and 0.35 <= after["episodes"]["calls"] <= 0.75
+
+
 def test_the_cold_start_is_made_by_its_command(tmp_path):
     """`make coldstart` in small: new model, both stages, and the result is a model that loads."""
     program = os.path.join(os.path.dirname(sys.executable), "vlm-sapo")
@@ -84,3 +94,13 @@ def test_the_cold_start_is_made_by_its_command(tmp_path):
     run(program, "sft", "cold_start", *overrides, "reward=[]", cwd=ROOT)
     rows = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_demonstrations_of_two_turns_are_played(tmp_path):
+    """`make zoom-coldstart` in small."""
+    program = os.path.join(os.path.dirname(sys.executable), "vlm-sapo")
+    run(program, "new-model", str(tmp_path / "init"), "--corpus", "data/zoom.py:corpus", cwd=ROOT)
+    overrides = [f"model.path={tmp_path}/init", f"run.dir={tmp_path}/sft", "train.steps=12", "eval.data=null"]
+    run(program, "sft", "zoom_cold_start", *overrides, "train.rows_per_step=8", cwd=ROOT)
+    rows = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
