@@ -1,9 +1,9 @@
-"""A drawn world for the tool `zoom`: a large image of one colour with a grey panel of a pattern in each corner.
-Where the model sees 64 x 64 of the whole image, a pattern's period is one pixel, and all patterns are the same
-grey area; enlarged, a panel shows its own.
+"""A drawn world for the tool `zoom`: a large image of one colour with a grey panel of a pattern in each
+corner. Where the model sees 64 x 64 of the whole image, a pattern's period is one pixel, and all patterns are
+the same grey area; enlarged, a panel shows its own.
 
-Half of the questions ask for a pattern, half for the colour of the ground, which is seen at once. Every row is
-drawn from its index: `rows(split="train", size=1000)` is a sequence of dicts with `id, problem, images,
+Half of the questions ask for a pattern, half for the colour of the ground, which is seen at once. Every row
+is drawn from its index: `rows(split="train", size=1000)` is a sequence of dicts with `id, problem, images,
 answer, kind, words, corner` and `demonstration`, the model's turns for the cold start. A layout belongs to
 the held-out splits or to the training splits by its checksum.
 """
