@@ -75,9 +75,7 @@ def summarize(records: list[dict], measure: Measure) -> dict:
         result["truncated"] = float(np.mean([cut for record in records for cut in record["truncated"]]))
     if counts := [counts for record in records for counts in record.get("counts", ())]:
         names = sorted({name for each in counts for name in each})
-        result["episodes"] = {
-            name: float(np.mean([each.get(name, 0) for each in counts])) for name in names
-        }
+        result["episodes"] = {name: float(np.mean([each.get(name, 0) for each in counts])) for name in names}
     if by := {column: _by(records, column) for column in measure.by}:
         result["by"] = by
     return result

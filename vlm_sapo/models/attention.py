@@ -321,8 +321,9 @@ def _same_image(numbers: torch.Tensor, group: PackedGroup) -> torch.Tensor:
     """[G, 1, R, R] bool, which of a branch's tokens belong to one image, by their numbers [sum of
     branches]."""
     own = _fold(numbers[None, None, :, None], group)[:, 0, :, 0]  # [G, R]
-    lengths = torch.tensor(group.branches, device=numbers.device)
-    own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= lengths[:, None], -1)
+    if not group.even:
+        padding = own.new_ones(own.numel(), dtype=torch.bool).index_fill(0, group.unpadded, value=False)
+        own = own.masked_fill(padding.view_as(own), -1)
     return ((own[:, :, None] == own[:, None, :]) & (own[:, None, :] >= 0))[:, None]
 
 
