@@ -53,6 +53,15 @@ def misbehave(how: str) -> object:
     }[how]
 
 
+def forgetful(image: Image) -> Image:
+    """Forgets to return what it made.
+
+    Args:
+        image: the image
+    """
+    image.rotate(90)
+
+
 def undescribed(image: Image, key: int) -> str:
     """Has no descriptions."""
     return ""

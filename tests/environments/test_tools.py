@@ -216,6 +216,19 @@ def test_functions_that_are_no_tools_are_refused(name, sentence):
         Tool.of(f"{OWN}:{name}")
 
 
+def test_a_tool_that_forgets_its_image_is_an_error():
+    observation = episode("forgetful")(call("forgetful"))
+    [result] = observation.results
+    assert result.text == "error: forgetful must return an image; it returned NoneType"
+    assert observation.info["tool_errors"] == 1 and observation.problem in result.text
+
+
+def test_the_first_traceback_goes_to_the_user():
+    observation = episode("misbehave")(call("misbehave", how="raise") + call("misbehave", how="huge"))
+    assert "own_tools.py" in observation.problem and "RuntimeError: no luck" in observation.problem
+    assert observation.info["tool_errors"] == 2
+
+
 def test_texts_stay_texts_and_other_values_may_be_written_as_text():
     """As the xml form writes them; and null where a parameter may be left out."""
     step = episode("locate", "brightness", "python", syntax="xml")

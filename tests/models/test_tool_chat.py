@@ -44,6 +44,7 @@ def test_the_schema_tells_kinds_defaults_and_coordinates():
     assert "[top, left, bottom, right]" in str(schema_of(Tool.of("zoom"), "thousand_yx"))
     assert "in pixels of the image as you see it" in str(schema_of(Tool.of("measure"), "resized"))
     own = schema_of(Tool.of(f"{OWN}:brightness"), "unit")["function"]["parameters"]
+    assert own["properties"]["scale"]["default"] == 1.0
     assert own["properties"]["scale"]["type"] == "number" and not own.get("required")
 
 

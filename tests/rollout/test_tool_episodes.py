@@ -115,6 +115,25 @@ def test_an_image_of_an_impossible_form_is_an_error_that_the_model_reads(encode)
     assert "error: this image can't be shown" in answer and not response.images
 
 
+def test_the_console_shows_the_first_failure_of_a_tool(encode):
+    warned = []
+    prompts = [encode(example(number, images=1)) for number in range(3)]
+    make = partial(ToolEnvironment, [f"{OWN}:misbehave"], "json")
+    engine = Episodes(
+        Demonstrations(encode, lambda _: (call("misbehave", how="raise"), ANSWER)),
+        encode,
+        environments(make),
+        limits=Limits(4),
+        world=World(),
+        warn=warned.append,
+    )
+    engine.generate(as_contexts(prompts), Sampling(1, 4000, 1.0, seed=0))
+    [text] = warned
+    assert (
+        text.startswith("row e0: a tool failed: with this; the model reads the error") and "own_tools" in text
+    )
+
+
 def test_an_image_that_is_not_shown_ends_nothing(encode):
     turns = (call("misbehave", how="line"), call("zoom", box=[0, 0, 500, 500]), ANSWER)
     response = says(encode, *turns)
@@ -176,5 +195,6 @@ def test_the_type_may_be_left_out(tmp_path):
     for text in ("single_turn", "{type: single_turn}", "null"):
         config = load(TrainConfig, str(path), [f"rollout.environment={text}"])
         assert config.rollout.environment is None
+    assert section(tools="zoom").tools == ["zoom"]
     with pytest.raises(ValueError, match="rollout.environment.tools"):
         load(TrainConfig, str(path), ["rollout.environment={tools: []}"])

@@ -188,6 +188,11 @@ class ToolsConfig(_Environment):
     """How tools are offered and called: `template` as the model's chat template does, `hermes` in the system
     message with JSON in `<tool_call>`, for templates without tools; `auto` chooses by template and family."""
 
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
 
 class OwnEnvironmentConfig(_Environment):
     type: Literal["own"]

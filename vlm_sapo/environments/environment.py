@@ -41,6 +41,8 @@ class Observation:
     info: Mapping[str, Any] = field(default_factory=dict)
     """Anything else. Numbers are summed over the turns and logged as `environment/NAME`, a mean over
     responses."""
+    problem: str = ""
+    """What went wrong, such as a traceback, for the user: the first one is shown."""
     results: tuple[ToolResult, ...] = ()
     """Answers to tool calls, each written as the chat template writes one, instead of a user turn."""
 
@@ -76,6 +78,7 @@ def checked(observation: object) -> Observation:
         images,
         done=bool(observation.done),
         reward=None if reward is None else float(reward),
+        problem=shortened(str(observation.problem)),
         info={str(name): _plain(value) for name, value in observation.info.items() if _is_finite(value)},
         results=tuple(ToolResult(*_checked_answer(item.text, item.images)) for item in observation.results),
     )

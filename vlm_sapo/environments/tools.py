@@ -67,6 +67,8 @@ class Tool:
     kinds: Mapping[str, Any]
     """By parameter, its type: Image, Box, Point, or what the model's JSON value is checked against."""
     required: frozenset[str]
+    returns_image: bool
+    """Whether its hint says so."""
 
     @classmethod
     def of(cls, name: str, *, field: str = FIELD) -> Tool:
@@ -89,7 +91,13 @@ class Tool:
             for key, parameter in parameters.items()
             if parameter.default is parameter.empty and kinds[key] is not Image
         }
-        return cls(function.__name__, function, kinds, frozenset(required))
+        return cls(
+            function.__name__,
+            function,
+            kinds,
+            frozenset(required),
+            _without_none(hints.get("return")) is Image,
+        )
 
     def run(
         self, arguments: Mapping[str, Any], seen: Sequence[SeenImage], coordinates: Coordinates
@@ -110,7 +118,11 @@ class Tool:
         values = {key: item.image for key, item in shown.items()}
         for key in (key for key in arguments if key not in shown):
             values[key] = self._value(key, arguments[key], first, coordinates)
-        return _result(self.function(**values))
+        value = self.function(**values)
+        result = _result(value)
+        if self.returns_image and not result.images:
+            raise BadObservation(f"{self.name} must return an image; it returned {type(value).__name__}")
+        return result
 
     def _image(self, key: str, number: object, seen: Sequence[SeenImage]) -> SeenImage:
         if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= len(seen):
@@ -187,10 +199,16 @@ class ToolEnvironment:
         sizes = response.resized
         seen = [SeenImage(image, size) for image, size in zip(self.images, sizes, strict=True) if all(size)]
         counts = {"calls": len(calls), "bad_calls": 0, "tool_errors": 0, "images": 0}
+        self.problem = ""
         results = [self._answer(call, seen, response.coordinates, counts) for call in calls]
         returned = [image for result in results for image in result.images]
         self.images += returned
-        return Observation(results=tuple(results), done=not calls, info=counts | {"images": len(returned)})
+        return Observation(
+            results=tuple(results),
+            done=not calls,
+            info=counts | {"images": len(returned)},
+            problem=self.problem,
+        )
 
     def _answer(
         self,
@@ -211,8 +229,10 @@ class ToolEnvironment:
             return ToolResult(f"error: {error}")
         except BadObservation as error:
             counts["tool_errors"] += 1
+            self.problem = self.problem or str(error)
             return ToolResult(f"error: {error}")
         except Exception as error:
             counts["tool_errors"] += 1
+            self.problem = self.problem or "".join(traceback.format_exception(error))
             last = "".join(traceback.format_exception_only(error)).strip()
             return ToolResult(f"error: {one_line(last, 300)}")

@@ -132,6 +132,8 @@ def schema_of(tool: Tool, coordinates: Coordinates) -> dict[str, Any]:
             properties[key]["description"] += " (its number; 1 is the first and the default)"
         elif kind in (Box, Point):
             properties[key]["description"] += f": {explain(kind, coordinates)}"
+        if isinstance(default := signature.parameters[key].default, str | int | float):
+            properties[key]["default"] = default
     schema["function"].pop("return", None)
     return schema
 

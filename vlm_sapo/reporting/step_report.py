@@ -223,10 +223,22 @@ def headline(record: dict, rewards: Sequence[float]) -> str:
         trained = "update skipped: not finite"
     peak = record.get("memory/gpu_peak_gb", record["memory/host_peak_gb"])
     return (
-        f"reward {record['reward/mean']:.3f}{trend}  tokens {record['response/tokens']:.1f}{truncated}  "
+        f"reward {record['reward/mean']:.3f}{trend}  tokens {record['response/tokens']:.1f}{truncated}"
+        f"{_episodes(record)}  "
         f"{trained}  {record['time/step']:.1f} s ({record['rollout/tokens_per_second']:.0f} tok/s, "
         f"{peak:.1f} GB)"
     )
+
+
+def _episodes(record: dict) -> str:
+    """Turns and calls of a response, and the share of calls that failed; empty without an environment."""
+    if "environment/turns" not in record:
+        return ""
+    text = f"  turns {record['environment/turns']:.2f}"
+    if not (calls := record.get("environment/calls", 0.0)):
+        return text
+    failed = record.get("environment/bad_calls", 0.0) + record.get("environment/tool_errors", 0.0)
+    return f"{text}  calls {calls:.2f}" + (f" ({failed / calls:.0%} failed)" if failed else "")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Episodes:
     ):
         self.engine, self.encode, self.environments = engine, encode, environments
         self.limits, self.world, self.warn = limits, world, warn
-        self.answered, self.warned = False, False
+        self.answered, self.warned, self.problem_shown = False, False, False
 
     @property
     def in_background(self) -> bool:
@@ -223,6 +223,14 @@ class Episodes:
 
     def _append(self, episode: Episode, observation: Observation, max_tokens: int) -> None:
         response = episode.response
+        if observation.problem and not self.problem_shown:
+            self.problem_shown = True
+            first = observation.problem.strip()
+            self.warn(
+                f"{episode.prompt.example.label}: a tool failed: {first.splitlines()[-1]}; the model "
+                "reads the error and goes on; further ones are only counted (environment/tool_errors)"
+                f"\n{first}"
+            )
         for name, value in observation.info.items():
             episode.counts[name] += value
         if observation.reward is not None:
