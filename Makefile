@@ -90,7 +90,7 @@ zoom: setup
 zoom-coldstart: setup
 	$(BIN)/vlm-sapo new-model runs/zoom_init --corpus data/zoom.py:corpus
 	$(BIN)/vlm-sapo sft zoom_cold_start run.name=zoom_cold_start_look eval.data=null
-	$(BIN)/vlm-sapo sft zoom_cold_start model.path=runs/zoom_cold_start_look/final train.steps=100 train.lr=3e-4 data.args.zoom_share=0.15
+	$(BIN)/vlm-sapo sft zoom_cold_start model.path=runs/zoom_cold_start_look/final train.steps=100 train.lr=3e-4 data.args.zoom_share=0.25
 	rm -rf data/zoom && mkdir -p data/zoom && cp -r runs/zoom_cold_start/final data/zoom/cold_start && rm data/zoom/cold_start/README.md data/zoom/cold_start/curves.png
 
 # Our step, the same with the plain layout, and TRL's in an environment of its own, in turn.
