@@ -143,7 +143,8 @@ class Rambling(AskTwice):
     def step(self, response):
         self.turns -= 1
         sizes = [(random.randint(8, 150), random.randint(8, 150)) for _ in range(random.choice((0, 0, 1, 2)))]
-        images = tuple(Image.effect_noise(size, 80).convert("RGB") for size in sizes)
+        noise = (np.random.randint(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)
+        images = tuple(map(Image.fromarray, noise))
         text = " ".join(
             random.choices(("look", "<image>", "7", "<|im_end|>", "\n", ""), k=random.randint(0, 5))
         )
