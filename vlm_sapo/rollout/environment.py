@@ -292,8 +292,8 @@ def environment_turn(before: Response, answer: Answer) -> Response:
 
 
 class Demonstrations:
-    """An engine that says what it is told: each prompt's own turns, which `turns_of` reads from its row. With
-    Episodes around it, an environment answers them as it would the policy's."""
+    """An engine that returns each prompt's demonstration, turn by turn, as `turns_of` reads it from the row.
+    With Episodes around it, an environment answers these turns as it would the policy's."""
 
     in_background = False
     shares_weights = True
